@@ -1,0 +1,110 @@
+"""NeMo's training batches: which rows are unlabeled, which utterances they are, and their contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.groups import Audio
+from nemo_llm_feedback.manifests import Row, merge_context, parse_context
+from nemo_llm_feedback.types import Context
+
+Batch = Sequence[Any]
+
+
+class BatchReader:
+    """Splits batches of NeMo's loaders into labelled and unlabeled rows.
+
+    Args:
+        run_context: the run's context.
+        use_text: False: every row is unlabeled.
+        rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
+    """
+
+    def __init__(self, run_context: Context, *, use_text: bool, rows: Sequence[Row] = ()) -> None:
+        self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
+        self._collection: Any = None
+        self._marks = 0
+
+    def attach(self, dataloader: Any) -> None:
+        """Remembers the classic dataset's collection, which maps sample ids to manifest rows (filters renumber), and
+        how many start and end marks it adds to every target, also to an empty one."""
+        processor = getattr(getattr(dataloader, "dataset", None), "manifest_processor", None)
+        if processor is not None:
+            self._collection = processor.collection
+            self._marks = (processor.bos_id is not None) + (processor.eos_id is not None)
+
+    def split(self, batch: Batch) -> tuple[Batch | None, Audio | None]:
+        """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts).
+
+        Returns:
+            The labelled rows as NeMo's batch of four, bit-equal to the input when all rows are labelled, and the
+            unlabeled rows; None where there are none.
+        """
+        signal, signal_len, tokens, tokens_len, ids = batch
+        labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
+        if bool(labelled.all()):
+            return (signal, signal_len, tokens, tokens_len), None
+        unlabeled = (~labelled).nonzero().flatten().tolist()
+        named = [self._describe(ids, b) for b in unlabeled]
+        longest = int(signal_len[unlabeled].max())
+        audio = Audio(
+            signal[unlabeled][:, :longest],
+            signal_len[unlabeled],
+            tuple(utterance for utterance, _ in named),
+            tuple(merge_context(self._run_context, own) for _, own in named),
+        )
+        if not bool(labelled.any()):
+            return None, audio
+        kept = labelled.nonzero().flatten()
+        span, width = int(signal_len[kept].max()), int(tokens_len[kept].max())
+        return (signal[kept][:, :span], signal_len[kept], tokens[kept][:, :width], tokens_len[kept]), audio
+
+    def _describe(self, ids: Any, b: int) -> tuple[str, Context]:
+        if isinstance(ids, torch.Tensor):
+            index = int(ids[b])
+            row = self._rows[self._collection[index].id if self._collection is not None else index]
+            return row.utterance, row.context
+        cut = ids[b]
+        return str(cut.id), parse_context((cut.custom or {}).get("context"))
+
+
+def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int) -> DictConfig:
+    """NeMo's ``train_ds`` with the staged manifests, set so that batches tell which rows they hold.
+
+    Args:
+        config: the user's ``train_ds``.
+        manifest_filepath: of the staged copies.
+        global_rank, world_size: of this process.
+
+    Raises:
+        ConfigError: a combination in which rows cannot be told apart or would be dropped silently; names the fix.
+    """
+    faults = []
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config)
+    lhotse = bool(config.get("use_lhotse"))
+    if lhotse and (config.get("min_tps") is not None or config.get("max_tps") is not None):
+        faults.append("model.train_ds.min_tps/max_tps count tokens, which unlabeled rows lack: remove them.")
+    for key in ("is_concat", "shard_manifests", "use_dali"):
+        if not lhotse and config.get(key):
+            faults.append(
+                f"model.train_ds.{key} of the classic loader hides which rows a batch holds: set use_lhotse=true."
+            )
+    tarred = config.get("tarred_audio_filepaths")
+    if not lhotse and tarred is not None and not isinstance(tarred, str) and len(tarred) > 1:
+        faults.append("bucketed tarred audio needs the Lhotse loader: set model.train_ds.use_lhotse=true.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    with open_dict(config):
+        config.manifest_filepath = manifest_filepath
+        if lhotse:
+            # NeMo's switch for batches that carry their cuts; it also takes the ranks from here.
+            config.do_transcribe = True
+            config.global_rank, config.world_size = global_rank, world_size
+        else:
+            config.return_sample_id = True
+    return config

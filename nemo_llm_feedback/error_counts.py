@@ -1,0 +1,101 @@
+"""Counts of one utterance from one alignment: word errors, their split by entity spans, false terms, B-WER.
+
+The definitions are in the docstring of `metrics`; the names of the counts are its `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jiwer
+import kaldialign  # type: ignore[import-untyped]
+import numpy as np
+
+
+def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
+    """All spans of ``words`` that equal ``phrase``, overlapping ones too; none for an empty phrase."""
+    n = len(phrase)
+    return [(i, i + n) for i in range(len(words) - n + 1) if n and words[i : i + n] == phrase]
+
+
+def chunk_errors(chunk: jiwer.AlignmentChunk) -> int:
+    """Edits of one run of equal operations."""
+    if chunk.type == "equal":
+        return 0
+    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+
+
+def word_counts(
+    ref: list[str],
+    hyp: list[str],
+    alignment: list[jiwer.AlignmentChunk],
+    spans: set[tuple[int, int]] | None,
+) -> dict[str, int]:
+    """WER counts, and their split by entity spans unless ``spans`` is None."""
+    wrong = np.zeros(len(ref), dtype=bool)
+    inserted = np.zeros(len(ref) + 1, dtype=np.int64)  # inserted[p]: words inserted before reference word p
+    totals = Counter({"substitute": 0, "delete": 0, "insert": 0})
+    for chunk in alignment:
+        totals[chunk.type] += chunk_errors(chunk)
+        if chunk.type == "insert":
+            inserted[chunk.ref_start_idx] += chunk_errors(chunk)
+        elif chunk.type != "equal":
+            wrong[chunk.ref_start_idx : chunk.ref_end_idx] = True
+    errors = totals["substitute"] + totals["delete"] + totals["insert"]
+    counts = {
+        "words": len(ref),
+        "word_errors": errors,
+        "substitutions": totals["substitute"],
+        "deletions": totals["delete"],
+        "insertions": totals["insert"],
+    }
+    if spans is None:
+        return counts
+    inside = np.zeros(len(ref), dtype=bool)
+    within = np.zeros(len(ref) + 1, dtype=bool)  # within[p]: the gap before word p has words of one span on both sides
+    recalled = 0
+    for start, end in spans:
+        inside[start:end] = True
+        within[start + 1 : end] = True
+        recalled += not (wrong[start:end].any() or inserted[start + 1 : end].any())
+    entity_errors = int(wrong[inside].sum() + inserted[within].sum())
+    return counts | {
+        "entity_words": int(inside.sum()),
+        "entity_errors": entity_errors,
+        "other_words": len(ref) - int(inside.sum()),
+        "other_errors": errors - entity_errors,
+        "entities": len(spans),
+        "entities_recalled": recalled,
+    }
+
+
+def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, int]:
+    """Term occurrences of the hypothesis, and those beyond what the reference has."""
+    phrases = {tuple(term.split()) for term in terms if term}
+    if not phrases:
+        return {}
+    by_first: dict[str, list[tuple[str, ...]]] = {}
+    for phrase in sorted(phrases, key=len, reverse=True):
+        by_first.setdefault(phrase[0], []).append(phrase)
+    found: Counter[tuple[str, ...]] = Counter()
+    i = 0
+    while i < len(hyp):
+        match = next((p for p in by_first.get(hyp[i], ()) if tuple(hyp[i : i + len(p)]) == p), None)
+        found[match or ()] += match is not None
+        i += len(match) if match else 1
+    false = sum(max(0, n - len(occurrences(ref, list(phrase)))) for phrase, n in found.items())
+    return {"term_utterances": 1, "hyp_terms": sum(found.values()), "false_alarms": false}
+
+
+def bias_counts(ref: list[str], hyp: list[str], listed: set[str]) -> dict[str, int]:
+    """B-WER and its U-WER of one utterance."""
+    gap = ""  # no word is empty
+    # Of kaldialign's equally cheap alignments, that of the swapped and reversed sequences is nearest to the published
+    # scorer's: both then prefer to insert early (measured by a fuzz against that scorer's order of choice).
+    pairs = kaldialign.align(hyp[::-1], ref[::-1], gap, sclite_mode=True)
+    counts = dict.fromkeys(("b_words", "b_errors", "b_u_words", "b_u_errors"), 0)
+    for hyp_word, ref_word in pairs:
+        kind = "b" if (ref_word or hyp_word) in listed else "b_u"
+        counts[f"{kind}_words"] += ref_word != gap
+        counts[f"{kind}_errors"] += ref_word != hyp_word
+    return counts

@@ -1,0 +1,29 @@
+"""Typed errors. Every message names what is wrong and the fix; a message may list several faults at once."""
+
+
+class FeedbackError(Exception):
+    """Base class of all errors that this package raises for its users."""
+
+
+class ConfigError(FeedbackError, ValueError):
+    """A setting is unknown, missing, out of range or contradicts another one."""
+
+
+class ManifestError(FeedbackError, ValueError):
+    """A manifest has unreadable lines or rows, or rows that the run cannot use."""
+
+
+class CheckpointError(FeedbackError, ValueError):
+    """A checkpoint is not a ``.nemo``, or its class is not supported."""
+
+
+class LLMError(FeedbackError, ValueError):
+    """An LLM folder, hub id, template or tokenizer cannot be used for scoring."""
+
+
+class RewardError(FeedbackError, RuntimeError):
+    """A reward failed while scoring."""
+
+
+class TrainingError(FeedbackError, RuntimeError):
+    """Training had to stop: non-finite steps, or no group with signal."""

@@ -1,0 +1,143 @@
+"""Exact log p(y|x) of RNN-T and TDT models for all hypotheses of a trie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.likelihood.inputs import clean_rows, empty_result
+from nemo_llm_feedback.likelihood.joint import ArcScores, TransducerJoint, arc_scores
+from nemo_llm_feedback.likelihood.lattice import LatticeShape, lattice_log_prob
+from nemo_llm_feedback.likelihood.prediction import PredictionNetwork, prefix_outputs
+from nemo_llm_feedback.trie import PrefixTrie
+
+DEFAULT_MEMORY_BUDGET_MB = 32.0
+
+
+def rnnt_log_prob(
+    encoded: Tensor,
+    lengths: Tensor,
+    trie: PrefixTrie,
+    decoder: PredictionNetwork,
+    joint: TransducerJoint,
+    *,
+    memory_budget_mb: float = DEFAULT_MEMORY_BUDGET_MB,
+) -> Tensor:
+    """log p(h | x) of an RNN-T model: the sum over all paths of T blanks and the labels of h, ending in a blank.
+
+    With α(t, k) the log-probability of having emitted prefix k and consumed t frames (Graves 2012, arXiv:1211.3711),
+
+        α(0, root) = 0,   α(t, k) = logsumexp( α(t−1, k) + log p(blank | t−1, k),
+                                               α(t, parent(k)) + log p(token(k) | t, parent(k)) )
+        log p(h)   = α(T−1, leaf(h)) + log p(blank | T−1, leaf(h))
+
+    Args:
+        encoded: [B, T, D] encoder output, i.e. NeMo's [B, D, T] transposed.
+        lengths: [B] valid frames of each row, ≤ T. What stands behind them is never read.
+        trie: the prefix trie of the H hypotheses.
+        decoder: NeMo's prediction network.
+        joint: NeMo's joint; blank is its last output. ``fuse_loss_wer`` and ``log_softmax`` do not matter.
+        memory_budget_mb: MiB for the joint's logits and their gradients.
+
+    Returns:
+        [H] natural-log probability in the trie's order, float32 (float64 for float64 input); NaN, with zero gradient,
+        where the row's valid frames are not finite; −inf, with zero gradient, where no path exists.
+
+    Raises:
+        ValueError: shapes, lengths or labels do not fit together.
+        ConfigError: the joint has duration outputs: use ``tdt_log_prob``.
+    """
+    if joint.num_extra_outputs:
+        raise ConfigError(f"the joint has {joint.num_extra_outputs} duration outputs: use tdt_log_prob.")
+    return _log_prob(encoded, lengths, trie, decoder, joint, durations=(), memory_budget_mb=memory_budget_mb)
+
+
+def tdt_log_prob(
+    encoded: Tensor,
+    lengths: Tensor,
+    trie: PrefixTrie,
+    decoder: PredictionNetwork,
+    joint: TransducerJoint,
+    *,
+    durations: Sequence[int],
+    memory_budget_mb: float = DEFAULT_MEMORY_BUDGET_MB,
+) -> Tensor:
+    """log p(h | x) of a token-and-duration transducer (Xu et al. 2023, arXiv:2304.06795, eq. 7).
+
+    The output of a cell is two independent softmaxes, over labels and blank and over durations. With
+    p(v, l | t, k) = p(v | t, k) · p(l | t, k) and α as in ``rnnt_log_prob``,
+
+        α(t, k)  = logsumexp over  α(t−l, k) + log p(blank, l | t−l, k)                  for durations l > 0
+                                   α(t−l, parent(k)) + log p(token(k), l | t−l, parent(k))  for all durations l
+        log p(h) = logsumexp over  α(T−l, leaf(h)) + log p(blank, l | T−l, leaf(h))      for durations l > 0
+
+    The last move is a blank that reaches T exactly. (blank, 0), jumps beyond T and a label that lands on T belong to
+    no complete path, so the probabilities of all label sequences sum to less than 1.
+
+    Args:
+        encoded, lengths, trie, decoder, memory_budget_mb: as in ``rnnt_log_prob``.
+        joint: NeMo's joint with one extra output per duration, behind blank.
+        durations: frames that each duration output stands for, ≥ 0, distinct, at least one > 0; NeMo's
+            ``loss.tdt_kwargs.durations``.
+
+    Returns:
+        As ``rnnt_log_prob``.
+
+    Raises:
+        ValueError: shapes, lengths or labels do not fit together.
+        ConfigError: the durations are no valid set or do not match the joint's extra outputs.
+    """
+    if joint.num_extra_outputs != len(durations):
+        raise ConfigError(
+            f"{len(durations)} durations but the joint has {joint.num_extra_outputs} duration outputs: pass the "
+            "checkpoint's own durations (rnnt_log_prob for a joint that has none)."
+        )
+    if len(set(durations)) != len(durations) or min(durations) < 0 or max(durations) < 1:
+        raise ConfigError(f"durations {list(durations)} must be distinct, ≥ 0 and hold at least one > 0.")
+    return _log_prob(
+        encoded, lengths, trie, decoder, joint, durations=tuple(durations), memory_budget_mb=memory_budget_mb
+    )
+
+
+def _log_prob(
+    encoded: Tensor,
+    lengths: Tensor,
+    trie: PrefixTrie,
+    decoder: PredictionNetwork,
+    joint: TransducerJoint,
+    *,
+    durations: tuple[int, ...],
+    memory_budget_mb: float,
+) -> Tensor:
+    if trie.num_hyps == 0:
+        return empty_result(encoded)
+    trie = trie.to(encoded.device)
+    encoded, host_lengths, row_ok = clean_rows(encoded, lengths, trie)
+    scores = arc_scores(
+        joint.project_encoder(encoded),
+        prediction=joint.project_prednet(prefix_outputs(decoder, trie)),
+        joint=joint,
+        trie=trie,
+        lengths=host_lengths,
+        num_durations=len(durations),
+        memory_budget_mb=memory_budget_mb,
+    )
+    blank, label, blank_moves, label_moves = _arcs(scores, trie, durations)
+    frames = lengths.to(encoded.device)[trie.utterance]
+    shape = LatticeShape(trie.parent, trie.depth, frames, trie.leaf, blank_moves, label_moves)
+    log_prob = lattice_log_prob(blank, label=label, shape=shape)
+    return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))
+
+
+def _arcs(
+    scores: ArcScores, trie: PrefixTrie, durations: tuple[int, ...]
+) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
+    """[Mb, T, K] blank arcs, [Ml, T, K] label arcs, and the frames that each of them consumes."""
+    if not durations:
+        return scores.blank[None], scores.label[None], (1,), (0,)
+    moving = [i for i, duration in enumerate(durations) if duration > 0]
+    blank = scores.blank + scores.durations[moving]
+    label = scores.label + scores.durations.index_select(2, trie.parent.clamp_min(0))
+    return blank, label, tuple(durations[i] for i in moving), durations

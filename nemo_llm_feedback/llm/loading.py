@@ -1,0 +1,136 @@
+"""Loads a frozen causal LM in 4 bit, 8 bit or as it is, on this process's device."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.llm.folder import fingerprint, is_hub_id, resolve_folder
+from nemo_llm_feedback.llm_config import LLMConfig
+
+logger = logging.getLogger(__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device that ``llm.device`` means in this process; under DDP each rank has its own GPU.
+
+    Raises:
+        LLMError: a CUDA device is asked for and there is none, or not so many.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LLMError(f"llm.device={name}, but no CUDA device is visible: set llm.device=cpu or auto.")
+    if ":" in name:
+        device = torch.device(name)
+    else:  # before Lightning has set this process's device, the launcher's LOCAL_RANK tells it
+        index = torch.cuda.current_device() or int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", index)
+    if device.index >= torch.cuda.device_count():
+        raise LLMError(f"llm.device={name} means {device}, but only {torch.cuda.device_count()} GPUs are visible.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the compute dtype: named, or by device (bfloat16 on a CPU is several times slower than float32)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_model(config: LLMConfig) -> tuple[nn.Module, Any, str]:
+    """Loads model and tokenizer, frozen and in eval mode.
+
+    Returns:
+        The model, its tokenizer, and a name of what was loaded: the id with its commit for a hub id, a hash of the
+        files for a folder; device-independent.
+
+    Raises:
+        LLMError: the files cannot be used; see ``check_llm_folder``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_folder(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.compute_dtype, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise LLMError(f"llm.model={config.model}: its tokenizer cannot be loaded ({error}).") from error
+    devices = [device] if device.type == "cuda" else []
+    try:
+        # Making the modules draws random numbers; a run must not depend on whether it has an LLM.
+        with torch.random.fork_rng(devices=devices):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **({} if _is_quantized(folder) else _quantization(config.quantization, dtype)),
+            )
+    except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+        raise LLMError(f"llm.model={config.model} cannot be loaded as a causal LM ({error}).") from error
+    model, info = loaded
+    lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    if lacking:
+        raise LLMError(
+            f"llm.model={config.model} lacks weights that its config asks for ({', '.join(lacking[:3])}, "
+            f"{len(lacking)} in all), which would be random: fetch the whole checkpoint."
+        )
+    # Added tokens beyond the model's vocabulary (a padding token, say) are harmless: they never enter a row.
+    ids = {*tokenizer.get_vocab().values()} - tokenizer.added_tokens_decoder.keys()
+    largest = max(i for i in (*ids, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
+    if largest >= model.get_input_embeddings().weight.shape[0]:
+        raise LLMError(
+            f"llm.model={config.model}: the tokenizer has ids up to {largest}, the model only "
+            f"{model.get_input_embeddings().weight.shape[0]} tokens: put the model's own tokenizer there."
+        )
+    _freeze(model, dtype)
+    name = f"{config.model}@{folder.name}" if is_hub_id(config.model) else f"sha256:{fingerprint(folder)}"
+    logger.info("LLM %s: %s on %s, computing in %s.", config.model, config.quantization, device, dtype)
+    return model, tokenizer, name
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the keyword arguments that make ``from_pretrained`` quantise while it loads."""
+    if kind == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint is stored quantised: its own settings then hold, and passing others (even None) breaks it."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return settings.get("quantization_config") is not None
+
+
+def _freeze(model: nn.Module, dtype: torch.dtype) -> None:
+    """Eval mode, no gradients (embeddings and norms keep theirs after a 4-bit load), one compute dtype."""
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # A stored 4-bit checkpoint brings the compute dtype of the machine that made it.
+            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.compute_type_is_set = True  # type: ignore[assignment]

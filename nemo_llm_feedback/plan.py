@@ -1,0 +1,57 @@
+"""The plan that a run states before it starts: rows, hours, model, LLM and estimated memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_llm_feedback.config import RunConfig
+from nemo_llm_feedback.llm import estimate_memory, resolve_folder
+
+_MB = 2**20
+
+
+def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> str:
+    """The plan as lines of text.
+
+    Args:
+        model: prepared by ``setup_feedback``.
+        config: of the run.
+        source: the checkpoint.
+        log_dir: folder of the run.
+    """
+    state = model._feedback
+    staged = state.staged
+    labelled = staged.num_labelled
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sources = ", ".join(f"{n} {name}" for name, n in _sources(config).items())
+    context = config.context.load()
+    lines = [
+        "plan",
+        f"  checkpoint   {source.name}: {type(model).__mro__[2].__name__}, {parameters / 1e6:.1f} M parameters, "
+        f"heads {' + '.join(h.name for h in state.heads)}",
+        f"  pool         {len(staged.rows) - labelled} unlabeled rows ({staged.hours(labelled=False):.2f} h), "
+        f"{labelled} labelled ({staged.hours(labelled=True):.2f} h)",
+        f"  left out     {len(staged.too_long)} too long, {len(staged.too_short)} too short, "
+        f"{len(staged.bad_audio)} unreadable",
+        f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
+        f"  groups       {sources}; at most {config.proposals.max_members} members, "
+        f"new every {config.feedback.refresh_every} steps",
+        f"  objective    {config.objective.name}",
+        f"  memory       model, gradients and AdamW {trainable * 16 / _MB:.0f} MB (estimate); frozen reference "
+        f"{state.reference.memory_bytes / _MB:.0f} MB; joint at most {config.feedback.memory_budget_mb} MB",
+    ]
+    if config.llm is not None and config.needs_reward and config.reward.name == "llm":
+        folder = resolve_folder(config.llm)
+        size = estimate_memory(folder, config.llm, compute_bytes=2 if model.device.type == "cuda" else 4)
+        lines.append(
+            f"  LLM          {config.llm.model} ({config.llm.quantization}), about {size / _MB:.0f} MB (estimate)"
+        )
+    lines.append(f"  run folder   {log_dir}")
+    return "\n".join(lines)
+
+
+def _sources(config: RunConfig) -> dict[str, int]:
+    counts = {"beam": config.proposals.beam, "boosted": config.proposals.boosted, "samples": config.proposals.samples}
+    return {name: n for name, n in counts.items() if n}

@@ -1,0 +1,167 @@
+"""The LLM reward: R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h).
+
+log p_ref comes from a frozen copy of the starting model, never from the model that learns: that would reinforce itself.
+Without it a fluent unrelated sentence beats the truth. The length term balances a summed log-probability's liking for
+short texts. How it is hacked: deletions (raise β), fluent filler under ``normalize=token`` (lower β, keep w = 1), listed
+terms parroted anywhere (put distractors in the list; ``normalize=pmi``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.rewards.base import register
+from nemo_llm_feedback.rewards.cache import CachedScore, MemoryCache, ScoreCache, score_key
+from nemo_llm_feedback.rewards.text import text_length
+from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
+
+NORMALIZATIONS = ("sum", "token", "word", "pmi")
+_NO_CONTEXT = Context()
+
+
+class ScoredText(Protocol):
+    """A text's score: Σ log p of its tokens, natural log, and how many tokens that are."""
+
+    @property
+    def logp(self) -> float: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+class Scorer(Protocol):
+    """What the reward needs of an LLM; ``llm.LLMScorer`` is one."""
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def uses_context(self) -> bool: ...
+
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[ScoredText]]: ...
+
+
+@register("llm")
+class LLMReward:
+    """α·logP_LLM(h | context) + asr_weight·log p_ref(h | audio) + β·length(h).
+
+    A member is NaN where the LLM's score is not finite (it does not fit the LLM) or its ``ref_logp`` is not (−∞: the
+    audio is too short for it, so no comparison means anything).
+
+    Args:
+        scorer: the LLM.
+        alpha: weight of the LLM's log-probability (natural log, after ``normalize``).
+        beta: reward a word; a character in scripts written without spaces.
+        normalize: of the LLM's log-probability: ``sum``; ``token`` or ``word``, divided by their number; ``pmi``, minus
+            the same without context.
+        asr_weight: weight of ``group.ref_logp``; 0 = groups need none.
+        allow_no_context: score groups that have no context instead of refusing.
+        cache: store of raw scores; a ``MemoryCache`` by default.
+
+    Raises:
+        RewardError: unknown ``normalize`` or weights that are not finite.
+    """
+
+    name = "llm"
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        alpha: float,
+        beta: float,
+        normalize: str = "sum",
+        asr_weight: float = 1.0,
+        allow_no_context: bool = False,
+        cache: ScoreCache | None = None,
+    ) -> None:
+        if normalize not in NORMALIZATIONS:
+            raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
+        if not all(map(math.isfinite, (alpha, beta, asr_weight))):
+            raise RewardError(f"alpha={alpha}, beta={beta} and asr_weight={asr_weight} must be finite numbers.")
+        self._scorer = scorer
+        self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
+        self._normalize = normalize
+        self._allow_no_context = allow_no_context
+        self.cache: ScoreCache = MemoryCache() if cache is None else cache
+        self.num_requested = 0
+        self.num_scored = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the looked-up (context, text) pairs that the cache knew so far; 0 before the first."""
+        return 1.0 - self.num_scored / self.num_requested if self.num_requested else 0.0
+
+    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
+        """Returns values [B, N] and the unweighted parts ``llm`` (nats), ``asr`` (nats; where used) and ``length``.
+
+        Raises:
+            RewardError: a group has no context or no reference scores.
+        """
+        self._check(groups)
+        llm = self._llm_part(groups)
+        length = [[float(text_length(text)) for text in group.texts] for group in groups]
+        asr = [list(group.ref_logp) if self._asr_weight else [0.0] * len(group) for group in groups]
+        values = [
+            [self._combine(*member) for member in zip(*rows, strict=True)] for rows in zip(llm, asr, length, strict=True)
+        ]
+        judged = pad_groups(values).isfinite()
+        parts = {"llm": llm, "length": length, **({"asr": asr} if self._asr_weight else {})}
+        masked = {name: pad_groups(rows).masked_fill(~judged, math.nan) for name, rows in parts.items()}
+        return RewardOutput(pad_groups(values), masked)
+
+    def _combine(self, llm: float, asr: float, length: float) -> float:
+        value = self._alpha * llm + self._asr_weight * asr + self._beta * length
+        return value if math.isfinite(value) and math.isfinite(llm) else math.nan  # α = 0 does not excuse an NaN
+
+    def _check(self, groups: Sequence[HypothesisGroup]) -> None:
+        needs_context = self._scorer.uses_context and not self._allow_no_context
+        for group in groups:
+            if needs_context and not group.context:
+                raise RewardError(
+                    f"Utterance {group.utterance} has no context for the LLM: set context.description, context.terms "
+                    "or context.terms_file, or a 'context' in the manifest row (context.required=false scores without)."
+                )
+            if self._asr_weight and len(group.ref_logp) != len(group):
+                raise RewardError(
+                    f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} "
+                    "hypotheses: score the group with the frozen reference model first, or set reward.asr_weight=0."
+                )
+
+    def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
+        wanted = {(group.context, text): None for group in groups for text in group.texts}
+        if self._normalize == "pmi":
+            wanted.update({(_NO_CONTEXT, text): None for group in groups for text in group.texts})
+        scores = self._look_up(list(wanted))
+        return [[self._normalized(scores, group.context, text) for text in group.texts] for group in groups]
+
+    def _normalized(self, scores: dict[tuple[Context, str], CachedScore], context: Context, text: str) -> float:
+        logp, num_tokens = scores[context, text]
+        if self._normalize == "token":
+            return logp / num_tokens
+        if self._normalize == "word":
+            return logp / max(1, text_length(text))
+        if self._normalize == "pmi":
+            return logp - scores[_NO_CONTEXT, text][0]
+        return logp
+
+    def _look_up(self, wanted: list[tuple[Context, str]]) -> dict[tuple[Context, str], CachedScore]:
+        """Returns the raw score of every (context, text) pair, asking the LLM for those that the cache lacks."""
+        keys = {pair: score_key(self._scorer.identity, *pair) for pair in wanted}
+        known = self.cache.get_many(keys.values())
+        scores = {pair: known[key] for pair, key in keys.items() if key in known}
+        lacking: dict[Context, list[str]] = {}
+        for context, text in wanted:
+            if (context, text) not in scores:
+                lacking.setdefault(context, []).append(text)
+        answers = self._scorer.score(list(lacking.items())) if lacking else []
+        for (context, texts), row in zip(lacking.items(), answers, strict=True):
+            scores.update({(context, text): (s.logp, s.num_tokens) for text, s in zip(texts, row, strict=True)})
+        num_lacking = sum(map(len, lacking.values()))
+        self.cache.put_many({keys[c, text]: scores[c, text] for c, texts in lacking.items() for text in texts})
+        self.num_requested += len(wanted)
+        self.num_scored += num_lacking
+        return scores

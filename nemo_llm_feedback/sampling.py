@@ -1,0 +1,120 @@
+"""Exact samples from p(y | x). NeMo has no stochastic decoding; these draw alignments and keep their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A path with more labels than this a frame is taken for a run-away and rejected; its probability is negligible.
+MAX_LABELS_PER_FRAME = 10
+
+
+def sample_ctc(
+    log_probs: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator
+) -> list[list[tuple[int, ...]]]:
+    """Draws every frame's label independently, merges repeats and removes blanks: an exact sample of CTC's p(y | x).
+
+    Args:
+        log_probs: [B, T, V+1] natural log, blank last.
+        lengths: [B] frames.
+        size: samples a row.
+        generator: on the CPU, so that runs agree across devices.
+
+    Returns:
+        B lists of ``size`` label sequences.
+    """
+    probs = log_probs.detach().double().exp().cpu()
+    batch, frames, width = probs.shape
+    drawn = torch.multinomial(probs.reshape(-1, width), size, replacement=True, generator=generator)
+    drawn = drawn.reshape(batch, frames, size)
+    blank = width - 1
+    out = []
+    for b, length in enumerate(lengths.tolist()):
+        rows = (torch.unique_consecutive(drawn[b, :length, n]).tolist() for n in range(size))
+        out.append([tuple(label for label in row if label != blank) for row in rows])
+    return out
+
+
+def sample_transducer(
+    encoded: Tensor,
+    lengths: Tensor,
+    decoder: Any,
+    joint: Any,
+    *,
+    size: int,
+    durations: Sequence[int] = (),
+    generator: torch.Generator,
+) -> list[list[tuple[int, ...]]]:
+    """Ancestral sampling of RNN-T and TDT alignments, one joint evaluation a step for all rows and samples.
+
+    RNN-T: at (t, u) a token is drawn from the joint; a label moves to u + 1, a blank to t + 1. TDT draws a duration
+    beside the token (they are independent given (t, u)) and moves t by it. A TDT path that is not complete — blank
+    with duration 0, a jump beyond T, a label that lands on T — has no probability in log p(y | x) and is rejected, so
+    what is returned are exact samples of the normalised p(y | x); a row may have fewer than ``size``.
+
+    Args:
+        encoded: [B, T, D] encoder output.
+        lengths: [B] frames.
+        decoder, joint: NeMo's prediction network and joint, in eval mode.
+        size: samples a row.
+        durations: TDT's durations in frames; empty for RNN-T.
+        generator: on the CPU.
+
+    Returns:
+        B lists of at most ``size`` label sequences.
+    """
+    batch = encoded.shape[0]
+    frames = joint.project_encoder(encoded).repeat_interleave(size, dim=0)
+    ends = lengths.repeat_interleave(size)
+    rows = torch.arange(batch * size, device=encoded.device)
+    time = torch.zeros_like(rows)
+    g, state = decoder.predict(None, None, add_sos=False, batch_size=len(rows))
+    g = joint.project_prednet(g)
+    num_tokens = joint.num_classes_with_blank - joint.num_extra_outputs
+    labels: list[list[int]] = [[] for _ in range(len(rows))]
+    alive = ends > 0
+    complete = ~alive
+    for _ in range(int(lengths.max()) * (MAX_LABELS_PER_FRAME + 1)):
+        if not bool(alive.any()):
+            break
+        here = frames[rows, time.clamp(max=frames.shape[1] - 1)][:, None]
+        logits = joint.joint_after_projection(here, g)[:, 0, 0].double().cpu()
+        token = _draw(logits[:, :num_tokens], generator)
+        is_blank = token == num_tokens - 1
+        step = is_blank.long()
+        if durations:
+            step = torch.tensor(durations)[_draw(logits[:, num_tokens:], generator)]
+        is_blank, step = is_blank.to(rows.device), step.to(rows.device)
+        stuck = alive & is_blank & (step == 0)
+        time = torch.where(alive, time + step, time)
+        ended = alive & is_blank & (time == ends) & ~stuck
+        leaked = stuck | (alive & (time > ends)) | (alive & ~is_blank & (time >= ends))
+        emitted = alive & ~is_blank & ~leaked
+        for r in emitted.nonzero().flatten().tolist():
+            labels[r].append(int(token[r]))
+        complete |= ended
+        alive = alive & ~ended & ~leaked
+        if bool(emitted.any()):
+            inputs = torch.where(emitted, token.to(rows.device), torch.zeros_like(rows))[:, None]
+            next_g, next_state = decoder.predict(inputs, state, add_sos=False, batch_size=len(rows))
+            g = torch.where(emitted[:, None, None], joint.project_prednet(next_g), g)
+            state = _advance(decoder, state, next_state, emitted)
+    done = complete.tolist()
+    return [[tuple(labels[r]) for r in range(b * size, (b + 1) * size) if done[r]] for b in range(batch)]
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """[R] indices drawn from softmax(logits [R, K]); joints that return log-probabilities give the same."""
+    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+
+
+def _advance(decoder: Any, state: Any, next_state: Any, emitted: Tensor) -> Any:
+    """The state of rows that emitted a label moves on, the others keep theirs (NeMo's own per-decoder rule)."""
+    if state is None:
+        return next_state
+    kept = [part.clone() for part in state]
+    decoder.batch_replace_states_mask(src_states=next_state, dst_states=kept, mask=emitted)
+    return kept

@@ -1,0 +1,42 @@
+"""Packaging of nemo_llm_feedback. The shipped configurations live in ``conf/`` and go into the package as data."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/__init__.py").read_text())[1]
+
+setup(
+    name="nemo_llm_feedback",
+    version=VERSION,
+    description="Adapts NeMo ASR checkpoints to unlabeled audio with the feedback of a frozen 4-bit LLM",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["nemo_llm_feedback*"]) + ["nemo_llm_feedback.conf"],
+    package_dir={"nemo_llm_feedback.conf": "conf"},
+    package_data={"nemo_llm_feedback.conf": ["*.yaml", "*/*.yaml"], "nemo_llm_feedback": ["py.typed"]},
+    install_requires=[
+        "nemo_toolkit[asr]>=3.0,<3.1",
+        "torch>=2.6",
+        "transformers>=5.0",
+        "bitsandbytes>=0.49",
+        "accelerate>=1.0",
+        "jiwer>=4.0",
+        "kaldialign>=0.9",
+        "rapidfuzz>=3.0",
+        "hydra-core>=1.3",
+        "omegaconf>=2.3",
+        "braceexpand",
+        "lightning>=2.4",
+        "numpy",
+        "safetensors",
+        "soundfile",
+        "tensorboard",
+    ],
+    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
+    entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli:main"]},
+)
