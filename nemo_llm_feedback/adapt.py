@@ -146,8 +146,11 @@ def _trainer_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def _prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any]) -> None:
     """Replaces the optimizer section as a whole (a merge would keep the checkpoint's scheduler) and sets validation."""
+    optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    if optim.get("sched") is None:
+        optim.pop("sched", None)  # NeMo writes into the section when the key is there, also when it is null
     with open_dict(model.cfg):
-        model.cfg.optim = OmegaConf.create(OmegaConf.to_container(cfg.model.optim, resolve=True))
+        model.cfg.optim = OmegaConf.create(optim)
     if hasattr(model, "compute_eval_loss") and model.cfg.get("loss", {}).get("loss_name") == "tdt":
         # NeMo has no TDT loss on the CPU; WER is what validation is for.
         model.compute_eval_loss = False

@@ -69,8 +69,18 @@ class BatchReader:
             index = int(ids[b])
             row = self._rows[self._collection[index].id if self._collection is not None else index]
             return row.utterance, row.context
-        cut = ids[b]
-        return str(cut.id), parse_context((cut.custom or {}).get("context"))
+        # Shorter rows of a batch come as the recording with padding appended.
+        cut = getattr(ids[b], "first_non_padding_cut", ids[b])
+        return _cut_name(cut), parse_context((cut.custom or {}).get("context"))
+
+
+def _cut_name(cut: Any) -> str:
+    """A name that is stable over epochs; Lhotse's own id of a file is its stem, which folders may share."""
+    sources = cut.recording.sources if cut.has_recording else []
+    if sources and sources[0].type == "file":
+        return f"{sources[0].source}@{cut.start:.3f}+{cut.duration:.3f}"
+    shard = (cut.custom or {}).get("shard_id", "")
+    return f"{shard}/{cut.id}@{cut.start:.3f}+{cut.duration:.3f}"
 
 
 def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int) -> DictConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 
 import jiwer
-import kaldialign  # type: ignore[import-untyped]
+import kaldialign
 import numpy as np
 
 
@@ -26,10 +26,7 @@ def chunk_errors(chunk: jiwer.AlignmentChunk) -> int:
 
 
 def word_counts(
-    ref: list[str],
-    hyp: list[str],
-    alignment: list[jiwer.AlignmentChunk],
-    spans: set[tuple[int, int]] | None,
+    ref: list[str], alignment: list[jiwer.AlignmentChunk], spans: set[tuple[int, int]] | None
 ) -> dict[str, int]:
     """WER counts, and their split by entity spans unless ``spans`` is None."""
     wrong = np.zeros(len(ref), dtype=bool)

@@ -17,8 +17,6 @@ from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.reference import encode, evaluation_mode
 from nemo_llm_feedback.types import Context
 
-MAX_SYMBOLS = 10
-
 
 @dataclass(frozen=True)
 class AudioBatch:
@@ -80,6 +78,7 @@ def transcribe_rows(
         on_batch: receives the number of rows done.
     """
     chosen = heads_of(model, which=head)[0]
+    max_symbols = decoding_max_symbols(model)
     texts = [""] * len(rows)
     done = 0
     with evaluation_mode(model):
@@ -87,11 +86,17 @@ def transcribe_rows(
             rows, sample_rate=int(model.cfg.preprocessor.sample_rate), batch_size=batch_size, device=model.device
         ):
             encoded, lengths = encode(model, batch.signal, batch.signal_len)
-            for i, labels in zip(batch.indices, chosen.greedy(encoded, lengths, max_symbols=MAX_SYMBOLS), strict=True):
+            for i, labels in zip(batch.indices, chosen.greedy(encoded, lengths, max_symbols=max_symbols), strict=True):
                 texts[i] = chosen.vocabulary.ids_to_text(labels)
             done += len(batch.indices)
             on_batch(done)
     return texts
+
+
+def decoding_max_symbols(model: Any) -> int:
+    """The labels a frame that the checkpoint's own greedy decoding allows; NeMo's default is 10."""
+    greedy = (model.cfg.get("decoding") or {}).get("greedy") or {}
+    return int(greedy.get("max_symbols") or greedy.get("max_symbols_per_step") or 10)
 
 
 def score_rows(

@@ -69,6 +69,9 @@ class LLMFeedbackMixin(_Base):
         if unlabeled is None:
             return self._supervised_step(labelled, batch_nb)
         output: dict[str, Any] = {"loss": torch.zeros((), device=self.device), "log": {}}
+        if labelled is None:
+            # As NeMo's own steps do; exp_manager's checkpoints are ordered by it.
+            output["log"]["global_step"] = torch.tensor(float(self.trainer.global_step))
         if labelled is not None and state.config.feedback.supervised_weight > 0:
             output = {"log": {}, **self._supervised_step(labelled, batch_nb)}
             output["loss"] = output["loss"] * state.config.feedback.supervised_weight
@@ -98,8 +101,8 @@ class LLMFeedbackMixin(_Base):
                 logp = None
             else:
                 logp = {h.name: self._group_logp(h, encoded, lengths, groups) for h in state.heads}
-        state.last_groups = groups
         if logp is None:
+            state.last_groups = groups
             batch, metrics = pseudo_labelled_batch(config.objective, audio, groups, head=state.heads[0].name)
             loss = self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0
             return loss, metrics
@@ -110,6 +113,7 @@ class LLMFeedbackMixin(_Base):
             total = total + weight * result.loss
             prefix = "" if head == state.heads[0].name else f"{head}/"
             metrics.update({prefix + name: value for name, value in result.metrics.items()})
+        state.last_groups = groups
         metrics.update(group_metrics(groups, logp[state.heads[0].name], head=state.heads[0].name))
         return total, metrics
 

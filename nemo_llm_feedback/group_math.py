@@ -41,7 +41,7 @@ def reward_spread(rewards: Tensor, mask: Tensor) -> Tensor:
 
 def feasible(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """[B, N] bool: members that both the policy and the reference can produce at all (no log-probability of −inf)."""
-    return mask & ~torch.isneginf(logp.detach()) & ~torch.isneginf(ref_logp.to(logp.device))
+    return mask.to(logp.device) & ~torch.isneginf(logp.detach()) & ~torch.isneginf(ref_logp.to(logp.device))
 
 
 def leave_one_out(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -102,9 +102,13 @@ class Members:
         return self.policy_grad.detach()
 
 
-def prepare(logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor, min_spread: float) -> Members:
+def prepare(
+    logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor, min_spread: float, old_logp: Tensor | None = None
+) -> Members:
     """Applies the rules that all rewarded objectives share: feasible members of groups with signal."""
     valid = feasible(logp, ref_logp, mask)
+    if old_logp is not None:
+        valid = valid & ~torch.isneginf(old_logp.to(logp.device))
     return members(logp, rewards, ref_logp, valid, signal(rewards.to(logp), valid, min_spread=min_spread))
 
 
@@ -124,7 +128,7 @@ def constant(values: Tensor, like: Tensor, valid: Tensor) -> Tensor:
 
 def _floor(x: Tensor) -> float:
     """A score whose softmax is exactly 0 beside any real one, yet finite: log_softmax of all −inf would be NaN."""
-    return torch.finfo(x.dtype).min / 4
+    return torch.finfo(x.dtype).min
 
 
 def log_softmax_over(scores: Tensor, valid: Tensor) -> Tensor:

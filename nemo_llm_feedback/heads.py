@@ -133,8 +133,9 @@ class CTCHead(Head):
         self.vocabulary = vocabulary
 
     def _log_probs(self, encoded: Tensor) -> Tensor:
-        """[B, T, V+1] log-probabilities in float32, whatever the autocast."""
-        return self._decoder(encoder_output=encoded).float()
+        """[B, T, V+1] log-probabilities in float32 whatever the autocast, or in float64 for a model in float64."""
+        log_probs = self._decoder(encoder_output=encoded)
+        return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
 
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int) -> Tensor:
         """See :class:`Head`; the budget is not needed here, the lattice is small."""

@@ -17,7 +17,7 @@ none):
   (kaldialign); a reference word counts to B if it is in the utterance's list, an inserted word if *it* is in the list;
   the rest is ``b_u_wer``. The published scorer is given the rare words *of the reference* as the list (third column of
   its files), not the biasing list with distractors. Where two alignments cost the same, its choice and kaldialign's
-  can differ in single words.
+  can differ: never in our fuzz up to 10 % WER, by a few errors in a thousand at 40 %.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def score_corpus(
     char_alignments = jiwer.process_characters(refs, hyps).alignments
     rows = []
     for u, (ref, hyp) in enumerate(zip(refs, hyps, strict=True)):
-        row = word_counts(ref.split(), hyp.split(), word_alignments[u], None if entities is None else spans[u])
+        row = word_counts(ref.split(), word_alignments[u], None if entities is None else spans[u])
         row |= {"chars": len(ref), "char_errors": sum(chunk_errors(c) for c in char_alignments[u])}
         if terms is not None:
             row |= term_counts(ref.split(), hyp.split(), [clean(t) for t in terms[u]])
@@ -329,6 +329,8 @@ def _locate_all(
 def _map_span(text: str, span: Sequence[int], utterance: int, clean: _Cleaner) -> tuple[int, int]:
     """A word span of the text as given → the span after normalisation, which may drop or split words."""
     words = text.split()
+    if not isinstance(span, Sequence) or not all(isinstance(edge, int) for edge in span):
+        raise ManifestError(f"utterance {utterance}: entity {span!r} is neither a string nor a span [start, end)")
     if len(span) != 2 or not 0 <= span[0] < span[1] <= len(words):
         raise ManifestError(
             f"utterance {utterance}: entity span {list(span)} is not [start, end) with 0 <= start < end <= "
@@ -344,9 +346,11 @@ def _resample(systems: list[CorpusScores], metric: str, *, samples: int, seed: i
     columns = np.stack([part for scores in systems for part in scores.ratio(metric)], axis=1).astype(np.float64)
     generator = np.random.default_rng(seed)
     blocks = []
-    for start in range(0, samples, 256):  # blocks bound the memory: 256 · U integers
-        draws = generator.multinomial(size, np.full(size, 1 / size), size=min(256, samples - start))
-        blocks.append(draws @ columns)
+    for start in range(0, samples, 64):  # blocks bound the memory: 64 · U numbers
+        block = min(64, samples - start)
+        draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
+        times_drawn = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
+        blocks.append(times_drawn @ columns)
     totals = np.concatenate(blocks)
     scale = find_metric(metric).scale
     values = []

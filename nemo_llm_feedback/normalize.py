@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Callable
 
@@ -10,12 +11,13 @@ from nemo_llm_feedback.errors import ConfigError
 
 Normalizer = Callable[[str], str]
 
-# First words of the Unicode names of letters whose scripts put no spaces between words (UAX 29, line breaking class SA
-# and ideographs). Korean is written with spaces and is not among them.
-_SPACELESS = frozenset(
-    "CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA HALFWIDTH BOPOMOFO IDEOGRAPHIC THAI LAO KHMER MYANMAR TIBETAN TAI "
-    "JAVANESE BALINESE NUSHU YI TANGUT".split()
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
+"""A character of a script without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo, Chinese
+with its iteration marks and extensions. Korean has spaces."""
+
 _APOSTROPHES = dict.fromkeys(map(ord, "’ʼ＇`´‘"), "'")
 
 
@@ -39,10 +41,8 @@ def basic(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_APOSTROPHES)
     out = []
     for i, char in enumerate(folded):
-        kind = unicodedata.category(char)[0]
-        if kind in "LMN":
-            out.append(char)
-        elif char == "'" and _is_word(folded[i - 1 : i]) and _is_word(folded[i + 1 : i + 2]):
+        inner = char == "'" and _is_word(folded[i - 1 : i]) and _is_word(folded[i + 1 : i + 2])
+        if inner or _is_word(char):
             out.append(char)
         elif unicodedata.category(char) != "Cf":
             out.append(" ")
@@ -65,35 +65,15 @@ def get_normalizer(name: str) -> Normalizer:
 
 
 def text_length(text: str) -> int:
-    """Length as rewards count it: words, or characters where the script is written without spaces.
+    """Length as rewards count it: words, and characters where the script is written without spaces.
 
-    White-space separated words with a letter or digit count 1; within one, every letter of a spaceless script
-    (Chinese, Japanese, Thai, Lao, Khmer, Burmese …) counts 1 and each run of other letters between them counts 1.
-    Combining marks do not count, so that a Thai vowel sign does not lengthen a text, and neither does punctuation: a
-    reward for length is not to be had with dashes.
+    A word is a white-space separated piece with a letter or digit in it, so that a reward for length is not to be had
+    with dashes. Letters and digits of unspaced scripts count 1 each, the text between them counts as words:
+    ``我要 latte`` has length 3. Marks that combine with a character (Thai vowel signs and tones) do not count.
     """
-    return sum(_word_length(word) for word in text.split())
-
-
-def _word_length(word: str) -> int:
-    if not any(map(_is_spaceless, word)):
-        return int(any(unicodedata.category(char)[0] in "LN" for char in word))
-    count, in_run = 0, False
-    for char in word:
-        if _is_spaceless(char):
-            count, in_run = count + 1, False
-        elif unicodedata.category(char)[0] in "LN":
-            count, in_run = count + (not in_run), True
-    return count
+    characters = sum(unicodedata.category(char)[0] in "LN" for char in UNSPACED.findall(text))
+    return characters + sum(any(map(str.isalnum, word)) for word in UNSPACED.sub(" ", text).split())
 
 
 def _is_word(char: str) -> bool:
     return bool(char) and unicodedata.category(char)[0] in "LMN"
-
-
-def _is_spaceless(char: str) -> bool:
-    """Whether the character is a letter of a script that is written without spaces; False for its marks and signs."""
-    if char < "\u0e00" or unicodedata.category(char) not in ("Lo", "Lm", "Nl"):
-        return False
-    name = unicodedata.name(char, "")
-    return name.split(" ", 1)[0] in _SPACELESS and not name.startswith("HALFWIDTH HANGUL")

@@ -10,8 +10,8 @@
 - ``mask``: bool, True for members, False for padding. What the padding holds does not matter, NaN included.
 - ``old_logp``: optional, log-probability under the distribution that the members were *sampled* from, no gradient.
 
-**Rules that all share.** A member with ``logp`` or ``ref_logp`` of −inf is infeasible and counts as padding; a NaN in
-``logp`` of a member is a numerical failure and is passed on to the loss, where the trainer's guard sees it. A group
+**Rules that all share.** A member of −inf in any of the log-probabilities is infeasible and counts as padding; a NaN
+in ``logp`` of a member is a numerical failure and is passed on to the loss, where the trainer's guard sees it. A group
 with a member that could not be judged is dropped whole: judging only a part would reward whatever the judge cannot
 read. Groups without signal (`signal`) are dropped; the loss is the mean over the others, or a zero that is still
 connected to ``logp`` when none is left. Rewards, reference and old log-probabilities are constants: no gradient
@@ -170,7 +170,7 @@ def mwer(
     Raises:
         ValueError: unknown ``correction``, or ``proposal`` without ``old_logp``.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread)
+    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = centred(g.rewards, g.valid)
     if correction == "none":
         return _output(g, -(g.policy_grad * advantage).sum(dim=1), {})
@@ -210,7 +210,7 @@ def reinforce(
         logp, rewards, ref_logp, mask, old_logp: see the module docstring.
         min_spread: see `signal`; above 0 the estimate leaves out the groups it drops.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread)
+    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = leave_one_out(g.rewards, g.valid)
     if old_logp is None:
         return _output(g, -member_mean(advantage * g.logp, g.valid), {})
@@ -249,7 +249,7 @@ def grpo(
     Returns:
         Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members whose gradient the clip removed) and ``k3``.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread)
+    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = centred(g.rewards, g.valid)
     if standardize:
         std = member_mean(advantage.square(), g.valid).sqrt().clamp(min=std_floor)
@@ -329,7 +329,7 @@ def self_training(
     score = rewards if label == "reward" else ref_logp
     valid = feasible(logp, ref_logp, mask)
     usable = valid.any(dim=1) & (torch.isfinite(score.to(logp.device)) | ~valid).all(dim=1)
-    score = constant(score, logp, valid & usable.unsqueeze(1))
+    score = constant(score, logp, valid)
     confidence, best = probabilities(log_softmax_over(score, valid), valid).max(dim=1)
     g = members(logp, rewards, ref_logp, valid, usable & (confidence >= min_confidence))
     loss = -g.logp.gather(1, best.unsqueeze(1)).squeeze(1)

@@ -1,9 +1,10 @@
 """Prompt templates: what the LLM reads before a hypothesis.
 
-A template is a plain text file with the slots ``{description}``, ``{terms}`` and ``{hypothesis}``. The hypothesis comes
-last: nothing may follow it, and what stands right before it is a line break or a visible character, never a space (a
-space there would be a token of its own, and the hypothesis would continue it in a way no LLM has seen). A line
-whose slots all have nothing to fill in is left out. Braces around any other word are an error; other braces are plain text.
+A template is a plain text file with the slots ``{description}``, ``{terms}`` and ``{hypothesis}``. The hypothesis
+comes last: nothing may follow it, and what stands right before it is a line break or a visible character, never a
+space (a space there would be a token of its own, and the hypothesis would continue it in a way no LLM has seen). A
+line whose slots all have nothing to fill in is left out. Braces around any other word are an error; other braces are
+plain text.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def read_template(path: str | None, *, chat: bool) -> Template:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise LLMError(f"llm.template={path} cannot be read as UTF-8 text ({error}): give the path of a text file.") from error
+        raise LLMError(
+            f"llm.template={path} cannot be read as UTF-8 text ({error}): give the path of a text file."
+        ) from error
     faults = template_faults(text)
     if faults:
         raise LLMError(f"llm.template={path}: " + " ".join(faults))

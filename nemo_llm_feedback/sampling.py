@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# TDT's incomplete paths are drawn again this often before a row gets fewer samples than asked for.
+MAX_ATTEMPTS = 8
+
 # A path with more labels than this a frame is taken for a run-away and rejected; its probability is negligible.
 MAX_LABELS_PER_FRAME = 10
 
@@ -66,6 +69,29 @@ def sample_transducer(
     Returns:
         B lists of at most ``size`` label sequences.
     """
+    found: list[list[tuple[int, ...]]] = [[] for _ in range(encoded.shape[0])]
+    for _ in range(MAX_ATTEMPTS):
+        missing = [size - len(row) for row in found]
+        if max(missing, default=0) == 0:
+            break
+        drawn = _sample_once(
+            encoded, lengths, decoder, joint, size=max(missing), durations=durations, generator=generator
+        )
+        found = [row + new[:n] for row, new, n in zip(found, drawn, missing, strict=True)]
+    return found
+
+
+def _sample_once(
+    encoded: Tensor,
+    lengths: Tensor,
+    decoder: Any,
+    joint: Any,
+    *,
+    size: int,
+    durations: Sequence[int],
+    generator: torch.Generator,
+) -> list[list[tuple[int, ...]]]:
+    """One attempt of ``size`` paths a row; incomplete ones are left out."""
     batch = encoded.shape[0]
     frames = joint.project_encoder(encoded).repeat_interleave(size, dim=0)
     ends = lengths.repeat_interleave(size)

@@ -37,6 +37,7 @@ class TinyJoint(nn.Module):
         self.enc = nn.Linear(encoder, 5)
         self.pred = nn.Linear(prediction, 5)
         self.joint_net = nn.Sequential(nn.Tanh(), nn.Linear(5, num_classes + 1 + num_extra_outputs))
+        self.num_classes_with_blank = num_classes + 1 + num_extra_outputs
         self.num_extra_outputs = num_extra_outputs
         self.log_softmax = None
 
@@ -61,9 +62,7 @@ def ctc_oracle(log_probs: Tensor, hyp: Sequence[int], *, blank: int) -> float:
     return _log_sum(total)
 
 
-def joint_tables(
-    encoded: Tensor, hyp: Sequence[int], decoder, joint, *, num_durations: int
-) -> tuple[Tensor, Tensor]:
+def joint_tables(encoded: Tensor, hyp: Sequence[int], decoder, joint, *, num_durations: int) -> tuple[Tensor, Tensor]:
     """[T, U + 1, V + 1] label and [T, U + 1, M] duration log-probabilities of one [T, D] utterance and hypothesis."""
     labels = torch.tensor(list(hyp), dtype=torch.long)[None]
     out, _ = decoder.predict(labels, state=None, add_sos=True)

@@ -14,8 +14,6 @@ from nemo_llm_feedback.errors import ConfigError, ManifestError
 from nemo_llm_feedback.metrics import (
     COLUMNS,
     METRICS,
-    CorpusScores,
-    bootstrap,
     oracle,
     paired_difference,
     score_corpus,
@@ -167,6 +165,12 @@ def test_impossible_spans_are_errors(span):
         counts("one two three", "", entities=[span])
 
 
+@pytest.mark.parametrize("entity", [{"text": "one"}, ["one", "two"], 3, None])
+def test_entities_of_another_kind_are_errors(entity):
+    with pytest.raises(ManifestError, match="neither a string nor a span"):
+        counts("one two three", "", entities=[entity])
+
+
 def test_spans_follow_the_normalisation():
     reference = "Well - the T-bone steak, please"  # words: Well | - | the | T-bone | steak, | please
     scores = score_corpus([reference], ["well the t bone stake please"], normalize=basic, entities=[[[3, 5]]])
@@ -203,6 +207,9 @@ ALARMS = ("term_utterances", "hyp_terms", "false_alarms")
         ("latte", "latte latte latte", ["latte"], (1, 3, 2)),
         # the longest term counts, and counts once
         ("tea", "a lot of whole milk", ["milk", "whole milk", "a lot of whole milk"], (1, 1, 1)),
+        ("iced", "iced tea", ["iced", "iced tea"], (1, 1, 1)),
+        # what the hypothesis lacks of one term does not excuse another
+        ("tea tea", "tea latte", ["tea", "latte"], (1, 2, 1)),
         # another term than the reference's
         ("mocha", "iced mocha", ["mocha", "iced mocha"], (1, 1, 1)),
         # the words of the hypothesis's term are in the reference, so it is none of its inventions
@@ -245,8 +252,8 @@ BIASED = ("b_words", "b_errors", "b_u_words", "b_u_errors")
         ("", "quixote x", ["quixote"], (0, 1, 0, 1)),
         ("a b", "", ["a"], (1, 1, 1, 1)),
         ("", "", ["a"], (0, 0, 0, 0)),
-        # costs 4/3/3: deletion + hit + insertion (6) beats two substitutions (8); one unit each would tie
-        ("a b", "b c", ["a"], (1, 1, 1, 1)),
+        # costs 4/3/3: three deletions, two hits and three insertions (18) beat five substitutions (20)
+        ("a b c d e", "d e x y z", ["d", "e"], (2, 0, 3, 6)),
     ],
 )
 def test_bias_counts(reference, hypothesis, listed, expected):
@@ -300,121 +307,22 @@ def noisy(rng: random.Random, words: list[str], vocabulary: list[str], rate: flo
     return out
 
 
-def test_bias_counts_agree_with_the_published_scorer():
+@pytest.mark.parametrize(("rate", "tolerance"), [(0.1, 0.0), (0.4, 0.01)])
+def test_bias_counts_agree_with_the_published_scorer(rate, tolerance):
+    """Exactly up to an error rate of 10 %; beyond, equally cheap alignments differ in a few words of a thousand."""
     rng = random.Random(2)
     vocabulary = [f"w{i}" for i in range(60)]
     listed = set(vocabulary[::4])
-    unique, agree, total_ours, total_theirs = 0, 0, np.zeros(4), np.zeros(4)
-    for _ in range(400):
+    unique, ours, theirs = 0, np.zeros(4), np.zeros(4)
+    for _ in range(300):
         ref = [rng.choice(vocabulary) for _ in range(rng.randint(0, 20))]
-        hyp = noisy(rng, ref, vocabulary, 0.3)
-        ours = pick(counts(" ".join(ref), " ".join(hyp), bias_words=listed), *BIASED)
-        theirs, ways = published_choice(ref, hyp, listed)
-        total_ours, total_theirs = total_ours + ours, total_theirs + theirs
-        agree += ours == theirs
-        if ways == 1:
-            unique += 1
-            assert ours == theirs
-    assert unique > 100
-    assert agree >= 390
-    np.testing.assert_allclose(total_ours, total_theirs, rtol=0.005)
-
-
-# --- bootstrap and pairs --------------------------------------------------------------------------------------------
-
-
-def random_corpus(seed: int, size: int, rate: float) -> CorpusScores:
-    rng = random.Random(seed)
-    vocabulary = [f"w{i}" for i in range(30)]
-    shared = random.Random(99)
-    refs = [[shared.choice(vocabulary) for _ in range(shared.randint(3, 12))] for _ in range(size)]
-    hyps = [noisy(rng, ref, vocabulary, rate) for ref in refs]
-    return score_corpus([" ".join(r) for r in refs], [" ".join(h) for h in hyps], normalize=none)
-
-
-def test_bootstrap_against_a_plain_loop():
-    scores = random_corpus(0, 40, 0.3)
-    got = bootstrap(scores, "wer", samples=4000, seed=0)
-    rng = random.Random(5)
-    errors, words = scores.column("word_errors").tolist(), scores.column("words").tolist()
-    values = []
-    for _ in range(4000):
-        rows = [rng.randrange(40) for _ in range(40)]
-        values.append(100 * sum(errors[i] for i in rows) / sum(words[i] for i in rows))
-    low, high = np.quantile(values, (0.025, 0.975))
-    assert got.value == pytest.approx(scores.value("wer"))
-    assert got.low == pytest.approx(low, abs=0.6)
-    assert got.high == pytest.approx(high, abs=0.6)
-    assert got.low < got.value < got.high
-
-
-def test_bootstrap_is_deterministic_and_independent_of_the_block_size():
-    scores = random_corpus(0, 30, 0.3)
-    assert bootstrap(scores, "wer", samples=300, seed=7) == bootstrap(scores, "wer", samples=300, seed=7)
-    assert bootstrap(scores, "wer", samples=300, seed=7) != bootstrap(scores, "wer", samples=300, seed=8)
-
-
-def test_bootstrap_covers_the_truth():
-    """Of 200 corpora of 60 utterances with a true error rate of 30 %, about 95 % of the intervals contain it."""
-    rng = np.random.default_rng(0)
-    inside = 0
-    for trial in range(200):
-        matrix = np.zeros((60, len(COLUMNS)), dtype=np.int64)
-        matrix[:, COLUMNS.index("words")] = 10
-        matrix[:, COLUMNS.index("word_errors")] = rng.binomial(10, 0.3, size=60)
-        scores = CorpusScores(tuple(map(str, range(60))), ("",) * 60, matrix)
-        interval = bootstrap(scores, "wer", samples=400, seed=trial)
-        inside += interval.low <= 30.0 <= interval.high
-    assert 180 <= inside <= 199
-
-
-def test_undefined_metrics_are_nan():
-    scores = score_corpus(["a", ""], ["a", "b"], normalize=none)
-    for metric in ("ewer", "entity_recall", "false_alarms", "b_wer"):
-        interval = bootstrap(scores, metric, samples=50, seed=0)
-        assert all(math.isnan(x) for x in (interval.value, interval.low, interval.high)), metric
-        difference = paired_difference(scores, scores, metric, samples=50, seed=0)
-        assert math.isnan(difference.delta)
-        assert math.isnan(difference.p_value)
-    # resamples that hold only the empty reference are left out
-    assert bootstrap(scores, "wer", samples=50, seed=0).high < math.inf
-
-
-def test_paired_difference():
-    good, bad = random_corpus(1, 80, 0.1), random_corpus(2, 80, 0.4)
-    result = paired_difference(good, bad, "wer", samples=2000, seed=0)
-    assert result.delta == pytest.approx(good.value("wer") - bad.value("wer"))
-    assert result.low < result.delta < result.high < 0
-    assert result.p_value == pytest.approx(2 / 2001)
-    mirrored = paired_difference(bad, good, "wer", samples=2000, seed=0)
-    assert (mirrored.delta, mirrored.low) == (pytest.approx(-result.delta), pytest.approx(-result.high))
-    assert mirrored.p_value == result.p_value
-
-
-def test_paired_difference_uses_the_pairing():
-    """Equal errors in every utterance but one: the paired interval is far narrower than those of the systems."""
-    base = random_corpus(1, 80, 0.3)
-    matrix = base.counts.copy()
-    matrix[0, COLUMNS.index("word_errors")] += 1
-    other = CorpusScores(base.references, base.hypotheses, matrix)
-    result = paired_difference(other, base, "wer", samples=1000, seed=0)
-    alone = bootstrap(base, "wer", samples=1000, seed=0)
-    assert result.high - result.low < (alone.high - alone.low) / 5
-    assert result.p_value > 0.3
-
-
-def test_equal_systems_have_p_one():
-    scores = random_corpus(1, 20, 0.3)
-    result = paired_difference(scores, scores, "wer", samples=200, seed=0)
-    assert (result.delta, result.low, result.high, result.p_value) == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_p_values_are_uniform_under_no_difference():
-    small = 0
-    for trial in range(60):
-        a, b = random_corpus(2 * trial, 30, 0.3), random_corpus(2 * trial + 1, 30, 0.3)
-        small += paired_difference(a, b, "wer", samples=300, seed=trial).p_value < 0.2
-    assert 3 <= small <= 24  # 12 expected
+        hyp = noisy(rng, ref, vocabulary, rate)
+        got = pick(counts(" ".join(ref), " ".join(hyp), bias_words=listed), *BIASED)
+        wanted, ways = published_choice(ref, hyp, listed)
+        ours, theirs, unique = ours + got, theirs + wanted, unique + (ways == 1)
+        assert ways > 1 or got == wanted
+    assert unique > 50
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance)
 
 
 # --- oracle, selection, bad input -----------------------------------------------------------------------------------
@@ -462,7 +370,7 @@ def test_bad_input():
     with pytest.raises(ManifestError, match="no hypotheses for utterance 1"):
         oracle(["a", "b"], [["a"], []], normalize=none)
     scores = score_corpus(["a"], ["a"], normalize=none)
-    with pytest.raises(ConfigError, match="unknown metric 'wrr'.*wer, cer"):
+    with pytest.raises(ConfigError, match=r"unknown metric 'wrr'.*wer, cer"):
         scores.value("wrr")
     other = score_corpus(["b"], ["a"], normalize=none)
     with pytest.raises(ManifestError, match="different references"):

@@ -118,6 +118,18 @@ def test_grpo_by_hand():
     assert standardised.loss.item() == pytest.approx(out.loss.item() / math.sqrt(8 / 3))
 
 
+def test_grpo_clips_only_moves_that_went_far_enough():
+    ratios = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.1, 0.9]], dtype=torch.float64)
+    rewards = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)  # mean 0
+    logp = torch.full((1, 6), -5.0, dtype=torch.float64, requires_grad=True)
+    old = logp.detach() - ratios.log()
+    out = run("grpo", logp, rewards, logp, old=old, clip=0.2, kl_weight=0.0, standardize=False, std_floor=1.0)
+    # bad and below 0.8, good and above 1.2: done; all others go on with −ρA/N
+    keep = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(grad(out.loss, logp), -keep * ratios * rewards / 6)
+    assert out.metrics["clip_fraction"].item() == pytest.approx(1 / 3)
+
+
 def test_grpo_std_floor_bounds_nearly_equal_rewards():
     rewards = torch.tensor([[0.0, 1e-6]], dtype=torch.float64)
     logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
@@ -159,7 +171,12 @@ def test_self_training_confidence_filter():
 def test_anchors_by_hand():
     ref = torch.log(torch.tensor([[0.1, 0.1, 0.2]], dtype=torch.float64))
     ones = torch.ones_like(LOGP, dtype=torch.bool)
-    assert kl_anchor(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(math.log(2) / 4)
+    skewed = torch.log(torch.tensor([[0.25, 0.25, 1.5]], dtype=torch.float64))  # ⅛, ⅛, ¾
+    expected = math.log(1 / 4) / 8 + math.log(1 / 2) / 8 + 3 * math.log(3) / 4  # Σ P̂_ref ln(P̂_ref / P̂)
+    assert kl_anchor(LOGP, ref_logp=skewed, mask=ones).loss.item() == pytest.approx(expected)
+    pair = LOGP.expand(2, 3), skewed.expand(2, 3), torch.tensor([[True, True, True], [True, False, False]])
+    alone = kl_anchor(pair[0], ref_logp=pair[1], mask=pair[2])
+    assert (alone.loss.item(), alone.metrics["groups"]) == (pytest.approx(expected), 1)
     # ratios ref/policy ½, 1, 2: (½ + ln 2 − 1 + 0 + 2 − ln 2 − 1) / 3
     assert sequence_k3(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(0.5 / 3)
     assert mass_anchor(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(-math.log(0.4))
@@ -210,15 +227,16 @@ def test_infeasible_members_count_as_padding(name, settings):
     logp, rewards, ref, old = example()
     column = torch.zeros(3, 1, dtype=torch.float64)
     inf = column - math.inf
-    for cell, ref_cell, reward_cell in [(inf, inf, inf), (inf, column, column), (column, inf, inf * 0)]:
-        wide = torch.cat([logp.detach(), cell], dim=1).requires_grad_()
+    cases = [(inf, inf, inf, inf), (inf, column, column, column), (column, inf, inf * 0, column)]
+    if settings.get("correction", "proposal") == "proposal" and name in ("mwer", "reinforce", "grpo"):
+        cases.append((column, column, column, inf))
+    for cells in cases:
+        wide = [torch.cat([x.detach(), cell], dim=1) for x, cell in zip((logp, ref, rewards, old), cells, strict=True)]
+        wide[0].requires_grad_()
         mask = torch.ones(3, 5, dtype=torch.bool)
-        out = run(
-            name, wide, torch.cat([rewards, reward_cell], 1), torch.cat([ref, ref_cell], 1), mask,
-            torch.cat([old, cell], 1), **settings,
-        )  # fmt: skip
+        out = run(name, wide[0], wide[2], wide[1], mask, wide[3], **settings)
         torch.testing.assert_close(out.loss, run(name, logp, rewards, ref, old=old, **settings).loss)
-        assert torch.isfinite(grad(out.loss, wide)).all()
+        assert torch.isfinite(grad(out.loss, wide[0])).all()
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
@@ -350,7 +368,7 @@ def test_mwer_proposal_on_policy_weighs_samples_equally():
 
 
 def test_kl_reference_metric_and_anchor_vanish_at_the_reference():
-    logp, rewards, _, old = example()
+    logp, rewards, _, _ = example()
     mask = torch.ones_like(logp, dtype=torch.bool)
     shifted = logp.detach() - 5  # the group distribution does not see a common shift, k3 does
     assert kl_anchor(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(0.0, abs=1e-12)
@@ -408,8 +426,8 @@ def test_every_objective_names_its_hyperparameters_and_hides_no_default():
     for name, many in SETTINGS.items():
         for settings in many:
             assert set(hyperparameters(name)) - {"min_spread"} == set(settings)
+        logp, rewards, ref, _ = example()
         with pytest.raises(TypeError, match="missing"):
-            logp, rewards, ref, _ = example()
             OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=logp > -99)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.likelihood.inputs import clean_rows, empty_result
+from nemo_llm_feedback.likelihood.inputs import check_labels, clean_rows, empty_result
 from nemo_llm_feedback.likelihood.joint import ArcScores, TransducerJoint, arc_scores
 from nemo_llm_feedback.likelihood.lattice import LatticeShape, lattice_log_prob
 from nemo_llm_feedback.likelihood.prediction import PredictionNetwork, prefix_outputs
@@ -113,6 +113,8 @@ def _log_prob(
 ) -> Tensor:
     if trie.num_hyps == 0:
         return empty_result(encoded)
+    num_labels = joint.num_classes_with_blank - joint.num_extra_outputs
+    check_labels(trie, blank=num_labels - 1, num_classes=num_labels)
     trie = trie.to(encoded.device)
     encoded, host_lengths, row_ok = clean_rows(encoded, lengths, trie)
     scores = arc_scores(
@@ -121,7 +123,6 @@ def _log_prob(
         joint=joint,
         trie=trie,
         lengths=host_lengths,
-        num_durations=len(durations),
         memory_budget_mb=memory_budget_mb,
     )
     blank, label, blank_moves, label_moves = _arcs(scores, trie, durations)

@@ -1,6 +1,6 @@
 """The scoring LLM. ``load_llm(config).score([(context, texts)])`` returns log p(text | context) of every text.
 
-Nothing heavy is imported before ``load_llm`` is called; ``check_llm_folder`` refuses unusable LLMs without loading one.
+Nothing heavy is imported before ``load_llm`` is called; ``check_llm_folder`` refuses an unusable LLM unloaded.
 """
 
 from __future__ import annotations

@@ -139,10 +139,8 @@ class PromptEncoder:
         """Puts a space after the first character of whatever the tokenizer would read as a control token."""
         while match := self._control_pattern.search(text):
             cut = match.start() + 1
-            if match.end() == cut:  # a control token of one character cannot be broken, only left out
-                text = text[: cut - 1] + " " + text[cut:]
-            else:
-                text = text[:cut] + " " + text[cut:]
+            kept = cut if match.end() > cut else cut - 1  # a single character cannot be broken, only left out
+            text = text[:kept] + " " + text[cut:]
         if self._control.keys() & set(self._ids(text)):  # found only after the tokenizer's own normalisation
             text = " ".join(text)
         return text

@@ -1,4 +1,4 @@
-"""Static checks of an LLM's files: everything that can be refused without loading a weight or importing transformers."""
+"""Static checks of an LLM's files: all that can be refused without loading a weight or importing transformers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SAMPLE = 2**20  # bytes of each weight file's beginning, middle and end that en
 def check_llm_folder(config: LLMConfig) -> list[str]:
     """Returns every fault of the LLM's files, template and device that shows without loading weights.
 
-    A hub id is checked by its form, and in full when its files are already in the local hub cache; nothing is
-    downloaded. Faults of the settings' values are ``config.validate()``'s matter.
+    A hub id is checked by its form and by what the local hub cache has of it (all of it must be there when
+    ``HF_HUB_OFFLINE`` is set); nothing is downloaded. Faults of the values are ``config.validate()``'s matter.
     """
     faults = []
     try:
@@ -57,7 +57,10 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
         cached = _snapshot(config, local_only=True)
     except LLMError as error:
         return [*faults, str(error)] if _offline() else faults
-    return faults + _folder_faults(cached, config)
+    if _offline():
+        return faults + _folder_faults(cached, config)
+    settings, _ = _read_json(cached / "config.json")  # files that the cache lacks will be fetched
+    return faults + (_kind_faults(cached, settings, config) if settings else [])
 
 
 def is_hub_id(model: str) -> bool:
@@ -87,7 +90,9 @@ def resolve_folder(config: LLMConfig) -> Path:
 def fingerprint(folder: Path) -> str:
     """Returns a hash of all that decides the LLM's scores: configs, tokenizer, sizes and samples of the weights."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")):
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:

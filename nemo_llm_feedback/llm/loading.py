@@ -121,7 +121,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _is_quantized(folder: Path) -> bool:
-    """Whether the checkpoint is stored quantised: its own settings then hold, and passing others (even None) breaks it."""
+    """Whether the checkpoint is stored quantised: then its own settings hold; passing any, even None, breaks it."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return settings.get("quantization_config") is not None
 

@@ -83,7 +83,9 @@ def build_reward(name: str, *, allow_dotted: bool = False, **settings: Any) -> R
     except TypeError as error:
         raise RewardError(f"Reward {name!r} does not take these settings ({error}).") from error
     if not isinstance(reward, Reward):
-        raise RewardError(f"{name!r} made {reward!r}, which is no reward: it needs a name and to be callable on groups.")
+        raise RewardError(
+            f"{name!r} made {reward!r}, which is no reward: it needs a name and to be callable on groups."
+        )
     return reward
 
 
@@ -91,7 +93,9 @@ def _import(path: str, *, allowed: bool) -> Callable[..., Reward]:
     if not _DOTTED.fullmatch(path):
         raise RewardError(f"{path!r} is neither a reward's name nor of the form package.module:attribute.")
     if not allowed:
-        raise RewardError(f"The reward {path!r} is a path to code, which is accepted from the command line or YAML only.")
+        raise RewardError(
+            f"The reward {path!r} is a path to code, which is accepted from the command line or YAML only."
+        )
     module_name, attribute = path.split(":")
     try:
         target: Any = importlib.import_module(module_name)

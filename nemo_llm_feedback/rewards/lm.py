@@ -1,9 +1,9 @@
 """The LLM reward: R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h).
 
-log p_ref comes from a frozen copy of the starting model, never from the model that learns: that would reinforce itself.
-Without it a fluent unrelated sentence beats the truth. The length term balances a summed log-probability's liking for
-short texts. How it is hacked: deletions (raise β), fluent filler under ``normalize=token`` (lower β, keep w = 1), listed
-terms parroted anywhere (put distractors in the list; ``normalize=pmi``).
+log p_ref comes from a frozen copy of the starting model, never from the model that learns: that would reinforce
+itself. Without it a fluent unrelated sentence beats the truth. The length term balances a summed log-probability's
+liking for short texts. How it is hacked: deletions (raise β), fluent filler under ``normalize=token`` (lower β, keep
+w = 1), listed terms parroted anywhere (put distractors in the list; ``normalize=pmi``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.normalize import text_length
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, MemoryCache, ScoreCache, score_key
-from nemo_llm_feedback.rewards.text import text_length
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
@@ -55,11 +55,11 @@ class LLMReward:
         scorer: the LLM.
         alpha: weight of the LLM's log-probability (natural log, after ``normalize``).
         beta: reward a word; a character in scripts written without spaces.
-        normalize: of the LLM's log-probability: ``sum``; ``token`` or ``word``, divided by their number; ``pmi``, minus
-            the same without context.
+        normalize: of the LLM's log-probability: ``sum``; ``token`` or ``word``, divided by their number; ``pmi``,
+            minus the same without context.
         asr_weight: weight of ``group.ref_logp``; 0 = groups need none.
         allow_no_context: score groups that have no context instead of refusing.
-        cache: store of raw scores; a ``MemoryCache`` by default.
+        cache: store of raw scores, or the path of one on disk (see ``open_cache``); in memory by default.
 
     Raises:
         RewardError: unknown ``normalize`` or weights that are not finite.
@@ -76,7 +76,7 @@ class LLMReward:
         normalize: str = "sum",
         asr_weight: float = 1.0,
         allow_no_context: bool = False,
-        cache: ScoreCache | None = None,
+        cache: ScoreCache | str | None = None,
     ) -> None:
         if normalize not in NORMALIZATIONS:
             raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
@@ -86,7 +86,7 @@ class LLMReward:
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
         self._normalize = normalize
         self._allow_no_context = allow_no_context
-        self.cache: ScoreCache = MemoryCache() if cache is None else cache
+        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
         self.num_requested = 0
         self.num_scored = 0
 
@@ -106,7 +106,8 @@ class LLMReward:
         length = [[float(text_length(text)) for text in group.texts] for group in groups]
         asr = [list(group.ref_logp) if self._asr_weight else [0.0] * len(group) for group in groups]
         values = [
-            [self._combine(*member) for member in zip(*rows, strict=True)] for rows in zip(llm, asr, length, strict=True)
+            [self._combine(*member) for member in zip(*rows, strict=True)]
+            for rows in zip(llm, asr, length, strict=True)
         ]
         judged = pad_groups(values).isfinite()
         parts = {"llm": llm, "length": length, **({"asr": asr} if self._asr_weight else {})}
@@ -123,7 +124,7 @@ class LLMReward:
             if needs_context and not group.context:
                 raise RewardError(
                     f"Utterance {group.utterance} has no context for the LLM: set context.description, context.terms "
-                    "or context.terms_file, or a 'context' in the manifest row (context.required=false scores without)."
+                    "or context.terms_file, or a 'context' in the manifest row (context.required=false goes without)."
                 )
             if self._asr_weight and len(group.ref_logp) != len(group):
                 raise RewardError(

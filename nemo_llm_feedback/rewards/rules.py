@@ -7,13 +7,14 @@ empty text): they are components and controls, not goals.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.normalize import UNSPACED, text_length
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.text import repetition, text_length
 from nemo_llm_feedback.types import HypothesisGroup, RewardOutput, pad_groups
 
 Judge = Callable[..., Sequence[float | None]]
@@ -47,6 +48,22 @@ def length_reward() -> RuleReward:
 def negative_length_reward() -> RuleReward:
     """Fewer words are better."""
     return RuleReward("negative_length", lambda text: -text_length(text))
+
+
+def repetition(text: str) -> float:
+    """Returns the share of a text's units that repeat the unit before or close an earlier pair, in [0, 1].
+
+    Units are words, or characters where ``text_length`` counts those. 0 for texts of fewer than two units.
+    """
+    units = UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
+    if len(units) < 2:
+        return 0.0
+    seen: set[tuple[str, str]] = set()
+    repeats = 0
+    for pair in itertools.pairwise(units):
+        repeats += pair[0] == pair[1] or pair in seen
+        seen.add(pair)
+    return repeats / (len(units) - 1)
 
 
 @register("repetition")
@@ -91,7 +108,9 @@ class CallableReward:
         except Exception as error:  # whatever the user's function raises is reported under its name
             raise RewardError(f"The reward function {self.name} failed: {type(error).__name__}: {error}") from error
         if len(numbers) != len(texts):
-            raise RewardError(f"The reward function {self.name} returned {len(numbers)} values for {len(texts)} texts.")
+            raise RewardError(
+                f"The reward function {self.name} returned {len(numbers)} values for {len(texts)} texts."
+            )
         rest = iter(numbers)
         values = pad_groups([[next(rest) for _ in group.hypotheses] for group in groups])
         values[values.isinf()] = math.nan

@@ -1,0 +1,86 @@
+"""The LLM's output head, taken apart: positions are picked before the vocabulary is multiplied in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 256  # positions × vocabulary in float32 at a time
+
+
+class Head:
+    """From last hidden states to log-probabilities of tokens, a few hundred positions at a time.
+
+    Args:
+        model: a ``transformers`` causal LM on its device, without gradients.
+
+    Attributes:
+        exact: whether hidden states and head could be taken apart so that they reproduce the model's own logits.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        finish = self._find_finish()
+        self.exact = finish is not None
+        self._finish: Callable[[Tensor], Tensor] = finish or _as_they_are
+
+    def next_logp(self, hidden: Tensor) -> Tensor:
+        """Returns log-probabilities [M, V] in float32 of hidden states [M, D]; for few positions."""
+        return self._logits(hidden).log_softmax(-1)
+
+    def edge_logp(self, hidden: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        """Returns log p(target | position) of (position, target) pairs.
+
+        Args:
+            hidden: [M, D] last hidden states.
+            sources: [E] position in ``hidden`` of each pair, ascending; on the CPU.
+            targets: [E] token ids; on the model's device.
+
+        Returns:
+            [E] natural log, float64, on the model's device.
+        """
+        bounds = range(0, hidden.shape[0], _CHUNK)
+        cuts = torch.searchsorted(sources, torch.tensor([*bounds, hidden.shape[0]])).tolist()
+        sources = sources.to(hidden.device)
+        parts = [torch.zeros(0, dtype=torch.float64, device=hidden.device)]
+        for start, first, last in zip(bounds, cuts[:-1], cuts[1:], strict=True):
+            logits = self._logits(hidden[start : start + _CHUNK])
+            rows = sources[first:last] - start
+            parts.append((logits[rows, targets[first:last]] - logits.logsumexp(-1)[rows]).double())
+        return torch.cat(parts)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._finish(self._model.get_output_embeddings()(hidden)).float()
+
+    def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
+        """Finds what the model does to its logits after the output matrix, by comparing with its own forward.
+
+        Gemma caps them, Cohere multiplies and Granite divides them. None if nothing known reproduces the model.
+        """
+        config = self._model.config.get_text_config()
+        ids = torch.arange(1, 7, device=self._model.get_input_embeddings().weight.device)[None] % config.vocab_size
+        mask = torch.ones_like(ids)
+        expected = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        try:
+            hidden = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            raw = self._model.get_output_embeddings()(hidden)
+        except (AttributeError, TypeError):
+            return None
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
+        finishes: list[Callable[[Tensor], Tensor]] = [_as_they_are]
+        if cap:
+            finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
+        if scale:
+            finishes += [lambda logits: logits * scale, lambda logits: logits / scale]
+        for finish in finishes:
+            if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-3):
+                return finish
+        return None
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits

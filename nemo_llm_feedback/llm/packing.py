@@ -1,0 +1,179 @@
+"""Packs continuations of prompts into few, dense rows.
+
+A row holds the distinct prefixes of several continuations of one prompt: the nodes of a trie over LLM tokens. Each
+node is one token at its own position, sees the prompt and its ancestors, and predicts its children and the
+continuations that end there. A row with a single continuation is an ordinary sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.trie import PrefixTrie
+
+Ids = tuple[int, ...]
+_PADDING = 1.05  # widest batch, as a multiple of its real tokens
+_KEY_FACTOR = 16  # rows × (prompt + nodes) ≤ this × token budget: bounds one layer's joined keys
+
+
+@dataclass(frozen=True)
+class Row:
+    """Continuations of one prompt that go through the model as one row.
+
+    Attributes:
+        prompt: the prompt's ids.
+        members: (request, position within it) of each continuation.
+        continuations: ids of each, at least one; the last id is only predicted, never put in.
+        num_nodes: distinct prefixes to put in; 0 if every continuation is a single id.
+    """
+
+    prompt: Ids
+    members: tuple[tuple[int, int], ...]
+    continuations: tuple[Ids, ...]
+    num_nodes: int
+
+
+def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_nodes: int) -> list[Row]:
+    """Splits a prompt's continuations into rows of about equal size.
+
+    Args:
+        request: name of the request, for ``Row.members``.
+        prompt: the prompt's ids.
+        continuations: position within the request → ids.
+        max_nodes: nodes a row may have, half a continuation more or less; 0 = one continuation a row.
+    """
+    if not max_nodes:
+        return [Row(prompt, ((request, n),), (ids,), len(ids) - 1) for n, ids in continuations.items()]
+    order = sorted(continuations, key=lambda n: continuations[n][:-1])  # neighbours share their prefixes
+    inputs = [continuations[n][:-1] for n in order]
+    fresh = [len(inputs[0]), *(len(two) - _common(one, two) for one, two in itertools.pairwise(inputs))]
+    target = sum(fresh) / max(1, -(-sum(fresh) // max_nodes))
+    starts, size = [0], 0
+    for place, new in enumerate(fresh):
+        if size and size + new / 2 > target:
+            starts.append(place)
+            size = 0
+        size += new if place > starts[-1] else len(inputs[place])
+    rows = []
+    for start, end in itertools.pairwise((*starts, len(order))):
+        members = tuple((request, n) for n in order[start:end])
+        num_nodes = len(inputs[start]) + sum(fresh[start + 1 : end])
+        rows.append(Row(prompt, members, tuple(continuations[n] for n in order[start:end]), num_nodes))
+    return rows
+
+
+def _common(one: Ids, two: Ids) -> int:
+    """Length of the common prefix of two sequences."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def batch_rows(rows: Iterable[Row], *, token_budget: int, slack: int, mix_prompts: bool) -> Iterator[list[Row]]:
+    """Groups rows into batches of similar width within the token budget; a batch has at least one row.
+
+    Args:
+        rows: in any order.
+        token_budget: nodes of a batch, padding included; also the tokens of its prompts, where they differ.
+        slack: batches of at most so many nodes, padding included, may have any share of padding.
+        mix_prompts: whether rows of different prompts may share a batch.
+    """
+    batch: list[Row] = []
+    prompts: set[Ids] = set()
+    nodes = longest = 0
+    for row in sorted(rows, key=lambda r: (0 if mix_prompts else r.members[0][0], -r.num_nodes)):
+        width = batch[0].num_nodes if batch else row.num_nodes  # the first one is the widest
+        size, different = len(batch) + 1, len(prompts) + (row.prompt not in prompts)
+        reach = max(longest, len(row.prompt))
+        fits = (
+            (mix_prompts or different == 1)
+            and size * width <= min(token_budget, max(slack, _PADDING * (nodes + row.num_nodes)))
+            and (different == 1 or different * reach <= token_budget)
+            and size * (reach + width) <= _KEY_FACTOR * token_budget
+        )
+        if batch and not fits:
+            yield batch
+            batch, prompts, nodes, longest = [], set(), 0, 0
+        batch.append(row)
+        prompts.add(row.prompt)
+        nodes, longest = nodes + row.num_nodes, max(longest, len(row.prompt))
+    if batch:
+        yield batch
+
+
+class PackedBatch:
+    """The tensors of a batch of rows, on the CPU.
+
+    Attributes:
+        ids: [B, L] token ids of the rows' nodes, right-padded with 0.
+        positions: [B, L] positions of the nodes in their sequences.
+        real: [B, L] which of them are nodes.
+        sources: [E] where the pair's token is predicted: −1 − b for row b's prompt, else the node's rank among the
+            real ones in row-major order; ascending.
+        targets: [E] token that is predicted there.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        owner = [b for b, row in enumerate(rows) for _ in row.continuations]
+        continuations = [ids for row in rows for ids in row.continuations]
+        self._trie = trie = PrefixTrie.build([ids[:-1] for ids in continuations], owner)
+        self._prompt_lens = torch.tensor([len(row.prompt) for row in rows])
+        firsts = torch.tensor([first for _, first, _ in trie.spans])
+        is_node = trie.depth > 0
+        self._column = torch.arange(trie.num_nodes) - firsts[trie.utterance] - 1  # −1 at a root, the prompt's end
+        shape = (len(rows), max(last - first - 1 for _, first, last in trie.spans))
+        self.ids, self.positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        self.real = torch.zeros(shape, dtype=torch.bool)
+        where = (trie.utterance[is_node], self._column[is_node])
+        self.ids[where] = trie.token[is_node]
+        self.positions[where] = self._prompt_lens[where[0]] + trie.depth[is_node] - 1
+        self.real[where] = True
+        # Predictions: each node by its parent, and each continuation's last token by its leaf.
+        rank = torch.where(is_node, torch.cumsum(is_node, 0) - 1, -1 - trie.utterance)
+        last_ids = torch.tensor([ids[-1] for ids in continuations])
+        sources = torch.cat([rank[trie.parent[is_node]], rank[trie.leaf]])
+        self._order = sources.argsort(stable=True)
+        self.sources = sources[self._order]
+        self.targets = torch.cat([trie.token[is_node], last_ids])[self._order]
+
+    def trie_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the additive mask [B, 1, L, P + L]: 0 on prompt, ancestors and self, the lowest number elsewhere.
+
+        Additive, because a boolean mask of this shape is silently wrong under eager attention.
+        """
+        trie, (rows, width) = self._trie, self.real.shape
+        seen = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
+        for depth in range(2, int(trie.depth.max()) + 1):
+            node = (trie.depth == depth).nonzero().squeeze(1)
+            row = trie.utterance[node]
+            seen[row, self._column[node]] |= seen[row, self._column[trie.parent[node]]]
+        longest = int(self._prompt_lens.max())
+        prompt = torch.arange(longest)[None] < self._prompt_lens[:, None]
+        allowed = torch.cat([prompt[:, None].expand(-1, width, -1), seen], dim=2).to(device)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+    def sequence_mask(self) -> Tensor:
+        """Returns the mask [B, P + L] of real tokens, for rows of one continuation behind one common prompt."""
+        prompt = torch.ones(len(self.real), int(self._prompt_lens.max()), dtype=torch.bool)
+        return torch.cat([prompt, self.real], dim=1).long()
+
+    def sums(self, edge_logp: Tensor) -> list[float]:
+        """Returns the sum of each continuation's log-probabilities, in the rows' order.
+
+        Args:
+            edge_logp: [E] log p of each pair of ``sources`` and ``targets``, float64.
+        """
+        trie = self._trie
+        logp = torch.empty_like(edge_logp)
+        logp[self._order] = edge_logp
+        is_node = trie.depth > 0
+        path = torch.zeros(trie.num_nodes, dtype=torch.float64)
+        path[is_node] = logp[: int(is_node.sum())]
+        for depth in range(2, int(trie.depth.max()) + 1):
+            node = (trie.depth == depth).nonzero().squeeze(1)
+            path[node] += path[trie.parent[node]]
+        return (path[trie.leaf] + logp[int(is_node.sum()) :]).tolist()

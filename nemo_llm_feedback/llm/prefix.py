@@ -1,0 +1,117 @@
+"""The state of prompts that were run once: their keys and values, shared by all that continues them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+Ids = tuple[int, ...]
+
+
+class PrefixLayer(CacheLayerMixin):
+    """One layer's keys and values of the prompts, joined to a batch's own for that layer only and never changed.
+
+    Args:
+        keys: one [1, heads, P, head_dim] tensor a row of the batch, or a single one for all rows.
+        values: likewise.
+    """
+
+    is_sliding = False  # sliding-window layers keep all of the prompt too; the mask hides what is out of reach
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._keys, self._values = keys, values
+        self._length = max(tensor.shape[-2] for tensor in keys)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the layer is made with its tensors."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Returns prompts and new states joined: [B, heads, P + L, head_dim] each, for new ones [B, heads, L, …]."""
+        return _join(self._keys, key_states, self._length), _join(self._values, value_states, self._length)
+
+    def get_seq_length(self) -> int:
+        """Returns P, the longest prompt's length in tokens."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the number of keys that ``query_length`` new tokens see, and the first one's index."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Returns −1: no limit."""
+        return -1
+
+
+def _join(prefixes: Sequence[Tensor], new: Tensor, length: int) -> Tensor:
+    """Joins prompts (right-padded with zeros to ``length``) and new states along the tokens."""
+    rows, heads, width, size = new.shape
+    if len(prefixes) == 1:
+        return torch.cat([prefixes[0].expand(rows, -1, -1, -1), new], dim=-2)
+    joined = new.new_zeros(rows, heads, length + width, size)
+    for row, prefix in enumerate(prefixes):
+        joined[row, :, : prefix.shape[-2]] = prefix[0]
+    joined[:, :, length:] = new
+    return joined
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt's state: per layer (keys, values), and the log-probabilities [V] (float32) of what follows it."""
+
+    length: int
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    next_logp: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the state in bytes."""
+        tensors = [self.next_logp, *(tensor for layer in self.layers for tensor in layer)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def joined_cache(prefixes: Sequence[Prefix]) -> Cache:
+    """Returns a cache for one forward whose row b continues ``prefixes[b]``, or all rows the only one."""
+    layers = zip(*(prefix.layers for prefix in prefixes), strict=True)
+    return Cache(layers=[PrefixLayer(*zip(*layer, strict=True)) for layer in layers])
+
+
+class PrefixStore:
+    """Keeps the most recently used prompts' states within a memory limit, and always the last one put.
+
+    Attributes:
+        num_bytes: memory of the kept states in bytes.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._prefixes: OrderedDict[Ids, Prefix] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def get(self, prompt: Ids) -> Prefix | None:
+        """Returns the prompt's state, or None if it is not kept."""
+        if prompt in self._prefixes:
+            self._prefixes.move_to_end(prompt)
+        return self._prefixes.get(prompt)
+
+    def put(self, prompt: Ids, prefix: Prefix) -> None:
+        """Keeps a prompt's state; the least recently used ones make room."""
+        self._prefixes[prompt] = prefix
+        self.num_bytes += prefix.num_bytes
+        while self.num_bytes > self._max_bytes and len(self._prefixes) > 1:
+            self.num_bytes -= self._prefixes.popitem(last=False)[1].num_bytes
+
+    def clear(self) -> None:
+        """Forgets all states."""
+        self._prefixes.clear()
+        self.num_bytes = 0

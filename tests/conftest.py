@@ -1,0 +1,61 @@
+"""Shared fixtures. Tests use one thread: tiny models are slower on two, and CI's two cores stay free for each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("nemo_logger").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real speech and checkpoints; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared (real speech and checkpoints) is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BPE tokenizer in NeMo's layout."""
+    from tiny import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def nemo_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[[str], Path]:
+    """``nemo_file(kind)`` gives a stock ``.nemo`` of a tiny model, built once a session."""
+    from tiny import build_nemo
+
+    folder = tmp_path_factory.mktemp("nemo")
+    built: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in built:
+            built[kind] = build_nemo(kind, folder / f"{kind}.nemo", tokenizer_dir=tokenizer_dir)
+        return built[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random causal LM."""
+    from tiny_llm import make_tiny_llm
+
+    return make_tiny_llm(tmp_path_factory.mktemp("llm"))

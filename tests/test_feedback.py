@@ -1,0 +1,256 @@
+"""The mixin: stock where it must be stock, and learning where it must learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny import KINDS, stock_class, write_manifest
+
+from nemo_llm_feedback.heads import heads_of
+from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.reference import encode, evaluation_mode
+from nemo_llm_feedback.types import HypothesisGroup, RewardOutput, pad_groups
+
+TEXTS = ["a latte with soy", "one mocha to go", "the small tea", "thank you"]
+
+
+def label_reward(groups: list[HypothesisGroup]) -> RewardOutput:
+    """An arbitrary function of the labels, in which the members of any beam differ."""
+    rows = [[sum((i + 1) * y for i, y in enumerate(h.tokens)) % 11 / 2 for h in g.hypotheses] for g in groups]
+    return RewardOutput(pad_groups(rows), {})
+
+
+class Preference:
+    """Rewards the member that the model finds least likely; shuffled, the reward goes to its neighbour instead."""
+
+    def __init__(self, *, shuffled: bool) -> None:
+        self._shuffled = shuffled
+        self.best: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+        rows = []
+        for group in groups:
+            worst = min(range(len(group)), key=lambda n: group.ref_logp[n])
+            self.best[group.utterance] = group.hypotheses[worst].tokens
+            row = [float(h.tokens == self.best[group.utterance]) * 5 for h in group.hypotheses]
+            if self._shuffled:
+                row = row[1:] + row[:1]
+            rows.append(row)
+        return RewardOutput(pad_groups(rows), {})
+
+
+def config(manifest: Path, **sections: Any) -> dict[str, Any]:
+    """A run's settings for tiny models."""
+    base: dict[str, Any] = {
+        "model": {
+            "train_ds": {
+                "manifest_filepath": str(manifest),
+                "sample_rate": 16000,
+                "batch_size": 2,
+                "shuffle": False,
+                "num_workers": 0,
+            }
+        },
+        "feedback": {"survey_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0},
+        "proposals": {"beam": 4, "boosted": 0, "samples": 6, "max_members": 8, "max_symbols": 3},
+        "objective": {"name": "distill"},
+        "reward": {"name": "callable_test", "alpha": 1.0},
+        "context": {"description": "an order"},
+    }
+    for name, values in sections.items():
+        base[name] = base.get(name, {}) | values
+    return base
+
+
+def fit(model: Any, *, steps: int, lr: float = 1e-3, train_ds: Any = None) -> Any:
+    """Trains for some optimizer steps with a constant rate."""
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    model.set_trainer(trainer)
+    if train_ds is not None:
+        model.setup_training_data(OmegaConf.create(train_ds))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.setup_optimization(OmegaConf.create({"name": "adamw", "lr": lr, "weight_decay": 0.0}))
+        trainer.fit(model)
+    return trainer
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """``reward(function)`` makes the run's reward that function."""
+    from nemo_llm_feedback import preparation
+
+    def use(function: Any) -> None:
+        monkeypatch.setattr(preparation, "make_reward", lambda config, scorer, beta: function)
+
+    return use
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "hybrid_bpe"])
+def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(
+    kind: str, nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "all.json", TEXTS)
+    mixed = write_manifest(tmp_path / "mixed.json", [*TEXTS, None, None])
+    stock_ds = {**config(manifest)["model"]["train_ds"]}
+    stock = stock_class(kind).restore_from(str(nemo_file(kind)), map_location="cpu")
+    fit(stock, steps=2, train_ds=stock_ds)
+    runs = {"labelled": (mixed, {}), "weight 0": (mixed, {"weight": 0.0})}
+    for name, (path, feedback) in runs.items():
+        ours = restore(nemo_file(kind), map_location="cpu")
+        # The first two batches of `mixed` are those of `all`: only labelled rows.
+        ours.setup_feedback(config(path, feedback=config(path)["feedback"] | feedback), work_dir=tmp_path / name)
+        fit(ours, steps=2)
+        for (key, a), (other, b) in zip(stock.state_dict().items(), ours.state_dict().items(), strict=True):
+            assert key == other
+            assert torch.equal(a, b), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file(kind), map_location="cpu")
+    keys = list(model.state_dict())
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(config(manifest, objective={"temperature": 0.2}), work_dir=tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, steps=2, lr=1e-2)
+    assert list(model.state_dict()) == keys
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    wanted = {"encoder", "decoder"} | ({"joint"} if "ctc" not in kind.split("_")[0] else set())
+    wanted |= {"ctc_decoder"} if kind.startswith("hybrid") else set()
+    assert moved == wanted
+    # BatchNorm statistics and the train flags are as they were: the pass ran in eval mode and gave it back.
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running_" in k)
+    assert model.encoder.training
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
+    shuffled: bool, nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    preference = Preference(shuffled=shuffled)
+    reward(preference)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    settings = config(manifest, feedback={"refresh_every": 100})
+    settings["model"]["train_ds"]["batch_size"] = 4
+    model.setup_feedback(settings, work_dir=tmp_path)
+    fit(model, steps=30, lr=3e-3)
+    groups = model._feedback.last_groups
+    audio = next(model._feedback.reader.split(batch)[1] for batch in model._train_dl)
+    with torch.no_grad(), evaluation_mode(model):
+        encoded, lengths = encode(model, audio.signal, audio.signal_len)
+        now = torch.softmax(model._group_logp(model._feedback.heads[0], encoded, lengths, groups), dim=1)
+    before, after = [], []
+    for b, g in enumerate(groups):
+        n = [h.tokens for h in g.group.hypotheses].index(preference.best[g.group.utterance])
+        before.append(float(torch.softmax(torch.tensor(g.old_logp["ctc"]), 0)[n]))
+        after.append(float(now[b, n]))
+    gain = sum(after) / len(after) - sum(before) / len(before)
+    assert gain < 0.05 if shuffled else gain > 0.4, (before, after)
+
+
+def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", None, "", "thank you"])
+    settings = config(manifest)
+    settings["model"]["train_ds"]["batch_size"] = 4
+    model.setup_feedback(settings, work_dir=tmp_path)
+    seen: list[list[int]] = []
+    stock_step = stock_class("ctc_bpe").training_step
+
+    def spy(self: Any, batch: Any, batch_nb: int) -> Any:
+        seen.append(batch[3].tolist())
+        return stock_step(self, batch, batch_nb)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_class("ctc_bpe"), "training_step", spy)
+        fit(model, steps=1)
+    assert len(seen) == 1
+    assert len(seen[0]) == 2
+    assert min(seen[0]) > 0
+    assert len(model._feedback.last_groups) == 2
+
+
+def test_greedy_is_a_member_and_members_differ_after_normalisation(
+    nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(config(manifest), work_dir=tmp_path)
+    fit(model, steps=1)
+    for scored in model._feedback.last_groups:
+        texts = scored.group.texts
+        assert len(set(texts)) == len(texts)
+        assert any(h.source == "greedy" for h in scored.group.hypotheses) or len(texts) == 1
+
+
+def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu").double()
+    model.preprocessor.float()
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model.setup_feedback(config(manifest, feedback={"refresh_every": 100}), work_dir=tmp_path)
+    state = model._feedback
+    state.maker.reward = label_reward
+    audio = None
+    for batch in model._train_dl:
+        _, audio = state.reader.split(batch)
+        break
+    model._trainer = type("Stub", (), {"global_step": 0})()
+    processed = model.preprocessor.forward
+    model.preprocessor.forward = lambda **kw: tuple(
+        x.double() if x.is_floating_point() else x for x in processed(**kw)
+    )
+    state.reference.preprocessor.forward = model.preprocessor.forward
+    assert audio is not None
+    loss, _ = model.feedback_loss(audio)
+    loss.backward()
+    torch.manual_seed(3)
+    for name in (
+        "encoder.layers.0.feed_forward1.linear1.weight",
+        "joint.joint_net.2.weight",
+        "decoder.prediction.embed.weight",
+    ):
+        parameter = model.get_parameter(name)
+        direction = torch.randn_like(parameter)
+        slope = float((parameter.grad * direction).sum())
+        values = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                parameter += step * direction
+                values.append(float(model.feedback_loss(audio)[0]))
+                parameter -= step * direction
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=2e-3, abs=1e-7), name
+        assert abs(slope) > 1e-6, name
+
+
+def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model.setup_feedback(config(manifest, feedback={"heads": "ctc"}), work_dir=tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, steps=1, lr=1e-2)
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"encoder", "ctc_decoder"}
+    assert [h.name for h in heads_of(model)] == ["transducer", "ctc"]
