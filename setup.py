@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["nemo_llm_feedback*"]) + ["nemo_llm_feedback.conf"],
+    packages=[*find_packages(include=["nemo_llm_feedback*"]), "nemo_llm_feedback.conf"],
     package_dir={"nemo_llm_feedback.conf": "conf"},
     package_data={"nemo_llm_feedback.conf": ["*.yaml", "*/*.yaml"], "nemo_llm_feedback": ["py.typed"]},
     install_requires=[

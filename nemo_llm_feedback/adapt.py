@@ -53,7 +53,8 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    config = parse_run_config(OmegaConf.to_container(cfg, resolve=False, throw_on_missing=False))
+    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    config = parse_run_config(tree)
     source = _source(cfg)
     supported_class(read_config(source), origin=source)
     validation = _validation_rows(cfg)
@@ -84,8 +85,8 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     return result
 
 
-def summary(result: AdaptResult, *, pool_rows: int | None = None) -> str:
-    """Before and after as text: tables where there were references, else changed transcripts; and where the file is."""
+def summary(result: AdaptResult) -> str:
+    """Before and after as text: tables where there were references, else changed transcripts; and the paths."""
     lines = []
     for name, before in result.before.items():
         metrics = ["wer", "cer"] + (["ewer", "entity_recall"] if before.column("entity_words").sum() else [])
@@ -145,7 +146,7 @@ def _trainer_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any]) -> None:
-    """Replaces the optimizer section as a whole (a merge would keep the checkpoint's scheduler) and sets validation."""
+    """Replaces the optimizer section as a whole (a merge would keep the old scheduler) and sets validation."""
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
     if optim.get("sched") is None:
         optim.pop("sched", None)  # NeMo writes into the section when the key is there, also when it is null
@@ -161,7 +162,7 @@ def _prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any]) -
 
 def _with_sample_rate(cfg: DictConfig, model: Any) -> DictConfig:
     """The configuration with the checkpoint's sample rate where none is given."""
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    cfg = DictConfig(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
     for section in (cfg.model.train_ds, cfg.model.validation_ds):
         if section.get("sample_rate") is None:
             section.sample_rate = int(model.cfg.preprocessor.sample_rate)

@@ -25,7 +25,7 @@ SUPPORTED = (
 )
 _NEMO = "nemo.collections.asr.models."
 _REFUSED = {
-    "MultiTask": "an attention encoder-decoder (Canary) has no frame-synchronous lattice, so log p(text | audio) is of "
+    "MultiTask": "an attention encoder-decoder (Canary) has no frame-synchronous lattice, so its log p is of "
     "another kind than this plugin's",
     "Prompt": "a prompt-conditioned model needs a prompt for every row, which unlabeled manifests do not carry",
     "EOU": "an end-of-utterance model emits markers that no text reward can judge",
@@ -50,7 +50,7 @@ def read_config(path: str | Path) -> DictConfig:
             names = {os.path.normpath(name): name for name in archive.getnames()}
             member = archive.extractfile(names["model_config.yaml"])
             assert member is not None
-            return OmegaConf.create(member.read().decode("utf-8"))
+            return DictConfig(OmegaConf.create(member.read().decode("utf-8")))
     except (tarfile.TarError, KeyError, UnicodeDecodeError, EOFError) as error:
         raise CheckpointError(
             f"{path} is not a .nemo checkpoint ({type(error).__name__}: {error}); a Lightning .ckpt becomes one by "
@@ -75,7 +75,7 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
     loss = str(config.get("loss", {}).get("loss_name", "default") if config.get("loss") else "default")
     if "multiblank" in loss or config.get("decoding", {}).get("big_blank_durations"):
         raise CheckpointError(
-            f"{origin} is a multi-blank transducer, which cannot be adapted: its big blanks need a lattice of their own. "
+            f"{origin} is a multi-blank transducer, which cannot be adapted: big blanks need a lattice of their own. "
             "Use an RNN-T, TDT or CTC checkpoint."
         )
     joint = str(config.get("joint", {}).get("_target_", "") if config.get("joint") else "")
@@ -87,7 +87,7 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
 
 
 def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[str]:
-    """Copies the artifacts (tokenizer, vocabulary …) of a restored model out of its ``.nemo`` and registers the copies.
+    """Copies the artifacts (tokenizer, vocabulary …) of a restored model out of its ``.nemo``, registers the copies.
 
     NeMo re-reads them from the source at every save; a moved or overwritten source would lose the trained model.
 

@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="turn a training checkpoint into a plain .nemo")
-    export.add_argument("checkpoint", help="a .nemo, or a Lightning .ckpt together with --base")
-    export.add_argument("--base", help=".nemo that the .ckpt was trained from")
+    export.add_argument("checkpoint", help="a Lightning .ckpt of a run, or a .nemo")
+    export.add_argument("--base", help=".nemo that the .ckpt was trained from, if it has moved since")
     export.add_argument("--output", help="where to write; default: beside the checkpoint")
     export.set_defaults(run=_export)
     return parser

@@ -8,10 +8,12 @@ from pathlib import Path
 from nemo.collections.asr.models import ASRModel
 
 from nemo_llm_feedback.checkpoints import read_config, supported_class
-from nemo_llm_feedback.config import read_terms
+from nemo_llm_feedback.config import ProposalConfig, read_terms
 from nemo_llm_feedback.errors import ManifestError
-from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
+from nemo_llm_feedback.evaluation import propose_rows, score_rows, transcribe_rows
 from nemo_llm_feedback.manifests import read_manifest, unreadable
+from nemo_llm_feedback.metrics import oracle as find_oracle
+from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.tables import build_table
 from nemo_llm_feedback.types import Context
 
@@ -36,7 +38,8 @@ def evaluate(
         head: ``ctc``, ``transducer`` or ``auto``.
         batch_size: rows a batch.
         normalizer: text normalisation of both sides.
-        oracle: beam size of a further line, the oracle of the first model's N-best; 0 = none.
+        oracle: beam size of a further line, the oracle of the first model's N-best (with terms also of the boosted
+            N-best); 0 = none.
         json_file: also write all numbers here.
 
     Raises:
@@ -54,10 +57,17 @@ def evaluate(
         model = ASRModel.restore_from(path, map_location="cpu")
         texts = transcribe_rows(model, rows, head=head, batch_size=batch_size)
         systems[str(path)] = score_rows(rows, texts, run_context=context, normalizer=normalizer)
+        if oracle and path == models[0]:
+            config = ProposalConfig(beam=oracle, boosted=oracle if context.terms else 0, max_members=2 * oracle)
+            nbest = propose_rows(model, rows, config, run_context=context, head=head, batch_size=batch_size)
+            best = find_oracle([row.text for row in rows], nbest, normalize=get_normalizer(normalizer)).hypotheses
+            systems[f"oracle of the {oracle}-best of {path}"] = score_rows(
+                rows, best, run_context=context, normalizer=normalizer
+            )
     first = next(iter(systems.values()))
     metrics = ["wer", "cer"] + (["ewer", "u_wer", "entity_recall"] if first.column("entity_words").sum() else [])
     metrics += ["false_alarms"] if first.column("term_utterances").sum() else []
-    base = str(models[0]) if len(models) > 1 else None
+    base = str(models[0]) if len(systems) > 1 else None
     table = build_table(systems, metrics=metrics, base=base, samples=2000, seed=0)
     if json_file:
         Path(json_file).write_text(table.to_json() + "\n", encoding="utf-8")

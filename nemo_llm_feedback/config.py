@@ -18,7 +18,7 @@ from nemo_llm_feedback.types import Context
 
 OBJECTIVE_NAMES = ("distill", "mwer", "reinforce", "grpo", "dpo", "self_training")
 SAMPLED_OBJECTIVES = ("reinforce",)
-SOURCE_NAMES = ("beam", "boosted", "samples")
+SOURCE_NAMES = ("beam", "boosted", "term_swap", "samples")
 HEADS = ("auto", "ctc", "transducer", "both")
 NORMALIZERS = ("none", "lower", "basic")
 
@@ -35,7 +35,7 @@ class FeedbackConfig:
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
-        survey_utterances: unlabeled rows looked at before training, for scales and for the share of groups with signal.
+        survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
     """
@@ -63,7 +63,7 @@ class FeedbackConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised over a group. The names are those of the parameters in ``objectives.py``, where the formulas are.
+    """What is optimised over a group. Names and formulas are those of ``objectives.py``.
 
     Attributes:
         name: one of ``distill``, ``mwer``, ``reinforce``, ``grpo``, ``dpo``, ``self_training``.
@@ -77,7 +77,7 @@ class ObjectiveConfig:
         standardize: ``grpo``: divide advantages by the group's standard deviation.
         std_floor: ``grpo``: smallest such divisor, nats.
         beta: ``dpo``: strength of the implied anchor, per nat.
-        label: ``self_training``: pseudo-label is the frozen model's best (``reference``) or the best-rewarded (``reward``).
+        label: ``self_training``: the frozen model's best (``reference``) or the best-rewarded (``reward``).
         min_confidence: ``self_training``: smallest share of the pseudo-label in its group, 0 to 1.
         augment: ``self_training``: through NeMo's own training step (SpecAugment, dropout); False: exact likelihood in
             eval mode.
@@ -129,27 +129,34 @@ class ProposalConfig:
         beam: members from NeMo's batched beam decoder (0 = none).
         boosted: members from the same beam with NeMo's phrase boosting on the context's terms (0 = none; ignored for
             utterances without terms).
+        term_swap: members in which a span is replaced by a context term that looks like it, the most probable ones of
+            each of two rounds (0 = none).
         samples: members sampled from the model (0 = none).
         max_members: largest group after removing duplicates; the plain beam's members are kept first.
         boosting_weight: weight of the boosting tree in the beam.
         context_score: NeMo's ``context_score`` of the boosting tree.
         depth_scaling: NeMo's ``depth_scaling`` of the boosting tree.
+        swap_similarity: smallest similarity of a span and the term that replaces it, 0 to 100.
         max_symbols: largest number of labels a transducer beam emits in one frame.
     """
 
     beam: int = 8
     boosted: int = 8
+    term_swap: int = 4
     samples: int = 0
-    max_members: int = 16
-    boosting_weight: float = 0.5
+    max_members: int = 24
+    boosting_weight: float = 1.0
     context_score: float = 1.0
     depth_scaling: float = 2.0
+    swap_similarity: float = 50.0
     max_symbols: int = 10
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
         faults = _non_negative("proposals", self, *SOURCE_NAMES, "boosting_weight")
         faults += _positive("proposals", self, "context_score", "depth_scaling", "max_symbols")
+        if not 0 < self.swap_similarity <= 100:
+            faults.append(f"proposals.swap_similarity must be in (0, 100], got {self.swap_similarity}.")
         if self.beam + self.boosted + self.samples < 2:
             faults.append(
                 "proposals.beam + boosted + samples must be at least 2: a group of one has nothing to prefer."
@@ -240,17 +247,18 @@ class RunConfig:
         needs_llm = self.reward.name == "llm" and self.needs_reward
         if needs_llm and self.llm is None:
             faults.append(
-                "llm.model is missing: give a folder or hub id of a causal LM, e.g. llm.model=Qwen/Qwen2.5-7B-Instruct."
+                "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
             )
         if needs_llm and not faults and self.context.required and not self.context.load():
             faults.append(
                 "no context: the LLM reward needs context.description, context.terms or context.terms_file "
                 "(or context.required=false when every manifest row has its own `context`)."
             )
-        if self.objective.name in SAMPLED_OBJECTIVES and (self.proposals.beam or self.proposals.boosted):
+        others = self.proposals.beam or self.proposals.boosted or self.proposals.term_swap
+        if self.objective.name in SAMPLED_OBJECTIVES and others:
             faults.append(
                 f"objective.name={self.objective.name} is unbiased only for samples: "
-                "set proposals.beam=0 proposals.boosted=0 proposals.samples=8."
+                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.samples=8."
             )
         if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:
             faults.append("feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.")

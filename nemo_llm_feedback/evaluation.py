@@ -1,4 +1,4 @@
-"""Greedy transcripts and N-best oracles of a manifest, without the side effects of ``transcribe()`` on a training model."""
+"""Transcripts and N-best lists of a manifest, without the side effects of ``transcribe()`` on a training model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_llm_feedback.config import ProposalConfig
 from nemo_llm_feedback.errors import ManifestError
 from nemo_llm_feedback.heads import heads_of
 from nemo_llm_feedback.manifests import Row, merge_context
 from nemo_llm_feedback.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.normalize import get_normalizer
+from nemo_llm_feedback.proposals import Proposer
 from nemo_llm_feedback.reference import encode, evaluation_mode
 from nemo_llm_feedback.types import Context
 
@@ -90,6 +92,40 @@ def transcribe_rows(
                 texts[i] = chosen.vocabulary.ids_to_text(labels)
             done += len(batch.indices)
             on_batch(done)
+    return texts
+
+
+@torch.no_grad()
+def propose_rows(
+    model: Any,
+    rows: Sequence[Row],
+    config: ProposalConfig,
+    *,
+    run_context: Context,
+    head: str = "auto",
+    batch_size: int = 16,
+) -> list[list[str]]:
+    """The texts of the N-best of every row, greedy first; for oracles.
+
+    Args:
+        model: a NeMo CTC, transducer or hybrid model.
+        rows: manifest rows, not tarred.
+        config: how many from which source.
+        run_context: whose terms, with the row's own, are boosted.
+        head: ``ctc``, ``transducer`` or ``auto``.
+        batch_size: rows a batch.
+    """
+    chosen = heads_of(model, which=head)[0]
+    proposer = Proposer(chosen, config)
+    texts: list[list[str]] = [[] for _ in rows]
+    with evaluation_mode(model):
+        for batch in audio_batches(
+            rows, sample_rate=int(model.cfg.preprocessor.sample_rate), batch_size=batch_size, device=model.device
+        ):
+            encoded, lengths = encode(model, batch.signal, batch.signal_len)
+            contexts = [merge_context(run_context, rows[i].context) for i in batch.indices]
+            for i, candidates in zip(batch.indices, proposer.propose(encoded, lengths, contexts), strict=True):
+                texts[i] = [chosen.vocabulary.ids_to_text(c.labels) for c in candidates]
     return texts
 
 

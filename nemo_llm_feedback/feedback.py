@@ -14,8 +14,8 @@ from nemo_llm_feedback.checkpoints import atomic_path, stock_config
 from nemo_llm_feedback.errors import TrainingError
 from nemo_llm_feedback.groups import Audio, ScoredGroup
 from nemo_llm_feedback.losses import group_loss, group_metrics
-from nemo_llm_feedback.reference import encode, evaluation_mode
 from nemo_llm_feedback.preparation import FeedbackState, prepare, start
+from nemo_llm_feedback.reference import encode, evaluation_mode
 from nemo_llm_feedback.supervision import exact_supervised_step, pseudo_labelled_batch
 from nemo_llm_feedback.trie import PrefixTrie
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_CHECKPOINT_KEY = "nemo_llm_feedback"
+CHECKPOINT_KEY = "nemo_llm_feedback"
 
 
 class LLMFeedbackMixin(_Base):
@@ -39,6 +39,7 @@ class LLMFeedbackMixin(_Base):
 
     _feedback: FeedbackState | None = None
     _adaptation_facts: dict[str, Any] | None = None
+    _source_path: str = ""
 
     def setup_feedback(self, cfg: Any, *, work_dir: str | Path | None = None) -> None:
         """Checks the configuration and the data, and prepares training; call once, before ``trainer.fit``.
@@ -103,10 +104,10 @@ class LLMFeedbackMixin(_Base):
                 logp = {h.name: self._group_logp(h, encoded, lengths, groups) for h in state.heads}
         if logp is None:
             state.last_groups = groups
-            batch, metrics = pseudo_labelled_batch(config.objective, audio, groups, head=state.heads[0].name)
-            loss = self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0
-            return loss, metrics
-        total, metrics = torch.zeros((), device=self.device), {}
+            batch, found = pseudo_labelled_batch(config.objective, audio, groups, head=state.heads[0].name)
+            return self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0, dict(found)
+        total = torch.zeros((), device=self.device)
+        metrics: dict[str, Any] = {}
         for head, weight in state.head_weights.items():
             groups = self._with_old_logp(groups, logp[head], head)
             result = group_loss(config.objective, logp[head], groups, head=head)
@@ -158,13 +159,13 @@ class LLMFeedbackMixin(_Base):
         """Adds what a resumed run needs: the kept groups and the measured scales, as plain data."""
         super().on_save_checkpoint(checkpoint)
         if self._feedback is not None:
-            checkpoint[_CHECKPOINT_KEY] = self._feedback.to_plain()
+            checkpoint[CHECKPOINT_KEY] = {**self._feedback.to_plain(), "base": self._source_path}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what :meth:`on_save_checkpoint` stored."""
         super().on_load_checkpoint(checkpoint)
-        if self._feedback is not None and _CHECKPOINT_KEY in checkpoint:
-            self._feedback.load_plain(checkpoint[_CHECKPOINT_KEY])
+        if self._feedback is not None and CHECKPOINT_KEY in checkpoint:
+            self._feedback.load_plain(checkpoint[CHECKPOINT_KEY])
 
     def save_to(self, save_path: str) -> None:
         """Writes a plain ``.nemo``: stock class, stock weights; a failed save leaves the file that was there."""

@@ -177,7 +177,9 @@ class CTCHead(Head):
         with torch.no_grad():
             best = self._log_probs(encoded).argmax(-1)
         blank = self.vocabulary.vocab_size
-        rows = (torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best.cpu(), lengths.tolist()))
+        rows = (
+            torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best.cpu(), lengths.tolist(), strict=True)
+        )
         return [tuple(label for label in row if label != blank) for row in rows]
 
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:

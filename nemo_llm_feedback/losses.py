@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.config import ObjectiveConfig
+from nemo_llm_feedback.config import SOURCE_NAMES, ObjectiveConfig
 from nemo_llm_feedback.groups import ScoredGroup
 from nemo_llm_feedback.normalize import text_length
 from nemo_llm_feedback.objectives import (
@@ -76,8 +76,8 @@ def group_metrics(groups: Sequence[ScoredGroup], logp: Tensor, *, head: str) -> 
     Returns:
         ``reward/<part>`` means over members; ``members`` = mean distinct members; ``unique_fraction`` of members;
         ``empty_fraction`` = groups whose most probable member is empty; ``length_ratio`` = expected length under the
-        policy ÷ under the reference; ``reward_length_correlation`` within groups; ``reward_gap`` = best reward − reward
-        of the policy's favourite, in nats; ``best_from_<source>`` = share of groups whose best member that source gave.
+        policy ÷ under the reference; ``reward_length_correlation`` within groups; ``reward_gap`` = best reward −
+        reward of the policy's favourite, nats; ``best_from_<source>`` = share of groups whose best member it gave.
     """
     sizes = [len(g.group) for g in groups]
     ref = pad_groups([g.ref_logp[head] for g in groups], fill=float("-inf"))
@@ -102,7 +102,7 @@ def group_metrics(groups: Sequence[ScoredGroup], logp: Tensor, *, head: str) -> 
         out["reward_length_correlation"] = _within_group_correlation(
             [rewards[b, : sizes[b]] for b in judged], [lengths[b, : sizes[b]] for b in judged]
         )
-        for source in ("greedy", "beam", "boosted", "samples"):
+        for source in ("greedy", *SOURCE_NAMES):
             share = sum(groups[b].group.hypotheses[n].source == source for b, n in best.items()) / len(judged)
             out[f"best_from_{source}"] = share
     return out

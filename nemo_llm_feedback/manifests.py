@@ -150,8 +150,8 @@ def stage(
     """Checks a training data config and writes the staged copies of its manifests into ``folder``.
 
     Args:
-        config: NeMo's ``train_ds`` with ``manifest_filepath`` and, where set, ``tarred_audio_filepaths``/``is_tarred``,
-            ``max_duration``, ``min_duration``.
+        config: NeMo's ``train_ds`` with ``manifest_filepath`` and, where set, ``tarred_audio_filepaths``,
+            ``is_tarred``, ``max_duration``, ``min_duration``.
         folder: an existing folder of the run.
         use_text: False: every row is unlabeled, whatever its text.
         on_bad_audio: ``error`` or ``skip``.

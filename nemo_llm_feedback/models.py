@@ -84,7 +84,8 @@ def locate(path_or_name: str | Path) -> Path:
         return Path(ASRModel.from_pretrained(str(path_or_name), return_model_file=True))
     except Exception as error:  # NeMo raises many kinds here: unknown name, no network, hub errors
         raise CheckpointError(
-            f"{path_or_name} is neither a file nor a pretrained name that could be fetched ({type(error).__name__}: {error})."
+            f"{path_or_name} is neither a file nor a pretrained name that could be fetched "
+            f"({type(error).__name__}: {error})."
         ) from error
 
 
@@ -111,4 +112,5 @@ def restore(path_or_pretrained_name: str | Path, *, map_location: Any = None, tr
         ModelPT._set_model_restore_state(is_being_restored=False)
         raise
     model._artifact_folder = keep_artifacts(model, path)
+    model._source_path = str(path.absolute())
     return model

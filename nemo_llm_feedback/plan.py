@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.config import RunConfig
+from nemo_llm_feedback.config import SOURCE_NAMES, RunConfig
 from nemo_llm_feedback.llm import estimate_memory, resolve_folder
 
 _MB = 2**20
@@ -53,5 +53,4 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
 
 
 def _sources(config: RunConfig) -> dict[str, int]:
-    counts = {"beam": config.proposals.beam, "boosted": config.proposals.boosted, "samples": config.proposals.samples}
-    return {name: n for name, n in counts.items() if n}
+    return {name: n for name in SOURCE_NAMES if (n := getattr(config.proposals, name))}

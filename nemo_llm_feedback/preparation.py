@@ -23,7 +23,7 @@ from nemo_llm_feedback.manifests import Staged, stage
 from nemo_llm_feedback.normalize import get_normalizer, text_length
 from nemo_llm_feedback.proposals import Proposer
 from nemo_llm_feedback.reference import FrozenReference, encode, evaluation_mode
-from nemo_llm_feedback.rewards import LLMReward, Reward, build_reward
+from nemo_llm_feedback.rewards import LLMReward, MemoryCache, Reward, build_reward
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Survey:
 
 @dataclass
 class FeedbackState:
-    """All that the feedback needs beside the model; a plain holder, so no module in it is registered with the model."""
+    """All that the feedback needs beside the model; a plain holder, so no module in it is registered."""
 
     config: RunConfig
     staged: Staged
@@ -88,7 +88,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     Raises:
         ConfigError, LLMError, ManifestError: every fault found, before any work.
     """
-    tree = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    tree: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     config = parse_run_config(tree)
     if config.llm is not None and config.needs_reward and config.reward.name == "llm":
         faults = check_llm_folder(config.llm)
@@ -123,7 +123,12 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     # The model's own config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
     model._update_dataset_config("train", OmegaConf.create(train_ds))
     maker = GroupMaker(
-        Proposer(heads[0], config.proposals, seed=torch.initial_seed() % 2**31),
+        Proposer(
+            heads[0],
+            config.proposals,
+            seed=torch.initial_seed() % 2**31,
+            memory_budget_mb=config.feedback.memory_budget_mb,
+        ),
         reference,
         None,
         normalize=get_normalizer(config.feedback.normalizer),
@@ -137,7 +142,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
 
 
 def start(model: Any, state: FeedbackState) -> None:
-    """Places the reference, loads the LLM, and surveys the pool unless a resumed checkpoint already holds the survey."""
+    """Places the reference, loads the LLM, and surveys the pool unless a resumed run already has."""
     state.reference.to(model.device)
     tdt = any(getattr(head, "durations", ()) for head in heads_of(model))
     state.exact_supervision = tdt and model.device.type == "cpu"
@@ -153,7 +158,8 @@ def start(model: Any, state: FeedbackState) -> None:
         assert config.llm is not None
         scorer = load_llm(config.llm)
         state.llm_bytes = scorer.memory_bytes
-    state.maker.reward = make_reward(config, scorer, beta=config.reward.beta or 0.0)
+    cache = config.reward.cache or MemoryCache()
+    state.maker.reward = make_reward(config, scorer, beta=config.reward.beta or 0.0, cache=cache)
     if state.survey is None:
         state.survey = _broadcast(_survey(model, state))
         logging.info(f"survey of the pool: {state.survey}")
@@ -162,11 +168,11 @@ def start(model: Any, state: FeedbackState) -> None:
                 "no group of the surveyed pool has a reward signal: all hypotheses are equal or equally rewarded. "
                 "Raise proposals.beam or proposals.boosted, add context.terms, or lower objective.min_spread."
             )
-    state.maker.reward = make_reward(config, scorer, beta=state.survey.beta)
+    state.maker.reward = make_reward(config, scorer, beta=state.survey.beta, cache=cache)
 
 
-def make_reward(config: RunConfig, scorer: Any, *, beta: float) -> Reward:
-    """The reward that the configuration names, with the length bonus ``beta`` a word in nats."""
+def make_reward(config: RunConfig, scorer: Any, *, beta: float, cache: Any) -> Reward:
+    """The reward that the configuration names, with the length bonus ``beta`` a word in nats and a cache of scores."""
     settings: RewardConfig = config.reward
     if settings.name == "llm":
         return LLMReward(
@@ -176,7 +182,7 @@ def make_reward(config: RunConfig, scorer: Any, *, beta: float) -> Reward:
             normalize=settings.normalize,
             asr_weight=settings.asr_weight,
             allow_no_context=not config.context.required,
-            cache=settings.cache,
+            cache=cache,
         )
     return build_reward(settings.name, allow_dotted=True, **settings.settings)
 

@@ -1,4 +1,4 @@
-"""Groups of hypotheses: proposed by beams, boosted beams or samples, alike members merged, greedy always among them."""
+"""Groups of hypotheses: proposed by beams, boosted beams, term swaps or samples; alike members are merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from nemo_llm_feedback.config import ProposalConfig
 from nemo_llm_feedback.heads import Head, Labels, Vocabulary
+from nemo_llm_feedback.swaps import swap_terms
+from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context, Hypothesis
+
+# Term swaps: how often a swapped text is swapped again, from how many texts, and how many swaps of each are scored.
+_SWAP_ROUNDS, _SWAP_SEEDS, _SWAP_TRIED = 2, 4, 8
 
 # Boosting trees kept in memory: one a distinct term list; a run with per-utterance lists goes through many.
 _MAX_TREES = 256
@@ -33,17 +38,19 @@ class Proposer:
         head: the policy's head; eval mode and no gradient are the caller's.
         config: how many from which source.
         seed: of the sampler.
+        memory_budget_mb: for the exact scores that choose among term swaps.
     """
 
-    def __init__(self, head: Head, config: ProposalConfig, *, seed: int = 0) -> None:
+    def __init__(self, head: Head, config: ProposalConfig, *, seed: int = 0, memory_budget_mb: int = 512) -> None:
         self._head, self._config = head, config
+        self._budget = memory_budget_mb
         self._generator = torch.Generator().manual_seed(seed)
         self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     @property
     def sampled_only(self) -> bool:
         """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
-        return self._config.beam == 0 and self._config.boosted == 0
+        return self._config.beam == 0 and self._config.boosted == 0 and self._config.term_swap == 0
 
     def propose(self, encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]) -> list[list[Candidate]]:
         """Proposes candidates for every row; repeated label sequences are removed unless all are samples.
@@ -54,7 +61,7 @@ class Proposer:
             contexts: B contexts, whose terms are boosted.
 
         Returns:
-            B lists, greedy first (unless sampled only), then the beam, the boosted beam and the samples.
+            B lists, greedy first (unless sampled only), then the beam, the boosted beam, term swaps and samples.
         """
         config, rows = self._config, range(len(contexts))
         found: list[list[Candidate]] = [[] for _ in rows]
@@ -70,9 +77,50 @@ class Proposer:
         if config.boosted:
             for terms, members in _rows_by_terms(contexts).items():
                 add("boosted", members, self._boosted(encoded[members], lengths[members], terms))
+        if config.term_swap:
+            self._add_swaps(found, encoded, lengths, contexts)
         if config.samples:
             add("samples", rows, self._head.sample(encoded, lengths, size=config.samples, generator=self._generator))
         return found if self.sampled_only else [_distinct(candidates) for candidates in found]
+
+    def _add_swaps(
+        self, found: list[list[Candidate]], encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]
+    ) -> None:
+        """Adds the term swaps of each row's most probable candidates; a second round swaps a second term."""
+        wanted = self._config.term_swap
+        seeds = [_distinct(row) for row in found]
+        for _ in range(_SWAP_ROUNDS):
+            top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
+            swapped = [
+                _distinct(
+                    [
+                        Candidate(tuple(self._head.vocabulary.text_to_ids(text)), "term_swap")
+                        for seed in row
+                        for text in swap_terms(
+                            self._head.vocabulary.ids_to_text(seed.labels),
+                            context.terms,
+                            min_similarity=self._config.swap_similarity,
+                            limit=_SWAP_TRIED,
+                        )
+                    ]
+                )
+                for row, context in zip(top, contexts, strict=True)
+            ]
+            seeds = self._best(swapped, encoded, lengths, keep=wanted)
+            for row, new in zip(found, seeds, strict=True):
+                row += new
+
+    def _best(
+        self, candidates: list[list[Candidate]], encoded: Tensor, lengths: Tensor, *, keep: int
+    ) -> list[list[Candidate]]:
+        """The most probable candidates of every row under the policy, best first."""
+        labels = [list(c.labels) for row in candidates for c in row]
+        rows = [b for b, row in enumerate(candidates) for _ in row]
+        with torch.no_grad():
+            trie = PrefixTrie.build(labels, rows).to(encoded.device)
+            scores = iter(self._head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget).tolist())
+        ranked = [sorted(((next(scores), c) for c in row), key=lambda pair: -pair[0]) for row in candidates]
+        return [[c for _, c in row[:keep]] for row in ranked]
 
     def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
         tree = self._trees.get(terms)

@@ -1,4 +1,4 @@
-"""Supervised terms beside NeMo's own: pseudo-labelled batches, and an exact loss where NeMo has none (TDT on the CPU)."""
+"""Supervised terms beside NeMo's own: pseudo-labelled batches, and an exact loss where NeMo has none."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,7 +50,8 @@ class PrefixTrie:
         if len(rows) != len(labels):
             raise ValueError(f"{len(labels)} hypotheses but {len(rows)} batch rows: give one row per hypothesis.")
         if len(rows) == 0:
-            return cls(*(torch.zeros(0, dtype=torch.long) for _ in range(5)), spans=())
+            none = torch.zeros(0, dtype=torch.long)
+            return cls(parent=none, token=none, depth=none, utterance=none, leaf=none, spans=())
         padded = _pad(labels)
         if rows.min() < 0 or padded[padded != _PAD].min(initial=0) < 0:
             raise ValueError("negative label or batch row: pass label ids without padding and rows of the batch.")
@@ -101,8 +102,8 @@ class PrefixTrie:
 
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The same trie with its tensors on ``device``."""
-        fields = (self.parent, self.token, self.depth, self.utterance, self.leaf)
-        return PrefixTrie(*(field.to(device) for field in fields), spans=self.spans)
+        moved = {name: getattr(self, name).to(device) for name in ("parent", "token", "depth", "utterance", "leaf")}
+        return replace(self, **moved)
 
 
 _PAD = np.iinfo(np.int64).min  # sorts before every label, so that a prefix precedes its continuations

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests use one thread: tiny models are slower on two, and CI's two cores stay free for each other."""
+"""Shared fixtures. Tests use one thread: tiny models are slower on two."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class TinyDecoder(nn.Module):
         x = self.embed(y) if y is not None else self.embed.weight.new_zeros((batch_size, 1, width))
         if add_sos:
             x = torch.cat([x.new_zeros((x.shape[0], 1, width)), x], dim=1)
-        out, state = self.rnn(x.transpose(0, 1), state)
+        with torch.autocast("cpu", enabled=False):  # not every CPU has an LSTM in bfloat16
+            out, state = self.rnn(x.transpose(0, 1), state)
         return out.transpose(0, 1), state
 
 
@@ -116,6 +117,44 @@ def transducer_oracle(
             score += 0.0 if index is None else duration[t][u][index]
         totals.append(score)
     return _log_sum(totals)
+
+
+def transducer_mass(
+    encoded: Tensor, decoder, joint, *, max_labels: int, durations: Sequence[int] | None
+) -> tuple[dict[tuple[int, ...], float], float, float]:
+    """Splits the probability of everything a transducer can do on one [T, D] utterance.
+
+    Returns:
+        Probability of each complete label sequence of at most ``max_labels`` labels; mass of the paths that emit one
+        label more (the tail); mass of the paths that TDT loses: (blank, 0), a jump beyond T, a label that lands on T.
+    """
+    num_frames, extra = len(encoded), len(durations or ())
+    num_labels = joint.num_classes_with_blank - extra
+    done: dict[tuple[int, ...], float] = {}
+    tail = leaked = 0.0
+    moves = list(enumerate(durations)) if durations else None
+
+    def visit(t: int, prefix: tuple[int, ...], mass: float) -> None:
+        nonlocal tail, leaked
+        label, duration = (
+            x[t, -1].exp().tolist() for x in joint_tables(encoded, prefix, decoder, joint, num_durations=extra)
+        )
+        for v in range(num_labels):
+            is_blank = v == num_labels - 1
+            for i, step in moves or [(None, int(is_blank))]:
+                p = mass * label[v] * (1.0 if i is None else duration[i])
+                after = prefix if is_blank else (*prefix, v)
+                if is_blank and step > 0 and t + step == num_frames:
+                    done[after] = done.get(after, 0.0) + p
+                elif (is_blank and step == 0) or t + step >= num_frames:
+                    leaked += p
+                elif len(after) > max_labels:
+                    tail += p
+                else:
+                    visit(t + step, after, p)
+
+    visit(0, (), 1.0)
+    return done, tail, leaked
 
 
 def _log_sum(values: list[float]) -> float:

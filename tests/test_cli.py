@@ -38,6 +38,7 @@ assert not loaded, loaded
         (["adapt", "llm.model=a/b", "context.description=x"], "exactly one of init_from_nemo_model"),
         (["adapt", "objective.tau=1"], "unknown key objective.tau"),
         (["export", "/absent.ckpt"], "no such file"),
+        (["export", __file__], "cannot be read as a Lightning checkpoint"),
         (["evaluate", "/absent.nemo", "--manifest", "/absent.json"], "no such file"),
     ],
 )

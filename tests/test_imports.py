@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "types", "llm_config", "config", "normalize"},
     {"trie", "likelihood", "group_math", "objectives", "error_counts", "metrics", "tables", "sampling"},
     {"llm", "prompts", "rewards", "manifests", "checkpoints"},
-    {"heads", "reference", "proposals", "groups", "batches", "losses", "supervision", "preparation", "feedback"},
+    {"heads", "reference", "swaps", "proposals", "groups", "batches", "losses", "supervision", "preparation", "feedback"},
     {"models"},
     {"evaluation", "callbacks", "plan", "export"},
     {"composition", "adapt", "commands", "cli"},

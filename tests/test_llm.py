@@ -59,6 +59,7 @@ def scorer(llama):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_equal_one_by_one_scoring(architecture, tmp_path):
     llm = load_llm(config(make_tiny_llm(tmp_path, architecture=architecture)))
+    assert llm.engine.sharing.name == ("NONE" if architecture == "mamba" else "TRIE")
     requests = [(COFFEE, TEXTS), (HOME, TEXTS[2:]), (Context(), TEXTS[:2]), (COFFEE, TEXTS[1:3])]
     expected = [naive(llm, context, text) for context, texts in requests for text in texts]
     assert flat(llm.score(requests)) == pytest.approx(expected, abs=1e-4)
@@ -543,6 +544,19 @@ def test_a_model_that_disagrees_with_its_plain_forward_is_refused(llama, monkeyp
     monkeypatch.setattr(Engine, "plain_score", lambda self, *args: plain(self, *args) + 0.1)
     with pytest.raises(LLMError, match="start-up check"):
         load_llm(config(llama))
+
+
+def test_an_llm_that_does_not_take_tries_goes_on_without(llama, monkeypatch, caplog):
+    from nemo_llm_feedback.llm.packing import PackedBatch
+
+    def unmasked(self, dtype, device):
+        return torch.zeros(len(self.real), 1, self.real.shape[1], int(self._prompt_lens.max()) + self.real.shape[1])
+
+    monkeypatch.setattr(PackedBatch, "trie_mask", unmasked)
+    llm = load_llm(config(llama))
+    assert llm.engine.sharing.name == "PROMPT"
+    assert "trie-shaped" in caplog.text
+    assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx([naive(llm, COFFEE, t) for t in TEXTS], abs=1e-4)
 
 
 def test_weights_that_are_not_finite_are_refused(llama, tmp_path):

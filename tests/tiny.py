@@ -1,4 +1,4 @@
-"""Tiny NeMo models, audio and manifests, built in code; nothing is downloaded and nothing outside the tests is read."""
+"""Tiny NeMo models, audio and manifests, built in code; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,29 @@ from omegaconf import OmegaConf
 
 SAMPLE_RATE = 16000
 CHARACTERS = [" ", *"abcdefghijklmnopqrstuvwxyz", "'"]
-WORDS = "a latte with soy milk please and one large mocha to go thank you very much the small tea is hot".split()
+WORDS = [
+    "a",
+    "latte",
+    "with",
+    "soy",
+    "milk",
+    "please",
+    "and",
+    "one",
+    "large",
+    "mocha",
+    "to",
+    "go",
+    "thank",
+    "you",
+    "very",
+    "much",
+    "the",
+    "small",
+    "tea",
+    "is",
+    "hot",
+]
 DURATIONS = [0, 1, 2, 3, 4]
 
 KINDS = (

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nemo_llm_feedback.likelihood.inputs import check_labels, check_shapes, empty_result
+from nemo_llm_feedback.likelihood.once import differentiable_once
 from nemo_llm_feedback.trie import PrefixTrie
 
 _INF = float("inf")
@@ -55,7 +55,7 @@ def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, *, blank:
     valid = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
     row_ok = ((log_probs < _INF).all(-1) | ~valid).all(-1)  # NaN compares false
     log_prob = _CTC.apply(log_probs, lengths, trie, blank, valid & row_ok[:, None])
-    return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))  # type: ignore[no-any-return]
+    return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))
 
 
 class _CTC(torch.autograd.Function):
@@ -70,20 +70,20 @@ class _CTC(torch.autograd.Function):
         return log_prob.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, label_in, log_prob, end = ctx.saved_tensors
         trie: PrefixTrie = ctx.trie
         (num_rows, num_frames, num_classes), dtype = ctx.like
         weight = torch.where(log_prob.isfinite(), grad.to(log_prob.dtype), torch.zeros_like(log_prob))
-        label_flow, blank_flow = _backward_pass(states, label_in, weight, end, trie)
+        flows = _backward_pass(states, label_in, weight, end, trie)
+        label_flow, blank_flow = (flow.to(torch.promote_types(dtype, torch.float32)) for flow in flows)
         # Several nodes read the same (frame, class): sum their flows.
         row = trie.utterance * num_classes
         out = label_flow.new_zeros((num_frames, num_rows * num_classes))
         out.index_add_(1, row + trie.token.clamp_min(0), label_flow)
         out.index_add_(1, row + ctx.blank, blank_flow)
-        out = out.view(num_frames, num_rows, num_classes).transpose(0, 1)
-        return out.to(dtype), None, None, None, None
+        return out.view(num_frames, num_rows, num_classes).transpose(0, 1).to(dtype), None, None, None, None
 
 
 def _emissions(log_probs: Tensor, trie: PrefixTrie, blank: int, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _backward_pass(
     ends, blanks, total = states
     num_frames, num_nodes = label_in.shape
     source = _source(trie)
-    entering = states[1:, :-1].transpose(0, 1).reshape(num_frames, -1).index_select(1, source)
+    entering = states[1:, :-1].transpose(0, 1).flatten(1).index_select(1, source)
     stay = _share(ends[:-1] + label_in, ends[1:])
     enter = _share(entering + label_in, ends[1:])
     by_label = _share(ends, total)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nemo_llm_feedback.likelihood.lattice import ArcScores
+from nemo_llm_feedback.likelihood.once import differentiable_once
 from nemo_llm_feedback.trie import PrefixTrie
 
 
@@ -43,20 +44,6 @@ class TransducerJoint(Protocol):
     def project_prednet(self, prednet_output: Tensor) -> Tensor: ...
 
     def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor: ...
-
-
-class ArcScores(NamedTuple):
-    """Log-probabilities out of the cells (t, node), each part of the output normalised by itself.
-
-    Attributes:
-        blank: [T, K] of blank at (t, k).
-        label: [T, K] of token(k) at (t, parent(k)); 0 at roots.
-        durations: [M, T, K] of the i-th duration at (t, k); M = 0 for RNN-T. All are 0 at t ≥ T of the utterance.
-    """
-
-    blank: Tensor
-    label: Tensor
-    durations: Tensor
 
 
 class _Block(NamedTuple):
@@ -105,7 +92,7 @@ def arc_scores(
         joint: the joint; only what follows the projections is evaluated here.
         trie: the prefix trie on the tensors' device.
         lengths: valid frames of each batch row, each ≤ T.
-        memory_budget_mb: MiB that one block's activations and their gradients may take; one cell is the minimum.
+        memory_budget_mb: the most MiB that a block and its gradients may take; one cell is the minimum.
 
     Returns:
         The scores in float32 (float64 for float64 input), differentiable once in ``encoder``, ``prediction`` and the
@@ -116,6 +103,8 @@ def arc_scores(
     autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
     # Held at once in the backward: sum, activation and their gradients (J wide), logits and their gradients (V wide).
     cell_bytes = 4 * (encoder.shape[-1] + joint.num_classes_with_blank) * encoder.element_size()
+    if device_type == "cpu":
+        memory_budget_mb = min(memory_budget_mb, _CPU_BLOCK_MB)
     cells = max(1, int(memory_budget_mb * 2**20) // cell_bytes)
     setting = _Setting(joint, trie, trie.parent.tolist(), lengths, cells, autocast)
     params = tuple(param for param in joint.parameters() if param.requires_grad)
@@ -145,7 +134,7 @@ class _JointScores(torch.autograd.Function):
         return blank, label, durations
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, blank: Tensor, label: Tensor, durations: Tensor) -> tuple[Tensor | None, ...]:
         encoder, prediction, *params = inputs = ctx.saved_tensors
         setting: _Setting = ctx.setting
@@ -155,6 +144,7 @@ class _JointScores(torch.autograd.Function):
         # Random masks repeat only when the blocks do.
         blocks = _all_blocks(setting) if ctx.rng else _blocks_with_gradient(setting, flow)
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+        unused: set[int] = set()
         # The caller may have left eval mode by now; dropout in the second evaluation would be another function.
         with _as_in_forward(ctx.modes), _replayed(ctx.rng, encoder):
             for block in blocks:
@@ -165,10 +155,12 @@ class _JointScores(torch.autograd.Function):
                 grad = _logits_grad(setting, block, logits.detach().to(blank.dtype), flow, total)
                 parts = torch.autograd.grad(logits, (enc, pred, *params), grad.to(logits.dtype), allow_unused=True)
                 places = (sums[0][block.utterance, block.frames], sums[1][block.nodes], *sums[2:])
-                for place, part in zip(places, parts, strict=True):
-                    if part is not None:
+                for i, (place, part) in enumerate(zip(places, parts, strict=True)):
+                    if part is None:
+                        unused.add(i)  # a parameter of the projections, or of a disabled adapter
+                    else:
                         place += part
-        grads = [x.to(like.dtype) for x, like in zip(sums, inputs, strict=True)]
+        grads = [None if i in unused else sums[i].to(x.dtype) for i, x in enumerate(inputs)]
         return grads[0], grads[1], None, *grads[2:]
 
 
@@ -261,6 +253,8 @@ def _merge(setting: _Setting, windows: list[tuple[int, int]], node: int, stop: i
 # Cells that the joint evaluates in the time that a block takes to launch: about 0.4 ms on one CPU core, at some 3 µs a
 # cell; on CUDA an estimate from the launch times and matrix rate of an H100, not measured.
 _LAUNCH_CELLS = {"cpu": 128, "cuda": 16384}
+
+_CPU_BLOCK_MB = 8  # measured: larger blocks fall out of the cache, smaller ones pay more launches
 
 
 def _rng_state(like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.likelihood.inputs import check_labels, clean_rows, empty_result
-from nemo_llm_feedback.likelihood.joint import ArcScores, TransducerJoint, arc_scores
-from nemo_llm_feedback.likelihood.lattice import LatticeShape, lattice_log_prob
+from nemo_llm_feedback.likelihood.joint import TransducerJoint, arc_scores
+from nemo_llm_feedback.likelihood.lattice import lattice_log_prob
 from nemo_llm_feedback.likelihood.prediction import PredictionNetwork, prefix_outputs
 from nemo_llm_feedback.trie import PrefixTrie
-
-DEFAULT_MEMORY_BUDGET_MB = 32.0
 
 
 def rnnt_log_prob(
@@ -23,7 +21,7 @@ def rnnt_log_prob(
     decoder: PredictionNetwork,
     joint: TransducerJoint,
     *,
-    memory_budget_mb: float = DEFAULT_MEMORY_BUDGET_MB,
+    memory_budget_mb: float = 256,
 ) -> Tensor:
     """log p(h | x) of an RNN-T model: the sum over all paths of T blanks and the labels of h, ending in a blank.
 
@@ -39,7 +37,7 @@ def rnnt_log_prob(
         trie: the prefix trie of the H hypotheses.
         decoder: NeMo's prediction network.
         joint: NeMo's joint; blank is its last output. ``fuse_loss_wer`` and ``log_softmax`` do not matter.
-        memory_budget_mb: MiB for the joint's logits and their gradients.
+        memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
 
     Returns:
         [H] natural-log probability in the trie's order, float32 (float64 for float64 input); NaN, with zero gradient,
@@ -62,7 +60,7 @@ def tdt_log_prob(
     joint: TransducerJoint,
     *,
     durations: Sequence[int],
-    memory_budget_mb: float = DEFAULT_MEMORY_BUDGET_MB,
+    memory_budget_mb: float = 256,
 ) -> Tensor:
     """log p(h | x) of a token-and-duration transducer (Xu et al. 2023, arXiv:2304.06795, eq. 7).
 
@@ -125,20 +123,5 @@ def _log_prob(
         lengths=host_lengths,
         memory_budget_mb=memory_budget_mb,
     )
-    blank, label, blank_moves, label_moves = _arcs(scores, trie, durations)
-    frames = lengths.to(encoded.device)[trie.utterance]
-    shape = LatticeShape(trie.parent, trie.depth, frames, trie.leaf, blank_moves, label_moves)
-    log_prob = lattice_log_prob(blank, label=label, shape=shape)
+    log_prob = lattice_log_prob(scores, trie=trie, lengths=lengths.to(encoded.device), durations=durations)
     return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))
-
-
-def _arcs(
-    scores: ArcScores, trie: PrefixTrie, durations: tuple[int, ...]
-) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
-    """[Mb, T, K] blank arcs, [Ml, T, K] label arcs, and the frames that each of them consumes."""
-    if not durations:
-        return scores.blank[None], scores.label[None], (1,), (0,)
-    moving = [i for i, duration in enumerate(durations) if duration > 0]
-    blank = scores.blank + scores.durations[moving]
-    label = scores.label + scores.durations.index_select(2, trie.parent.clamp_min(0))
-    return blank, label, tuple(durations[i] for i in moving), durations

@@ -140,7 +140,7 @@ class LLMScorer:
         with _quiet():
             plain = [self.engine.plain_score(prompt, ids) for ids in texts]
             if self.engine.sharing is Sharing.TRIE and self._deviation(prompt, texts, plain) > tolerance:
-                logger.info("This LLM does not take trie-shaped rows: hypotheses share their prompt only.")
+                logger.warning("This LLM does not take trie-shaped rows: hypotheses share their prompt only.")
                 self.engine.sharing = Sharing.PROMPT
             deviation = self._deviation(prompt, texts, plain)
         if deviation > tolerance:
