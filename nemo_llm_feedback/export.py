@@ -21,8 +21,8 @@ def export(checkpoint: str | Path, *, base: str | Path | None = None, output: st
 
     Args:
         checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target).
-        base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of this
-            plugin names its own; it is needed where that file has moved.
+        base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of
+            this plugin names its own; it is needed where that file has moved.
         output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None.
 
     Returns:

@@ -17,6 +17,7 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, num_labels: int, width: int, *, layers: int = 1) -> None:
         super().__init__()
+        self.blank_idx = num_labels
         self.embed = nn.Embedding(num_labels, width)
         self.rnn = nn.LSTM(width, width, layers)
 

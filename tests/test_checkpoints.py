@@ -97,9 +97,14 @@ def test_a_failed_save_leaves_the_old_file(nemo_file: Any, tmp_path: Path, monke
         model.save_to(str(target))
     assert target.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.nemo"]
-    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
-        Path(temporary).write_text("x")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            Path(temporary).write_text("x")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        write_half()
     assert target.read_bytes() == before
 
 

@@ -154,8 +154,8 @@ def test_packaged_configurations_are_found(tmp_path: Path) -> None:
     import sys
 
     root = Path(__file__).resolve().parents[1]
-    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path), "egg_info", "-e", str(tmp_path)]
-    subprocess.run(build, cwd=root, check=True, capture_output=True, timeout=120)
+    build = ["setup.py", "-q", "build_py", "--build-lib", str(tmp_path), "egg_info", "-e", str(tmp_path)]
+    subprocess.run([sys.executable, *build], cwd=root, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "adapt.yaml").is_file()
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "objective" / "mwer.yaml").is_file()
     code = "from nemo_llm_feedback.cli import conf_dir; print(conf_dir())"
