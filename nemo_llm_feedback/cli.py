@@ -120,6 +120,7 @@ def _adapt(arguments: list[str]) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from nemo_llm_feedback.commands import evaluate
 
+    _quiet_nemo()
     print(
         evaluate(
             options.models,
@@ -138,8 +139,16 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from nemo_llm_feedback.export import export
 
+    _quiet_nemo()
     print(export(options.checkpoint, base=options.base, output=options.output))
     return 0
+
+
+def _quiet_nemo() -> None:
+    """Short commands show their result, not NeMo's notes on restoring a model."""
+    from nemo.utils import logging
+
+    logging.setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

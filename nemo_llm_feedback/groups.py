@@ -109,7 +109,9 @@ class GroupMaker:
             lengths: [B] frames.
             round: number of the refresh round; groups of another round are proposed anew.
         """
-        stale = [b for b, u in enumerate(audio.utterances) if u not in self.kept or self.kept[u].round != round]
+        # Groups of an older round are of no more use, and a large pool would fill the memory and every checkpoint.
+        self.kept = {u: scored for u, scored in self.kept.items() if scored.round == round}
+        stale = [b for b, u in enumerate(audio.utterances) if u not in self.kept]
         if stale:
             fresh = self.make(_select(audio, stale), encoded.detach()[stale], lengths[stale], round=round)
             self.kept.update({scored.group.utterance: scored for scored in fresh})

@@ -9,6 +9,7 @@ long rows without naming them.
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,17 +170,13 @@ def stage(
     too_long = [row for row in rows if longest is not None and row.duration > longest]
     too_short = [row for row in rows if shortest is not None and row.duration < shortest]
     dropped = {id(row) for row in too_long + too_short}
-    bad: dict[int, str] = {}
-    if not tarred:
-        progress(f"checking {len(rows)} audio files …")
-        bad = {id(row): reason for row, reason in unreadable(r for r in rows if id(r) not in dropped)}
-        if bad and on_bad_audio == "error":
-            raise ManifestError(
-                _listed(
-                    f"{len(bad)} row(s) with unreadable audio (feedback.on_bad_audio=skip leaves them out):",
-                    bad.values(),
-                )
-            )
+    progress(f"checking the audio of {len(rows)} rows …")
+    usable = [row for row in rows if id(row) not in dropped]
+    faulty = missing_members(usable, config.get("tarred_audio_filepaths")) if tarred else unreadable(usable)
+    bad = {id(row): reason for row, reason in faulty}
+    if bad and on_bad_audio == "error":
+        head = f"{len(bad)} row(s) with unreadable audio (feedback.on_bad_audio=skip leaves them out):"
+        raise ManifestError(_listed(head, bad.values()))
     kept = [row for row in rows if id(row) not in dropped and id(row) not in bad]
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
@@ -204,6 +201,29 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return [found for found in pool.map(reason, rows) if found is not None]
+
+
+def missing_members(rows: Iterable[Row], tar_paths: Any) -> list[tuple[Row, str]]:
+    """Rows that no local tar file holds, each with ``origin: name: reason``; how a member sounds shows at run time.
+
+    Args:
+        rows: of a tarred manifest.
+        tar_paths: NeMo's ``tarred_audio_filepaths``; pipes and remote stores are left to NeMo.
+
+    Raises:
+        ManifestError: a local tar file is missing or broken.
+    """
+    paths = expand_paths(tar_paths) if tar_paths else []
+    if not paths or any(path.startswith("pipe:") or "://" in path for path in paths):
+        return []
+    names: set[str] = set()
+    for path in paths:
+        try:
+            with tarfile.open(Path(path).expanduser()) as archive:
+                names |= {Path(name).name for name in archive.getnames()}
+        except (OSError, tarfile.TarError) as error:
+            raise ManifestError(f"tarred_audio_filepaths: {path} cannot be read ({error}).") from None
+    return [(row, f"{row.origin}: {row.audio}: in no tar file") for row in rows if Path(row.audio).name not in names]
 
 
 def _parse_line(line: str, file: Path, number: int, *, use_text: bool, tarred: bool) -> Row | str:

@@ -23,7 +23,10 @@ from nemo_llm_feedback.manifests import Staged, stage
 from nemo_llm_feedback.normalize import get_normalizer, text_length
 from nemo_llm_feedback.proposals import Proposer
 from nemo_llm_feedback.reference import FrozenReference, encode, evaluation_mode
-from nemo_llm_feedback.rewards import LLMReward, MemoryCache, Reward, build_reward
+from nemo_llm_feedback.rewards import LLMReward, Reward, build_reward
+
+# Best-rewarded texts that are longer or shorter than the recogniser's own by more than this factor call for another β.
+_LENGTH_TOLERANCE = 1.2
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Survey:
         signal_fraction: share of their groups whose rewards differ.
         members: mean group size.
         spread: component → mean within-group standard deviation, in its unit.
-        beta: the length bonus a word that training uses, in nats.
+        length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
     """
 
     utterances: int
     signal_fraction: float
     members: float
     spread: dict[str, float]
-    beta: float
+    length_ratio: float
 
 
 @dataclass
@@ -158,57 +161,37 @@ def start(model: Any, state: FeedbackState) -> None:
         assert config.llm is not None
         scorer = load_llm(config.llm)
         state.llm_bytes = scorer.memory_bytes
-    cache = config.reward.cache or MemoryCache()
-    state.maker.reward = make_reward(config, scorer, beta=config.reward.beta or 0.0, cache=cache)
+    state.maker.reward = make_reward(config, scorer)
     if state.survey is None:
         state.survey = _broadcast(_survey(model, state))
         logging.info(f"survey of the pool: {state.survey}")
+        if not 1 / _LENGTH_TOLERANCE <= state.survey.length_ratio <= _LENGTH_TOLERANCE:
+            way = "lower" if state.survey.length_ratio > 1 else "raise"
+            logging.warning(
+                f"the best-rewarded texts have {state.survey.length_ratio:.2f} times the recogniser's length: "
+                f"{way} reward.beta (now {config.reward.beta}), or the model will learn to change its length."
+            )
         if state.survey.signal_fraction == 0:
             raise TrainingError(
                 "no group of the surveyed pool has a reward signal: all hypotheses are equal or equally rewarded. "
                 "Raise proposals.beam or proposals.boosted, add context.terms, or lower objective.min_spread."
             )
-    state.maker.reward = make_reward(config, scorer, beta=state.survey.beta, cache=cache)
 
 
-def make_reward(config: RunConfig, scorer: Any, *, beta: float, cache: Any) -> Reward:
-    """The reward that the configuration names, with the length bonus ``beta`` a word in nats and a cache of scores."""
+def make_reward(config: RunConfig, scorer: Any) -> Reward:
+    """The reward that the configuration names; ``scorer`` is the loaded LLM, or None where none is needed."""
     settings: RewardConfig = config.reward
     if settings.name == "llm":
         return LLMReward(
             scorer,
             alpha=settings.alpha,
-            beta=beta,
+            beta=settings.beta,
             normalize=settings.normalize,
             asr_weight=settings.asr_weight,
             allow_no_context=not config.context.required,
-            cache=cache,
+            cache=settings.cache,
         )
     return build_reward(settings.name, allow_dotted=True, **settings.settings)
-
-
-def length_neutral_beta(groups: Sequence[ScoredGroup], *, alpha: float) -> float:
-    """The word bonus at which the LLM term no longer depends on length within a group.
-
-    A summed log-probability falls with every word, so it prefers deletions. The slope of the LLM term on length is
-    estimated by least squares on group-centred values, pooled over the groups; β = −α·slope cancels it, at least 0.
-
-    Args:
-        groups: scored groups with an ``llm`` part.
-        alpha: weight of the LLM term.
-
-    Returns:
-        Nats a word (a character in scripts written without spaces), ≥ 0.
-    """
-    cov = var = 0.0
-    for scored in groups:
-        llm = torch.tensor(scored.parts.get("llm", []), dtype=torch.float64)
-        length = torch.tensor([float(text_length(t)) for t in scored.group.texts], dtype=torch.float64)
-        if len(llm) != len(length) or not torch.isfinite(llm).all():
-            continue
-        cov += float(((llm - llm.mean()) * (length - length.mean())).sum())
-        var += float((length - length.mean()).square().sum())
-    return max(0.0, -alpha * cov / var) if var > 0 else 0.0
 
 
 def _survey(model: Any, state: FeedbackState) -> Survey:
@@ -228,9 +211,6 @@ def _survey(model: Any, state: FeedbackState) -> Survey:
         raise TrainingError(
             "the training loader gave no unlabeled row; check manifests, tar files and length filters."
         )
-    beta = state.config.reward.beta
-    if beta is None:
-        beta = length_neutral_beta(groups, alpha=state.config.reward.alpha)
     first = state.heads[0].name
     spreads = [torch.tensor(g.rewards[first]) for g in groups]
     threshold = state.config.objective.min_spread
@@ -240,11 +220,22 @@ def _survey(model: Any, state: FeedbackState) -> Survey:
         for name in groups[0].parts
     }
     survey = Survey(
-        len(groups), sum(signal) / len(groups), sum(len(g.group) for g in groups) / len(groups), parts, beta
+        utterances=len(groups),
+        signal_fraction=sum(signal) / len(groups),
+        members=sum(len(g.group) for g in groups) / len(groups),
+        spread=parts,
+        length_ratio=_best_length(groups, [g.rewards[first] for g in groups])
+        / max(1.0, _best_length(groups, [g.ref_logp[first] for g in groups])),
     )
     state.work_dir.mkdir(parents=True, exist_ok=True)
     (state.work_dir / "survey.json").write_text(json.dumps(asdict(survey), indent=1) + "\n", encoding="utf-8")
     return survey
+
+
+def _best_length(groups: Sequence[ScoredGroup], scores: Sequence[Sequence[float]]) -> float:
+    """Total length of the members with the best score."""
+    best = [torch.tensor(row).nan_to_num(nan=-torch.inf).argmax() for row in scores]
+    return float(sum(text_length(g.group.texts[int(n)]) for g, n in zip(groups, best, strict=True)))
 
 
 def _check_rows(staged: Staged, config: RunConfig) -> None:

@@ -43,7 +43,7 @@ def _fit(model: Any, *, steps: int, train_ds: Any = None) -> None:
 def test_labelled_tdt_batches_are_bit_equal_to_stock(
     kind: str, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "make_reward", lambda config, scorer, beta, cache: label_reward)
+    monkeypatch.setattr(preparation, "make_reward", lambda config, scorer: label_reward)
     mixed = write_manifest(tmp_path / "mixed.json", [*TEXTS, None, None])
     stock = stock_class(kind).restore_from(str(nemo_file(kind)))
     labelled = write_manifest(tmp_path / "all.json", TEXTS)
@@ -60,7 +60,7 @@ def test_the_feedback_pass_runs_in_eval_mode_on_cuda(
     kind: str, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """cuDNN refuses the backward of an LSTM in eval mode; the likelihood must have switched it off."""
-    monkeypatch.setattr(preparation, "make_reward", lambda config, scorer, beta, cache: label_reward)
+    monkeypatch.setattr(preparation, "make_reward", lambda config, scorer: label_reward)
     model = restore(nemo_file(kind))
     model.setup_feedback(config(write_manifest(tmp_path / "m.json", [None] * 4)), work_dir=tmp_path / "run")
     before = {k: v.cpu().clone() for k, v in model.state_dict().items()}

@@ -96,7 +96,7 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     from nemo_llm_feedback import preparation
 
     def use(function: Any) -> None:
-        monkeypatch.setattr(preparation, "make_reward", lambda config, scorer, beta, cache: function)
+        monkeypatch.setattr(preparation, "make_reward", lambda config, scorer: function)
 
     return use
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.likelihood import joint as joint_module
 from nemo_llm_feedback.likelihood import rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.likelihood.lattice import ArcScores, lattice_log_prob
 from nemo_llm_feedback.likelihood.prediction import prefix_outputs
 from nemo_llm_feedback.trie import PrefixTrie
 
@@ -166,12 +167,23 @@ def test_impossible_hypotheses_have_zero_gradient(durations: Sequence[int] | Non
     trie = PrefixTrie.build([[0], [], [1, 2]], [0, 0, 1])
     found = log_prob(encoded, torch.tensor([0, 4]), trie, model, durations)
     assert found[:2].tolist() == [-math.inf, 0.0]
-    weight = torch.tensor([3.0, 2.0, 0.0], dtype=torch.float64)
-    for grad in full_gradient(encoded, (torch.where(found.isfinite(), found, 0.0) * weight).sum(), model):
-        assert grad is None or torch.equal(grad, torch.zeros_like(grad))
-    found = log_prob(encoded, torch.tensor([0, 4]), trie, model, durations)
-    (grad,) = torch.autograd.grad(found, encoded, weight)
-    assert torch.equal(grad, torch.zeros_like(grad))
+    for weight in ([3.0, 2.0, 0.0], [math.nan, 2.0, 0.0]):  # what a caller's own arithmetic with −inf may send back
+        (grad,) = torch.autograd.grad(found, encoded, torch.tensor(weight, dtype=torch.float64), retain_graph=True)
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_lattice_ignores_frames_behind_the_end() -> None:
+    trie, lengths = PrefixTrie.build([[0, 1], [2]], [0, 1]), torch.tensor([3, 2])
+    scores = [random_frames(*size, seed=len(size)).log_softmax(-1) for size in ((5, 5), (5, 5), (2, 5, 5))]
+    expected = lattice_log_prob(ArcScores(*scores), trie=trie, lengths=lengths, durations=(0, 1))
+    behind = torch.arange(5)[:, None] >= lengths[trie.utterance]
+    broken = [score.masked_fill(behind, math.nan).requires_grad_() for score in scores]
+    found = lattice_log_prob(ArcScores(*broken), trie=trie, lengths=lengths, durations=(0, 1))
+    torch.testing.assert_close(found, expected)
+    for grad in torch.autograd.grad(found.sum(), broken):
+        assert grad.isfinite().all()
+        assert grad.masked_select(behind).eq(0).all()
+        assert grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("durations", FAMILIES)

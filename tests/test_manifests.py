@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,18 @@ def test_context_of_an_utterance_goes_over_the_runs() -> None:
     assert merge_context(run, parse_context(["chai", "latte"])) == Context("an order", ("chai", "latte", "mocha"))
     with pytest.raises(ValueError, match="string or a list"):
         parse_context({"a": 1})
+
+
+def test_tarred_rows_that_no_tar_file_holds_are_listed(tmp_path: Path) -> None:
+    audio = write_audio(tmp_path / "a.wav", seconds=1, seed=0)
+    with tarfile.open(tmp_path / "audio_0.tar", "w") as archive:
+        archive.add(audio, arcname="a.wav")
+    lines = [{"audio_filepath": name, "duration": 1.0, "shard_id": 0} for name in ("a.wav", "b.wav")]
+    path = _manifest(tmp_path / "manifest_0.json", list(lines))
+    config = {"manifest_filepath": str(path), "tarred_audio_filepaths": str(tmp_path / "audio_0.tar")}
+    with pytest.raises(ManifestError, match="in no tar file"):
+        stage(config, tmp_path / "s", use_text=True, on_bad_audio="error")
+    staged = stage(config, tmp_path / "s", use_text=True, on_bad_audio="skip")
+    assert [row.audio for row in staged.rows] == ["a.wav"]
+    with pytest.raises(ManifestError, match="cannot be read"):
+        stage({**config, "tarred_audio_filepaths": "/absent.tar"}, tmp_path / "s", use_text=True, on_bad_audio="skip")

@@ -153,7 +153,7 @@ def _arcs(scores: ArcScores, shape: _Shape) -> tuple[Tensor, Tensor]:
         blank_in[0, 1:] = blank[:-1]
         label_in[0] = label
         return blank_in, label_in
-    durations = [_take(part, place) for part in scores.durations]
+    durations = [_take(part, place).masked_fill_(outside, -_INF) for part in scores.durations]
     for arc, i, move in zip(blank_in, shape.moving, shape.blank_moves, strict=True):
         torch.add(blank[:-move], durations[i][:-move], out=arc[move:])
     for arc, duration, move in zip(label_in, durations, shape.label_moves, strict=True):
