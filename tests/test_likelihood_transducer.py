@@ -172,6 +172,17 @@ def test_impossible_hypotheses_have_zero_gradient(durations: Sequence[int] | Non
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_hypothesis_too_long_for_durations_without_zero_has_zero_gradient() -> None:
+    model, encoded = make_model((1, 2)), random_frames(1, 4, 6).requires_grad_()
+    trie = PrefixTrie.build([[0, 1, 2, 0], [0, 1]], [0, 0])
+    found = log_prob(encoded, torch.tensor([4]), trie, model, (1, 2))
+    assert found.isfinite().tolist() == [False, True]
+    weight = torch.tensor([math.nan, 1.0], dtype=torch.float64)
+    (mine,) = torch.autograd.grad(found, encoded, weight, retain_graph=True)
+    (other,) = torch.autograd.grad(found[1], encoded)
+    torch.testing.assert_close(mine, other)
+
+
 def test_lattice_ignores_frames_behind_the_end() -> None:
     trie, lengths = PrefixTrie.build([[0, 1], [2]], [0, 1]), torch.tensor([3, 2])
     scores = [random_frames(*size, seed=len(size)).log_softmax(-1) for size in ((5, 5), (5, 5), (2, 5, 5))]

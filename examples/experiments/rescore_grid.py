@@ -1,0 +1,107 @@
+"""What the reward would choose, without training: WER and EWER of the best-rewarded member over a grid of α and β.
+
+    python examples/experiments/rescore_grid.py BASE.nemo dev.json --terms-file menu.json \
+        --description "an order at a coffee shop" --llm FOLDER [--set boosting_weight=1.0 term_swap=4]
+
+Hypotheses and scores are made once; every (α, β) then only chooses. Run it on a dev set, never on a test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+
+from nemo.utils import logging as nemo_logging
+
+from nemo_llm_feedback.config import ProposalConfig, read_terms
+from nemo_llm_feedback.evaluation import audio_batches, score_rows
+from nemo_llm_feedback.groups import Audio, GroupMaker, ScoredGroup
+from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm_config import LLMConfig
+from nemo_llm_feedback.manifests import Row, merge_context, read_manifest
+from nemo_llm_feedback.metrics import oracle
+from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.normalize import get_normalizer, text_length
+from nemo_llm_feedback.proposals import Proposer
+from nemo_llm_feedback.reference import FrozenReference
+from nemo_llm_feedback.rewards import LLMReward
+from nemo_llm_feedback.types import Context
+
+
+def main() -> None:
+    """Parses the arguments, makes the groups and prints the grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("manifest")
+    parser.add_argument("--terms-file", required=True)
+    parser.add_argument("--description", default="")
+    parser.add_argument("--llm", required=True)
+    parser.add_argument("--head", default="auto", choices=("auto", "ctc", "transducer"))
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 4.0, 8.0, 16.0])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of ProposalConfig")
+    options = parser.parse_args()
+    nemo_logging.setLevel(logging.ERROR)
+
+    numbers = {key: float(value) for key, value in (item.split("=") for item in options.set)}
+    proposals = ProposalConfig(
+        **{k: int(v) if v.is_integer() and k != "boosting_weight" else v for k, v in numbers.items()}
+    )
+    context = Context(options.description, tuple(read_terms(options.terms_file)))
+    rows = read_manifest(options.manifest)
+    groups = make_groups(options.model, rows, context, proposals, llm=options.llm, head=options.head)
+
+    def show(name: str, choose: Callable[[ScoredGroup], int]) -> None:
+        report(name, rows, [g.group.texts[choose(g)] for g in groups], context)
+
+    show("greedy", lambda g: 0)
+    for alpha in options.alphas:
+        for beta in options.betas:
+            show(f"alpha {alpha:g} beta {beta:g}", lambda g, a=alpha, b=beta: best_member(g, alpha=a, beta=b))
+    best = oracle([row.text for row in rows], [g.group.texts for g in groups], normalize=get_normalizer("basic"))
+    report("oracle", rows, list(best.hypotheses), context)
+
+
+def make_groups(
+    model: str, rows: list[Row], context: Context, proposals: ProposalConfig, *, llm: str, head: str
+) -> list[ScoredGroup]:
+    """Scored groups of all rows under the checkpoint itself, in the rows' order."""
+    reference = FrozenReference(restore(model, map_location="cpu"), which=head)
+    maker = GroupMaker(
+        Proposer(reference.heads[0], proposals),
+        reference,
+        LLMReward(load_llm(LLMConfig(model=llm)), alpha=1.0, beta=0.0),
+        normalize=get_normalizer("basic"),
+        max_members=64,
+        memory_budget_mb=512,
+    )
+    found: dict[int, ScoredGroup] = {}
+    for batch in audio_batches(
+        rows, sample_rate=16000, batch_size=10, device=reference.encoder.pre_encode.out.weight.device
+    ):
+        encoded, lengths = reference.encode(batch.signal, batch.signal_len)
+        contexts = tuple(merge_context(context, rows[i].context) for i in batch.indices)
+        audio = Audio(batch.signal, batch.signal_len, tuple(rows[i].utterance for i in batch.indices), contexts)
+        found.update(zip(batch.indices, maker.make(audio, encoded, lengths), strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def best_member(scored: ScoredGroup, *, alpha: float, beta: float) -> int:
+    """The member with the largest alpha · LLM + ASR + beta · length."""
+
+    def reward(n: int) -> float:
+        return alpha * scored.parts["llm"][n] + scored.parts["asr"][n] + beta * text_length(scored.group.texts[n])
+
+    return max(range(len(scored.group)), key=reward)
+
+
+def report(name: str, rows: list[Row], texts: list[str], context: Context) -> None:
+    """One line of metrics, in %."""
+    scores = score_rows(rows, texts, run_context=context)
+    metrics = ("wer", "ewer", "entity_recall", "false_alarms", "deletions", "insertions")
+    print(f"{name:20}" + "  ".join(f"{m} {scores.value(m):5.1f}" for m in metrics), flush=True)
+
+
+if __name__ == "__main__":
+    main()
