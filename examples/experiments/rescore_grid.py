@@ -12,6 +12,7 @@ import argparse
 import logging
 from collections.abc import Callable
 
+import torch
 from nemo.utils import logging as nemo_logging
 
 from nemo_llm_feedback.config import ProposalConfig, read_terms
@@ -44,10 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     nemo_logging.setLevel(logging.ERROR)
 
-    numbers = {key: float(value) for key, value in (item.split("=") for item in options.set)}
-    proposals = ProposalConfig(
-        **{k: int(v) if v.is_integer() and k != "boosting_weight" else v for k, v in numbers.items()}
-    )
+    given = dict(item.split("=") for item in options.set)
+    proposals = ProposalConfig(**{key: type(getattr(ProposalConfig(), key))(value) for key, value in given.items()})
     context = Context(options.description, tuple(read_terms(options.terms_file)))
     rows = read_manifest(options.manifest)
     groups = make_groups(options.model, rows, context, proposals, llm=options.llm, head=options.head)
@@ -77,9 +76,7 @@ def make_groups(
         memory_budget_mb=512,
     )
     found: dict[int, ScoredGroup] = {}
-    for batch in audio_batches(
-        rows, sample_rate=16000, batch_size=10, device=reference.encoder.pre_encode.out.weight.device
-    ):
+    for batch in audio_batches(rows, sample_rate=16000, batch_size=10, device=torch.device("cpu")):
         encoded, lengths = reference.encode(batch.signal, batch.signal_len)
         contexts = tuple(merge_context(context, rows[i].context) for i in batch.indices)
         audio = Audio(batch.signal, batch.signal_len, tuple(rows[i].utterance for i in batch.indices), contexts)
