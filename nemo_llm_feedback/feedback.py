@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_llm_feedback.checkpoints import atomic_path, stock_config
 from nemo_llm_feedback.errors import TrainingError
 from nemo_llm_feedback.groups import Audio, ScoredGroup
+from nemo_llm_feedback.heads import heads_of
 from nemo_llm_feedback.losses import group_loss, group_metrics
 from nemo_llm_feedback.preparation import FeedbackState, prepare, start
 from nemo_llm_feedback.reference import encode, evaluation_mode
@@ -122,7 +123,7 @@ class LLMFeedbackMixin(_Base):
         """NeMo's own step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
         state = self._state()
         if state.exact_supervision:
-            return exact_supervised_step(self, state.heads, batch, state.config.feedback.memory_budget_mb)
+            return exact_supervised_step(self, heads_of(self), batch, state.config.feedback.memory_budget_mb)
         return super().training_step(batch, batch_nb)
 
     def _group_logp(self, head: Any, encoded: Tensor, lengths: Tensor, groups: list[ScoredGroup]) -> Tensor:

@@ -91,7 +91,8 @@ def test_the_export_has_the_stock_class_and_keys_and_new_weights(kind: str, adap
     assert (result.log_dir / "result.json").is_file()
     survey = json.loads((result.log_dir / "survey.json").read_text())
     assert survey["utterances"] >= 3
-    assert 0 < survey["length_ratio"] < 10
+    assert set(survey["spread"]) == {"llm", "asr", "length"}
+    assert 0 < survey["signal_fraction"] <= 1
 
 
 def test_validation_reports_wer_and_entities(adapted: dict[str, Any]) -> None:
@@ -250,17 +251,20 @@ def test_every_objective_trains(name: str, nemo_file: Any, tiny_llm: Path, tmp_p
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     more = ["trainer.max_steps=2", f"objective={name}"]
     if name == "reinforce":
-        more += ["proposals.beam=0", "proposals.boosted=0", "proposals.samples=4"]
+        more += ["proposals.beam=0", "proposals.boosted=0", "proposals.term_swap=0", "proposals.samples=4"]
     result = run(nemo_file("hybrid_bpe"), manifest, tiny_llm, tmp_path / "run", *more)
     base, after = weights(nemo_file("hybrid_bpe")), weights(result.nemo)
     assert any(not torch.equal(base[k], after[k]) for k in base)
 
 
-def test_exact_supervision_of_tdt_on_the_cpu(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "heads"), [("tdt_char", "auto"), ("hybrid_tdt_bpe", "ctc")])
+def test_exact_supervision_of_tdt_on_the_cpu(
+    kind: str, heads: str, nemo_file: Any, tiny_llm: Path, tmp_path: Path
+) -> None:
     manifest = write_manifest(tmp_path / "m.json", ["a latte", None])
-    more = ["objective=self_training", "trainer.max_steps=1", "model.train_ds.batch_size=2"]
-    result = run(nemo_file("tdt_char"), manifest, tiny_llm, tmp_path / "run", *more)
-    base, after = weights(nemo_file("tdt_char")), weights(result.nemo)
+    more = ["objective=self_training", "trainer.max_steps=1", "model.train_ds.batch_size=2", f"feedback.heads={heads}"]
+    result = run(nemo_file(kind), manifest, tiny_llm, tmp_path / "run", *more)
+    base, after = weights(nemo_file(kind)), weights(result.nemo)
     assert not torch.equal(base["joint.pred.weight"], after["joint.pred.weight"])
 
 
