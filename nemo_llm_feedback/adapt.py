@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback import __version__
-from nemo_llm_feedback.callbacks import EntityValidation, HypothesisLog
+from nemo_llm_feedback.callbacks import EntityValidation, HypothesisLog, PlateauStop
 from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.config import RunConfig, parse_run_config
 from nemo_llm_feedback.errors import CheckpointError, ConfigError, ManifestError
@@ -68,12 +69,19 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     model.setup_feedback(_with_sample_rate(cfg, model), work_dir=log_dir)
     logging.info(plan_text(model, config, source=source, log_dir=log_dir))
 
-    trainer.callbacks += [HypothesisLog(config.feedback.log_hypotheses_every)]
+    trainer.callbacks += [
+        HypothesisLog(config.feedback.log_hypotheses_every),
+        PlateauStop(config.feedback.patience_rounds, config.feedback.refresh_every),
+    ]
     if validation:
         trainer.callbacks += [EntityValidation(validation, config.context.load(), config.feedback.normalizer)]
     pool = _pool_sample(model, config)
     before, pool_before = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
     trainer.fit(model)
+    reader = model._feedback.reader
+    logging.info(
+        f"{len(reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
+    )
     after, pool_after = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
 
     target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
@@ -108,6 +116,8 @@ def _source(cfg: DictConfig) -> Path:
             "give exactly one of init_from_nemo_model=FILE.nemo and init_from_pretrained_model=NAME, "
             f"got {' and '.join(given) or 'neither'}."
         )
+    if str(cfg.trainer.get("accelerator")) in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator asks for a GPU and there is none; use trainer=cpu or trainer=auto.")
     path = Path(str(cfg[given[0]])).expanduser() if given[0] == "init_from_nemo_model" else locate(str(cfg[given[0]]))
     if not path.is_file():
         raise CheckpointError(f"{given[0]}={cfg[given[0]]}: no such file.")

@@ -23,11 +23,15 @@ class BatchReader:
         run_context: the run's context.
         use_text: False: every row is unlabeled.
         rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
+
+    Attributes:
+        seen: names of the unlabeled rows that batches have held; tarred rows show only here whether they can be read.
     """
 
     def __init__(self, run_context: Context, *, use_text: bool, rows: Sequence[Row] = ()) -> None:
         self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
         self._collection: Any = None
+        self.seen: set[str] = set()
         self._marks = 0
 
     def attach(self, dataloader: Any) -> None:
@@ -51,6 +55,7 @@ class BatchReader:
             return (signal, signal_len, tokens, tokens_len), None
         unlabeled = (~labelled).nonzero().flatten().tolist()
         named = [self._describe(ids, b) for b in unlabeled]
+        self.seen.update(utterance for utterance, _ in named)
         longest = int(signal_len[unlabeled].max())
         audio = Audio(
             signal[unlabeled][:, :longest],

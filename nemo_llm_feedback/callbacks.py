@@ -43,6 +43,52 @@ class EntityValidation(pl.Callback):
                 logger.log_metrics(values, step=trainer.global_step)
 
 
+class PlateauStop(pl.Callback):
+    """Stops training when the pool's reward has stopped rising; needs no label.
+
+    The policy's expected reward is averaged over each refresh round, since single batches differ by their utterances.
+
+    Args:
+        rounds: rounds without a new best mean after which training stops; 0 = never.
+        refresh_every: optimizer steps of a round.
+    """
+
+    def __init__(self, rounds: int, refresh_every: int) -> None:
+        self._rounds, self._refresh_every = rounds, refresh_every
+        self._round, self._sum, self._count = 0, 0.0, 0
+        self._best, self._since = float("-inf"), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues from."""
+        names = ("_round", "_sum", "_count", "_best", "_since")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Adds the step's expected reward and, at the end of a round, compares the mean with the best."""
+        reward = trainer.callback_metrics.get("feedback/reward_policy")
+        if not self._rounds or reward is None:
+            return
+        number = max(trainer.global_step - 1, 0) // self._refresh_every
+        if number != self._round and self._count:
+            mean = self._sum / self._count
+            self._since = 0 if mean > self._best else self._since + 1
+            self._best = max(self._best, mean)
+            self._sum, self._count = 0.0, 0
+            if self._since >= self._rounds:
+                logging.info(
+                    f"stopped: the pool's reward has not risen for {self._rounds} rounds (best {self._best:.2f})."
+                )
+                trainer.should_stop = True
+        self._round = number
+        if bool(reward == reward):
+            self._sum, self._count = self._sum + float(reward), self._count + 1
+
+
 class HypothesisLog(pl.Callback):
     """Prints one group with its scores at intervals, and adds it to TensorBoard.
 

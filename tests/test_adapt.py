@@ -282,6 +282,7 @@ def test_bad_input_is_refused_before_any_work(
         f"llm.model={tmp_path / 'empty_llm'}": "LLM",
         "feedback.heads=both": "has only ctc",
         "llm.device=cuda": "CUDA",
+        "trainer=gpu": "there is none",
     }
     for override, words in cases.items():
         assert main(["adapt", *good, override]) == 1, override
