@@ -1,12 +1,11 @@
 """The adapt job as a script, for those who keep their own copy: ``python examples/adapt.py KEY=VALUE …``.
 
-It does what ``nemo-llm-feedback adapt`` does; the settings are explained by ``nemo-llm-feedback adapt --help``.
+It does what ``nemo-llm-feedback adapt`` does; ``--help`` explains the settings.
 """
 
 import sys
 
-from nemo_llm_feedback.adapt import adapt, summary
-from nemo_llm_feedback.composition import compose_config
+from nemo_llm_feedback.cli import main
 
 if __name__ == "__main__":
-    print(summary(adapt(compose_config(sys.argv[1:]))))
+    sys.exit(main(["adapt", *sys.argv[1:]]))
