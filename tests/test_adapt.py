@@ -204,10 +204,12 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
     seen: list[Any] = []
     original = feedback.LLMFeedbackMixin.feedback_loss
     supervised: list[int] = []
+    models: list[Any] = []
     step = feedback.LLMFeedbackMixin._supervised_step
 
     def watch(self: Any, audio: Any, batch_nb: int = 0) -> Any:
         seen.append(audio)
+        models.append(self)
         return original(self, audio, batch_nb)
 
     def watch_supervised(self: Any, batch: Any, batch_nb: int) -> Any:
@@ -220,6 +222,13 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
         result = run(nemo_file(kind), manifest, tiny_llm, tmp_path / "run", *more)
     assert result.nemo.is_file()
     assert len(seen) == 1
+    # The LLM was loaded in 4 bit and scored, yet neither it nor the frozen reference is anywhere in the model.
+    (model,) = models
+    trained = {id(p) for group in model._optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()}
+    assert list(model.state_dict()) == list(weights(nemo_file(kind)))
+    assert not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
+    assert model._feedback.llm_bytes > 0
     # Lhotse's tarred stream repeats for ever, so a batch of six may hold a row twice; all others hold each row once.
     assert len(seen[0].utterances) + len(supervised) == 6
     assert min(supervised) > 0
