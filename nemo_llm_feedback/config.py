@@ -178,7 +178,7 @@ class RewardConfig:
     Attributes:
         name: short name of the reward in the registry, or ``package.module:attribute`` from your own YAML.
         alpha: weight of the LLM's log-probability.
-        beta: bonus a word (a character in scripts written without spaces), in nats; about 2·alpha did best on two dev
+        beta: bonus a word (a character in scripts written without spaces), in nats; 0 to 4·alpha did alike on two dev
             sets (docs/results.md), and much more teaches insertions.
         normalize: ``sum``, ``token``, ``word`` or ``pmi`` form of the LLM term.
         asr_weight: weight of the frozen reference's log p; 1 in the one parameterisation, 0 for the ablation.
