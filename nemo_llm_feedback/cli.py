@@ -1,13 +1,15 @@
-"""The command ``nemo-llm-feedback``. Only argparse is imported here: every ``--help`` answers without NeMo."""
+"""The command ``nemo-llm-feedback``. Imports argparse only, as ``commands`` does: every ``--help`` answers without NeMo."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_llm_feedback import __version__
+from nemo_llm_feedback.commands import NAMES
 from nemo_llm_feedback.errors import FeedbackError
 
 ADAPT_HELP = """\
@@ -35,7 +37,7 @@ options:
   --show-config         print the composed configuration and stop
   -h, --help            this text
 
-Every key with its default: --show-config; every key explained: nemo_llm_feedback/config.py.
+Every key with its default: --show-config; every key explained: nemo_llm_feedback/config/.
 """
 
 
@@ -73,24 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("adapt", help="adapt a checkpoint (Hydra settings; see `adapt --help`)", add_help=False)
 
-    evaluate = commands.add_parser("evaluate", help="score checkpoints on a labelled manifest")
-    evaluate.add_argument("models", nargs="+", metavar="MODEL", help=".nemo files; the first is the base")
-    evaluate.add_argument("--manifest", required=True, help="NeMo manifest with text and, optionally, entities")
-    evaluate.add_argument("--terms-file", help="terms whose false alarms are counted")
-    evaluate.add_argument("--head", default="auto", choices=("auto", "ctc", "transducer"))
-    evaluate.add_argument("--batch-size", type=int, default=16)
-    evaluate.add_argument("--normalizer", default="basic", choices=("none", "lower", "basic"))
-    evaluate.add_argument(
-        "--oracle", type=int, default=0, metavar="N", help="also the oracle of the N-best of the base"
-    )
-    evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
-    evaluate.set_defaults(run=_evaluate)
-
-    export = commands.add_parser("export", help="turn a training checkpoint into a plain .nemo")
-    export.add_argument("checkpoint", help="a Lightning .ckpt of a run, or a .nemo")
-    export.add_argument("--base", help=".nemo that the .ckpt was trained from, if it has moved since")
-    export.add_argument("--output", help="where to write; default: beside the checkpoint")
-    export.set_defaults(run=_export)
+    for name in NAMES:
+        module = importlib.import_module(f"nemo_llm_feedback.commands.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser
 
 
@@ -111,44 +100,10 @@ def _adapt(arguments: list[str]) -> int:
 
         print(OmegaConf.to_yaml(cfg))
         return 0
-    from nemo_llm_feedback.adapt import adapt, summary
+    from nemo_llm_feedback.jobs.adapt import adapt, summary
 
     print(summary(adapt(cfg)))
     return 0
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from nemo_llm_feedback.commands import evaluate
-
-    _quiet_nemo()
-    print(
-        evaluate(
-            options.models,
-            manifest=options.manifest,
-            terms_file=options.terms_file,
-            head=options.head,
-            batch_size=options.batch_size,
-            normalizer=options.normalizer,
-            oracle=options.oracle,
-            json_file=options.json,
-        )
-    )
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from nemo_llm_feedback.export import export
-
-    _quiet_nemo()
-    print(export(options.checkpoint, base=options.base, output=options.output))
-    return 0
-
-
-def _quiet_nemo() -> None:
-    """Short commands show their result, not NeMo's notes on restoring a model."""
-    from nemo.utils import logging
-
-    logging.setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

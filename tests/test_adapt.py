@@ -46,7 +46,7 @@ def arguments(nemo: Path, manifest: Path, llm: Path, folder: Path, *more: str) -
 
 def run(*args: Any) -> Any:
     """Composes and runs ``adapt``."""
-    from nemo_llm_feedback.adapt import adapt
+    from nemo_llm_feedback.jobs.adapt import adapt
 
     return adapt(compose_config(arguments(*args)))
 

@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parents[1] / "nemo_llm_feedback"
 
 # One layer a line, lowest first; a module may import from its own layer and those below.
 LAYERS = [
-    {"errors", "types", "llm_config", "config", "normalize"},
+    {"errors", "types", "config", "normalize"},
     {"trie", "likelihood", "group_math", "objectives", "error_counts", "metrics", "tables", "sampling"},
     {"llm", "prompts", "rewards", "manifests", "checkpoints"},
     {"heads", "reference", "swaps", "proposals", "groups", "batches", "losses", "supervision"},
     {"preparation", "feedback"},
     {"models"},
-    {"evaluation", "callbacks", "plan", "export"},
-    {"composition", "adapt", "commands", "cli"},
+    {"evaluation", "callbacks"},
+    {"composition", "jobs", "commands", "cli"},
 ]
 TORCH_ONLY = {"trie", "likelihood", "group_math", "objectives"}
 ALLOWED_TRANSFORMERS = {"llm", "rewards"}

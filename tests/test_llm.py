@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_llm import ARCHITECTURES, make_tiny_llm
 
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
 from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm
-from nemo_llm_feedback.llm_config import LLMConfig
 from nemo_llm_feedback.types import Context
 
 SHARED_LM = Path(__file__).parents[2] / "shared" / "checkpoints" / "lm"
@@ -350,7 +350,7 @@ def test_hub_ids_load_from_the_local_cache(hub, scorer):
     home, commit = hub
     code = f"""
 from nemo_llm_feedback.llm import check_llm_folder, load_llm
-from nemo_llm_feedback.llm_config import LLMConfig
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.types import Context
 def config(model, **more): return LLMConfig(model=model, quantization="none", device="cpu", **more)
 assert check_llm_folder(config("someone/tiny")) == []
@@ -370,7 +370,7 @@ def test_hub_ids_that_are_partly_cached_are_faults_only_offline(hub):
     code = """
 import os
 from nemo_llm_feedback.llm import check_llm_folder
-from nemo_llm_feedback.llm_config import LLMConfig
+from nemo_llm_feedback.config import LLMConfig
 assert "has no weights" in check_llm_folder(LLMConfig(model="someone/tiny"))[0]
 os.environ["HF_HUB_OFFLINE"] = "0"
 assert check_llm_folder(LLMConfig(model="someone/tiny")) == []
@@ -382,7 +382,7 @@ def test_checks_import_neither_transformers_nor_bitsandbytes(llama):
     code = f"""
 import sys
 from nemo_llm_feedback.llm import check_llm_folder
-from nemo_llm_feedback.llm_config import LLMConfig
+from nemo_llm_feedback.config import LLMConfig
 assert check_llm_folder(LLMConfig(model={str(llama)!r})) == []
 assert not {{"transformers", "bitsandbytes"}} & set(sys.modules)
 """

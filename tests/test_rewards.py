@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_llm import make_tiny_llm
 
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import RewardError
 from nemo_llm_feedback.llm import TextScore, load_llm
-from nemo_llm_feedback.llm_config import LLMConfig
 from nemo_llm_feedback.normalize import text_length
 from nemo_llm_feedback.rewards import (
     CallableReward,

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from nemo.utils import logging as nemo_logging
 
-from nemo_llm_feedback.config import ProposalConfig, read_terms
+from nemo_llm_feedback.config import LLMConfig, ProposalConfig, read_terms
 from nemo_llm_feedback.evaluation import audio_batches, score_rows
 from nemo_llm_feedback.groups import Audio, GroupMaker, ScoredGroup
 from nemo_llm_feedback.llm import load_llm
-from nemo_llm_feedback.llm_config import LLMConfig
 from nemo_llm_feedback.manifests import Row, merge_context, read_manifest
 from nemo_llm_feedback.metrics import oracle
 from nemo_llm_feedback.models import restore

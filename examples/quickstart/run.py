@@ -37,9 +37,9 @@ def main() -> None:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
-    from nemo_llm_feedback.adapt import adapt
     from nemo_llm_feedback.config import ProposalConfig, parse_run_config
     from nemo_llm_feedback.evaluation import propose_rows, score_rows, transcribe_rows
+    from nemo_llm_feedback.jobs.adapt import adapt
     from nemo_llm_feedback.manifests import read_manifest
     from nemo_llm_feedback.metrics import oracle
     from nemo_llm_feedback.models import restore

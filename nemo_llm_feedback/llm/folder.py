@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.llm_config import LLMConfig
 from nemo_llm_feedback.prompts import read_template
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
 from nemo_llm_feedback.llm.folder import fingerprint, is_hub_id, resolve_folder
-from nemo_llm_feedback.llm_config import LLMConfig
 
 logger = logging.getLogger(__name__)
 

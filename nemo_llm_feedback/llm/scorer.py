@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.engine import Engine, Ids, Sharing
 from nemo_llm_feedback.llm.loading import load_model
-from nemo_llm_feedback.llm_config import LLMConfig
 from nemo_llm_feedback.prompts import read_template
 from nemo_llm_feedback.types import Context
 

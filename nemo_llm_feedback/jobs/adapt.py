@@ -20,10 +20,10 @@ from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.config import RunConfig, parse_run_config
 from nemo_llm_feedback.errors import CheckpointError, ConfigError, ManifestError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
+from nemo_llm_feedback.jobs.plan import plan_text
 from nemo_llm_feedback.manifests import Row, expand_paths, read_manifest, unreadable
 from nemo_llm_feedback.metrics import CorpusScores
 from nemo_llm_feedback.models import locate, restore
-from nemo_llm_feedback.plan import plan_text
 from nemo_llm_feedback.tables import build_table
 
 

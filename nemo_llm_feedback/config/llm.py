@@ -1,4 +1,4 @@
-"""Settings of the scoring LLM. Standard library only: ``--help`` and validation read this without loading torch."""
+"""Settings of the scoring LLM."""
 
 from __future__ import annotations
 

@@ -1,0 +1,25 @@
+"""``nemo-llm-feedback export``: turn a training checkpoint into a plain .nemo."""
+
+from __future__ import annotations
+
+import argparse
+
+from nemo_llm_feedback.commands import quiet_nemo
+
+HELP = "turn a training checkpoint into a plain .nemo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument("checkpoint", help="a Lightning .ckpt of a run, or a .nemo")
+    parser.add_argument("--base", help=".nemo that the .ckpt was trained from, if it has moved since")
+    parser.add_argument("--output", help="where to write; default: beside the checkpoint")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the path written."""
+    from nemo_llm_feedback.jobs.export import export
+
+    quiet_nemo()
+    print(export(options.checkpoint, base=options.base, output=options.output))
+    return 0

@@ -1,0 +1,36 @@
+"""All settings of the plugin, each with its one default. NeMo's own sections (``model``, ``trainer``, ``exp_manager``)
+stay NeMo's; the sections here are ours, are checked before any work, and unknown keys are refused by name.
+"""
+
+from nemo_llm_feedback.config.context import ContextConfig, read_terms
+from nemo_llm_feedback.config.learning import (
+    HEADS,
+    NORMALIZERS,
+    OBJECTIVE_NAMES,
+    SAMPLED_OBJECTIVES,
+    FeedbackConfig,
+    ObjectiveConfig,
+)
+from nemo_llm_feedback.config.llm import LLMConfig
+from nemo_llm_feedback.config.proposals import SOURCE_NAMES, ProposalConfig
+from nemo_llm_feedback.config.reward import RewardConfig
+from nemo_llm_feedback.config.run import SECTIONS, RunConfig, check_keys, parse_run_config
+
+__all__ = [
+    "HEADS",
+    "NORMALIZERS",
+    "OBJECTIVE_NAMES",
+    "SAMPLED_OBJECTIVES",
+    "SECTIONS",
+    "SOURCE_NAMES",
+    "ContextConfig",
+    "FeedbackConfig",
+    "LLMConfig",
+    "ObjectiveConfig",
+    "ProposalConfig",
+    "RewardConfig",
+    "RunConfig",
+    "check_keys",
+    "parse_run_config",
+    "read_terms",
+]
