@@ -1,4 +1,4 @@
-"""The command ``nemo-llm-feedback``. Imports argparse only, as ``commands`` does: every ``--help`` answers without NeMo."""
+"""The command ``nemo-llm-feedback``. It and ``commands`` import argparse only: every ``--help`` answers without NeMo."""
 
 from __future__ import annotations
 
