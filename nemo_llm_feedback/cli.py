@@ -1,4 +1,4 @@
-"""The command ``nemo-llm-feedback``. It and ``commands`` import argparse only: every ``--help`` answers without NeMo."""
+"""The command ``nemo-llm-feedback``; it and ``commands`` import argparse only, so that ``--help`` needs no NeMo."""
 
 from __future__ import annotations
 
