@@ -100,9 +100,13 @@ def _adapt(arguments: list[str]) -> int:
 
         print(OmegaConf.to_yaml(cfg))
         return 0
+    from nemo.utils.get_rank import is_global_rank_zero
+
     from nemo_llm_feedback.jobs.adapt import adapt, summary
 
-    print(summary(adapt(cfg)))
+    result = adapt(cfg)
+    if is_global_rank_zero():
+        print(summary(result))
     return 0
 
 

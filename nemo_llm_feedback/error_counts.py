@@ -6,10 +6,12 @@ The definitions are in the docstring of `metrics`; the names of the counts are i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import jiwer
 import kaldialign
 import numpy as np
+from numpy.typing import NDArray
 
 
 def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
@@ -29,15 +31,10 @@ def word_counts(
     ref: list[str], alignment: list[jiwer.AlignmentChunk], spans: set[tuple[int, int]] | None
 ) -> dict[str, int]:
     """WER counts, and their split by entity spans unless ``spans`` is None."""
-    wrong = np.zeros(len(ref), dtype=bool)
-    inserted = np.zeros(len(ref) + 1, dtype=np.int64)  # inserted[p]: words inserted before reference word p
+    wrong, inserted = _marks(len(ref), alignment)
     totals = Counter({"substitute": 0, "delete": 0, "insert": 0})
     for chunk in alignment:
         totals[chunk.type] += chunk_errors(chunk)
-        if chunk.type == "insert":
-            inserted[chunk.ref_start_idx] += chunk_errors(chunk)
-        elif chunk.type != "equal":
-            wrong[chunk.ref_start_idx : chunk.ref_end_idx] = True
     errors = totals["substitute"] + totals["delete"] + totals["insert"]
     counts = {
         "words": len(ref),
@@ -54,7 +51,7 @@ def word_counts(
     for start, end in spans:
         inside[start:end] = True
         within[start + 1 : end] = True
-        recalled += not (wrong[start:end].any() or inserted[start + 1 : end].any())
+        recalled += _is_right(wrong, inserted, start, end)
     entity_errors = int(wrong[inside].sum() + inserted[within].sum())
     return counts | {
         "entity_words": int(inside.sum()),
@@ -64,6 +61,30 @@ def word_counts(
         "entities": len(spans),
         "entities_recalled": recalled,
     }
+
+
+def recalled_spans(
+    num_words: int, alignment: list[jiwer.AlignmentChunk], spans: Iterable[tuple[int, int]]
+) -> list[bool]:
+    """Whether each span of a reference of ``num_words`` words has no error inside; the rule of entity recall."""
+    wrong, inserted = _marks(num_words, alignment)
+    return [_is_right(wrong, inserted, start, end) for start, end in spans]
+
+
+def _marks(num_words: int, alignment: list[jiwer.AlignmentChunk]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """[W] reference words that are substituted or deleted, and [W + 1] words inserted before reference word p."""
+    wrong = np.zeros(num_words, dtype=bool)
+    inserted = np.zeros(num_words + 1, dtype=np.int64)
+    for chunk in alignment:
+        if chunk.type == "insert":
+            inserted[chunk.ref_start_idx] += chunk_errors(chunk)
+        elif chunk.type != "equal":
+            wrong[chunk.ref_start_idx : chunk.ref_end_idx] = True
+    return wrong, inserted
+
+
+def _is_right(wrong: NDArray[np.bool_], inserted: NDArray[np.int64], start: int, end: int) -> bool:
+    return not (wrong[start:end].any() or inserted[start + 1 : end].any())
 
 
 def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, int]:

@@ -27,3 +27,7 @@ class RewardError(FeedbackError, RuntimeError):
 
 class TrainingError(FeedbackError, RuntimeError):
     """Training had to stop: non-finite steps, or no group with signal."""
+
+
+class DecodingError(FeedbackError, RuntimeError):
+    """A decoder cannot give what was asked of it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,19 +47,117 @@ def audio_batches(
         batch_size: rows a batch.
         device: where the signals go.
     """
+    for indices in _by_duration(rows, batch_size):
+        yield _load(rows, indices, sample_rate=sample_rate, device=device)
+
+
+def _by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
+    order = sorted(range(len(rows)), key=lambda i: rows[i].duration)
+    return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def _load(rows: Sequence[Row], indices: tuple[int, ...], *, sample_rate: int, device: torch.device) -> AudioBatch:
     from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
-    order = sorted(range(len(rows)), key=lambda i: rows[i].duration)
-    for start in range(0, len(order), batch_size):
-        indices = tuple(order[start : start + batch_size])
-        samples = []
-        for i in indices:
-            segment = AudioSegment.from_file(
-                rows[i].audio, target_sr=sample_rate, offset=rows[i].offset, duration=rows[i].duration
-            )
-            samples.append(torch.tensor(segment.samples, dtype=torch.float32))
-        signal = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
-        yield AudioBatch(indices, signal.to(device), torch.tensor([len(s) for s in samples], device=device))
+    samples = []
+    for i in indices:
+        segment = AudioSegment.from_file(
+            rows[i].audio, target_sr=sample_rate, offset=rows[i].offset, duration=rows[i].duration
+        )
+        samples.append(torch.tensor(segment.samples, dtype=torch.float32))
+    signal = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+    return AudioBatch(indices, signal.to(device), torch.tensor([len(s) for s in samples], device=device))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a model made of some rows.
+
+    Attributes:
+        texts: greedy transcripts; ``""`` where the model failed.
+        nbest: N-best lists, greedy first; empty unless asked for, and where the model failed.
+        failures: row → why the model failed on it.
+        rtfx: seconds of audio a second of wall time for loading, encoding and greedy search of the rows that worked.
+    """
+
+    texts: tuple[str, ...]
+    nbest: tuple[tuple[str, ...], ...]
+    failures: dict[int, str] = field(default_factory=dict)
+    rtfx: float = float("nan")
+
+
+@torch.no_grad()
+def decode_rows(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    head: str = "auto",
+    batch_size: int = 16,
+    nbest: ProposalConfig | None = None,
+    run_context: Context | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Decoded:
+    """Greedy transcripts and, if asked for, N-best lists; a row that fails costs itself only.
+
+    A batch that fails is decoded again row by row.
+
+    Args:
+        model: a NeMo CTC, transducer or hybrid model.
+        rows: manifest rows, not tarred.
+        head: ``ctc``, ``transducer`` or ``auto``.
+        batch_size: rows a batch.
+        nbest: how many from which source; None = no N-best lists.
+        run_context: whose terms, with the row's own, are boosted in the N-best.
+        on_batch: receives the number of rows done.
+
+    Raises:
+        ConfigError: the model has no such head.
+    """
+    chosen = heads_of(model, which=head)[0]
+    max_symbols = decoding_max_symbols(model)
+    proposer = Proposer(chosen, nbest) if nbest is not None else None
+    sample_rate = int(model.cfg.preprocessor.sample_rate)
+    texts, lists = [""] * len(rows), [()] * len(rows)  # type: list[str], list[tuple[str, ...]]
+    seconds = [0.0]
+
+    def decode(indices: tuple[int, ...]) -> None:
+        start = time.perf_counter()
+        batch = _load(rows, indices, sample_rate=sample_rate, device=model.device)
+        encoded, lengths = encode(model, batch.signal, batch.signal_len)
+        for i, labels in zip(indices, chosen.greedy(encoded, lengths, max_symbols=max_symbols), strict=True):
+            texts[i] = chosen.vocabulary.ids_to_text(labels)
+        seconds[0] += time.perf_counter() - start
+        if proposer is not None:
+            contexts = [merge_context(run_context or Context(), rows[i].context) for i in indices]
+            for i, candidates in zip(indices, proposer.propose(encoded, lengths, contexts), strict=True):
+                lists[i] = tuple(chosen.vocabulary.ids_to_text(c.labels) for c in candidates)
+
+    with evaluation_mode(model):
+        failures = _each_batch(_by_duration(rows, batch_size), decode, on_batch)
+    worked = sum(row.duration for i, row in enumerate(rows) if i not in failures)
+    rtfx = worked / seconds[0] if seconds[0] > 0 else float("nan")
+    return Decoded(tuple(texts), tuple(lists) if proposer is not None else (), failures, rtfx)
+
+
+def _each_batch(
+    batches: Sequence[tuple[int, ...]], work: Callable[[tuple[int, ...]], None], on_batch: Callable[[int], None]
+) -> dict[int, str]:
+    """Does the work on every batch, on single rows where a batch fails; row → message for those that fail alone."""
+    failures: dict[int, str] = {}
+    done = 0
+    for batch in batches:
+        try:
+            work(batch)
+        except Exception:  # audio libraries and models raise anything; what a row raises alone is reported
+            for i in batch:
+                try:
+                    work((i,))
+                except Exception as error:
+                    reason = (str(error).strip().splitlines() or ["no message"])[0]
+                    failures[i] = f"{type(error).__name__}: {reason[:200]}"
+        done += len(batch)
+        on_batch(done)
+    return failures
 
 
 @torch.no_grad()

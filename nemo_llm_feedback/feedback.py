@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from torch import Tensor
 
 from nemo_llm_feedback.checkpoints import atomic_path, stock_config
+from nemo_llm_feedback.distributed import Report, Together, join_metrics, local_metrics, num_ranks, shares, touch_all
 from nemo_llm_feedback.errors import TrainingError
 from nemo_llm_feedback.groups import Audio, ScoredGroup
 from nemo_llm_feedback.heads import heads_of
-from nemo_llm_feedback.losses import group_loss, group_metrics
+from nemo_llm_feedback.lora import merged
+from nemo_llm_feedback.losses import Term, group_loss, group_metrics, total
 from nemo_llm_feedback.preparation import FeedbackState, prepare, start
-from nemo_llm_feedback.reference import encode, evaluation_mode
+from nemo_llm_feedback.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
+from nemo_llm_feedback.resuming import count_finished_batch
 from nemo_llm_feedback.supervision import exact_supervised_step, pseudo_labelled_batch
+from nemo_llm_feedback.survey import fill_round
 from nemo_llm_feedback.trie import PrefixTrie
 
 if TYPE_CHECKING:
@@ -41,6 +46,9 @@ class LLMFeedbackMixin(_Base):
     _feedback: FeedbackState | None = None
     _adaptation_facts: dict[str, Any] | None = None
     _source_path: str = ""
+
+    nonfinite_steps: int = 0
+    """Optimizer steps in a row, up to now, that were skipped because a gradient was not finite."""
 
     def setup_feedback(self, cfg: Any, *, work_dir: str | Path | None = None) -> None:
         """Checks the configuration and the data, and prepares training; call once, before ``trainer.fit``.
@@ -68,23 +76,60 @@ class LLMFeedbackMixin(_Base):
         if state.config.feedback.weight == 0:
             return self._supervised_step(tuple(batch[:4]), batch_nb)
         labelled, unlabeled = state.reader.split(batch)
-        if unlabeled is None:
+        if unlabeled is None and num_ranks() == 1:
             return self._supervised_step(labelled, batch_nb)
-        output: dict[str, Any] = {"loss": torch.zeros((), device=self.device), "log": {}}
-        if labelled is None:
-            # As NeMo's own steps do; exp_manager's checkpoints are ordered by it.
-            output["log"]["global_step"] = torch.tensor(float(self.trainer.global_step))
-        if labelled is not None and state.config.feedback.supervised_weight > 0:
-            output = {"log": {}, **self._supervised_step(labelled, batch_nb)}
-            output["loss"] = output["loss"] * state.config.feedback.supervised_weight
-        loss, metrics = self.feedback_loss(unlabeled, batch_nb)
-        output["loss"] = output["loss"] + state.config.feedback.weight * loss
+        output: dict[str, Any] = {"log": {}}
+        with Together() as ranks:
+            terms: dict[str, Term] = {}
+            metrics: dict[str, Any] = {}
+            counts: dict[str, float] = {}
+            if labelled is not None and (unlabeled is None or state.config.feedback.supervised_weight > 0):
+                output = {"log": {}, **self._supervised_step(labelled, batch_nb)}
+                terms["supervised"] = Term(output["loss"], len(labelled[1]), state.config.feedback.supervised_weight)
+            if unlabeled is not None:
+                found, metrics, counts = self.feedback_loss(unlabeled, batch_nb)
+                weight = state.config.feedback.weight
+                terms |= {name: dataclasses.replace(term, weight=weight * term.weight) for name, term in found.items()}
+            rows = len(unlabeled.utterances) if unlabeled is not None else 0
+            plain = {name: float(value) for name, value in metrics.items()}
+            ranks.mine = Report({name: term.count for name, term in terms.items()}, plain, counts, rows)
+        return self._joined(output, terms, ranks)
+
+    def _joined(self, output: dict[str, Any], terms: dict[str, Term], ranks: Together) -> dict[str, Any]:
+        """The step's loss and metrics over the rows of all ranks."""
+        metrics = join_metrics(ranks.all)
+        if not any(report.rows for report in ranks.all):
+            # A batch in which every row has text counts as NeMo counts it, whatever the weight of replay.
+            terms = {name: dataclasses.replace(term, weight=1.0) for name, term in terms.items()}
+        output["loss"] = total(terms, shares(ranks.mine, ranks.all))
+        if num_ranks() > 1:
+            output["loss"] = output["loss"] + touch_all(self)
+        # As NeMo's own steps do; exp_manager's checkpoints are ordered by it.
+        output["log"].setdefault("global_step", torch.tensor(float(self.trainer.global_step)))
         output["log"].update({f"feedback/{name}": value for name, value in metrics.items()})
         if "reward_policy" in metrics:
-            self.log("reward", float(metrics["reward_policy"]), prog_bar=True, logger=False)
+            self.log("reward", metrics["reward_policy"], prog_bar=True, logger=False)
         return output
 
-    def feedback_loss(self, audio: Audio, batch_nb: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    def on_after_backward(self) -> None:
+        """Skips a step with a gradient that is not finite, on all ranks (their gradients are already one)."""
+        super().on_after_backward()
+        if self._feedback is None:
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if bool(torch.isfinite(norm)):
+            self.nonfinite_steps = 0
+            return
+        self.nonfinite_steps += 1
+        logging.warning(f"step {self.trainer.global_step}: a gradient is not finite; the step is skipped.")
+        # No gradient rather than a zero one: Adam's momentum would still move the weights.
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def feedback_loss(
+        self, audio: Audio, batch_nb: int = 0
+    ) -> tuple[dict[str, Term], dict[str, Any], dict[str, float]]:
         """The feedback loss of unlabeled rows: encode, propose, reward, exact log p, objective.
 
         Args:
@@ -92,12 +137,15 @@ class LLMFeedbackMixin(_Base):
             batch_nb: handed to NeMo's step by augmented self-training.
 
         Returns:
-            Scalar loss with gradient, and its metrics.
+            The terms of the loss with gradient (see ``losses.total``), its metrics, and the number of groups of those
+            metrics that are means over other than all rows.
         """
         state = self._state()
         config = state.config
+        self._fill_round()
         with evaluation_mode(self):
-            encoded, lengths = encode(self, audio.signal, audio.signal_len)
+            with recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
+                encoded, lengths = encode(self, audio.signal, audio.signal_len)
             groups = state.maker.get(audio, encoded, lengths, round=self._round())
             if config.objective.name == "self_training" and config.objective.augment:
                 logp = None
@@ -106,25 +154,34 @@ class LLMFeedbackMixin(_Base):
         if logp is None:
             state.last_groups = groups
             batch, found = pseudo_labelled_batch(config.objective, audio, groups, head=state.heads[0].name)
-            return self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0, dict(found)
-        total = torch.zeros((), device=self.device)
+            with frozen_statistics(self, active=config.parameters.freeze_batchnorm):
+                loss = self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0
+            return {"pseudo_labels": Term(loss, len(batch[1]) if batch else 0)}, dict(found), {}
+        terms: dict[str, Term] = {}
         metrics: dict[str, Any] = {}
+        counts: dict[str, float] = {}
         for head, weight in state.head_weights.items():
             groups = self._with_old_logp(groups, logp[head], head)
             result = group_loss(config.objective, logp[head], groups, head=head)
-            total = total + weight * result.loss
+            for name, term in result.terms.items():
+                terms[f"{head}/{name}"] = dataclasses.replace(term, weight=weight * term.weight)
             prefix = "" if head == state.heads[0].name else f"{head}/"
             metrics.update({prefix + name: value for name, value in result.metrics.items()})
+            counts.update({prefix + name: count for name, count in result.metric_counts.items()})
         state.last_groups = groups
         metrics.update(group_metrics(groups, logp[state.heads[0].name], head=state.heads[0].name))
-        return total, metrics
+        hit_rate = float(getattr(state.maker.reward, "hit_rate", float("nan")))
+        if hit_rate == hit_rate:
+            metrics["cache_hit_rate"] = hit_rate
+        return terms, metrics, counts
 
     def _supervised_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
         """NeMo's own step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
         state = self._state()
         if state.exact_supervision:
             return exact_supervised_step(self, heads_of(self), batch, state.config.feedback.memory_budget_mb)
-        return super().training_step(batch, batch_nb)
+        with local_metrics(self):
+            return super().training_step(batch, batch_nb)
 
     def _group_logp(self, head: Any, encoded: Tensor, lengths: Tensor, groups: list[ScoredGroup]) -> Tensor:
         """[B, N] policy log p of every member with gradient, on the prefix trie; −inf on padding."""
@@ -148,6 +205,13 @@ class LLMFeedbackMixin(_Base):
             out.append(scored)
         return out
 
+    def _fill_round(self) -> None:
+        """Scores the whole pool where the LLM has a phase of its own."""
+        state, number = self._state(), self._round()
+        if state.config.scores_in_phases and state.filled_round != number:
+            fill_round(self, state, round=number)
+            state.filled_round = number
+
     def _round(self) -> int:
         return int(self.trainer.global_step) // self._state().config.feedback.refresh_every
 
@@ -160,7 +224,10 @@ class LLMFeedbackMixin(_Base):
         """Adds what a resumed run needs: the kept groups and the measured scales, as plain data."""
         super().on_save_checkpoint(checkpoint)
         if self._feedback is not None:
-            checkpoint[CHECKPOINT_KEY] = {**self._feedback.to_plain(), "base": self._source_path}
+            learned = self._feedback.config.parameters
+            lora = {"rank": learned.lora_rank, "alpha": learned.lora_alpha}
+            checkpoint[CHECKPOINT_KEY] = {**self._feedback.to_plain(), "base": self._source_path, "lora": lora}
+            count_finished_batch(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what :meth:`on_save_checkpoint` stored."""
@@ -168,11 +235,17 @@ class LLMFeedbackMixin(_Base):
         if self._feedback is not None and CHECKPOINT_KEY in checkpoint:
             self._feedback.load_plain(checkpoint[CHECKPOINT_KEY])
 
+    def on_train_start(self) -> None:
+        """Takes up the random states of a checkpoint; what ran before this drew from others."""
+        super().on_train_start()
+        if self._feedback is not None:
+            self._feedback.restore_random(rank=self.global_rank)
+
     def save_to(self, save_path: str) -> None:
         """Writes a plain ``.nemo``: stock class, stock weights; a failed save leaves the file that was there."""
         with stock_config(self, target=self.stock_target, facts=self._adaptation_facts):
             if not is_global_rank_zero():
                 super().save_to(save_path)
                 return
-            with atomic_path(save_path) as temporary:
+            with atomic_path(save_path) as temporary, merged(self):
                 super().save_to(temporary)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.heads import Head
-from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis
+from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis, written_labels
 from nemo_llm_feedback.reference import FrozenReference
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.trie import PrefixTrie
@@ -49,7 +49,11 @@ class ScoredGroup:
         restored = HypothesisGroup(
             utterance=group["utterance"],
             hypotheses=tuple(Hypothesis(h["text"], tuple(h["tokens"]), h["source"]) for h in group["hypotheses"]),
-            context=Context(group["context"]["description"], tuple(group["context"]["terms"])),
+            context=Context(
+                group["context"]["description"],
+                tuple(group["context"]["terms"]),
+                tuple(group["context"].get("previous", ())),  # checkpoints of earlier versions have none
+            ),
             ref_logp=tuple(group["ref_logp"]),
         )
         return cls(**{**plain, "group": restored})
@@ -79,6 +83,8 @@ class GroupMaker:
         proposer: of the policy's first head.
         reference: the frozen reference, with the same heads in the same order.
         reward: judges groups; None for plain self-training, whose rewards are zeros.
+        corrector: writes one more member a group from its best ones (contexts, their texts → a text or None each), or
+            None; set later, when the LLM is loaded.
         normalize: the run's text normalisation.
         max_members: largest group.
         memory_budget_mb: for the transducer likelihood.
@@ -94,11 +100,17 @@ class GroupMaker:
         max_members: int,
         memory_budget_mb: int,
     ) -> None:
-        self._proposer, self._reference = proposer, reference
+        self.proposer, self._reference = proposer, reference
         self.reward = reward
+        self.corrector: Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]] | None = None
         self._normalize, self._max_members = normalize, max_members
         self._budget = memory_budget_mb
         self.kept: dict[str, ScoredGroup] = {}
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of the sampler; its state belongs into checkpoints."""
+        return self.proposer.generator
 
     def get(self, audio: Audio, encoded: Tensor, lengths: Tensor, *, round: int) -> list[ScoredGroup]:
         """The groups of a batch: those kept from this round, and fresh ones for the other rows.
@@ -120,10 +132,12 @@ class GroupMaker:
     @torch.no_grad()
     def make(self, audio: Audio, encoded: Tensor, lengths: Tensor, *, round: int = 0) -> list[ScoredGroup]:
         """Proposes and scores groups; see :meth:`get`."""
-        candidates = self._proposer.propose(encoded, lengths, audio.contexts)
+        candidates = self.proposer.propose(encoded, lengths, audio.contexts)
         ref_encoded, ref_lengths = self._reference.encode(audio.signal, audio.signal_len)
         scores = {h.name: self._score(h, ref_encoded, ref_lengths, candidates) for h in self._reference.heads}
         first = self._reference.heads[0]
+        if self.corrector is not None:
+            self._add_corrections(audio.contexts, candidates, scores, ref_encoded, ref_lengths)
         groups, ref_logp = [], []
         for b, utterance in enumerate(audio.utterances):
             keep = build_members(
@@ -132,13 +146,39 @@ class GroupMaker:
                 vocabulary=first.vocabulary,
                 normalize=self._normalize,
                 max_members=self._max_members,
-                distinct=not self._proposer.sampled_only,
+                distinct=not self.proposer.sampled_only,
             )
             members = tuple(to_hypothesis(candidates[b][i], first.vocabulary, self._normalize) for i in keep)
             per_head = {name: [rows[b][i] for i in keep] for name, rows in scores.items()}
             groups.append(HypothesisGroup(utterance, members, audio.contexts[b], tuple(per_head[first.name])))
             ref_logp.append(per_head)
         return self._rewarded(groups, ref_logp, round)
+
+    def _add_corrections(
+        self,
+        contexts: Sequence[Context],
+        candidates: list[list[Candidate]],
+        scores: dict[str, list[list[float]]],
+        encoded: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        """Puts the LLM's rewrite of each row's best texts second, behind greedy, with its scores."""
+        assert self.corrector is not None
+        head = self._reference.heads[0]
+        ranked = []
+        for row, logp in zip(candidates, scores[head.name], strict=True):
+            order = sorted(range(len(row)), key=lambda i: -logp[i])
+            ranked.append([self._normalize(head.vocabulary.ids_to_text(row[i].labels)) for i in order])
+        texts = self.corrector(contexts, ranked)
+        labels = [written_labels(text, head.vocabulary, self._normalize) if text else None for text in texts]
+        extra = [[Candidate(new, "llm_correction")] if new is not None else [] for new in labels]
+        if not any(extra):
+            return
+        for head in self._reference.heads:
+            for logp, new in zip(scores[head.name], self._score(head, encoded, lengths, extra), strict=True):
+                logp[1:1] = new
+        for row, members in zip(candidates, extra, strict=True):
+            row[1:1] = members
 
     def _score(
         self, head: Head, encoded: Tensor, lengths: Tensor, candidates: Sequence[Sequence[Candidate]]

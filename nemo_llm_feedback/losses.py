@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +23,49 @@ from nemo_llm_feedback.objectives import (
 from nemo_llm_feedback.types import pad_groups
 
 
-def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGroup], *, head: str) -> ObjectiveOutput:
+@dataclass(frozen=True)
+class Term:
+    """A part of a step's loss.
+
+    Attributes:
+        value: scalar, mean over its items.
+        count: items (groups with signal, rows) on this rank.
+        weight: factor in the loss.
+    """
+
+    value: Tensor
+    count: float
+    weight: float = 1.0
+
+
+def total(terms: Mapping[str, Term], shares: Mapping[str, float] | None = None) -> Tensor:
+    """The weighted sum of the terms.
+
+    Args:
+        terms: at least one.
+        shares: a further factor of each (see ``distributed.shares``); 1 if None.
+    """
+    parts = [term.weight * (shares[name] if shares else 1.0) * term.value for name, term in terms.items()]
+    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """The loss of a batch of groups under one head.
+
+    Attributes:
+        terms: ``objective`` and the anchors.
+        metrics: name → value.
+        metric_counts: those metrics that are means over the groups with signal → their number; the others are means
+            over all groups.
+    """
+
+    terms: dict[str, Term]
+    metrics: dict[str, Tensor]
+    metric_counts: dict[str, float]
+
+
+def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGroup], *, head: str) -> GroupLoss:
     """The run's objective and anchors for one head.
 
     Args:
@@ -32,7 +75,7 @@ def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGro
         head: whose rewards and reference scores to use.
 
     Returns:
-        The loss and its metrics.
+        The terms of the loss and their metrics.
     """
     rewards = pad_groups([g.rewards[head] for g in groups]).to(logp.device)
     ref_logp = pad_groups([g.ref_logp[head] for g in groups], fill=float("-inf")).to(logp.device)
@@ -40,7 +83,9 @@ def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGro
     mask = member_mask(groups).to(logp.device)
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
     output = OBJECTIVES[config.name](logp, rewards=rewards, ref_logp=ref_logp, mask=mask, old_logp=old_logp, **chosen)
-    loss, metrics = output.loss, dict(output.metrics)
+    count = float(output.metrics["groups"])
+    terms, metrics = {"objective": Term(output.loss, count)}, dict(output.metrics)
+    counts = {name: count for name in metrics if name not in ("groups", "signal_fraction")}
     anchors = {
         "pseudo_label": (config.pseudo_label_weight, lambda: _pseudo_label(logp, rewards, ref_logp, mask)),
         "mass": (config.mass_weight, lambda: mass_anchor(logp, ref_logp=ref_logp, mask=mask)),
@@ -48,11 +93,11 @@ def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGro
     }
     for name, (weight, anchor) in anchors.items():
         if weight > 0:
-            term = anchor().loss
-            loss = loss + weight * term
-            metrics[f"anchor_{name}"] = term.detach()
+            term = anchor()
+            terms[name] = Term(term.loss, float(term.metrics["groups"]), weight)
+            metrics[f"anchor_{name}"] = term.loss.detach()
     metrics["k3_reference"] = sequence_k3(logp.detach(), ref_logp=ref_logp, mask=mask).loss
-    return ObjectiveOutput(loss, metrics)
+    return GroupLoss(terms, metrics, counts)
 
 
 def _pseudo_label(logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:

@@ -9,6 +9,7 @@ long rows without naming them.
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from nemo_llm_feedback.errors import ManifestError
 from nemo_llm_feedback.types import Context
 
 MAX_LISTED = 20
+MIN_HELD_OUT = 4
 _BRACES = {"_OP_": "{", "_CL_": "}", "(": "{", ")": "}", "<": "{", ">": "}"}
 
 
@@ -58,12 +60,14 @@ class Staged:
     Attributes:
         manifest_filepath: the value for NeMo's ``manifest_filepath``, of the same form as the user's.
         rows: the rows of the copies, in order; NeMo's classic sample id is an index into it.
+        held_out: unlabeled rows kept from training, for looks at the policy; in no copy.
         too_long: rows left out because of ``max_duration``; ``too_short`` because of ``min_duration``.
         bad_audio: ``origin: reason`` of the rows left out by ``on_bad_audio: skip``.
     """
 
     manifest_filepath: Any
     rows: tuple[Row, ...]
+    held_out: tuple[Row, ...] = ()
     too_long: tuple[Row, ...] = ()
     too_short: tuple[Row, ...] = ()
     bad_audio: tuple[str, ...] = ()
@@ -79,7 +83,8 @@ class Staged:
 
 
 def parse_context(value: Any) -> Context:
-    """The manifest key ``context``: a string describes the utterance, a list holds its terms, null and "" are nothing.
+    """The manifest key ``context``: a string describes the utterance, a list holds its terms, null and "" are nothing;
+    an object has any of ``description`` (a string), ``terms`` and ``previous`` (lists; the oldest utterance first).
 
     Raises:
         ValueError: any other form.
@@ -90,12 +95,24 @@ def parse_context(value: Any) -> Context:
         return Context(description=value.strip())
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         return Context(terms=tuple(dict.fromkeys(v.strip() for v in value if v.strip())))
-    raise ValueError(f"`context` must be a string or a list of strings, got {value!r}")
+    if isinstance(value, Mapping) and value.keys() <= {"description", "terms", "previous"}:
+        description = parse_context(value.get("description"))
+        terms, previous = parse_context(value.get("terms")), value.get("previous") or []
+        spoken = isinstance(previous, list) and all(isinstance(v, str) for v in previous)
+        if spoken and not description.terms and not terms.description:
+            return Context(description.description, terms.terms, tuple(v.strip() for v in previous if v.strip()))
+    raise ValueError(
+        "`context` must be a string, a list of strings, or an object with `description` (a string), `terms` and "
+        f"`previous` (lists of strings), got {value!r}"
+    )
 
 
 def merge_context(run: Context, own: Context) -> Context:
-    """The utterance's context over the run's: its description replaces the run's, its terms come first."""
-    return Context(own.description or run.description, tuple(dict.fromkeys(own.terms + run.terms)))
+    """The utterance's context over the run's: its description replaces the run's, its terms come first, and what was
+    said before is its own."""
+    return Context(
+        own.description or run.description, tuple(dict.fromkeys(own.terms + run.terms)), own.previous or run.previous
+    )
 
 
 def expand_paths(manifest_filepath: Any) -> list[str]:
@@ -146,6 +163,8 @@ def stage(
     *,
     use_text: bool,
     on_bad_audio: str,
+    held_out: int = 0,
+    held_out_share: float = 0.0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Staged:
     """Checks a training data config and writes the staged copies of its manifests into ``folder``.
@@ -156,6 +175,8 @@ def stage(
         folder: an existing folder of the run.
         use_text: False: every row is unlabeled, whatever its text.
         on_bad_audio: ``error`` or ``skip``.
+        held_out, held_out_share: keep this share of the unlabeled rows, at most so many, from training; none of tarred
+            audio, whose rows cannot be read one by one, and none where it would be fewer than ``MIN_HELD_OUT``.
         progress: receives a line at the start of long work.
 
     Raises:
@@ -180,8 +201,19 @@ def stage(
     kept = [row for row in rows if id(row) not in dropped and id(row) not in bad]
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
+    held = () if tarred else _spread([row for row in kept if not row.text], held_out_share, held_out)
+    out = set(map(id, held))
+    kept = [row for row in kept if id(row) not in out]
     staged_path = _write_copies(manifest_filepath, kept, folder)
-    return Staged(staged_path, tuple(kept), tuple(too_long), tuple(too_short), tuple(bad.values()))
+    return Staged(staged_path, tuple(kept), held, tuple(too_long), tuple(too_short), tuple(bad.values()))
+
+
+def _spread(rows: list[Row], share: float, most: int) -> tuple[Row, ...]:
+    """Rows evenly spaced over the list, or none where they would be too few to tell anything."""
+    number = min(most, int(share * len(rows)))
+    if number < MIN_HELD_OUT:
+        return ()
+    return tuple(rows[int((k + 0.5) * len(rows) / number)] for k in range(number))
 
 
 def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
@@ -282,7 +314,10 @@ def _write_copies(manifest_filepath: Any, rows: list[Row], folder: Path) -> Any:
                 json.dumps(_staged_line(row), ensure_ascii=False)
                 for row in by_file.get(str(Path(file).expanduser()), [])
             ]
-            (target / Path(file).name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            # Every rank writes the same copies, perhaps while another reads them: a rename shows no half of a file.
+            temporary = target / f".{Path(file).name}.{os.getpid()}"
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            temporary.replace(target / Path(file).name)
         return str(target / source.name)
 
     def walk(node: Any) -> Any:

@@ -30,11 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
-from nemo_llm_feedback.error_counts import bias_counts, chunk_errors, occurrences, term_counts, word_counts
+from nemo_llm_feedback.entities import Entity, MissingEntity, locate_all
+from nemo_llm_feedback.error_counts import bias_counts, chunk_errors, term_counts, word_counts
 from nemo_llm_feedback.errors import ConfigError, ManifestError
-
-Entity = str | Sequence[int]
-"""An entity string, or the half-open span [start, end) of its words in the reference, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,6 @@ COLUMNS: tuple[str, ...] = tuple(
     dict.fromkeys(name for metric in METRICS.values() for name in (metric.numerator, metric.denominator))
 )
 """The counts that are kept for each utterance."""
-
-
-@dataclass(frozen=True)
-class MissingEntity:
-    """An entity that the manifest lists but that is not in its reference after normalisation."""
-
-    utterance: int
-    entity: str
 
 
 @dataclass(frozen=True)
@@ -197,7 +187,7 @@ def score_corpus(
     _check_lengths(references, hypotheses=hypotheses, entities=entities, terms=terms, bias_words=bias_words)
     clean = _Cleaner(normalize)
     refs, hyps = [clean(t) for t in references], [clean(t) for t in hypotheses]
-    spans, missing = _locate_all(references, refs, entities, clean)
+    spans, missing = locate_all(references, refs, entities, clean)
     if missing and strict_entities:
         listed = "; ".join(f"utterance {m.utterance}: '{m.entity}'" for m in missing)
         raise ManifestError(f"entities that their reference text lacks: {listed}. Correct the manifest's entities.")
@@ -305,39 +295,6 @@ def _check_lengths(references: Sequence[str], **columns: Sequence[object] | None
     for name, column in columns.items():
         if column is not None and len(column) != len(references):
             raise ManifestError(f"{len(references)} references but {len(column)} {name}: one entry an utterance")
-
-
-def _locate_all(
-    raw: Sequence[str], refs: list[str], entities: Sequence[Sequence[Entity]] | None, clean: _Cleaner
-) -> tuple[list[set[tuple[int, int]]], list[MissingEntity]]:
-    """The word spans of all entity mentions of each utterance, and the entities that have none."""
-    spans: list[set[tuple[int, int]]] = [set() for _ in refs]
-    missing = []
-    for u, listed in enumerate(entities or ()):
-        for entity in listed:
-            if isinstance(entity, str):
-                found = set(occurrences(refs[u].split(), clean(entity).split()))
-            else:
-                found = {_map_span(raw[u], entity, u, clean)}
-            found = {(start, end) for start, end in found if end > start}
-            spans[u] |= found
-            if not found:
-                missing.append(MissingEntity(u, entity if isinstance(entity, str) else str(list(entity))))
-    return spans, missing
-
-
-def _map_span(text: str, span: Sequence[int], utterance: int, clean: _Cleaner) -> tuple[int, int]:
-    """A word span of the text as given → the span after normalisation, which may drop or split words."""
-    words = text.split()
-    if not isinstance(span, Sequence) or not all(isinstance(edge, int) for edge in span):
-        raise ManifestError(f"utterance {utterance}: entity {span!r} is neither a string nor a span [start, end)")
-    if len(span) != 2 or not 0 <= span[0] < span[1] <= len(words):
-        raise ManifestError(
-            f"utterance {utterance}: entity span {list(span)} is not [start, end) with 0 <= start < end <= "
-            f"{len(words)}, the words of '{text}'"
-        )
-    start, end = (len(clean(" ".join(words[:edge])).split()) for edge in span)
-    return start, end
 
 
 def _resample(systems: list[CorpusScores], metric: str, *, samples: int, seed: int) -> list[NDArray[np.float64]]:

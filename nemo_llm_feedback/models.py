@@ -19,6 +19,7 @@ from nemo.core import ModelPT
 from nemo_llm_feedback.checkpoints import keep_artifacts, read_config, supported_class
 from nemo_llm_feedback.errors import CheckpointError
 from nemo_llm_feedback.feedback import LLMFeedbackMixin
+from nemo_llm_feedback.rescoring import accept_key
 
 
 def _target(stock: type) -> str:
@@ -69,6 +70,8 @@ CLASSES: dict[str, Any] = {
     "EncDecHybridRNNTCTCModel": FeedbackHybridRNNTCTCModel,
     "EncDecHybridRNNTCTCBPEModel": FeedbackHybridRNNTCTCBPEModel,
 }
+for _class in CLASSES.values():
+    accept_key(_class)
 
 
 def locate(path_or_name: str | Path) -> Path:

@@ -51,6 +51,13 @@ def basic(text: str) -> str:
 
 NORMALIZERS: dict[str, Normalizer] = {"none": none, "lower": lower, "basic": basic}
 
+NORMALIZER_WORDS = {
+    "none": "the texts as they are",
+    "lower": "case-folded, white space collapsed",
+    "basic": "NFKC, case-folded, punctuation and symbols removed",
+}
+"""What each normaliser does, for tables and reports."""
+
 
 def get_normalizer(name: str) -> Normalizer:
     """The normaliser of that name.

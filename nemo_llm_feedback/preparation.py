@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,24 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.batches import BatchReader, training_config
-from nemo_llm_feedback.config import RewardConfig, RunConfig, parse_run_config
-from nemo_llm_feedback.errors import ConfigError, LLMError, ManifestError, TrainingError
+from nemo_llm_feedback.config import RunConfig, parse_run_config
+from nemo_llm_feedback.distributed import Together, broadcast, gather, local_lengths, num_ranks
+from nemo_llm_feedback.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
 from nemo_llm_feedback.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.heads import Head, heads_of
-from nemo_llm_feedback.llm import check_llm_folder, load_llm
+from nemo_llm_feedback.llm import check_llm_folder, open_llm
+from nemo_llm_feedback.loaders import resumable
+from nemo_llm_feedback.lora import choose_parameters
 from nemo_llm_feedback.manifests import Staged, stage
-from nemo_llm_feedback.normalize import get_normalizer, text_length
+from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.proposals import Proposer
-from nemo_llm_feedback.reference import FrozenReference, encode, evaluation_mode
-from nemo_llm_feedback.rewards import LLMReward, Reward, build_reward
+from nemo_llm_feedback.reference import FrozenReference
+from nemo_llm_feedback.resuming import random_states, set_random_states
+from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
+from nemo_llm_feedback.survey import Survey, survey
 
 # Best-rewarded texts that are longer or shorter than the recogniser's own by more than this factor call for another β.
 _LENGTH_TOLERANCE = 1.2
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a look at the pool before training found.
-
-    Attributes:
-        utterances: unlabeled rows looked at.
-        signal_fraction: share of their groups whose rewards differ.
-        members: mean group size.
-        spread: component → mean within-group standard deviation, in its unit.
-        length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
-    """
-
-    utterances: int
-    signal_fraction: float
-    members: float
-    spread: dict[str, float]
-    length_ratio: float
 
 
 @dataclass
@@ -64,20 +49,35 @@ class FeedbackState:
     exact_supervision: bool = False
     survey: Survey | None = None
     llm_bytes: int = 0
+    scorer: Any = None
+    filled_round: int = -1
     last_groups: list[ScoredGroup] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)
+    random: list[dict[str, Any]] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain data."""
+        """What a resumed run needs, as plain data; the same on all ranks, each of which must call this."""
+        groups = {name: scored.to_plain() for name, scored in self.maker.kept.items()}
+        ranks = gather((groups, random_states([self.maker.generator])))
         return {
             "survey": asdict(self.survey) if self.survey else None,
-            "groups": {name: scored.to_plain() for name, scored in self.maker.kept.items()},
+            "groups": {name: plain for own, _ in ranks for name, plain in own.items()},
+            "random": [states for _, states in ranks],
         }
 
     def load_plain(self, plain: Mapping[str, Any]) -> None:
         """Takes back what :meth:`to_plain` gave."""
         self.survey = Survey(**plain["survey"]) if plain["survey"] else None
+        if self.survey is not None:
+            self.maker.proposer.boosting_weight = self.survey.boosting_weight
         self.maker.kept = {name: ScoredGroup.from_plain(scored) for name, scored in plain["groups"].items()}
+        self.random = plain["random"]
+
+    def restore_random(self, *, rank: int) -> None:
+        """Takes up the random states of a loaded checkpoint; with another number of ranks there is none to take up."""
+        if len(self.random) == num_ranks():
+            set_random_states(self.random[rank], [self.maker.generator])
+        self.random = []
 
 
 def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackState:
@@ -93,10 +93,12 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     config = parse_run_config(tree)
-    if config.llm is not None and config.needs_reward and config.reward.name == "llm":
+    if config.llm is not None and config.needs_llm:
         faults = check_llm_folder(config.llm)
         if faults:
             raise LLMError("the LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+    if config.needs_reward and (faults := reward_faults(config)):
+        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
     train_ds = tree.get("model", {}).get("train_ds") or {}
     keep_alive: list[Any] = []
     if work_dir is None:
@@ -109,11 +111,15 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
         folder / "manifests",
         use_text=config.feedback.use_text,
         on_bad_audio=config.feedback.on_bad_audio,
+        held_out=config.guards.held_out_utterances if config.guards.every else 0,
+        held_out_share=config.guards.held_out,
         progress=logging.info,
     )
     _check_rows(staged, config)
+    local_lengths(model)
     heads = heads_of(model, which=config.feedback.heads)
     reference = FrozenReference(model, which=config.feedback.heads)
+    choose_parameters(model, config.parameters)
     nemo_ds = training_config(
         train_ds,
         manifest_filepath=staged.manifest_filepath,
@@ -123,6 +129,12 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     reader = BatchReader(config.context.load(), use_text=config.feedback.use_text, rows=staged.rows)
     model.setup_training_data(nemo_ds)
     reader.attach(model._train_dl)
+    model._train_dl = resumable(
+        model._train_dl,
+        rank=model.global_rank,
+        num_ranks=model.world_size,
+        shuffle=bool(train_ds.get("shuffle")),
+    )
     # The model's own config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
     model._update_dataset_config("train", OmegaConf.create(train_ds))
     maker = GroupMaker(
@@ -154,16 +166,32 @@ def start(model: Any, state: FeedbackState) -> None:
             "NeMo has no TDT loss on the CPU: labelled rows use the exact log-likelihood (no sigma, no omega)."
         )
     config = state.config
-    if not config.needs_reward:
+    if not (config.needs_reward or config.needs_llm):
         return
-    scorer = None
-    if config.reward.name == "llm":
-        assert config.llm is not None
-        scorer = load_llm(config.llm)
-        state.llm_bytes = scorer.memory_bytes
-    state.maker.reward = make_reward(config, scorer)
-    if state.survey is None:
-        state.survey = _broadcast(_survey(model, state))
+    known = state.survey is not None or not config.needs_reward
+    with Together():  # an LLM that one rank cannot load must not leave the others waiting
+        scorer = None
+        if config.needs_llm:
+            assert config.llm is not None
+            scorer = open_llm(config.llm)  # its weights are loaded at the first score that the cache lacks …
+            if known and num_ranks() > 1:
+                scorer.load()  # … but a rank that fails to load in mid-training would leave the others waiting
+        if config.proposals.llm_correction:
+            state.maker.corrector = corrector_from_config(config, scorer)
+        if config.needs_reward:
+            state.maker.reward = make_reward(_with_cache(config, state.work_dir), scorer)
+        if not known:
+            state.survey = survey(model, state)
+        if scorer is not None:
+            state.llm_bytes = scorer.memory_bytes
+            state.scorer = scorer
+            logging.info(_cache_line(scorer.loaded, state.maker.reward))
+    # Rank 0's: all must train with the same scales.
+    state.survey = broadcast(state.survey)
+    if state.survey is not None:
+        state.maker.proposer.boosting_weight = state.survey.boosting_weight
+    if not known:
+        assert state.survey is not None
         logging.info(f"survey of the pool: {state.survey}")
         if not 1 / _LENGTH_TOLERANCE <= state.survey.length_ratio <= _LENGTH_TOLERANCE:
             way = "lower" if state.survey.length_ratio > 1 else "raise"
@@ -180,62 +208,19 @@ def start(model: Any, state: FeedbackState) -> None:
 
 def make_reward(config: RunConfig, scorer: Any) -> Reward:
     """The reward that the configuration names; ``scorer`` is the loaded LLM, or None where none is needed."""
-    settings: RewardConfig = config.reward
-    if settings.name == "llm":
-        return LLMReward(
-            scorer,
-            alpha=settings.alpha,
-            beta=settings.beta,
-            normalize=settings.normalize,
-            asr_weight=settings.asr_weight,
-            allow_no_context=not config.context.required,
-            cache=settings.cache,
-        )
-    return build_reward(settings.name, allow_dotted=True, **settings.settings)
+    return reward_from_config(config, scorer)
 
 
-def _survey(model: Any, state: FeedbackState) -> Survey:
-    """Proposes and scores groups of unlabeled rows with the starting model; leaves all random states as they were."""
-    wanted = state.config.feedback.survey_utterances
-    groups: list[ScoredGroup] = []
-    with torch.random.fork_rng(), evaluation_mode(model), torch.no_grad():
-        torch.manual_seed(0)
-        for batch in model._setup_dataloader_from_config(state.train_ds):
-            _, audio = state.reader.split([_to(item, model.device) for item in batch])
-            if audio is not None:
-                encoded, lengths = encode(model, audio.signal, audio.signal_len)
-                groups += state.maker.make(audio, encoded, lengths)
-            if len(groups) >= wanted:
-                break
-    if not groups:
-        raise TrainingError(
-            "the training loader gave no unlabeled row; check manifests, tar files and length filters."
-        )
-    first = state.heads[0].name
-    spreads = [torch.tensor(g.rewards[first]) for g in groups]
-    threshold = state.config.objective.min_spread
-    signal = [bool(torch.isfinite(r).all()) and len(r) > 1 and float(r.max() - r.min()) > threshold for r in spreads]
-    parts = {
-        name: sum(float(torch.tensor(g.parts[name]).std(correction=0).nan_to_num()) for g in groups) / len(groups)
-        for name in groups[0].parts
-    }
-    survey = Survey(
-        utterances=len(groups),
-        signal_fraction=sum(signal) / len(groups),
-        members=sum(len(g.group) for g in groups) / len(groups),
-        spread=parts,
-        length_ratio=_best_length(groups, [g.rewards[first] for g in groups])
-        / max(1.0, _best_length(groups, [g.ref_logp[first] for g in groups])),
-    )
-    state.work_dir.mkdir(parents=True, exist_ok=True)
-    (state.work_dir / "survey.json").write_text(json.dumps(asdict(survey), indent=1) + "\n", encoding="utf-8")
-    return survey
+def _with_cache(config: RunConfig, folder: Path) -> RunConfig:
+    """Scores are kept in the run's folder unless the configuration names another place."""
+    cache = config.reward.cache or str(folder / "llm_scores.sqlite")
+    return replace(config, reward=replace(config.reward, cache=cache))
 
 
-def _best_length(groups: Sequence[ScoredGroup], scores: Sequence[Sequence[float]]) -> float:
-    """Total length of the members with the best score."""
-    best = [torch.tensor(row).nan_to_num(nan=-torch.inf).argmax() for row in scores]
-    return float(sum(text_length(g.group.texts[int(n)]) for g, n in zip(groups, best, strict=True)))
+def _cache_line(loaded: bool, reward: Any) -> str:
+    rate = float(getattr(reward, "hit_rate", float("nan")))
+    known = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
+    return known + ("the LLM is loaded." if loaded else "the LLM is not loaded until a score is not in the cache.")
 
 
 def _check_rows(staged: Staged, config: RunConfig) -> None:
@@ -245,7 +230,7 @@ def _check_rows(staged: Staged, config: RunConfig) -> None:
             f"all {len(staged.rows)} rows of the training manifest have text, so none is unlabeled. "
             "Set feedback.use_text=false to learn from their audio alone, or add rows without text."
         )
-    if config.reward.name == "llm" and config.needs_reward and config.context.required:
+    if config.needs_context:
         bare = [r for r in staged.rows if not r.text and not (config.context.load() or r.context)]
         if bare:
             raise ConfigError(
@@ -266,16 +251,3 @@ def _head_weights(model: Any, heads: Sequence[Head]) -> dict[str, float]:
         return {heads[0].name: 1.0}
     ctc = float(model.ctc_loss_weight)
     return {"transducer": 1.0 - ctc, "ctc": ctc}
-
-
-def _to(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, torch.Tensor) else item
-
-
-def _broadcast(survey: Survey) -> Survey:
-    """Rank 0's survey on every rank: all must train with the same scales."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return survey
-    box = [survey]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

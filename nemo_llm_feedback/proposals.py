@@ -39,18 +39,28 @@ class Proposer:
         config: how many from which source.
         seed: of the sampler.
         memory_budget_mb: for the exact scores that choose among term swaps.
+
+    Attributes:
+        boosting_weight: of the boosting tree; the configuration's until the survey chooses another.
     """
 
     def __init__(self, head: Head, config: ProposalConfig, *, seed: int = 0, memory_budget_mb: int = 512) -> None:
         self._head, self._config = head, config
+        self.boosting_weight = config.boosting_weight
         self._budget = memory_budget_mb
         self._generator = torch.Generator().manual_seed(seed)
         self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
     @property
+    def generator(self) -> torch.Generator:
+        """Of the sampler; its state belongs into checkpoints."""
+        return self._generator
+
+    @property
     def sampled_only(self) -> bool:
         """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
-        return self._config.beam == 0 and self._config.boosted == 0 and self._config.term_swap == 0
+        config = self._config
+        return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
 
     def propose(self, encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]) -> list[list[Candidate]]:
         """Proposes candidates for every row; repeated label sequences are removed unless all are samples.
@@ -134,7 +144,7 @@ class Proposer:
             size=self._config.boosted,
             max_symbols=self._config.max_symbols,
             tree=tree.to(encoded.device),
-            tree_weight=self._config.boosting_weight,
+            tree_weight=self.boosting_weight,
         )
 
 
@@ -203,6 +213,18 @@ def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Calla
     """The member of a group that a candidate becomes."""
     text = normalize(vocabulary.ids_to_text(candidate.labels))
     return Hypothesis(text=text, tokens=candidate.labels, source=candidate.source)
+
+
+def written_labels(text: str, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Labels | None:
+    """The labels of a text that was not decoded; None if the vocabulary cannot express it.
+
+    A text in another style than the checkpoint's (case, punctuation) is tried in the run's normalisation, too.
+    """
+    for spelling in dict.fromkeys((text, normalize(text))):
+        labels = tuple(vocabulary.text_to_ids(spelling))
+        if labels and normalize(vocabulary.ids_to_text(labels)) == normalize(text):
+            return labels
+    return None
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nemo_llm_feedback.heads import Head, heads_of
 
@@ -28,6 +30,43 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in flags:
             part.training = training
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
+    """BatchNorm layers in eval mode, so that a pseudo-labelled step leaves their statistics alone."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if active else []
+    flags = [(layer, layer.training) for layer in layers]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer, training in flags:
+            layer.training = training
+
+
+@contextmanager
+def recomputed_layers(encoder: Any, *, active: bool) -> Iterator[None]:
+    """While inside, the encoder's layers keep no activations and run again in the backward: memory of one layer.
+
+    Exact, since the layers are in eval mode both times: no dropout, no batch statistics.
+    """
+    layers = list(getattr(encoder, "layers", ())) if active else []
+    for layer in layers:
+        forward = functools.partial(_evaluated, layer, layer.forward)
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _evaluated(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The second run happens in the backward, when the model is in train mode again."""
+    with evaluation_mode(layer):
+        return forward(*args, **kwargs)
 
 
 def encode(parts: Any, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:

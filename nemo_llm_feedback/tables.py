@@ -73,11 +73,7 @@ class Table:
 
     def to_text(self) -> str:
         """Aligned columns for a terminal, with the caption below."""
-        grid = self._grid()
-        widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-        grid.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in grid]
-        return "\n".join([line.rstrip() for line in lines] + ["", self.caption])
+        return f"{align(self._grid())}\n\n{self.caption}"
 
     def to_markdown(self) -> str:
         """A GitHub table, with the caption below."""
@@ -98,9 +94,33 @@ class Table:
         return json.dumps(head | {"systems": systems}, indent=2, ensure_ascii=False, allow_nan=False)
 
     def _grid(self) -> list[list[str]]:
-        columns = [find_metric(name) for name in self.metrics]
-        header = ["system"] + [f"{m.title} {'↑' if m.higher_is_better else '↓'} ({m.unit})" for m in columns]
-        return [header] + [[name, *map(str, cells)] for name, cells in self.rows.items()]
+        return [["system", *map(column_title, self.metrics)]] + [
+            [name, *map(str, cells)] for name, cells in self.rows.items()
+        ]
+
+
+def table_metrics(scores: CorpusScores) -> list[str]:
+    """The metrics worth a column: those whose denominator is not 0."""
+    out = ["wer", "cer"]
+    out += ["ewer", "u_wer", "entity_recall"] if scores.column("entity_words").sum() else []
+    out += ["false_alarms"] if scores.column("term_utterances").sum() else []
+    out += ["b_wer", "b_u_wer"] if scores.column("b_words").sum() else []
+    return out
+
+
+def column_title(metric: str) -> str:
+    """The head of a metric's column: name, the direction that is better, and unit."""
+    m = find_metric(metric)
+    return f"{m.title} {'↑' if m.higher_is_better else '↓'} ({m.unit})"
+
+
+def align(grid: Sequence[Sequence[str]]) -> str:
+    """Lines of equal columns for a terminal; the first line is the header and gets a rule below it."""
+    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
+    lines = [grid[0], ["-" * width for width in widths], *grid[1:]]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def build_table(

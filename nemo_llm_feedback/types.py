@@ -11,13 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Context:
-    """What is known about the domain or the utterance: a description in words and a list of terms that may occur."""
+    """What is known about the domain or the utterance: a description in words, a list of terms that may occur, and
+    the utterances before this one, oldest first."""
 
     description: str = ""
     terms: tuple[str, ...] = ()
+    previous: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.description.strip() or self.terms)
+        return bool(self.description.strip() or self.terms or self.previous)
 
 
 @dataclass(frozen=True)

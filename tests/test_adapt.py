@@ -40,6 +40,8 @@ def arguments(nemo: Path, manifest: Path, llm: Path, folder: Path, *more: str) -
         "proposals.boosted=3",
         "proposals.max_symbols=3",
         "feedback.survey_utterances=4",
+        "proposals.boosting_weights=[]",
+        "guards.every=0",
         *more,
     ]
 

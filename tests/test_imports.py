@@ -12,13 +12,26 @@ ROOT = Path(__file__).resolve().parents[1] / "nemo_llm_feedback"
 # One layer a line, lowest first; a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "types", "config", "normalize"},
-    {"trie", "likelihood", "group_math", "objectives", "error_counts", "metrics", "tables", "sampling"},
-    {"llm", "prompts", "rewards", "manifests", "checkpoints"},
-    {"heads", "reference", "swaps", "proposals", "groups", "batches", "losses", "supervision"},
-    {"preparation", "feedback"},
+    {"trie", "likelihood", "group_math", "objectives", "error_counts", "entities", "metrics", "tables", "sampling"},
+    {"llm", "prompts", "rewards", "manifests", "checkpoints", "records", "comparison", "predictions"},
+    {
+        "heads",
+        "lora",
+        "reference",
+        "swaps",
+        "proposals",
+        "groups",
+        "batches",
+        "losses",
+        "supervision",
+        "distributed",
+        "loaders",
+        "resuming",
+    },
+    {"preparation", "survey", "feedback", "rescoring"},
     {"models"},
-    {"evaluation", "callbacks"},
-    {"composition", "jobs", "commands", "cli"},
+    {"evaluation", "nbest", "training", "report", "model_card"},
+    {"composition", "jobs", "commands", "cli", "run"},
 ]
 TORCH_ONLY = {"trie", "likelihood", "group_math", "objectives"}
 ALLOWED_TRANSFORMERS = {"llm", "rewards"}

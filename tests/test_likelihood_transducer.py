@@ -14,7 +14,6 @@ from oracles import TinyDecoder, TinyJoint, joint_tables, transducer_mass, trans
 from torch import Tensor, nn
 
 from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.likelihood import joint as joint_module
 from nemo_llm_feedback.likelihood import rnnt_log_prob, tdt_log_prob
 from nemo_llm_feedback.likelihood.lattice import ArcScores, lattice_log_prob
 from nemo_llm_feedback.likelihood.prediction import prefix_outputs
@@ -247,15 +246,14 @@ def test_each_cell_and_each_prefix_is_evaluated_once_within_the_budget() -> None
         assert sum(sizes) == 8 * 7 + 5 * 2  # T × distinct prefixes of each utterance
         assert sum(prefixes) == trie.num_nodes
         assert max(sizes) <= cells
-    assert len(sizes) == 2  # one block an utterance when the budget allows
+    assert len(sizes) == 1  # one chunk when the budget allows
 
 
 @pytest.mark.parametrize("durations", FAMILIES)
 def test_backward_skips_cells_without_gradient_and_nothing_else(
-    durations: Sequence[int] | None, monkeypatch: pytest.MonkeyPatch
+    durations: Sequence[int] | None,
 ) -> None:
-    """In train mode every block is evaluated again; without dropout that is the same function."""
-    monkeypatch.setitem(joint_module._LAUNCH_CELLS, "cpu", 0)  # as if blocks were free: none is widened
+    """In train mode every cell is evaluated again; without dropout that is the same function."""
     decoder, joint = make_model(durations, scale=60.0)
     encoded = random_frames(2, 60, 6).requires_grad_()
     labels, lengths = [[0, 1, 2, 0, 1], [0, 1, 2, 2], [1] * 4], torch.tensor([60, 40])

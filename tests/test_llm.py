@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from tiny_llm import ARCHITECTURES, make_tiny_llm
 
 from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm
+from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
 from nemo_llm_feedback.types import Context
 
 SHARED_LM = Path(__file__).parents[2] / "shared" / "checkpoints" / "lm"
@@ -598,3 +599,47 @@ def test_memory_estimate_is_close(tmp_path):
         settings = config(folder, quantization=kind)
         actual = load_llm(settings)._model.get_memory_footprint()
         assert estimate_memory(folder, settings, compute_bytes=4) == pytest.approx(actual, rel=0.1)
+
+
+# ---------------------------------------------------------------- pinned revisions, and folders that look like hub ids
+
+
+def test_hub_ids_without_a_commit_are_named_with_theirs(hub, monkeypatch, caplog):
+    home, commit = hub
+    snapshot = home / "hub" / "models--someone--tiny" / "snapshots" / commit
+    monkeypatch.setattr("nemo_llm_feedback.llm.folder._snapshot", lambda config, *, local_only: snapshot)
+    for revision in (None, "v2", commit[:12]):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert open_llm(config("someone/tiny", revision=revision)).identity.startswith(f"someone/tiny@{commit}")
+        expected = f"revision {revision or 'main'} may be another model tomorrow. This run uses commit {commit}"
+        assert expected in caplog.text
+    caplog.clear()
+    open_llm(config("someone/tiny", revision=commit))
+    assert "not pinned" not in caplog.text
+
+
+def test_folders_are_told_apart_by_their_files_even_where_they_look_like_hub_ids(llama, tmp_path, monkeypatch, caplog):
+    for seed in (1, 2):
+        make_tiny_llm(tmp_path / str(seed) / "someone" / "lm", seed=seed)
+    identities = set()
+    for seed in (1, 2):
+        monkeypatch.chdir(tmp_path / str(seed))
+        with caplog.at_level(logging.WARNING):
+            identities.add(load_llm(config("someone/lm")).identity)
+    assert len(identities) == 2
+    assert all(identity.startswith("sha256:") for identity in identities)
+    assert "not pinned" not in caplog.text
+
+
+def test_generation_code_in_a_checkpoint_is_not_run(llama, tmp_path):
+    folder = tmp_path / "lm"
+    shutil.copytree(llama, folder)
+    (folder / "custom_generate").mkdir()
+    marker = tmp_path / "ran"
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(marker)!r}, 'w')\ndef generate(*a, **k): ...\n"
+    )
+    with contextlib.suppress(LLMError):  # refusing it is as good as ignoring it
+        load_llm(config(folder)).score([(HOME, ["milk"])])
+    assert not marker.exists()

@@ -11,20 +11,20 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-import torch
 from nemo.utils import logging as nemo_logging
 
 from nemo_llm_feedback.config import LLMConfig, ProposalConfig, read_terms
-from nemo_llm_feedback.evaluation import audio_batches, score_rows
-from nemo_llm_feedback.groups import Audio, GroupMaker, ScoredGroup
+from nemo_llm_feedback.evaluation import score_rows
+from nemo_llm_feedback.groups import ScoredGroup
+from nemo_llm_feedback.jobs.tune import choose
 from nemo_llm_feedback.llm import load_llm
-from nemo_llm_feedback.manifests import Row, merge_context, read_manifest
+from nemo_llm_feedback.manifests import Row, read_manifest
 from nemo_llm_feedback.metrics import oracle
 from nemo_llm_feedback.models import restore
-from nemo_llm_feedback.normalize import get_normalizer, text_length
-from nemo_llm_feedback.proposals import Proposer
-from nemo_llm_feedback.reference import FrozenReference
+from nemo_llm_feedback.nbest import NBestSettings, scored_groups
+from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.rewards import LLMReward
 from nemo_llm_feedback.types import Context
 
@@ -56,7 +56,7 @@ def main() -> None:
     show("greedy", lambda g: 0)
     for alpha in options.alphas:
         for beta in options.betas:
-            show(f"alpha {alpha:g} beta {beta:g}", lambda g, a=alpha, b=beta: best_member(g, alpha=a, beta=b))
+            show(f"alpha {alpha:g} beta {beta:g}", lambda g, a=alpha, b=beta: choose(g, alpha=a, beta=b))
     best = oracle([row.text for row in rows], [g.group.texts for g in groups], normalize=get_normalizer("basic"))
     report("oracle", rows, list(best.hypotheses), context)
 
@@ -65,31 +65,9 @@ def make_groups(
     model: str, rows: list[Row], context: Context, proposals: ProposalConfig, *, llm: str, head: str
 ) -> list[ScoredGroup]:
     """Scored groups of all rows under the checkpoint itself, in the rows' order."""
-    reference = FrozenReference(restore(model, map_location="cpu"), which=head)
-    maker = GroupMaker(
-        Proposer(reference.heads[0], proposals),
-        reference,
-        LLMReward(load_llm(LLMConfig(model=llm)), alpha=1.0, beta=0.0),
-        normalize=get_normalizer("basic"),
-        max_members=64,
-        memory_budget_mb=512,
-    )
-    found: dict[int, ScoredGroup] = {}
-    for batch in audio_batches(rows, sample_rate=16000, batch_size=10, device=torch.device("cpu")):
-        encoded, lengths = reference.encode(batch.signal, batch.signal_len)
-        contexts = tuple(merge_context(context, rows[i].context) for i in batch.indices)
-        audio = Audio(batch.signal, batch.signal_len, tuple(rows[i].utterance for i in batch.indices), contexts)
-        found.update(zip(batch.indices, maker.make(audio, encoded, lengths), strict=True))
-    return [found[i] for i in range(len(rows))]
-
-
-def best_member(scored: ScoredGroup, *, alpha: float, beta: float) -> int:
-    """The member with the largest alpha · LLM + ASR + beta · length."""
-
-    def reward(n: int) -> float:
-        return alpha * scored.parts["llm"][n] + scored.parts["asr"][n] + beta * text_length(scored.group.texts[n])
-
-    return max(range(len(scored.group)), key=reward)
+    settings = NBestSettings(replace(proposals, max_members=64), context, head=head, batch_size=10)
+    reward = LLMReward(load_llm(LLMConfig(model=llm)), alpha=1.0, beta=0.0)
+    return scored_groups(restore(model, map_location="cpu"), rows, settings=settings, reward=reward)
 
 
 def report(name: str, rows: list[Row], texts: list[str], context: Context) -> None:

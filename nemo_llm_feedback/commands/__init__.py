@@ -7,7 +7,7 @@ call, which returns the exit status.
 from __future__ import annotations
 
 # In the order in which a user meets them.
-NAMES = ("evaluate", "export")
+NAMES = ("prepare", "score", "calibrate", "tune", "transcribe", "evaluate", "report", "runs", "export")
 
 
 def quiet_nemo() -> None:

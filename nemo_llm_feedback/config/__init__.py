@@ -15,6 +15,7 @@ from nemo_llm_feedback.config.llm import LLMConfig
 from nemo_llm_feedback.config.proposals import SOURCE_NAMES, ProposalConfig
 from nemo_llm_feedback.config.reward import RewardConfig
 from nemo_llm_feedback.config.run import SECTIONS, RunConfig, check_keys, parse_run_config
+from nemo_llm_feedback.config.training import GuardConfig, ParametersConfig
 
 __all__ = [
     "HEADS",
@@ -25,8 +26,10 @@ __all__ = [
     "SOURCE_NAMES",
     "ContextConfig",
     "FeedbackConfig",
+    "GuardConfig",
     "LLMConfig",
     "ObjectiveConfig",
+    "ParametersConfig",
     "ProposalConfig",
     "RewardConfig",
     "RunConfig",

@@ -24,7 +24,6 @@ class FeedbackConfig:
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
-        patience_rounds: refresh rounds without a rise of the pool's mean reward after which training stops; 0 = never.
         survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
@@ -37,16 +36,13 @@ class FeedbackConfig:
     normalizer: str = "basic"
     on_bad_audio: str = "error"
     refresh_every: int = 50
-    patience_rounds: int = 4
     survey_utterances: int = 64
     log_hypotheses_every: int = 50
     memory_budget_mb: int = 512
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
-        faults = non_negative(
-            "feedback", self, "weight", "supervised_weight", "log_hypotheses_every", "patience_rounds"
-        )
+        faults = non_negative("feedback", self, "weight", "supervised_weight", "log_hypotheses_every")
         faults += positive("feedback", self, "refresh_every", "survey_utterances", "memory_budget_mb")
         faults += choice("feedback.heads", self.heads, HEADS)
         faults += choice("feedback.normalizer", self.normalizer, NORMALIZERS)

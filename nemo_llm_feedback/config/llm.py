@@ -9,7 +9,9 @@ from typing import Any
 
 QUANTIZATIONS = ("nf4", "int8", "none")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+PHASES = ("inline", "cached")
 CHAT_MODES = ("auto", "on", "off")
+RESTORATIONS = ("none", "sentence", "english")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -25,9 +27,17 @@ class LLMConfig:
         device: ``auto`` (this process's GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
         compute_dtype: ``auto`` is bfloat16 on a GPU (float16 where the GPU has no bfloat16), float32 on a CPU.
         template: path of a prompt template file (see ``prompts.py``); null = the built-in one.
+        correction_template: path of a template for ``correction`` rewards and proposals; null = the built-in one.
         chat: wrap the prompt in the tokenizer's chat template: ``auto`` = where it has one, ``on``, ``off``.
         chat_template_kwargs: extra variables of the chat template, e.g. ``{enable_thinking: false}``.
         max_context_tokens: longest prompt in tokens; a longer context loses terms from its end, with a warning.
+        max_terms: a longer term list is cut for each group to the terms that look or sound most like something in its
+            hypotheses, a quarter of them distractors; such groups no longer share one prompt (docs/rewards.md).
+        restore: how the LLM sees hypotheses: ``none`` = as they are, ``sentence`` = listed terms in their listed
+            spelling, first letter upper case, full stop; ``english`` = also the pronoun I.
+        phase: ``inline`` scores groups when a step needs them; ``cached`` scores the whole pool at the start of every
+            refresh round and keeps the LLM in memory only then (and for the guards' looks), so that it and the
+            training step need not share a GPU.
         token_budget: hypothesis tokens that go through the LLM in one forward; halved by itself when memory runs out.
     """
 
@@ -37,9 +47,13 @@ class LLMConfig:
     device: str = "auto"
     compute_dtype: str = "auto"
     template: str | None = None
+    correction_template: str | None = None
     chat: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_context_tokens: int = 1024
+    max_terms: int = 200
+    restore: str = "none"
+    phase: str = "inline"
     token_budget: int = 8192
 
     def validate(self) -> list[str]:
@@ -49,8 +63,10 @@ class LLMConfig:
             faults.append("llm.model is empty: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct.")
         for name, allowed in (
             ("quantization", QUANTIZATIONS),
+            ("phase", PHASES),
             ("compute_dtype", COMPUTE_DTYPES),
             ("chat", CHAT_MODES),
+            ("restore", RESTORATIONS),
         ):
             if getattr(self, name) not in allowed:
                 faults.append(f"llm.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
@@ -58,7 +74,7 @@ class LLMConfig:
             faults.append(f"llm.device={self.device!r} is not one of auto, cpu, cuda, cuda:<number>.")
         if not isinstance(self.chat_template_kwargs, Mapping):
             faults.append(f"llm.chat_template_kwargs={self.chat_template_kwargs!r} is not a mapping.")
-        for name, least in (("max_context_tokens", 8), ("token_budget", 1)):
+        for name, least in (("max_context_tokens", 8), ("max_terms", 1), ("token_budget", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 faults.append(f"llm.{name}={value!r} is not a whole number of at least {least}.")

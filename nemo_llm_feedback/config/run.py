@@ -14,6 +14,7 @@ from nemo_llm_feedback.config.learning import SAMPLED_OBJECTIVES, FeedbackConfig
 from nemo_llm_feedback.config.llm import LLMConfig
 from nemo_llm_feedback.config.proposals import ProposalConfig
 from nemo_llm_feedback.config.reward import RewardConfig
+from nemo_llm_feedback.config.training import GuardConfig, ParametersConfig
 from nemo_llm_feedback.errors import ConfigError
 
 
@@ -27,34 +28,54 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     llm: LLMConfig | None = None
     context: ContextConfig = field(default_factory=ContextConfig)
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
     def validate(self) -> list[str]:
         """Returns every fault of all sections, and of their combination, as sentences."""
         faults = [f for section in _sections(self) for f in section.validate()]
-        needs_llm = self.reward.name == "llm" and self.needs_reward
-        if needs_llm and self.llm is None:
+        if self.needs_llm and self.llm is None:
             faults.append(
                 "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
             )
-        if needs_llm and not faults and self.context.required and not self.context.load():
+        if not faults and self.needs_context and not self.context.load():
             faults.append(
                 "no context: the LLM reward needs context.description, context.terms or context.terms_file "
                 "(or context.required=false when every manifest row has its own `context`)."
             )
-        others = self.proposals.beam or self.proposals.boosted or self.proposals.term_swap
+        proposals = self.proposals
+        others = proposals.beam or proposals.boosted or proposals.term_swap or proposals.llm_correction
         if self.objective.name in SAMPLED_OBJECTIVES and others:
             faults.append(
                 f"objective.name={self.objective.name} is unbiased only for samples: "
-                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.samples=8."
+                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
+                "proposals.samples=8."
             )
+        if self.parameters.lr_candidates and not self.guards.every:
+            faults.append("parameters.lr_candidates are judged by the guards' looks: set guards.every above 0.")
         if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:
             faults.append("feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.")
         return faults
 
     @property
+    def scores_in_phases(self) -> bool:
+        """Whether the LLM scores the whole pool at once at the start of every refresh round."""
+        return self.llm is not None and self.llm.phase == "cached" and self.needs_llm
+
+    @property
     def needs_reward(self) -> bool:
         """Whether the objective reads rewards at all (plain self-training does not)."""
         return self.objective.name != "self_training" or self.objective.label == "reward"
+
+    @property
+    def needs_llm(self) -> bool:
+        """Whether the LLM of the section ``llm`` is asked, for rewards or for proposals."""
+        return bool(self.proposals.llm_correction) or (self.needs_reward and self.reward.needs_llm)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether every unlabeled row must have a context."""
+        return self.context.required and self.needs_reward and self.reward.reads_context
 
 
 SECTIONS: dict[str, type] = {
@@ -64,6 +85,8 @@ SECTIONS: dict[str, type] = {
     "reward": RewardConfig,
     "llm": LLMConfig,
     "context": ContextConfig,
+    "parameters": ParametersConfig,
+    "guards": GuardConfig,
 }
 
 

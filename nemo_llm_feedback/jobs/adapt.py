@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf, open_dict
+from nemo.utils.get_rank import is_global_rank_zero
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback import __version__
-from nemo_llm_feedback.callbacks import EntityValidation, HypothesisLog, PlateauStop
 from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.config import RunConfig, parse_run_config
-from nemo_llm_feedback.errors import CheckpointError, ConfigError, ManifestError
+from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
+from nemo_llm_feedback.jobs.inputs import labelled_rows, prepare_model, source, trainer_settings, with_sample_rate
 from nemo_llm_feedback.jobs.plan import plan_text
-from nemo_llm_feedback.manifests import Row, expand_paths, read_manifest, unreadable
+from nemo_llm_feedback.jobs.start import check_room, experiment, record_start
+from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
-from nemo_llm_feedback.models import locate, restore
+from nemo_llm_feedback.model_card import write_model_card
+from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.records import RESULT_FILE, FolderLock, write_json
+from nemo_llm_feedback.report import adaptation_report, save_report, write_report
+from nemo_llm_feedback.report.changes import judged_changes
 from nemo_llm_feedback.tables import build_table
+from nemo_llm_feedback.training.guards import Look
+from nemo_llm_feedback.training.hypothesis_log import HypothesisLog
+from nemo_llm_feedback.training.step_log import StepLog, StepLogger
+from nemo_llm_feedback.training.validation import EntityValidation
+from nemo_llm_feedback.training.watchman import Finish, Watchman
+from nemo_llm_feedback.training.weights import snapshot
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,11 @@ class AdaptResult:
         nemo: path of the adapted ``.nemo``.
         log_dir: folder of the run.
         before, after: validation set → scores; empty without a validation manifest.
-        changed: pool rows (of those surveyed) whose greedy transcript changed, as (before, after).
+        changed: unlabeled rows (those held out, or some of the pool) whose greedy transcript changed, as
+            (before, after).
+        ended: why training ended before its last step; empty if it did not.
+        share: λ of the exported mix of start and adapted weights; 1 = the adapted ones.
+        looks: the held-out looks, in order.
     """
 
     nemo: Path
@@ -43,6 +58,9 @@ class AdaptResult:
     before: dict[str, CorpusScores]
     after: dict[str, CorpusScores]
     changed: list[tuple[str, str]]
+    ended: str = ""
+    share: float = 1.0
+    looks: list[Look] = field(default_factory=list)
 
 
 def adapt(cfg: DictConfig) -> AdaptResult:
@@ -56,28 +74,45 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     config = parse_run_config(tree)
-    source = _source(cfg)
-    supported_class(read_config(source), origin=source)
-    validation = _validation_rows(cfg)
+    base = source(cfg)
+    supported_class(read_config(base), origin=base)
+    validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
+    guard = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
+    manager = experiment(cfg)
+    folders = {"run": Path(manager.get("explicit_log_dir") or manager.get("exp_dir") or "nemo_experiments")}
+    if cfg.output:
+        folders["output"] = Path(cfg.output).expanduser().absolute().parent
+    check_room(folders, model_bytes=base.stat().st_size)
     pl.seed_everything(int(cfg.seed), workers=True)
 
-    model = restore(source, map_location="cpu")
-    trainer = pl.Trainer(**_trainer_settings(cfg))
-    log_dir = Path(exp_manager(trainer, OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))))
+    model = restore(base, map_location="cpu")
+    trainer = pl.Trainer(**trainer_settings(cfg))
+    log_dir = Path(exp_manager(trainer, manager))
     model.set_trainer(trainer)
-    _prepare_model(model, cfg, validation)
-    model.setup_feedback(_with_sample_rate(cfg, model), work_dir=log_dir)
-    logging.info(plan_text(model, config, source=source, log_dir=log_dir))
+    lock = _own_folder(cfg, log_dir, trainer)
+    prepare_model(model, cfg, validation)
+    model.setup_feedback(with_sample_rate(cfg, model), work_dir=log_dir)
+    logging.info(plan_text(model, config, source=base, log_dir=log_dir))
 
-    trainer.callbacks += [
-        HypothesisLog(config.feedback.log_hypotheses_every),
-        PlateauStop(config.feedback.patience_rounds, config.feedback.refresh_every),
-    ]
+    watchman = _watchman(model, config, guard, log_dir)
+    trainer.callbacks += [HypothesisLog(config.feedback.log_hypotheses_every), watchman]
     if validation:
         trainer.callbacks += [EntityValidation(validation, config.context.load(), config.feedback.normalizer)]
-    pool = _pool_sample(model, config)
+    step_log = StepLog(log_dir)
+    trainer.loggers = [*trainer.loggers, StepLogger(step_log)]
+    trainer.callbacks.insert(0, step_log)
+    # exp_manager's comes first, and would write checkpoints that lack what the others do after this step.
+    trainer.callbacks.sort(key=lambda callback: isinstance(callback, pl.callbacks.Checkpoint))
+    finish = Finish(watchman)
+    trainer.callbacks.append(finish)
+    # One rank evaluates; nothing here is shared work.
+    validation, pool = (validation, _pool_sample(model, config)) if is_global_rank_zero() else ({}, [])
     before, pool_before = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
     trainer.fit(model)
+    if not finish.done:
+        # Killed after its last step: Lightning finds nothing left to run and calls none of these.
+        watchman.on_train_start(trainer, model)
+        finish.on_train_end(trainer, model)
     reader = model._feedback.reader
     logging.info(
         f"{len(reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
@@ -85,11 +120,14 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     after, pool_after = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
 
     target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
-    model._adaptation_facts = _facts(config, source, before, after, int(trainer.global_step))
+    model._adaptation_facts = _facts(config, base, before, after, int(trainer.global_step))
     model.save_to(str(target))
     changed = [(a, b) for a, b in zip(pool_before, pool_after, strict=True) if a != b]
-    result = AdaptResult(target, log_dir, before, after, changed)
-    (log_dir / "result.json").write_text(json.dumps(_result_json(result), indent=1) + "\n", encoding="utf-8")
+    result = AdaptResult(target, log_dir, before, after, changed, watchman.reason, watchman.share, watchman.looks)
+    if is_global_rank_zero():
+        _write_reports(result, model, config, tree, validation, (pool, pool_before, pool_after))
+        write_json(log_dir / RESULT_FILE, _result_json(result))
+    lock.release()
     return result
 
 
@@ -105,86 +143,85 @@ def summary(result: AdaptResult) -> str:
     if not result.before:
         lines.append(f"\nno validation manifest; {len(result.changed)} of the sampled pool transcripts changed, e.g.")
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
-    lines.append(f"\nadapted checkpoint: {result.nemo}\nrun folder:         {result.log_dir}")
+    if result.ended:
+        lines.append(f"\ntraining ended early: {result.ended}")
+    if result.share < 1:
+        lines.append(f"\nexported: {100 * result.share:.0f} % of the update, as much as the guard set bears")
+    lines.append(f"\nadapted checkpoint: {result.nemo}\nreport:             {result.log_dir / 'report.html'}")
     return "\n".join(lines)
 
 
-def _source(cfg: DictConfig) -> Path:
-    given = [key for key in ("init_from_nemo_model", "init_from_pretrained_model") if cfg.get(key)]
-    if len(given) != 1:
-        raise ConfigError(
-            "give exactly one of init_from_nemo_model=FILE.nemo and init_from_pretrained_model=NAME, "
-            f"got {' and '.join(given) or 'neither'}."
+def _write_reports(
+    result: AdaptResult,
+    model: Any,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    validation: Mapping[str, list[Row]],
+    pool: tuple[list[Row], list[str], list[str]],
+) -> None:
+    """Writes ``report.html`` into the run's folder and the model card beside the checkpoint."""
+    data = adaptation_report(
+        log_dir=result.log_dir,
+        rows=validation,
+        before=result.before,
+        after=result.after,
+        context=config.context.load(),
+        normalizer=config.feedback.normalizer,
+        facts=model._adaptation_facts,
+        settings=settings,
+        changes=judged_changes(model, *pool),
+        surveyed=len(pool[0]),
+    )
+    save_report(data, result.log_dir)
+    write_report(data, result.log_dir / "report.html", audio=bool(settings.get("report_audio", True)))
+    write_model_card(
+        result.nemo,
+        facts=model._adaptation_facts,
+        before=result.before,
+        after=result.after,
+        normalizer=config.feedback.normalizer,
+    )
+
+
+def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> FolderLock:
+    """Marks the run folder as this process's and records the settings in it."""
+    lock = FolderLock(log_dir)
+    if is_global_rank_zero():
+        if not lock.held:
+            raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
+        record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
+    return lock
+
+
+def _watchman(model: Any, config: RunConfig, guard: list[Row], log_dir: Path) -> Watchman:
+    """Looks at held-out rows, or, of a pool too small or tarred, at rows that are also trained on."""
+    staged = model._feedback.staged
+    rows = list(staged.held_out)
+    if config.guards.every and not rows:
+        rows = _spread(model, config.guards.held_out_utterances)
+        logging.warning(
+            f"no rows are held out (tarred audio, or too few for guards.held_out={config.guards.held_out}): "
+            f"the guards look at {len(rows)} rows that are trained on."
         )
-    if str(cfg.trainer.get("accelerator")) in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator asks for a GPU and there is none; use trainer=cpu or trainer=auto.")
-    path = Path(str(cfg[given[0]])).expanduser() if given[0] == "init_from_nemo_model" else locate(str(cfg[given[0]]))
-    if not path.is_file():
-        raise CheckpointError(f"{given[0]}={cfg[given[0]]}: no such file.")
-    return path
-
-
-def _validation_rows(cfg: DictConfig) -> dict[str, list[Row]]:
-    """Name → rows of each validation manifest, all of which must have text and readable audio."""
-    manifests = cfg.model.validation_ds.get("manifest_filepath")
-    if not manifests:
-        return {}
-    sets: dict[str, list[Row]] = {}
-    for path in expand_paths(manifests):
-        rows = read_manifest(path)
-        bare = [row.origin for row in rows if not row.text]
-        bad = [reason for _, reason in unreadable(rows)]
-        if bare or bad:
-            listed = "".join(f"\n  {item}" for item in (bad or bare)[:20])
-            what = "unreadable audio" if bad else "no `text`"
-            raise ManifestError(f"{len(bad or bare)} row(s) of the validation manifest {path} have {what}:{listed}")
-        stem = Path(path).stem
-        name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
-        sets[name] = rows
-    return sets
-
-
-def _trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    if not cfg.model.validation_ds.get("manifest_filepath"):
-        # Lightning refuses a step interval longer than the data when there is nothing to validate.
-        settings.update(limit_val_batches=0, val_check_interval=None, check_val_every_n_epoch=1)
-    if cfg.model.train_ds.get("use_lhotse"):
-        # Lhotse's sampler already splits the data over the ranks; Lightning's would do it again.
-        settings.setdefault("use_distributed_sampler", False)
-    return settings
-
-
-def _prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any]) -> None:
-    """Replaces the optimizer section as a whole (a merge would keep the old scheduler) and sets validation."""
-    optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
-    if optim.get("sched") is None:
-        optim.pop("sched", None)  # NeMo writes into the section when the key is there, also when it is null
-    with open_dict(model.cfg):
-        model.cfg.optim = OmegaConf.create(optim)
-    if hasattr(model, "compute_eval_loss") and model.cfg.get("loss", {}).get("loss_name") == "tdt":
-        # NeMo has no TDT loss on the CPU; WER is what validation is for.
-        model.compute_eval_loss = False
-    model.wer.log_prediction = False
-    if validation:
-        model.setup_multiple_validation_data(_with_sample_rate(cfg, model).model.validation_ds)
-
-
-def _with_sample_rate(cfg: DictConfig, model: Any) -> DictConfig:
-    """The configuration with the checkpoint's sample rate where none is given."""
-    cfg = DictConfig(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-    for section in (cfg.model.train_ds, cfg.model.validation_ds):
-        if section.get("sample_rate") is None:
-            section.sample_rate = int(model.cfg.preprocessor.sample_rate)
-    return cfg
+    return Watchman(
+        config.guards,
+        rows,
+        guard,
+        start=snapshot(model),
+        parameters=config.parameters,
+        folder=log_dir,
+    )
 
 
 def _pool_sample(model: Any, config: RunConfig) -> list[Row]:
-    """Unlabeled rows, evenly spaced over the pool, whose transcripts are compared before and after."""
-    staged = model._feedback.staged
-    rows = [row for row in staged.rows if not row.text and Path(row.audio).is_file()]
-    step = max(1, len(rows) // config.feedback.survey_utterances)
-    return rows[::step][: config.feedback.survey_utterances]
+    """Unlabeled rows whose transcripts are compared before and after: those held out, or some of the pool."""
+    return list(model._feedback.staged.held_out) or _spread(model, config.feedback.survey_utterances)
+
+
+def _spread(model: Any, most: int) -> list[Row]:
+    """Unlabeled rows with audio files, evenly spaced over the pool."""
+    rows = [row for row in model._feedback.staged.rows if not row.text and Path(row.audio).is_file()]
+    return rows[:: max(1, len(rows) // most)][:most]
 
 
 def _evaluate(
@@ -210,7 +247,7 @@ def _facts(config: RunConfig, source: Path, before: Any, after: Any, steps: int)
     return {
         "plugin": f"nemo_llm_feedback {__version__}",
         "base": source.name,
-        "llm": config.llm.model if config.llm and config.needs_reward else None,
+        "llm": config.llm.model if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
         "steps": steps,
         "context_sha256": digest,
@@ -227,6 +264,9 @@ def _plain(scores: CorpusScores) -> dict[str, float]:
 def _result_json(result: AdaptResult) -> dict[str, Any]:
     return {
         "nemo": str(result.nemo),
+        "ended": result.ended,
+        "share": result.share,
+        "looks": [asdict(look) for look in result.looks],
         "before": {name: _plain(scores) for name, scores in result.before.items()},
         "after": {name: _plain(scores) for name, scores in result.after.items()},
         "changed": [{"before": a, "after": b} for a, b in result.changed],

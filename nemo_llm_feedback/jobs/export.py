@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.errors import CheckpointError
 from nemo_llm_feedback.feedback import CHECKPOINT_KEY
+from nemo_llm_feedback.lora import inject
 from nemo_llm_feedback.models import restore
 
 
@@ -44,6 +45,8 @@ def export(checkpoint: str | Path, *, base: str | Path | None = None, output: st
     if not base:
         raise CheckpointError(f"{checkpoint} does not name its base: add --base BASE.nemo, what it was trained from.")
     model, weights = restore(base, map_location="cpu"), content["state_dict"]
+    if any(".lora_" in name for name in weights):
+        inject(model, **content[CHECKPOINT_KEY]["lora"])
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:

@@ -42,7 +42,7 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
         f"  memory       model, gradients and AdamW {trainable * 16 / _MB:.0f} MB (estimate); frozen reference "
         f"{state.reference.memory_bytes / _MB:.0f} MB; joint at most {config.feedback.memory_budget_mb} MB",
     ]
-    if config.llm is not None and config.needs_reward and config.reward.name == "llm":
+    if config.llm is not None and config.needs_llm:
         folder = resolve_folder(config.llm)
         size = estimate_memory(folder, config.llm, compute_bytes=2 if model.device.type == "cuda" else 4)
         lines.append(

@@ -1,6 +1,7 @@
 """Exact log p(y|x) of CTC, RNN-T and TDT models for N-best groups, at the cost of their distinct prefixes."""
 
+from nemo_llm_feedback.likelihood.band import Band, BandReport
 from nemo_llm_feedback.likelihood.ctc import ctc_log_prob
 from nemo_llm_feedback.likelihood.transducer import rnnt_log_prob, tdt_log_prob
 
-__all__ = ["ctc_log_prob", "rnnt_log_prob", "tdt_log_prob"]
+__all__ = ["Band", "BandReport", "ctc_log_prob", "rnnt_log_prob", "tdt_log_prob"]

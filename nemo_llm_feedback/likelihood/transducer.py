@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.likelihood.band import Band, banded_scores
 from nemo_llm_feedback.likelihood.inputs import check_labels, clean_rows, empty_result
-from nemo_llm_feedback.likelihood.joint import TransducerJoint, arc_scores
+from nemo_llm_feedback.likelihood.joint import JointSetting, TransducerJoint, arc_scores
 from nemo_llm_feedback.likelihood.lattice import lattice_log_prob
 from nemo_llm_feedback.likelihood.prediction import PredictionNetwork, prefix_outputs
 from nemo_llm_feedback.trie import PrefixTrie
@@ -22,6 +23,7 @@ def rnnt_log_prob(
     joint: TransducerJoint,
     *,
     memory_budget_mb: float = 256,
+    band: Band | None = None,
 ) -> Tensor:
     """log p(h | x) of an RNN-T model: the sum over all paths of T blanks and the labels of h, ending in a blank.
 
@@ -38,6 +40,9 @@ def rnnt_log_prob(
         decoder: NeMo's prediction network.
         joint: NeMo's joint; blank is its last output. ``fuse_loss_wer`` and ``log_softmax`` do not matter.
         memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
+        band: leaves cells out of the lattice that hold next to no probability; log p is then too low by no more than
+            ``band.tolerance`` nat, and ``band.report`` is told a bound of what was lost. None = exact. Needs the joint
+            in eval mode.
 
     Returns:
         [H] natural-log probability in the trie's order, float32 (float64 for float64 input); NaN, with zero gradient,
@@ -45,11 +50,13 @@ def rnnt_log_prob(
 
     Raises:
         ValueError: shapes, lengths or labels do not fit together.
-        ConfigError: the joint has duration outputs: use ``tdt_log_prob``.
+        ConfigError: the joint has duration outputs (use ``tdt_log_prob``), or cannot be banded.
     """
     if joint.num_extra_outputs:
         raise ConfigError(f"the joint has {joint.num_extra_outputs} duration outputs: use tdt_log_prob.")
-    return _log_prob(encoded, lengths, trie, decoder, joint, durations=(), memory_budget_mb=memory_budget_mb)
+    return _log_prob(
+        encoded, lengths, trie, decoder, joint, durations=(), memory_budget_mb=memory_budget_mb, band=band
+    )
 
 
 def tdt_log_prob(
@@ -61,6 +68,7 @@ def tdt_log_prob(
     *,
     durations: Sequence[int],
     memory_budget_mb: float = 256,
+    band: Band | None = None,
 ) -> Tensor:
     """log p(h | x) of a token-and-duration transducer (Xu et al. 2023, arXiv:2304.06795, eq. 7).
 
@@ -75,7 +83,7 @@ def tdt_log_prob(
     no complete path, so the probabilities of all label sequences sum to less than 1.
 
     Args:
-        encoded, lengths, trie, decoder, memory_budget_mb: as in ``rnnt_log_prob``.
+        encoded, lengths, trie, decoder, memory_budget_mb, band: as in ``rnnt_log_prob``.
         joint: NeMo's joint with one extra output per duration, behind blank.
         durations: frames that each duration output stands for, ≥ 0, distinct, at least one > 0; NeMo's
             ``loss.tdt_kwargs.durations``.
@@ -85,7 +93,8 @@ def tdt_log_prob(
 
     Raises:
         ValueError: shapes, lengths or labels do not fit together.
-        ConfigError: the durations are no valid set or do not match the joint's extra outputs.
+        ConfigError: the durations are no valid set or do not match the joint's extra outputs, or the joint cannot be
+            banded.
     """
     if joint.num_extra_outputs != len(durations):
         raise ConfigError(
@@ -95,7 +104,14 @@ def tdt_log_prob(
     if len(set(durations)) != len(durations) or min(durations) < 0 or max(durations) < 1:
         raise ConfigError(f"durations {list(durations)} must be distinct, ≥ 0 and hold at least one > 0.")
     return _log_prob(
-        encoded, lengths, trie, decoder, joint, durations=tuple(durations), memory_budget_mb=memory_budget_mb
+        encoded,
+        lengths,
+        trie,
+        decoder,
+        joint,
+        durations=tuple(durations),
+        memory_budget_mb=memory_budget_mb,
+        band=band,
     )
 
 
@@ -108,6 +124,7 @@ def _log_prob(
     *,
     durations: tuple[int, ...],
     memory_budget_mb: float,
+    band: Band | None,
 ) -> Tensor:
     if trie.num_hyps == 0:
         return empty_result(encoded)
@@ -115,13 +132,11 @@ def _log_prob(
     check_labels(trie, blank=num_labels - 1, num_classes=num_labels)
     trie = trie.to(encoded.device)
     encoded, host_lengths, row_ok = clean_rows(encoded, lengths, trie)
-    scores = arc_scores(
-        joint.project_encoder(encoded),
-        prediction=joint.project_prednet(prefix_outputs(decoder, trie)),
-        joint=joint,
-        trie=trie,
-        lengths=host_lengths,
-        memory_budget_mb=memory_budget_mb,
-    )
+    frames, prefixes = joint.project_encoder(encoded), joint.project_prednet(prefix_outputs(decoder, trie))
+    setting = JointSetting.of(frames, joint=joint, trie=trie, lengths=host_lengths, memory_budget_mb=memory_budget_mb)
+    evaluated = None
+    if band is not None:
+        evaluated = banded_scores(frames, prediction=prefixes, setting=setting, durations=durations, band=band)
+    scores = arc_scores(frames, prediction=prefixes, setting=setting, evaluated=evaluated)
     log_prob = lattice_log_prob(scores, trie=trie, lengths=lengths.to(encoded.device), durations=durations)
     return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))

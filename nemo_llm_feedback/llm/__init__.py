@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nemo_llm_feedback.config import LLMConfig
     from nemo_llm_feedback.llm.scorer import LLMScorer, TextScore
 
-__all__ = ["LLMScorer", "TextScore", "check_llm_folder", "estimate_memory", "load_llm", "resolve_folder"]
+__all__ = ["LLMScorer", "TextScore", "check_llm_folder", "estimate_memory", "load_llm", "open_llm", "resolve_folder"]
 
 
 def load_llm(config: LLMConfig) -> LLMScorer:
@@ -25,6 +25,17 @@ def load_llm(config: LLMConfig) -> LLMScorer:
     from nemo_llm_feedback.llm.scorer import load_llm as load
 
     return load(config)
+
+
+def open_llm(config: LLMConfig) -> LLMScorer:
+    """Checks the LLM's files; its weights are loaded at the first text that must be scored.
+
+    Raises:
+        LLMError: settings, files, template or tokenizer cannot be used.
+    """
+    from nemo_llm_feedback.llm.scorer import open_llm as open_
+
+    return open_(config)
 
 
 def __getattr__(name: str) -> object:

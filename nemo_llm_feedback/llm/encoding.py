@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,12 @@ class PromptEncoder:
         chat_template_kwargs: extra variables of the chat template.
         max_tokens: longest prompt; a longer context is truncated, terms first.
 
+    Attributes:
+        chat: whether prompts go through the chat template.
+        max_tokens: longest prompt.
+        num_truncated: contexts that were too long so far.
+        end_id: the token that ends a transcript.
+
     Raises:
         LLMError: there is no chat template, no token that ends a transcript, or none that could begin an empty prompt.
     """
@@ -49,9 +55,9 @@ class PromptEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._chat = chat
+        self.chat = chat
         self._chat_kwargs = dict(chat_template_kwargs)
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._prompts: OrderedDict[Context, tuple[int, ...]] = OrderedDict()
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
@@ -61,7 +67,7 @@ class PromptEncoder:
 
     @property
     def uses_context(self) -> bool:
-        """Whether the template has a slot for a description or terms."""
+        """Whether the template has a slot for a description, terms or previous utterances."""
         return self._template.uses_context
 
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -75,8 +81,7 @@ class PromptEncoder:
         """Returns the prompt's ids, at least one and at most ``max_tokens``.
 
         Args:
-            context: description and terms. Too long ones are cut, terms from the end of the list first, then words
-                from the end of the description; counted in ``num_truncated`` and logged once.
+            context: too long ones are cut (see ``shorten``); the template and hypotheses never are.
 
         Raises:
             LLMError: the template alone is longer than ``max_tokens``.
@@ -84,28 +89,112 @@ class PromptEncoder:
         if context in self._prompts:
             self._prompts.move_to_end(context)
             return self._prompts[context]
-        safe = context
-        if self._control.keys() & set(self._ids("\n".join((context.description, *context.terms)))):
-            safe = Context(self._safe(context.description), tuple(map(self._safe, context.terms)))
+        safe = self.shorten(self.safe_context(context), lambda short: len(self._prompt_ids(short)))
         ids = self._prompt_ids(safe)
-        if len(ids) > self._max_tokens:
-            ids = self._truncated(safe)
+        if len(ids) > self.max_tokens:
+            raise LLMError(
+                f"The prompt template alone takes {len(ids)} tokens, {self.max_tokens} are allowed: shorten it or "
+                "raise llm.max_context_tokens (within what the LLM can read)."
+            )
         self._prompts[context] = ids
         if len(self._prompts) > _CACHED_PROMPTS:
             self._prompts.popitem(last=False)
         return ids
 
+    def safe_text(self, text: str) -> str:
+        """Returns the text with whatever the tokenizer would read as a control token broken up."""
+        return self._safe(text) if self._control.keys() & set(self._ids(text)) else text
+
+    def safe_context(self, context: Context) -> Context:
+        """Returns the context with whatever the tokenizer would read as a control token broken up."""
+        whole = "\n".join((context.description, *context.terms, *context.previous))
+        if not self._control.keys() & set(self._ids(whole)):
+            return context
+        texts = (context.terms, context.previous)
+        return Context(self._safe(context.description), *(tuple(map(self._safe, column)) for column in texts))
+
+    def shorten(self, context: Context, num_tokens: Callable[[Context], int]) -> Context:
+        """Returns the context, cut so that its prompt has at most ``max_tokens`` where that is possible.
+
+        Cut are terms from the end of the list, then previous utterances, the oldest first, then words from the end of
+        the description; counted in ``num_truncated`` and logged once.
+
+        Args:
+            context: without control tokens.
+            num_tokens: context → tokens of its prompt.
+        """
+
+        def fits(short: Context) -> bool:
+            return num_tokens(short) <= self.max_tokens
+
+        if fits(context):
+            return context
+        self.num_truncated += 1
+        terms, previous, words = context.terms, context.previous, context.description.split(" ")
+        steps: list[tuple[int, Callable[[int], Context]]] = [
+            (len(terms), lambda n: replace(context, terms=terms[:n])),
+            (len(previous), lambda n: replace(context, terms=(), previous=previous[len(previous) - n :])),
+            (len(words), lambda n: Context(" ".join(words[:n]))),
+        ]
+        cut = next((step for step in steps if fits(step[1](0))), steps[-1])
+        shortened = cut[1](_largest(cut[0], lambda n: fits(cut[1](n))))
+        if self.num_truncated == 1:
+            logger.warning(
+                "A context is longer than %d tokens: kept %d of its %d terms%s%s. Raise llm.max_context_tokens, set "
+                "llm.max_terms so that the nearest terms are kept, or shorten the list. Later ones are counted only.",
+                self.max_tokens,
+                len(shortened.terms),
+                len(terms),
+                "" if shortened.previous == previous else f" and {len(shortened.previous)} previous utterances",
+                "" if shortened.description == context.description else " and a part of its description",
+            )
+        return shortened
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Returns the ids of a text that is the user's own (control tokens in it are kept), without an end token."""
+        return tuple(self._ids(text))
+
+    def text_spans(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]], str]:
+        """Returns what ``encode_text`` does, and which characters each token stands for.
+
+        Returns:
+            The ids with the end token; (start, end) in the shown text of every token but the end token; and that text,
+            which differs from ``text`` where control tokens were broken up.
+
+        Raises:
+            LLMError: the tokenizer is a slow one, which does not tell.
+        """
+        shown = self.safe_text(text)
+        try:
+            found = self._tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except NotImplementedError as error:
+            raise LLMError(
+                "The LLM's tokenizer does not tell which characters its tokens stand for: use a checkpoint with "
+                "tokenizer.json, or another reward than entity."
+            ) from error
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        kept = [(i, (int(start), int(end))) for i, (start, end) in pairs if i not in self._control]
+        return (*(i for i, _ in kept), self.end_id), [span for _, span in kept], shown
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids that the LLM wrote, without control tokens."""
+        return str(self._tokenizer.decode([i for i in ids if i not in self._control], skip_special_tokens=True))
+
+    def frame(self, prompt: str) -> tuple[tuple[int, ...], str]:
+        """Returns the ids that begin a prompt (a begin token or none), and the prompt in its chat template if any."""
+        if self.chat:
+            return (), self._chat_text(prompt)
+        first = self._tokenizer.bos_token_id
+        if first is None and not prompt:
+            first = self._tokenizer.eos_token_id  # documents are separated by it in training
+        return (() if first is None else (first,)), prompt
+
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _prompt_ids(self, context: Context) -> tuple[int, ...]:
-        prompt = self._template.render(context)
-        if self._chat:
-            return tuple(self._ids(self._chat_text(prompt)))
-        first = self._tokenizer.bos_token_id
-        if first is None and not prompt:
-            first = self._tokenizer.eos_token_id  # documents are separated by it in training
-        return tuple(self._ids(prompt)) if first is None else (first, *self._ids(prompt))
+        begin, prompt = self.frame(self._template.render(context))
+        return (*begin, *self._ids(prompt))
 
     def _chat_text(self, prompt: str, answer: str | None = None) -> str:
         messages = [{"role": "user", "content": prompt.strip()}]
@@ -116,7 +205,7 @@ class PromptEncoder:
         )
 
     def _find_end_id(self) -> int:
-        if not self._chat:
+        if not self.chat:
             if self._tokenizer.eos_token_id is None:
                 raise LLMError("The tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json.")
             return self._tokenizer.eos_token_id
@@ -144,37 +233,6 @@ class PromptEncoder:
         if self._control.keys() & set(self._ids(text)):  # found only after the tokenizer's own normalisation
             text = " ".join(text)
         return text
-
-    def _truncated(self, context: Context) -> tuple[int, ...]:
-        self.num_truncated += 1
-        words = context.description.split(" ")
-        bare = replace(context, terms=())
-        if len(self._prompt_ids(bare)) <= self._max_tokens:
-            kept = _largest(len(context.terms), lambda n: self._fits(replace(context, terms=context.terms[:n])))
-            shortened = replace(context, terms=context.terms[:kept])
-        else:
-            kept = 0
-            num_words = _largest(len(words), lambda n: self._fits(Context(description=" ".join(words[:n]))))
-            shortened = Context(description=" ".join(words[:num_words]))
-        ids = self._prompt_ids(shortened)
-        if len(ids) > self._max_tokens:
-            raise LLMError(
-                f"The prompt template alone takes {len(ids)} tokens, {self._max_tokens} are allowed: shorten it or "
-                "raise llm.max_context_tokens (within what the LLM can read)."
-            )
-        if self.num_truncated == 1:
-            logger.warning(
-                "A context is longer than %d tokens: kept %d of its %d terms%s. Raise llm.max_context_tokens or "
-                "shorten the list. Later truncations are counted, not logged.",
-                self._max_tokens,
-                kept,
-                len(context.terms),
-                "" if len(shortened.description) == len(context.description) else " and a part of its description",
-            )
-        return ids
-
-    def _fits(self, context: Context) -> bool:
-        return len(self._prompt_ids(context)) <= self._max_tokens
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:

@@ -68,6 +68,11 @@ def is_hub_id(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and not model.endswith((".nemo", ".bin", ".gguf", ".safetensors", ".json"))
 
 
+def is_pinned(revision: str | None) -> bool:
+    """Whether a revision names one commit for good: 40 hexadecimal digits. Branches and tags can move."""
+    return bool(re.fullmatch(r"[0-9a-f]{40}", revision or ""))
+
+
 def resolve_folder(config: LLMConfig) -> Path:
     """Returns the folder with the LLM's files, fetching a hub id's safetensors, tokenizer and configs if need be.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.llm.folder import fingerprint, is_hub_id, resolve_folder
+from nemo_llm_feedback.llm.folder import fingerprint, is_pinned, resolve_folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +48,67 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_model(config: LLMConfig) -> tuple[nn.Module, Any, str]:
-    """Loads model and tokenizer, frozen and in eval mode.
+@dataclass(frozen=True)
+class LLMFiles:
+    """What is known of an LLM before a weight is loaded.
 
-    Returns:
-        The model, its tokenizer, and a name of what was loaded: the id with its commit for a hub id, a hash of the
-        files for a folder; device-independent.
+    Attributes:
+        folder: of its files.
+        name: the id with its commit for a hub id, a hash of the files for a folder; device-independent.
+        tokenizer: a ``transformers`` tokenizer.
+        settings: the ``transformers`` config.
+        device, dtype: where and in what it will compute.
+    """
+
+    folder: Path
+    name: str
+    tokenizer: Any
+    settings: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_files(config: LLMConfig) -> LLMFiles:
+    """Finds the LLM's files and reads its tokenizer and config, but no weights.
 
     Raises:
         LLMError: the files cannot be used; see ``check_llm_folder``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     folder = resolve_folder(config)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.compute_dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise LLMError(f"llm.model={config.model}: its tokenizer cannot be loaded ({error}).") from error
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise LLMError(f"llm.model={config.model} cannot be loaded as a causal LM ({error}).") from error
+    from_hub = not Path(config.model).expanduser().is_dir()  # a folder may have a name that looks like a hub id
+    if from_hub and not is_pinned(config.revision):
+        logger.warning(
+            "llm.model=%s is not pinned: revision %s may be another model tomorrow. This run uses commit %s; set "
+            "llm.revision=%s to keep it.",
+            config.model,
+            config.revision or "main",
+            folder.name,
+            folder.name,
+        )
+    name = f"{config.model}@{folder.name}" if from_hub else f"sha256:{fingerprint(folder)}"
+    return LLMFiles(folder, name, tokenizer, settings, device, pick_dtype(config.compute_dtype, device))
+
+
+def load_model(config: LLMConfig, files: LLMFiles) -> nn.Module:
+    """Loads the model, frozen and in eval mode.
+
+    Raises:
+        LLMError: it is no causal LM, or weights are missing, or the tokenizer is another model's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, device, dtype = files.folder, files.device, files.dtype
     devices = [device] if device.type == "cuda" else []
     try:
         # Making the modules draws random numbers; a run must not depend on whether it has an LLM.
@@ -89,6 +132,7 @@ def load_model(config: LLMConfig) -> tuple[nn.Module, Any, str]:
             f"{len(lacking)} in all), which would be random: fetch the whole checkpoint."
         )
     # Added tokens beyond the model's vocabulary (a padding token, say) are harmless: they never enter a row.
+    tokenizer = files.tokenizer
     ids = {*tokenizer.get_vocab().values()} - tokenizer.added_tokens_decoder.keys()
     largest = max(i for i in (*ids, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     if largest >= model.get_input_embeddings().weight.shape[0]:
@@ -97,9 +141,8 @@ def load_model(config: LLMConfig) -> tuple[nn.Module, Any, str]:
             f"{model.get_input_embeddings().weight.shape[0]} tokens: put the model's own tokenizer there."
         )
     _freeze(model, dtype)
-    name = f"{config.model}@{folder.name}" if is_hub_id(config.model) else f"sha256:{fingerprint(folder)}"
     logger.info("LLM %s: %s on %s, computing in %s.", config.model, config.quantization, device, dtype)
-    return model, tokenizer, name
+    return model
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> dict[str, Any]:

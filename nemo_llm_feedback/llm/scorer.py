@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -11,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
 from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.engine import Engine, Ids, Sharing
-from nemo_llm_feedback.llm.loading import load_model
+from nemo_llm_feedback.llm.loading import LLMFiles, load_model, open_files
 from nemo_llm_feedback.prompts import read_template
 from nemo_llm_feedback.types import Context
 
@@ -40,16 +41,20 @@ class TextScore:
 
 
 class LLMScorer:
-    """A frozen LLM that scores texts given a context. Make one with ``load_llm``.
+    """A frozen LLM that scores texts given a context. Make one with ``load_llm`` or ``open_llm``.
+
+    The weights are loaded at the first text that must be scored: a run whose scores are all in its cache needs
+    ``identity`` and ``uses_context`` only, which follow from the settings and the files.
 
     It is no ``nn.Module`` on purpose: assigned to a model it enters neither the state dict nor the optimizer.
     """
 
-    def __init__(self, config: LLMConfig, model: nn.Module, tokenizer: Any, name: str) -> None:
-        self._model: Any = model
+    def __init__(self, config: LLMConfig, files: LLMFiles) -> None:
+        self._config, self._files = config, files
+        tokenizer = files.tokenizer
         chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
         template = read_template(config.template, chat=chat)
-        self._room = _positions(self._model.config)
+        self._room = _positions(files.settings)
         reserve = min(256, self._room // 4)
         self.encoder = PromptEncoder(
             tokenizer,
@@ -58,11 +63,9 @@ class LLMScorer:
             chat_template_kwargs=config.chat_template_kwargs,
             max_tokens=min(config.max_context_tokens, self._room - reserve),
         )
-        with _quiet():
-            self.engine = Engine(model, token_budget=config.token_budget)
-        dtype = str(self._model.dtype).removeprefix("torch.")
+        dtype = str(files.dtype).removeprefix("torch.")
         parts = {
-            "model": name,
+            "model": files.name,
             "quantization": config.quantization,
             "dtype": dtype,
             "template": template.text,
@@ -70,9 +73,11 @@ class LLMScorer:
             "max_context_tokens": config.max_context_tokens,
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self._identity = f"{name}:{config.quantization}:{dtype}:{digest}"
+        self._identity = f"{files.name}:{config.quantization}:{dtype}:{digest}"
+        self._tolerance = _TOLERANCE.get("int8" if config.quantization == "int8" else dtype, _TOLERANCE["half"])
         self._warned_long = False
-        self._check_self("int8" if config.quantization == "int8" else dtype)
+        self._model: Any = None
+        self._engine: Engine | None = None
 
     @property
     def identity(self) -> str:
@@ -80,9 +85,52 @@ class LLMScorer:
         return self._identity
 
     @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model; the first use loads the weights (see ``load``)."""
+        return self._engine or self.load()
+
+    def load(self) -> Engine:
+        """Loads the weights and checks the scoring on a short example.
+
+        Raises:
+            LLMError: the weights cannot be used, or the check failed.
+        """
+        # The first text may come in the middle of a training step, whose modes are not the LLM's.
+        with torch.inference_mode(False), _quiet():
+            self._model = load_model(self._config, self._files)
+            engine = Engine(self._model, token_budget=self._config.token_budget)
+            self._check(engine)
+        self._engine = engine
+        return engine
+
+    def unload(self) -> None:
+        """Frees the weights; the next text that must be scored loads them again."""
+        self._model = self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def model(self) -> Any:
+        """The ``transformers`` model, frozen; the first use loads it."""
+        if self._engine is None:
+            self.load()
+        return self._model
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the LLM can read, in tokens."""
+        return self._room
+
+    @property
     def memory_bytes(self) -> int:
-        """Bytes of the LLM's weights and of the prompts' kept keys and values."""
-        return self._model.get_memory_footprint() + self.engine.prefix_bytes
+        """Bytes of the LLM's weights and of the prompts' kept keys and values; 0 before it is loaded."""
+        return self._model.get_memory_footprint() + self._engine.prefix_bytes if self._engine is not None else 0
 
     @property
     def uses_context(self) -> bool:
@@ -107,19 +155,41 @@ class LLMScorer:
             (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
             for context, texts in requests
         ]
+        sums = self.score_ids(encoded)
+        return [
+            [TextScore(logp, len(ids)) for logp, ids in zip(row, texts, strict=True)]
+            for row, (_, texts) in zip(sums, encoded, strict=True)
+        ]
+
+    def score_ids(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[float]]:
+        """Returns Σ log p(token | prompt, earlier tokens) of token ids; equal pairs run once.
+
+        A continuation may be the beginning of another: differences of such sums are scores of spans, and cost no
+        tokens of their own where hypotheses are packed into tries.
+
+        Args:
+            requests: (prompt, continuations), each of at least one id.
+
+        Returns:
+            One list a request, one sum a continuation, natural log; NaN where the LLM cannot read it whole.
+
+        Raises:
+            LLMError: out of memory with a single continuation.
+        """
         wanted: dict[Ids, dict[Ids, float]] = {}
-        for prompt, texts in encoded:
+        for prompt, texts in requests:
             wanted.setdefault(prompt, {}).update((ids, float("nan")) for ids in texts)
         with _quiet():
             fitting = [
                 (prompt, [ids for ids in scores if len(prompt) + len(ids) <= self._room])
                 for prompt, scores in wanted.items()
             ]
-            for (prompt, texts), sums in zip(fitting, self.engine.score(fitting), strict=True):
+            answers = self.engine.score(fitting) if any(texts for _, texts in fitting) else [[] for _ in fitting]
+            for (prompt, texts), sums in zip(fitting, answers, strict=True):
                 if len(texts) < len(wanted[prompt]):
                     self._warn_long()
                 wanted[prompt].update(zip(texts, sums, strict=True))
-        return [[TextScore(wanted[prompt][ids], len(ids)) for ids in texts] for prompt, texts in encoded]
+        return [[wanted[prompt][ids] for ids in texts] for prompt, texts in requests]
 
     def _warn_long(self) -> None:
         if not self._warned_long:
@@ -128,7 +198,7 @@ class LLMScorer:
             )
         self._warned_long = True
 
-    def _check_self(self, kind: str) -> None:
+    def _check(self, engine: Engine) -> None:
         """Compares shared with plain scoring on a short example; an LLM that does not bear tries goes on without.
 
         Raises:
@@ -136,31 +206,39 @@ class LLMScorer:
         """
         prompt = self.encoder.encode_prompt(_PROBE_CONTEXT)
         texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
-        tolerance = _TOLERANCE.get(kind, _TOLERANCE["half"])
-        with _quiet():
-            plain = [self.engine.plain_score(prompt, ids) for ids in texts]
-            if self.engine.sharing is Sharing.TRIE and self._deviation(prompt, texts, plain) > tolerance:
-                logger.warning("This LLM does not take trie-shaped rows: hypotheses share their prompt only.")
-                self.engine.sharing = Sharing.PROMPT
-            deviation = self._deviation(prompt, texts, plain)
-        if deviation > tolerance:
+        plain = [engine.plain_score(prompt, ids) for ids in texts]
+        if engine.sharing is Sharing.TRIE and _deviation(engine, prompt, texts, plain) > self._tolerance:
+            logger.warning("This LLM does not take trie-shaped rows: hypotheses share their prompt only.")
+            engine.sharing = Sharing.PROMPT
+        deviation = _deviation(engine, prompt, texts, plain)
+        if deviation > self._tolerance:
             raise LLMError(
                 f"The LLM's start-up check failed: behind a shared prompt a short text scores {deviation:.4f} nat a "
                 "token away from a plain forward. Its weights are damaged or its architecture is not supported; try "
                 "llm.compute_dtype=float32, or another LLM."
             )
 
-    def _deviation(self, prompt: Ids, texts: Sequence[Ids], plain: Sequence[float]) -> float:
-        """Returns the largest difference from plain scoring in nats a token; ∞ for NaN or where the LLM breaks."""
-        try:
-            ours = self.engine.score([(prompt, texts)])[0]
-        except LLMError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            logger.info("Shared scoring failed in the start-up check: %s", error)
-            return math.inf
-        differences = [abs(a - b) / len(ids) for a, b, ids in zip(ours, plain, texts, strict=True)]
-        return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+def _deviation(engine: Engine, prompt: Ids, texts: Sequence[Ids], plain: Sequence[float]) -> float:
+    """Returns the largest difference from plain scoring in nats a token; ∞ for NaN or where the LLM breaks."""
+    try:
+        ours = engine.score([(prompt, texts)])[0]
+    except LLMError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        logger.info("Shared scoring failed in the start-up check: %s", error)
+        return math.inf
+    differences = [abs(a - b) / len(ids) for a, b, ids in zip(ours, plain, texts, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def open_llm(config: LLMConfig) -> LLMScorer:
+    """Checks the LLM's files and reads its tokenizer; the weights wait for the first text to be scored.
+
+    Raises:
+        LLMError: settings, files, template or tokenizer cannot be used.
+    """
+    return LLMScorer(config, open_files(config))
 
 
 def load_llm(config: LLMConfig) -> LLMScorer:
@@ -169,7 +247,9 @@ def load_llm(config: LLMConfig) -> LLMScorer:
     Raises:
         LLMError: settings, files, template or tokenizer cannot be used, or the check failed.
     """
-    return LLMScorer(config, *load_model(config))
+    scorer = open_llm(config)
+    scorer.load()
+    return scorer
 
 
 def _positions(config: Any) -> int:

@@ -2,20 +2,40 @@
 
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register, reward_names
 from nemo_llm_feedback.rewards.cache import MemoryCache, ScoreCache, SQLiteCache, open_cache, score_key
+from nemo_llm_feedback.rewards.composite import Component, CompositeReward
+from nemo_llm_feedback.rewards.correction import CorrectionReward
+from nemo_llm_feedback.rewards.entity import EntityReward
+from nemo_llm_feedback.rewards.from_config import corrector_from_config, reward_faults, reward_from_config
+from nemo_llm_feedback.rewards.judge import JudgeReward
 from nemo_llm_feedback.rewards.lm import LLMReward
+from nemo_llm_feedback.rewards.remote import RemoteReward
+from nemo_llm_feedback.rewards.remote_config import RemoteConfig, parse_remote
+from nemo_llm_feedback.rewards.remote_scorer import RemoteScorer
 from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward
 
 __all__ = [
     "CallableReward",
+    "Component",
+    "CompositeReward",
+    "CorrectionReward",
+    "EntityReward",
+    "JudgeReward",
     "LLMReward",
     "MemoryCache",
+    "RemoteConfig",
+    "RemoteReward",
+    "RemoteScorer",
     "Reward",
     "RuleReward",
     "SQLiteCache",
     "ScoreCache",
     "build_reward",
+    "corrector_from_config",
     "open_cache",
+    "parse_remote",
     "register",
+    "reward_faults",
+    "reward_from_config",
     "reward_names",
     "score_key",
 ]

@@ -70,14 +70,7 @@ def build_reward(name: str, *, allow_dotted: bool = False, **settings: Any) -> R
     Raises:
         RewardError: no such name, a dotted path where none is allowed or that leads nowhere, or wrong settings.
     """
-    if ":" in name or "." in name:
-        factory = _import(name, allowed=allow_dotted)
-    elif name in _REGISTRY:
-        factory = _REGISTRY[name]
-    else:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise RewardError(f"There is no reward {name!r}; known: {', '.join(reward_names())}.{hint}")
+    factory = find_factory(name, allow_dotted=allow_dotted)
     try:
         reward = factory(**settings)
     except TypeError as error:
@@ -89,13 +82,36 @@ def build_reward(name: str, *, allow_dotted: bool = False, **settings: Any) -> R
     return reward
 
 
-def _import(path: str, *, allowed: bool) -> Callable[..., Reward]:
+def find_factory(name: str, *, allow_dotted: bool = False) -> Callable[..., Reward]:
+    """Returns what makes a reward; see :func:`build_reward`.
+
+    Raises:
+        RewardError: no such name, or a dotted path where none is allowed or that leads nowhere.
+    """
+    if ":" in name or "." in name:
+        if not allow_dotted and _DOTTED.fullmatch(name):
+            raise RewardError(
+                f"The reward {name!r} is a path to code, which is accepted from the command line or YAML only."
+            )
+        return import_object(name)
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name, _REGISTRY, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise RewardError(f"There is no reward {name!r}; known: {', '.join(reward_names())}.{hint}")
+
+
+def import_object(path: str) -> Callable[..., Any]:
+    """Imports a class or function; only for paths that the user typed or wrote into their own YAML.
+
+    Args:
+        path: ``package.module:attribute``.
+
+    Raises:
+        RewardError: another form, not to be imported, or no class or function.
+    """
     if not _DOTTED.fullmatch(path):
         raise RewardError(f"{path!r} is neither a reward's name nor of the form package.module:attribute.")
-    if not allowed:
-        raise RewardError(
-            f"The reward {path!r} is a path to code, which is accepted from the command line or YAML only."
-        )
     module_name, attribute = path.split(":")
     try:
         target: Any = importlib.import_module(module_name)

@@ -25,6 +25,8 @@ CachedScore = tuple[float, int]
 def score_key(identity: str, context: Context, text: str) -> str:
     """Returns the key of a text's score: a hash of the scorer's identity, the context and the text."""
     parts = [identity, context.description, list(context.terms), text]
+    if context.previous:  # keys of contexts without it stay what they were
+        parts.append(list(context.previous))
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ w = 1), listed terms parroted anywhere (put distractors in the list; ``normalize
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nemo_llm_feedback.errors import RewardError
@@ -59,6 +59,7 @@ class LLMReward:
             minus the same without context.
         asr_weight: weight of ``group.ref_logp``; 0 = groups need none.
         allow_no_context: score groups that have no context instead of refusing.
+        view: how groups are shown to the LLM; as they are by default.
         cache: store of raw scores, or the path of one on disk (see ``open_cache``); in memory by default.
 
     Raises:
@@ -76,6 +77,7 @@ class LLMReward:
         normalize: str = "sum",
         asr_weight: float = 1.0,
         allow_no_context: bool = False,
+        view: Callable[[HypothesisGroup], HypothesisGroup] | None = None,
         cache: ScoreCache | str | None = None,
     ) -> None:
         if normalize not in NORMALIZATIONS:
@@ -86,6 +88,7 @@ class LLMReward:
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
         self._normalize = normalize
         self._allow_no_context = allow_no_context
+        self._view = view
         self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
         self.num_requested = 0
         self.num_scored = 0
@@ -102,6 +105,7 @@ class LLMReward:
             RewardError: a group has no context or no reference scores.
         """
         self._check(groups)
+        groups = [self._view(group) for group in groups] if self._view else groups
         llm = self._llm_part(groups)
         length = [[float(text_length(text)) for text in group.texts] for group in groups]
         asr = [list(group.ref_logp) if self._asr_weight else [0.0] * len(group) for group in groups]

@@ -1,7 +1,7 @@
-"""Rewards that need no LLM: simple rules, and any Python function.
+"""Rewards that need no LLM: the frozen reference's own score, simple rules, and any Python function.
 
-The rules alone are hacked at once (``length`` by insertions, ``negative_length`` by deletions, ``repetition`` by the
-empty text): they are components and controls, not goals.
+The rules alone are hacked at once (``length`` by insertions, ``negative_length`` by deletions, ``repetition`` and
+``edit_distance`` by what they cannot see): they are components and controls, not goals.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rapidfuzz.distance import Levenshtein
+
 from nemo_llm_feedback.errors import RewardError
 from nemo_llm_feedback.normalize import UNSPACED, text_length
+from nemo_llm_feedback.prompts import BASE_TEMPLATE, Template
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.types import HypothesisGroup, RewardOutput, pad_groups
 
@@ -38,6 +41,40 @@ class RuleReward:
         return RewardOutput(values, {self.name: values})
 
 
+class GroupRuleReward:
+    """A reward that judges the members of a group beside each other.
+
+    Args:
+        name: the part's name in the output.
+        rule: group → one reward a member, any finite number; NaN = cannot judge.
+    """
+
+    def __init__(self, name: str, rule: Callable[[HypothesisGroup], Sequence[float]]) -> None:
+        self.name = name
+        self._rule = rule
+
+    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
+        """Returns values [B, N], which are also the only part."""
+        values = pad_groups([[float(value) for value in self._rule(group)] for group in groups])
+        return RewardOutput(values, {self.name: values})
+
+
+@register("asr")
+def asr_reward() -> GroupRuleReward:
+    """log p(h | audio) under the frozen reference, nats; NaN where the audio is too short for h."""
+
+    def scores(group: HypothesisGroup) -> list[float]:
+        if len(group.ref_logp) != len(group):
+            raise RewardError(
+                f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} hypotheses: "
+                "score the group with the frozen reference model first, or leave the component asr out "
+                "(reward.asr_weight=0)."
+            )
+        return [value if math.isfinite(value) else math.nan for value in group.ref_logp]
+
+    return GroupRuleReward("asr", scores)
+
+
 @register("length")
 def length_reward() -> RuleReward:
     """More words are better (characters in scripts written without spaces)."""
@@ -50,12 +87,53 @@ def negative_length_reward() -> RuleReward:
     return RuleReward("negative_length", lambda text: -text_length(text))
 
 
+def words(text: str) -> list[str]:
+    """The words of a text; in scripts without spaces, its characters."""
+    return UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
+
+
+def word_distance(one: str, two: str) -> int:
+    """Returns how many words must be inserted, deleted or substituted to make one text of the other."""
+    return int(Levenshtein.distance(words(one), words(two)))
+
+
+def anchor_text(group: HypothesisGroup) -> str:
+    """The recogniser's own best transcript of a group: its greedy member, else its most probable one.
+
+    A group of samples has no greedy member. The most probable one is that of the highest reference score, or the first
+    where there are no such scores.
+    """
+    greedy = [h.text for h in group.hypotheses if h.source == "greedy"]
+    if greedy:
+        return greedy[0]
+    if len(group.ref_logp) != len(group):
+        return group.texts[0]
+    return max(zip(group.ref_logp, group.texts, strict=True))[1]
+
+
+@register("empty")
+def empty_reward() -> RuleReward:
+    """−1 for a text without a word, else 0."""
+    return RuleReward("empty", lambda text: 0.0 - (text_length(text) == 0))
+
+
+@register("edit_distance")
+def edit_distance_reward() -> GroupRuleReward:
+    """Minus the edit distance in words to the recogniser's own best transcript: an anchor against free invention."""
+
+    def distances(group: HypothesisGroup) -> list[float]:
+        anchor = anchor_text(group)
+        return [0.0 - word_distance(text, anchor) for text in group.texts]
+
+    return GroupRuleReward("edit_distance", distances)
+
+
 def repetition(text: str) -> float:
     """Returns the share of a text's units that repeat the unit before or close an earlier pair, in [0, 1].
 
     Units are words, or characters where ``text_length`` counts those. 0 for texts of fewer than two units.
     """
-    units = UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
+    units = words(text)
     if len(units) < 2:
         return 0.0
     seen: set[tuple[str, str]] = set()
@@ -76,14 +154,19 @@ def repetition_reward() -> RuleReward:
 class CallableReward:
     """A Python function as a reward.
 
+    Two signatures are accepted. Ours: ``function(texts, **columns)``. TRL's, known by an argument ``completions``:
+    ``function(prompts=…, completions=…, **columns)``, where a prompt is the context in the words of the built-in
+    template and a completion is a transcript; ``prompts`` is given if the function takes it. The columns are
+    ``descriptions``, ``terms``, ``utterances``, ``sources``, ``ref_logp`` and ``completion_ids`` (labels of the ASR
+    vocabulary), as far as the signature takes them: lists with one entry a text.
+
     Args:
-        function: called once for all groups with the list of texts and, as far as its signature takes them, the
-            keyword arguments ``descriptions``, ``terms``, ``utterances``, ``sources`` and ``ref_logp``: lists with one
-            entry a text. Returns one number a text, None (or NaN) where it cannot judge.
+        function: called once for all groups; returns one number a text, None (or NaN) where it cannot judge.
         name: the part's name; the function's own by default.
 
     Raises:
-        RewardError: ``function`` is no function; on call, it failed or returned something else.
+        RewardError: ``function`` is no function, or needs an argument that is not offered; on call, it failed or
+            returned something else.
     """
 
     def __init__(self, function: Judge, *, name: str | None = None) -> None:
@@ -94,6 +177,18 @@ class CallableReward:
         parameters = inspect.signature(function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._taken = {p.name for p in parameters}
+        self._trl = "completions" in self._taken
+        positional = () if self._trl else tuple(parameters)[:1]
+        known = {p.name for p in positional} | set(_COLUMNS) | ({"prompts", "completions"} if self._trl else set())
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        lacking = [
+            p.name for p in parameters if p.name not in known and p.default is p.empty and p.kind not in variadic
+        ]
+        if lacking:
+            raise RewardError(
+                f"The reward function {self.name} needs {', '.join(lacking)}, which is not offered: it may take the "
+                f"texts (or TRL's prompts and completions) and {', '.join(_COLUMNS)}."
+            )
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], which are also the only part.
@@ -103,7 +198,7 @@ class CallableReward:
         """
         texts = [text for group in groups for text in group.texts]
         try:
-            answers = list(self._function(texts, **self._keywords(groups)))
+            answers = list(self._call(texts, groups))
             numbers = [math.nan if answer is None else float(answer) for answer in answers]
         except Exception as error:  # whatever the user's function raises is reported under its name
             raise RewardError(f"The reward function {self.name} failed: {type(error).__name__}: {error}") from error
@@ -116,13 +211,26 @@ class CallableReward:
         values[values.isinf()] = math.nan
         return RewardOutput(values, {self.name: values})
 
-    def _keywords(self, groups: Sequence[HypothesisGroup]) -> dict[str, list[Any]]:
+    def _call(self, texts: list[str], groups: Sequence[HypothesisGroup]) -> Sequence[float | None]:
         members = [(group, n) for group in groups for n in range(len(group))]
-        offered: dict[str, list[Any]] = {
-            "descriptions": [group.context.description for group, _ in members],
-            "terms": [list(group.context.terms) for group, _ in members],
-            "utterances": [group.utterance for group, _ in members],
-            "sources": [group.hypotheses[n].source for group, n in members],
-            "ref_logp": [group.ref_logp[n] if group.ref_logp else math.nan for group, n in members],
+        columns = {
+            name: [column(group, n) for group, n in members]
+            for name, column in _COLUMNS.items()
+            if self._takes_all or name in self._taken
         }
-        return {name: column for name, column in offered.items() if self._takes_all or name in self._taken}
+        if not self._trl:
+            return self._function(texts, **columns)
+        if self._takes_all or "prompts" in self._taken:
+            template = Template(BASE_TEMPLATE)
+            columns["prompts"] = [template.render(group.context) for group, _ in members]
+        return self._function(completions=texts, **columns)
+
+
+_COLUMNS: dict[str, Callable[[HypothesisGroup, int], Any]] = {
+    "descriptions": lambda group, n: group.context.description,
+    "terms": lambda group, n: list(group.context.terms),
+    "utterances": lambda group, n: group.utterance,
+    "sources": lambda group, n: group.hypotheses[n].source,
+    "ref_logp": lambda group, n: group.ref_logp[n] if group.ref_logp else math.nan,
+    "completion_ids": lambda group, n: list(group.hypotheses[n].tokens),
+}

@@ -1,0 +1,164 @@
+"""A training loader that a killed run takes up where it was.
+
+Lightning 2.4 counts the batches of an unfinished epoch but starts the loader at its first batch again, and a shuffle
+drawn from the process's random state differs after a restart anyway. Here the order of an epoch depends on the seed
+and the epoch's number only, and the place in it is part of every checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+
+class ResumableLoader:
+    """NeMo's loader with a place; everything else of it is handed through.
+
+    Lightning keeps ``state_dict`` in its checkpoints and leaves a loader that is no ``DataLoader`` as it is, so the
+    split over the ranks is made here, too.
+
+    Args:
+        loader: NeMo's.
+        seed: of the order; the same on all ranks.
+        rank, num_ranks: of this process; Lhotse's samplers and tarred data are split by NeMo already.
+        shuffle: whether the classic loader shuffles.
+    """
+
+    def __init__(self, loader: DataLoader, *, seed: int, rank: int, num_ranks: int, shuffle: bool) -> None:
+        self._place: _Place | None = None
+        if isinstance(loader.dataset, IterableDataset):
+            self._loader = loader
+        elif loader.batch_size is None:
+            # Lhotse: the sampler yields whole batches, without their audio.
+            self._place = _Place(loader.sampler, 1)
+            self._loader = _rebuilt(loader, self._place)
+        else:
+            order = DistributedSampler(
+                loader.dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed, drop_last=False
+            )
+            self._place = _Place(order, loader.batch_size)
+            self._loader = _rebuilt(loader, self._place)
+        # Workers' seeds would otherwise be drawn from the random state that dropout uses, once more in a resumed run.
+        self._loader.generator = torch.Generator().manual_seed(seed)
+        self._epoch = self._taken = 0
+        self._resume: tuple[int, int] | None = None
+        self._started = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    @property
+    def sampler(self) -> ResumableLoader:
+        """Lightning tells the epoch to whatever is called the sampler."""
+        return self
+
+    @property
+    def batch_sampler(self) -> None:
+        """See ``sampler``."""
+        return None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: Lightning makes the iterator before it tells the epoch, and nothing runs before the first batch.
+        skip = self._skip()
+        self._taken, self._started = skip, True
+        if self._place is not None:
+            self._place.set(epoch=self._epoch, batches=skip)
+            yield from self._counted(iter(self._loader))
+        else:
+            yield from self._counted(itertools.islice(self._loader, skip, None))
+
+    def _skip(self) -> int:
+        """Batches of this epoch that a checkpoint has already seen."""
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return 0
+        if not self._sized():
+            self._epoch = resume[0]  # Lightning fetches one batch of such a loader before it tells the epoch
+        return resume[1] if resume[0] == self._epoch else 0
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def _sized(self) -> bool:
+        try:
+            len(self._loader)
+        except (TypeError, NotImplementedError):
+            return False
+        return True
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches were trained on; of an unsized loader Lightning holds one more."""
+        ahead = 0 if self._sized() or not self._started else 1
+        return {"epoch": self._epoch, "batches": max(self._taken - ahead, 0)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lets the next pass over that epoch start behind those batches."""
+        self._resume = (int(state_dict["epoch"]), int(state_dict["batches"]))
+
+
+class _Place(Sampler[Any]):
+    """A sampler that can start behind its first batches; those are never loaded."""
+
+    def __init__(self, order: Any, items: int) -> None:
+        self._order, self._items = order, items
+        self._skip = 0
+
+    def set(self, *, epoch: int, batches: int) -> None:
+        """For the next pass."""
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(epoch)
+        self._skip = batches * self._items
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._order), self._skip, None)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
+    """The loader with another sampler, which torch does not let one set."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        # torch refuses this flag for loaders without a batch size, also when it is False
+        **({} if loader.batch_size is None else {"drop_last": loader.drop_last}),
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def resumable(loader: Any, *, rank: int, num_ranks: int, shuffle: bool) -> Any:
+    """NeMo's training loader as a :class:`ResumableLoader`; other iterables are returned as they are.
+
+    The seed is the run's (``seed_everything`` leaves it in the environment, as Lightning's own samplers expect), so
+    that all ranks have the same.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    return ResumableLoader(loader, seed=seed, rank=rank, num_ranks=num_ranks, shuffle=shuffle)

@@ -1,0 +1,105 @@
+"""The files of a run folder: what a run was, how far it came, and whether it is still alive. Needs no NeMo."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SETTINGS_FILE = "settings.yaml"
+RUN_FILE = "run.json"
+STEPS_FILE = "steps.jsonl"
+RESULT_FILE = "result.json"
+# A killed run's score cache has a journal beside it, without which it cannot be repaired.
+_SCORES = [f"llm_scores.sqlite{suffix}" for suffix in ("-journal", "-wal", "-shm", "")]
+_KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, "survey.json", "best_weights.pt", *_SCORES)
+
+
+def collect(folder: Path) -> None:
+    """Brings a run's files back to its folder.
+
+    NeMo's ``exp_manager`` moves every file of a folder that it resumes into ``run_0``, ``run_1`` …; the files of the
+    newest of these are taken where the folder itself has none.
+    """
+    numbered = [path for path in folder.glob("run_*") if path.name.removeprefix("run_").isdigit()]
+    older = sorted(numbered, key=lambda path: int(path.name.removeprefix("run_")), reverse=True)
+    for name in _KEPT:
+        found = next((path / name for path in older if (path / name).is_file()), None)
+        if found is not None and not (folder / name).is_file():
+            found.replace(folder / name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file; a kill leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``steps.jsonl``; a last line that a kill cut off is left out. Empty without a file.
+
+    Raises:
+        json.JSONDecodeError: another line is broken.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return found
+
+
+def truncate_steps(path: Path, *, step: int) -> float:
+    """Removes the lines of later steps, a last line that a kill cut off, and the validation of the step itself, which
+    Lightning repeats in a resumed run.
+
+    Args:
+        path: of ``steps.jsonl``; need not exist.
+        step: the last step that is kept.
+
+    Returns:
+        ``seconds`` of the last step that is kept; 0 without any.
+    """
+    lines = [line for line in read_steps(path) if line["step"] <= step]
+    kept = [line for line in lines if line["step"] < step or not any(key.startswith("val/") for key in line)]
+    if path.is_file():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    return max((float(line.get("seconds", 0.0)) for line in kept), default=0.0)
+
+
+class FolderLock:
+    """Marks a run folder as in use while this process lives; the system takes the mark away from a killed one.
+
+    Args:
+        folder: an existing folder.
+
+    Attributes:
+        held: whether this process has the mark; False if another has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
+        except BlockingIOError:
+            self.held = False
+
+    def release(self) -> None:
+        """Takes the mark away."""
+        os.close(self._handle)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process trains in the folder."""
+    lock = FolderLock(folder)
+    lock.release()
+    return not lock.held

@@ -1,0 +1,30 @@
+"""LLM rescoring inside NeMo's beam decoders, without training.
+
+enable_rescoring(model, LLMReward(scorer, alpha=1.0, beta=2.0), context=Context("an order at a coffee shop"))
+model.transcribe(["a.wav"])            # and validation, WER, predict_step, after any change_decoding_strategy
+"""
+
+from nemo_llm_feedback.rescoring.decoding import NBest
+from nemo_llm_feedback.rescoring.installation import accept_key, install, uninstall
+from nemo_llm_feedback.rescoring.model import (
+    RescoringMixin,
+    attach,
+    disable_rescoring,
+    enable_rescoring,
+    utterance_contexts,
+)
+from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
+
+__all__ = [
+    "NBest",
+    "Rescorer",
+    "RescoringMixin",
+    "ScoredHypothesis",
+    "accept_key",
+    "attach",
+    "disable_rescoring",
+    "enable_rescoring",
+    "install",
+    "uninstall",
+    "utterance_contexts",
+]

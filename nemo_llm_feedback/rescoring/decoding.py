@@ -1,0 +1,241 @@
+"""The hook in NeMo's decoding objects: transcribe, validation, WER and predict_step all decode through it.
+
+NeMo dispatches on the classes of its decoding objects, so a hooked object is one of a subclass; it becomes one by
+having its class exchanged after NeMo built it (``adopt``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCDecoding
+from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding, RNNTDecoding
+from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
+from torch import Tensor
+
+from nemo_llm_feedback.errors import DecodingError
+from nemo_llm_feedback.heads import CTCHead, Head, Labels
+from nemo_llm_feedback.proposals import Proposer
+from nemo_llm_feedback.reference import evaluation_mode
+from nemo_llm_feedback.rescoring.alignment import align_ctc, align_transducer, plain_ids
+from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
+
+# NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
+_CERTAIN, _IMPOSSIBLE = 0.0, -1e4
+
+
+class NBest(list):  # type: ignore[type-arg]
+    """The N-best of an utterance, best first, that also answers as its best hypothesis (``nbest.text``).
+
+    NeMo's WER log, CTC ``transcribe`` and others read ``.text`` of what a decoder returns and stop at a plain list.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not self:
+            raise AttributeError(name)
+        return getattr(self[0], name)
+
+
+class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the exchange of classes
+    """What the four hooked classes share. ``adopt`` sets the attributes."""
+
+    rescorer: Rescorer
+    head: Head
+    proposer: Proposer | None
+    align: bool
+    return_nbest: bool
+    decoding: Any
+    cfg: Any
+
+    def _rescored(self, found: Sequence[Any], encoded: Tensor, lengths: Tensor) -> list[Any]:
+        """B best hypotheses, or B ``NBest``s, from the first pass's containers."""
+        size = self.head.vocabulary.vocab_size
+        rows: list[list[Labels]] = []
+        for container in found[: len(lengths)]:
+            hyps = getattr(container, "n_best_hypotheses", None)
+            if hyps is None:
+                raise DecodingError(f"{type(self.decoding).__name__} returned no N-best: rescoring needs one.")
+            # Some searches leave their start symbol, which is blank, in the sequence.
+            rows.append([tuple(i for i in plain_ids(hyp.y_sequence) if 0 <= i < size) for hyp in hyps])
+        ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, proposer=self.proposer)
+        results: list[Any] = []
+        for b, members in enumerate(ranked):
+            shown = members if self.return_nbest else members[:1]
+            frames = int(lengths[b])
+            hyps = NBest(self._hypothesis(member, members, encoded[b, :, :frames]) for member in shown)
+            results.append(hyps if self.return_nbest else hyps[0])
+        return results
+
+    def _hypothesis(self, member: ScoredHypothesis, members: list[ScoredHypothesis], encoded: Tensor) -> Hypothesis:
+        """NeMo's record of a member; ``encoded`` [D, T] are its valid frames."""
+        labels = list(member.labels)
+        with torch.inference_mode(False):  # NeMo's n-best are inference tensors, of no use to whoever trains on them
+            sequence = torch.tensor(labels, dtype=torch.long)
+        hyp = Hypothesis(
+            score=member.score,
+            y_sequence=sequence,
+            text=self.decode_tokens_to_str_with_strip_punctuation(labels),  # type: ignore[attr-defined]
+            length=encoded.shape[1],
+        )
+        hyp.score_parts = dict(member.parts)
+        hyp.n_best = tuple(members)
+        if self.cfg.get("compute_hypothesis_token_set", False):
+            hyp.tokens = self.decode_ids_to_tokens(labels)  # type: ignore[attr-defined]
+        if self.align:
+            self._add_timestamps(hyp, member.labels, encoded)
+        return hyp
+
+    @abstractmethod
+    def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
+        """Sets ``hyp.timestamp`` as NeMo's greedy decoder would; ``encoded`` [D, T] are the valid frames."""
+
+
+class _CTCHook(_Hook):
+    def ctc_decoder_predictions_tensor(
+        self,
+        decoder_outputs: Tensor,
+        decoder_lengths: Tensor | None = None,
+        fold_consecutive: bool = True,
+        return_hypotheses: bool = False,
+    ) -> list[Any]:
+        """NeMo's method with the N-best rescored; both values of ``return_hypotheses`` give full hypotheses.
+
+        Args:
+            decoder_outputs: [B, T, V+1] log-probabilities.
+            decoder_lengths: [B] frames; all T if None.
+            fold_consecutive: of no effect, as in NeMo's beams.
+            return_hypotheses: of no effect.
+
+        Returns:
+            B ``Hypothesis``, or B ``NBest`` with ``beam.return_best_hypothesis: false``.
+        """
+        if decoder_outputs.dim() != 3:
+            raise DecodingError(
+                f"rescoring needs CTC log-probabilities [B, T, V], got the shape {tuple(decoder_outputs.shape)}."
+            )
+        log_probs = decoder_outputs if decoder_outputs.dtype == torch.float64 else decoder_outputs.float()
+        lengths = decoder_lengths
+        if lengths is None:
+            lengths = torch.full((len(log_probs),), log_probs.shape[1], device=log_probs.device)
+        with torch.inference_mode():
+            padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
+            neutral = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
+            neutral[-1] = _CERTAIN
+            (found,) = self.decoding(
+                decoder_output=torch.where(padded[..., None], neutral, log_probs), decoder_lengths=lengths
+            )
+            return self._rescored(found, log_probs.transpose(1, 2), lengths)
+
+    def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
+        path = align_ctc(encoded.T, labels)
+        starts = (0, *path.frames)
+        text = hyp.text
+        # What NeMo's greedy decoder hands to this method: labels, and for each the frames since the one before.
+        hyp.timestamp = list(path.spoken)
+        hyp.text = (list(labels), [b - a for a, b in itertools.pairwise(starts)])
+        self.compute_ctc_timestamps(hyp, self.cfg.get("ctc_timestamp_type", "all"))  # type: ignore[attr-defined]
+        hyp.text = text
+
+
+class _TransducerHook(_Hook):
+    durations: Any
+
+    def rnnt_decoder_predictions_tensor(
+        self,
+        encoder_output: Tensor,
+        encoded_lengths: Tensor,
+        return_hypotheses: bool = False,
+        partial_hypotheses: list[Hypothesis] | None = None,
+    ) -> list[Any]:
+        """NeMo's method with the N-best rescored; both values of ``return_hypotheses`` give full hypotheses.
+
+        Args:
+            encoder_output: [B, D, T].
+            encoded_lengths: [B] frames.
+            return_hypotheses: of no effect.
+            partial_hypotheses: must be None: what is rescored is a whole utterance.
+
+        Returns:
+            B ``Hypothesis``, or B ``NBest`` with ``beam.return_best_hypothesis: false``.
+        """
+        if partial_hypotheses is not None and any(hyp is not None for hyp in partial_hypotheses):
+            raise DecodingError("rescoring judges whole utterances: disable_rescoring(model) before streaming.")
+        with (
+            torch.inference_mode(),
+            evaluation_mode(self.decoding.decoder),
+            evaluation_mode(self.decoding.joint),
+        ):
+            (found,) = self.decoding(
+                encoder_output=encoder_output, encoded_lengths=encoded_lengths, partial_hypotheses=None
+            )
+            return self._rescored(found, encoder_output, encoded_lengths)
+
+    def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
+        path = align_transducer(
+            encoded,
+            labels,
+            decoder=self.decoding.decoder,
+            joint=self.decoding.joint,
+            durations=tuple(self.durations or ()),
+        )
+        hyp.timestamp, hyp.token_duration = list(path.frames), list(path.durations)
+        self.compute_rnnt_timestamps(hyp, self.cfg.get("rnnt_timestamp_type", "all"))  # type: ignore[attr-defined]
+
+    def decode_ids_to_tokens(self, tokens: list[int]) -> list[str]:
+        """NeMo's own, except that its character TDT drops the last labels of the vocabulary from every text."""
+        labels: dict[int, str] | None = getattr(self, "labels_map", None)
+        if labels is None:
+            found: list[str] = super().decode_ids_to_tokens(tokens)  # type: ignore[misc]
+            return found
+        return [labels[token] for token in plain_ids(tokens) if token in labels]
+
+
+class RescoredCTCDecoding(_CTCHook, CTCDecoding):  # type: ignore[misc]
+    """Character CTC."""
+
+
+class RescoredCTCBPEDecoding(_CTCHook, CTCBPEDecoding):  # type: ignore[misc]
+    """BPE CTC."""
+
+
+class RescoredRNNTDecoding(_TransducerHook, RNNTDecoding):  # type: ignore[misc]
+    """Character RNN-T and TDT."""
+
+
+class RescoredRNNTBPEDecoding(_TransducerHook, RNNTBPEDecoding):  # type: ignore[misc]
+    """BPE RNN-T and TDT."""
+
+
+_HOOKED: dict[type, type] = {
+    CTCDecoding: RescoredCTCDecoding,
+    CTCBPEDecoding: RescoredCTCBPEDecoding,
+    RNNTDecoding: RescoredRNNTDecoding,
+    RNNTBPEDecoding: RescoredRNNTBPEDecoding,
+}
+
+
+def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_nbest: bool) -> None:
+    """Turns a decoding object that NeMo just built for N-best into a hooked one.
+
+    Args:
+        decoding: built from ``nbest_config``.
+        rescorer: what chooses.
+        head: of the model that decodes, CTC or transducer.
+        align: give timestamps.
+        return_nbest: return N-best lists instead of the best.
+    """
+    decoding.__class__ = _HOOKED[type(decoding)]
+    if head.name == "ctc":
+        # The decoder has run by the time its log-probabilities arrive here.
+        head = CTCHead(_log_probs_as_they_are, head.vocabulary)
+    decoding.rescorer, decoding.head, decoding.proposer = rescorer, head, rescorer.proposer(head)
+    decoding.align, decoding.return_nbest = align, return_nbest
+    decoding.compute_timestamps = align
+
+
+def _log_probs_as_they_are(*, encoder_output: Tensor) -> Tensor:
+    return encoder_output.transpose(1, 2)

@@ -1,0 +1,290 @@
+"""Rescoring on a model: switched on and off, and kept through everything by which NeMo builds new decoding objects.
+
+``enable_rescoring`` exchanges the model's class for a subclass of it, whose methods hand NeMo an N-best configuration
+and hook what it builds. The model's own configuration stays what the user or the checkpoint wrote, so that every save
+is the stock one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecodingConfig, CTCDecodingConfig
+from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecodingConfig, RNNTDecodingConfig
+from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_llm_feedback.checkpoints import supported_class
+from nemo_llm_feedback.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.heads import heads_of
+from nemo_llm_feedback.rescoring.decoding import adopt
+from nemo_llm_feedback.rescoring.scoring import Rescorer
+from nemo_llm_feedback.rescoring.strategies import nbest_config, wants_nbest, wants_timestamps
+from nemo_llm_feedback.rewards import Reward
+from nemo_llm_feedback.types import Context
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as _Base
+else:
+    _Base = object
+
+KEY = "rescoring"
+
+
+def enable_rescoring(
+    model: Any,
+    reward: Reward | None = None,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    context: Context | None = None,
+    nbest: int | None = None,
+    boosted: int = RescoringConfig.boosted,
+    term_swap: int = RescoringConfig.term_swap,
+    boosting_weight: float = RescoringConfig.boosting_weight,
+    normalizer: str = RescoringConfig.normalizer,
+    memory_budget_mb: int = RescoringConfig.memory_budget_mb,
+) -> None:
+    """Lets everything that decodes with this model choose by log p(y|x) + α·reward + β·length.
+
+    A greedy strategy is replaced by the family's batched beam (``beam_batch`` for CTC, ``malsd_batch`` for RNN-T and
+    TDT); a beam strategy of the user's stays. Both heads of a hybrid are switched. Hypotheses carry ``score``,
+    ``score_parts`` and, in ``n_best``, the whole ordered N-best with its parts; N-best lists are returned with
+    ``beam.return_best_hypothesis: false``. Calling it again replaces the settings.
+
+    Args:
+        model: a stock NeMo CTC, RNN-T, TDT or hybrid model, or one of this package.
+        reward: the judge, e.g. ``LLMReward``, which weighs log p(y|x) itself; None = log p(y|x) alone.
+        alpha, beta: weights of any other reward and of the length; by default those of ``RewardConfig``, and β = 0
+            without a reward.
+        context: of all utterances; see :func:`utterance_contexts` for one a row.
+        nbest, boosted, term_swap, boosting_weight, normalizer, memory_budget_mb: see ``RescoringConfig``.
+
+    Raises:
+        CheckpointError: the model's class is not supported.
+        ConfigError: the settings or the model's decoding configuration cannot be used.
+    """
+    settings = RescoringConfig(
+        nbest=nbest,
+        boosted=boosted,
+        term_swap=term_swap,
+        boosting_weight=boosting_weight,
+        normalizer=normalizer,
+        memory_budget_mb=memory_budget_mb,
+        reward=None,
+    )
+    faults = settings.validate()
+    if faults:
+        raise ConfigError(" ".join(faults))
+    attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
+
+
+def attach(model: Any, rescorer: Rescorer) -> None:
+    """Switches rescoring on with a ready-made rescorer; see :func:`enable_rescoring`."""
+    supported_class(model.cfg, origin=type(model).__name__)
+    before = (type(model), getattr(model, "_rescorer", None))
+    model._rescorer = rescorer
+    model.__class__ = rescored_class(type(model))
+    try:
+        _rebuild(model)
+    except Exception:
+        model.__class__, model._rescorer = before
+        _rebuild(model)
+        raise
+
+
+def disable_rescoring(model: Any) -> None:
+    """Gives the model its stock class and its own decoding strategy back; nothing happens where rescoring is off."""
+    if isinstance(model, RescoringMixin):
+        model.__class__ = type(model)._plain
+        model._rescorer = None
+        _rebuild(model)
+
+
+@contextmanager
+def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Context]) -> Iterator[None]:
+    """Within it, the rows of each decoded batch are these utterances; NeMo's decoders know no utterance.
+
+    Args:
+        model: with rescoring on.
+        names: one a row, stable over runs.
+        contexts: each row's own, merged over the model's.
+
+    Raises:
+        ConfigError: rescoring is off.
+    """
+    if not isinstance(model, RescoringMixin):
+        raise ConfigError("rescoring is off: call enable_rescoring(model, …) first.")
+    with model._rescorer.utterances(names, contexts):
+        yield
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def rescored_class(cls: type) -> type:
+    """The subclass with rescoring of a model class; of the same name, since NeMo and its users print it."""
+    if issubclass(cls, RescoringMixin):
+        return cls
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(cls.__name__, (RescoringMixin, cls), {"_plain": cls, "__module__": cls.__module__})
+    return _CLASSES[cls]
+
+
+class RescoringMixin(_Base):
+    """In front of a NeMo ASR class: whatever decoding object NeMo builds becomes a rescoring one."""
+
+    _plain: type
+    _rescorer: Any
+
+    def change_decoding_strategy(
+        self, decoding_cfg: Any = None, decoder_type: Any = None, verbose: bool = True
+    ) -> None:
+        """NeMo's method; the strategy may be any that gives an N-best, or greedy.
+
+        Args:
+            decoding_cfg: NeMo's decoding configuration, whose key ``rescoring`` may hold new settings, or null to
+                switch rescoring off; None = the model's own.
+            decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = ``rnnt``, as in NeMo.
+            verbose: log the configuration.
+
+        Raises:
+            ConfigError: the configuration cannot be rescored; the model keeps the one it had.
+        """
+        if isinstance(decoder_type, bool):  # NeMo's signature of models with one head
+            decoder_type, verbose = None, decoder_type
+        decoding_cfg, key = take_key(decoding_cfg)
+        if key is None:
+            disable_rescoring(self)
+            return _stock_change(self, decoding_cfg, decoder_type, verbose)
+        rescorer = self._rescorer if key is _ABSENT else rescorer_of(key, known=self._rescorer)
+        kind = "ctc" if decoder_type == "ctc" or not hasattr(self, "joint") else "transducer"
+        section = self.cfg.aux_ctc if kind == "ctc" and hasattr(self, "joint") else self.cfg
+        own = section.decoding if decoding_cfg is None else _completed(self, decoding_cfg, kind)
+        tokenizer = getattr(self, "tokenizer", None)
+        cfg = nbest_config(own, kind=kind, nbest=rescorer.settings.nbest, characters=tokenizer is None)
+        if kind == "transducer" and self.joint.num_extra_outputs:
+            cfg.model_type = "tdt"  # without it NeMo takes a character TDT's durations for labels
+        if rescorer is not self._rescorer:
+            self._rescorer = rescorer
+            _rebuild(self)  # the other head of a hybrid, too
+        _stock_change(super(), cfg, decoder_type, False)
+        with open_dict(section):
+            section.decoding = own
+        adopt(
+            self.ctc_decoding if section is not self.cfg else self.decoding,
+            rescorer,
+            heads_of(self, which=kind)[0],
+            align=wants_timestamps(own),
+            return_nbest=wants_nbest(own),
+        )
+        if verbose:
+            logging.info(f"Rescoring the N-best of\n{OmegaConf.to_yaml(cfg)}")
+
+    def change_vocabulary(self, *args: Any, **kwargs: Any) -> None:
+        """NeMo's method; the new decoding objects rescore again."""
+        super().change_vocabulary(*args, **kwargs)
+        _rebuild(self)
+
+    def _transcribe_on_begin(self, audio: Any, trcfg: Any) -> None:
+        """NeMo's; every module's mode is noted."""
+        self._modes = [(module, module.training) for module in self.modules()]
+        super()._transcribe_on_begin(audio, trcfg)
+
+    def _transcribe_on_end(self, trcfg: Any) -> None:
+        """NeMo's, which would leave encoder, decoder and joint in train mode."""
+        super()._transcribe_on_end(trcfg)
+        for module, training in self.__dict__.pop("_modes", ()):
+            module.training = training
+
+    def _transcribe_output_processing(self, outputs: Any, trcfg: Any) -> list[Any]:
+        """NeMo's, for N-best lists too: it would stop at a list, and put log-probabilities in the place of labels."""
+        if "logits" in outputs:
+            logits, lengths = outputs.pop("logits"), outputs.pop("logits_len", None)
+            lengths = outputs.pop("encoded_len") if lengths is None else lengths
+            decoding = self.ctc_decoding if hasattr(self, "joint") else self.decoding
+            found = decoding.ctc_decoder_predictions_tensor(logits, decoder_lengths=lengths, return_hypotheses=True)
+            if trcfg.return_hypotheses:
+                frames = logits.detach().cpu()
+                for b, hyps in enumerate(found):
+                    for hyp in hyps if isinstance(hyps, list) else [hyps]:
+                        hyp.alignments = frames[b, : int(lengths[b])].clone()
+        else:
+            found = self.decoding.rnnt_decoder_predictions_tensor(
+                outputs.pop("encoded"),
+                outputs.pop("encoded_len"),
+                return_hypotheses=True,
+                partial_hypotheses=getattr(trcfg, "partial_hypothesis", None),
+            )
+        if trcfg.timestamps:
+            stride = self.cfg["preprocessor"]["window_stride"]
+            for hyps in found:
+                process_timestamp_outputs(
+                    list(hyps) if isinstance(hyps, list) else [hyps], self.encoder.subsampling_factor, stride
+                )
+        return list(found)
+
+
+_ABSENT = object()
+
+
+def take_key(decoding_cfg: Any) -> tuple[Any, Any]:
+    """The configuration without its key ``rescoring``, and the key's value as plain data (or ``_ABSENT``)."""
+    if not isinstance(decoding_cfg, (dict, DictConfig)) or KEY not in decoding_cfg:
+        return decoding_cfg, _ABSENT
+    tree: Any = OmegaConf.to_container(OmegaConf.create(dict(decoding_cfg)), resolve=True)
+    key = tree.pop(KEY)
+    return OmegaConf.create(tree), key
+
+
+def has_key(decoding_cfg: Any) -> bool:
+    """Whether a decoding configuration has the key ``rescoring``, with settings in it."""
+    return isinstance(decoding_cfg, (dict, DictConfig)) and decoding_cfg.get(KEY) is not None
+
+
+def rescorer_of(tree: Any, *, known: Rescorer | None = None) -> Rescorer:
+    """The rescorer of a key's value; the one there is where the settings are its own, so that no LLM loads twice.
+
+    A path to code is refused here: a decoding configuration may have come out of somebody's checkpoint.
+    """
+    settings = parse_rescoring_config(tree)
+    return known if known is not None and known.settings == settings else Rescorer.from_settings(settings)
+
+
+def _rebuild(model: Any) -> None:
+    """Builds the decoding objects anew from the model's own configuration; the current head of a hybrid last."""
+    if not hasattr(model, "cur_decoder"):
+        model.change_decoding_strategy(None, verbose=False)
+        return
+    current = model.cur_decoder
+    for decoder_type in sorted(("rnnt", "ctc"), key=lambda name: name == current):
+        model.change_decoding_strategy(None, decoder_type=decoder_type, verbose=False)
+
+
+def _stock_change(model: Any, cfg: Any, decoder_type: Any, verbose: bool) -> None:
+    """Calls NeMo's method, which takes a ``decoder_type`` in hybrids only; ``model`` may be a ``super()``."""
+    if decoder_type is None:
+        model.change_decoding_strategy(cfg, verbose=verbose)
+    else:
+        model.change_decoding_strategy(cfg, decoder_type=decoder_type, verbose=verbose)
+
+
+def _completed(model: Any, given: Any, kind: str) -> DictConfig:
+    """A user's configuration over NeMo's defaults, as NeMo itself would write it into the model's."""
+    if dataclasses.is_dataclass(given):
+        given = OmegaConf.structured(given)
+    bpe = hasattr(model, "tokenizer")
+    classes = {
+        "ctc": CTCBPEDecodingConfig if bpe else CTCDecodingConfig,
+        "transducer": RNNTBPEDecodingConfig if bpe else RNNTDecodingConfig,
+    }
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(classes[kind])))
+    merged = OmegaConf.merge(defaults, given)
+    if kind == "transducer":
+        merged = model.set_decoding_type_according_to_loss(merged)
+    return DictConfig(merged)

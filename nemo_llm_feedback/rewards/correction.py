@@ -1,0 +1,111 @@
+"""Nearness to the LLM's correction: the LLM writes once a group what was probably said; members are compared with it.
+
+R(h) = −(words to insert, delete or substitute between h and the correction). One text is generated a group, so the
+LLM's opinion of the other members does not enter: a coarse reward that needs an instruct model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nemo_llm_feedback.normalize import get_normalizer
+from nemo_llm_feedback.rewards.base import register
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
+from nemo_llm_feedback.rewards.lookup import check_contexts, look_up
+from nemo_llm_feedback.rewards.rules import word_distance
+from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
+
+logger = logging.getLogger(__name__)
+
+
+class Corrector(Protocol):
+    """Writes one text a group, or None; ``llm.generation.Corrector`` is one."""
+
+    identity: str
+
+    @property
+    def uses_context(self) -> bool: ...
+
+    def __call__(self, contexts: Sequence[Context], nbest: Sequence[Sequence[str]]) -> Sequence[str | None]: ...
+
+
+@register("correction")
+class CorrectionReward:
+    """Minus the edit distance in words to the LLM's correction of the group.
+
+    The N-best is listed for the LLM by the frozen reference's score where groups have one, else in the group's order.
+    A group without a usable correction is NaN as a whole and counted.
+
+    Args:
+        corrector: writes the correction.
+        normalizer: name of the run's text normalisation, under which texts are compared.
+        cache: store of the distances, or its path; in memory by default.
+        allow_no_context: correct groups that have no context instead of refusing.
+
+    Attributes:
+        num_groups, num_unusable: distinct groups judged so far, and those without a usable correction.
+    """
+
+    name = "correction"
+
+    def __init__(
+        self,
+        corrector: Corrector,
+        *,
+        normalizer: str = "basic",
+        cache: ScoreCache | str | None = None,
+        allow_no_context: bool = False,
+    ) -> None:
+        self._corrector = corrector
+        self._normalize: Callable[[str], str] = get_normalizer(normalizer)
+        self._identity = f"{corrector.identity}:{normalizer}"
+        self._needs_context = corrector.uses_context and not allow_no_context
+        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
+        self.num_groups = self.num_unusable = 0
+
+    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
+        """Returns values [B, N], in words ≤ 0, which are also the only part.
+
+        Raises:
+            RewardError: a group has no context.
+        """
+        check_contexts(groups, needed=self._needs_context)
+        keys = {}
+        for group in groups:
+            nbest = _by_score(group)
+            listing = hashlib.sha256(json.dumps(nbest).encode()).hexdigest()
+            name = f"{self._identity}:{listing}"
+            keys[group.context, nbest, group.texts] = [score_key(name, group.context, text) for text in group.texts]
+        found = look_up(self.cache, keys, self._ask)
+        self.num_groups += len(keys)
+        rows = [[value for value, _ in found[g.context, _by_score(g), g.texts]] for g in groups]
+        values = pad_groups(rows)
+        return RewardOutput(values, {self.name: values})
+
+    def _ask(self, items: list[tuple[Context, tuple[str, ...], tuple[str, ...]]]) -> list[list[CachedScore]]:
+        answers = self._corrector([context for context, _, _ in items], [nbest for _, nbest, _ in items])
+        corrections = [self._normalize(answer) if answer else "" for answer in answers]
+        lacking = sum(not correction for correction in corrections)
+        if lacking and not self.num_unusable:
+            logger.warning("The LLM's correction of a group is unusable: its reward is NaN. Later ones are counted.")
+        self.num_unusable += lacking
+        return [
+            [(self._value(text, correction), 1) for text in texts]
+            for (_, _, texts), correction in zip(items, corrections, strict=True)
+        ]
+
+    def _value(self, text: str, correction: str) -> float:
+        return 0.0 - word_distance(self._normalize(text), correction) if correction else math.nan
+
+
+def _by_score(group: HypothesisGroup) -> tuple[str, ...]:
+    """The distinct texts, most probable first; equally probable ones by their spelling."""
+    if len(group.ref_logp) != len(group):
+        return tuple(dict.fromkeys(group.texts))
+    order = sorted(range(len(group)), key=lambda n: (-group.ref_logp[n], group.texts[n]))
+    return tuple(dict.fromkeys(group.texts[n] for n in order))

@@ -1,0 +1,132 @@
+"""Rewards about the context's terms: an LLM log-probability that weighs them, and two rules without an LLM.
+
+``entity`` is logP_LLM(h | context) + (weight − 1)·T(h), where T sums over the tokens of h that stand for a listed
+term. Log-probabilities are ≤ 0, so plain weighting (``relative: false``) makes every mention of a term dearer; by
+default T is therefore what the list does for these tokens, log p(token | context) − log p(token | context without
+terms): above 0 where the list makes them likelier, below where it does not.
+
+``entity_hits`` counts the listed terms that a member mentions. ``entity_false_alarms`` counts, negatively, those
+mentions that nothing in the recogniser's own best transcript looks or sounds like. Without a transcript a false alarm
+cannot be known, only suspected: the definition is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.llm.queries import score_terms
+from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
+from nemo_llm_feedback.rewards.base import register
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
+from nemo_llm_feedback.rewards.lookup import View, check_contexts, look_up
+from nemo_llm_feedback.rewards.rules import GroupRuleReward, anchor_text
+from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
+
+if TYPE_CHECKING:
+    from nemo_llm_feedback.llm import LLMScorer
+
+
+@register("entity")
+class EntityReward:
+    """The LLM's log-probability with another weight on the tokens of listed terms.
+
+    Args:
+        scorer: the LLM.
+        weight: of those tokens; 1 is the plain log-probability.
+        relative: weigh what the term list changes for them instead of their whole log-probability.
+        cache: store of the sums, or its path; in memory by default.
+        view: how groups are shown to the LLM; as they are by default.
+        allow_no_context: score groups that have no context instead of refusing.
+
+    Raises:
+        RewardError: the weight is negative.
+    """
+
+    name = "entity"
+
+    def __init__(
+        self,
+        scorer: LLMScorer,
+        *,
+        weight: float = 2.0,
+        relative: bool = True,
+        cache: ScoreCache | str | None = None,
+        view: View | None = None,
+        allow_no_context: bool = False,
+    ) -> None:
+        if not weight >= 0:
+            raise RewardError(f"reward.settings.weight={weight} must be ≥ 0; 1 weighs all tokens alike.")
+        self._scorer, self._view = scorer, view
+        self._weight, self._relative = weight, relative
+        self._needs_context = scorer.uses_context and not allow_no_context
+        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
+
+    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
+        """Returns values [B, N] in nats, and the parts ``entity`` (the same) and ``entity_terms`` (T, in nats).
+
+        Raises:
+            RewardError: a group has no context.
+        """
+        check_contexts(groups, needed=self._needs_context)
+        shown = [self._view(group) for group in groups] if self._view else list(groups)
+        pairs = list(dict.fromkeys((group.context, text) for group in shown for text in group.texts))
+        name = f"entity:{self._scorer.identity}"
+        kinds = ("total", "inside", *(["baseline"] if self._relative else []))
+        keys = {pair: [score_key(f"{name}:{kind}", *pair) for kind in kinds] for pair in pairs}
+        found = look_up(self.cache, keys, self._ask)
+        values, terms = [], []
+        for group in shown:
+            rows = [[value for value, _ in found[group.context, text]] for text in group.texts]
+            inside = [row[1] - (row[2] if self._relative else 0.0) for row in rows]
+            terms.append(inside)
+            values.append([row[0] + (self._weight - 1) * t for row, t in zip(rows, inside, strict=True)])
+        padded = pad_groups(values)
+        return RewardOutput(padded, {self.name: padded, "entity_terms": pad_groups(terms)})
+
+    def _ask(self, pairs: list[tuple[Context, str]]) -> list[list[CachedScore]]:
+        texts: dict[Context, list[str]] = {}
+        for context, text in pairs:
+            texts.setdefault(context, []).append(text)
+        requests = [(context, context.terms, column) for context, column in texts.items()]
+        bare = [(dataclasses.replace(context, terms=()), terms, column) for context, terms, column in requests]
+        rows = score_terms(self._scorer, requests)
+        baselines = score_terms(self._scorer, bare) if self._relative else rows
+        found: dict[tuple[Context, str], list[CachedScore]] = {}
+        for (context, _, column), scores, base in zip(requests, rows, baselines, strict=True):
+            for text, score, without in zip(column, scores, base, strict=True):
+                found[context, text] = [(score.total, score.num_tokens), (score.inside, score.num_inside)]
+                if self._relative:
+                    found[context, text].append((without.inside, without.num_inside))
+        return [found[pair] for pair in pairs]
+
+
+@register("entity_hits")
+def entity_hits_reward() -> GroupRuleReward:
+    """The number of different listed terms that a member mentions."""
+    return GroupRuleReward("entity_hits", lambda group: [float(len(_mentioned(group, text))) for text in group.texts])
+
+
+@register("entity_false_alarms")
+def entity_false_alarms_reward(*, min_likeness: float = 60.0) -> GroupRuleReward:
+    """Minus the number of different listed terms in a member that the recogniser's best transcript does not support.
+
+    Args:
+        min_likeness: a term is supported where the likeness (0 to 100, see ``llm.term_ranking``) of it and some span
+            of the group's anchor (see ``rules.anchor_text``) is at least this.
+    """
+
+    def judge(group: HypothesisGroup) -> list[float]:
+        anchor = anchor_text(group)
+        mentioned = [_mentioned(group, text) for text in group.texts]
+        terms = sorted(set().union(*mentioned))
+        likest = dict(zip(terms, likeness(terms, [anchor]).tolist(), strict=True)) if terms else {}
+        return [0.0 - sum(likest[term] < min_likeness for term in found) for found in mentioned]
+
+    return GroupRuleReward("entity_false_alarms", judge)
+
+
+def _mentioned(group: HypothesisGroup, text: str) -> set[str]:
+    return {mention.term for mention in find_terms(text, group.context.terms)}

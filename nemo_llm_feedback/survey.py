@@ -1,0 +1,155 @@
+"""A look at the pool before training: what the groups hold, and how strongly terms are boosted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nemo.utils import logging
+
+from nemo_llm_feedback.errors import TrainingError
+from nemo_llm_feedback.groups import Audio, ScoredGroup
+from nemo_llm_feedback.normalize import text_length
+from nemo_llm_feedback.reference import encode, evaluation_mode
+
+if TYPE_CHECKING:
+    from nemo_llm_feedback.preparation import FeedbackState
+
+# Utterances on which the strength of boosting is chosen.
+_BOOSTING_UTTERANCES = 16
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at the pool before training found.
+
+    Attributes:
+        utterances: unlabeled rows looked at.
+        signal_fraction: share of their groups whose rewards differ.
+        members: mean group size.
+        spread: component → mean within-group standard deviation, in its unit.
+        length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
+        boosting_weight: of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
+    """
+
+    utterances: int
+    signal_fraction: float
+    members: float
+    spread: dict[str, float]
+    length_ratio: float
+    boosting_weight: float
+
+
+def survey(model: Any, state: FeedbackState) -> Survey:
+    """Proposes and scores groups of unlabeled rows with the starting model, and sets the strength of boosting.
+
+    All random states stay as they were. The result is also written to ``survey.json`` in the run's folder.
+
+    Raises:
+        TrainingError: the loader gives no unlabeled row.
+    """
+    with torch.random.fork_rng(), evaluation_mode(model), torch.no_grad():
+        torch.manual_seed(0)
+        audio = _some_audio(model, state)
+        state.maker.proposer.boosting_weight = _boosting_weight(model, state, audio)
+        groups = [group for part in audio for group in _groups(model, state, part)]
+    first = state.heads[0].name
+    spreads = [torch.tensor(g.rewards[first]) for g in groups]
+    threshold = state.config.objective.min_spread
+    signal = [bool(torch.isfinite(r).all()) and len(r) > 1 and float(r.max() - r.min()) > threshold for r in spreads]
+    found = Survey(
+        utterances=len(groups),
+        signal_fraction=sum(signal) / len(groups),
+        members=sum(len(g.group) for g in groups) / len(groups),
+        spread={
+            name: sum(float(torch.tensor(g.parts[name]).std(correction=0).nan_to_num()) for g in groups) / len(groups)
+            for name in groups[0].parts
+        },
+        length_ratio=_best_length(groups, [g.rewards[first] for g in groups])
+        / max(1.0, _best_length(groups, [g.ref_logp[first] for g in groups])),
+        boosting_weight=state.maker.proposer.boosting_weight,
+    )
+    state.work_dir.mkdir(parents=True, exist_ok=True)
+    (state.work_dir / "survey.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def fill_round(model: Any, state: FeedbackState, *, round: int) -> None:
+    """Makes the groups of every unlabeled row of the pool, for runs that score in a phase of its own.
+
+    The LLM's weights are in memory only meanwhile. Rows whose groups are of this round already are left alone.
+    """
+    with torch.random.fork_rng(), evaluation_mode(model), torch.no_grad():
+        torch.manual_seed(round)
+        for audio in pool_audio(model, state):
+            state.maker.get(audio, *encode(model, audio.signal, audio.signal_len), round=round)
+    if state.scorer is not None:
+        state.scorer.unload()
+
+
+def _boosting_weight(model: Any, state: FeedbackState, audio: Sequence[Audio]) -> float:
+    """The strength whose groups have the best members by the reward, which holds the frozen ASR score and so turns
+    down what is boosted against the audio; the weakest of equals."""
+    config = state.config.proposals
+    tried = sorted(config.boosting_weights)
+    if not config.boosted or not tried or not any(c.terms for part in audio for c in part.contexts):
+        return config.boosting_weight
+    first, best = state.heads[0].name, {}
+    few = list(itertools.takewhile(lambda part: part[0] < _BOOSTING_UTTERANCES, _counted(audio)))
+    for weight in tried:
+        state.maker.proposer.boosting_weight = weight
+        rewards = [g.rewards[first] for _, part in few for g in _groups(model, state, part)]
+        finite = [max(v for v in row if v == v) for row in rewards if any(v == v for v in row)]
+        best[weight] = sum(finite) / max(1, len(finite))
+    chosen = max(tried, key=lambda weight: round(best[weight], 1))
+    listed = ", ".join(f"{weight}: {value:.2f}" for weight, value in best.items())
+    logging.info(f"boosting weight {chosen}, by the mean best reward of {listed}.")
+    return chosen
+
+
+def _counted(audio: Sequence[Audio]) -> Iterator[tuple[int, Audio]]:
+    """Each part with the number of utterances before it."""
+    before = 0
+    for part in audio:
+        yield before, part
+        before += len(part.utterances)
+
+
+def _groups(model: Any, state: FeedbackState, audio: Audio) -> list[ScoredGroup]:
+    return state.maker.make(audio, *encode(model, audio.signal, audio.signal_len))
+
+
+def _some_audio(model: Any, state: FeedbackState) -> list[Audio]:
+    """Unlabeled rows until the survey has enough."""
+    found: list[Audio] = []
+    for audio in pool_audio(model, state):
+        found.append(audio)
+        if sum(len(part.utterances) for part in found) >= state.config.feedback.survey_utterances:
+            return found
+    if not found:
+        raise TrainingError(
+            "the training loader gave no unlabeled row; check manifests, tar files and length filters."
+        )
+    return found
+
+
+def pool_audio(model: Any, state: FeedbackState) -> Iterator[Audio]:
+    """The pool's unlabeled rows, by a loader of its own."""
+    for batch in model._setup_dataloader_from_config(state.train_ds):
+        _, audio = state.reader.split([_to(item, model.device) for item in batch])
+        if audio is not None:
+            yield audio
+
+
+def _best_length(groups: Sequence[ScoredGroup], scores: Sequence[Sequence[float]]) -> float:
+    """Total length of the members with the best score."""
+    best = [torch.tensor(row).nan_to_num(nan=-torch.inf).argmax() for row in scores]
+    return float(sum(text_length(g.group.texts[int(n)]) for g, n in zip(groups, best, strict=True)))
+
+
+def _to(item: Any, device: torch.device) -> Any:
+    return item.to(device) if isinstance(item, torch.Tensor) else item

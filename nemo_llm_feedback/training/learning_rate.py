@@ -1,0 +1,93 @@
+"""The learning rate, chosen without a label: short trials from the same start, judged by the held-out reward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.utils import logging
+
+from nemo_llm_feedback.config import GuardConfig
+from nemo_llm_feedback.distributed import num_ranks
+from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.losses import total
+from nemo_llm_feedback.survey import pool_audio
+from nemo_llm_feedback.training.guards import violations
+from nemo_llm_feedback.training.looks import HeldOutWatch
+from nemo_llm_feedback.training.weights import put_back, snapshot
+
+
+def choose_rate(
+    model: Any, watch: HeldOutWatch, limits: GuardConfig, *, candidates: Sequence[float], steps: int
+) -> float:
+    """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
+
+    A trial whose look breaks a guard is out, and so are the larger rates after it. The weights and all random states
+    are as before in the end.
+
+    Args:
+        model: in its starting weights.
+        watch: looks at the held-out utterances.
+        limits: the guards.
+        candidates: peak learning rates of AdamW.
+        steps: batches of a trial, at a constant rate.
+
+    Returns:
+        The candidate with the highest held-out gain; the smallest where none gained anything.
+
+    Raises:
+        ConfigError: more than one process, whose gradients a trial outside Lightning would not join.
+    """
+    if num_ranks() > 1:
+        raise ConfigError(
+            "parameters.lr_candidates needs a run of one process: choose there, then set model.optim.lr."
+        )
+    start, tried = snapshot(model), sorted(candidates)
+    best, best_gain = tried[0], 0.0
+    with torch.random.fork_rng():
+        batches = list(itertools.islice(pool_audio(model, model._feedback), steps))
+        for rate in tried:
+            put_back(model, start)
+            _train(model, batches, rate)
+            look = watch.look(model, step=len(batches))
+            beyond = violations(look, limits)
+            logging.info(
+                f"learning rate {rate:g}: held-out gain {look.gain:+.2f}; {'; '.join(beyond) or 'all guards pass'}"
+            )
+            if beyond:
+                break
+            if look.gain > best_gain:
+                best, best_gain = rate, look.gain
+    put_back(model, start)
+    logging.info(f"learning rate {best:g} is taken.")
+    return best
+
+
+def scale_rates(trainer: pl.Trainer, factor: float) -> None:
+    """Multiplies the rates of all parameter groups and of what their schedulers go back to."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for key in ("lr", "initial_lr"):
+                if key in group:
+                    group[key] *= factor
+    for config in trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        if getattr(scheduler, "min_lr", None):
+            scheduler.min_lr *= factor
+
+
+def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    for audio in batches:
+        optimizer.zero_grad(set_to_none=True)
+        terms, _, _ = model.feedback_loss(audio)
+        loss = total(terms)
+        if loss.requires_grad:
+            loss.backward()
+            model.on_after_backward()
+            optimizer.step()
+    model.zero_grad(set_to_none=True)
