@@ -156,14 +156,14 @@ def local_lengths(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "sync_max_audio_length"):
-            module.sync_max_audio_length = False
+            vars(module)["sync_max_audio_length"] = False
         elif hasattr(module, "update_max_sequence_length"):  # the convolutional encoder has no switch
-            module.update_max_sequence_length = MethodType(_own_length, module)
+            vars(module)["update_max_sequence_length"] = MethodType(_own_length, module)
 
 
-def _own_length(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _own_length(module: Any, *args: Any, **kwargs: Any) -> None:
     with mock.patch("torch.distributed.is_initialized", return_value=False):
-        type(module).update_max_sequence_length(module, *args, **kwargs)  # type: ignore[operator]
+        type(module).update_max_sequence_length(module, *args, **kwargs)
 
 
 @contextmanager

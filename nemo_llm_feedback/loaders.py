@@ -39,7 +39,7 @@ class ResumableLoader:
             self._place = _Place(loader.sampler, 1)
             self._loader = _rebuilt(loader, self._place)
         else:
-            order = DistributedSampler(
+            order: DistributedSampler[Any] = DistributedSampler(
                 loader.dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed, drop_last=False
             )
             self._place = _Place(order, loader.batch_size)
@@ -135,6 +135,8 @@ class _Place(Sampler[Any]):
 
 def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
     """The loader with another sampler, which torch does not let one set."""
+    # torch refuses this flag for loaders without a batch size, also when it is False
+    dropping: dict[str, Any] = {} if loader.batch_size is None else {"drop_last": loader.drop_last}
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
@@ -142,8 +144,7 @@ def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        # torch refuses this flag for loaders without a batch size, also when it is False
-        **({} if loader.batch_size is None else {"drop_last": loader.drop_last}),
+        **dropping,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

@@ -13,7 +13,8 @@ import torch
 def random_states(generators: Sequence[torch.Generator]) -> dict[str, Any]:
     """The random states of this process and of some generators, as tensors and plain data (checkpoints are read as
     such)."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],

@@ -12,15 +12,15 @@ import pytest
 import torch
 from nemo.collections.asr.models import ASRModel
 from omegaconf import OmegaConf
+from rescored import decode, decoding_cfg, encoded, exact, stock_models
 
 from nemo_llm_feedback import rescoring
 from nemo_llm_feedback.errors import CheckpointError, ConfigError, DecodingError, RewardError
 from nemo_llm_feedback.heads import heads_of
 from nemo_llm_feedback.models import restore
-from nemo_llm_feedback.reference import FrozenReference, evaluation_mode
+from nemo_llm_feedback.reference import FrozenReference
 from nemo_llm_feedback.rescoring import disable_rescoring, enable_rescoring, utterance_contexts
 from nemo_llm_feedback.rewards import CallableReward, LLMReward, build_reward
-from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context
 
 FAMILIES = ("ctc_char", "ctc_bpe", "rnnt_bpe", "tdt_bpe", "tdt_char", "hybrid_bpe", "hybrid_tdt_char")
@@ -28,38 +28,10 @@ SHORT = build_reward("negative_length")
 
 
 @pytest.fixture
-def stock(nemo_file: Any) -> Callable[[str], Any]:
-    """A stock model of a kind, restored afresh, in eval mode."""
-    return lambda kind: ASRModel.restore_from(str(nemo_file(kind)), map_location="cpu").eval()
-
-
-def encoded(rows: int = 2, frames: int = 11, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, 16, frames] and lengths, the last row shorter."""
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(rows, 16, frames, generator=generator), torch.tensor([frames] * (rows - 1) + [frames - 4])
-
-
-def decode(model: Any, x: torch.Tensor, lengths: torch.Tensor, *, ctc: bool = False) -> list[Any]:
-    """Through the choke point that transcribe, WER and predict_step share."""
-    hybrid = hasattr(model, "ctc_decoder")
-    with torch.no_grad():
-        if hasattr(model, "joint") and not ctc:
-            return model.decoding.rnnt_decoder_predictions_tensor(x, lengths)
-        decoder, decoding = (model.ctc_decoder, model.ctc_decoding) if hybrid else (model.decoder, model.decoding)
-        return decoding.ctc_decoder_predictions_tensor(decoder(encoder_output=x), lengths)
-
-
-def exact(model: Any, labels: list[int], x: torch.Tensor, lengths: torch.Tensor, row: int) -> float:
-    with torch.no_grad(), evaluation_mode(model):
-        trie = PrefixTrie.build([labels], [row])
-        return float(heads_of(model)[0].log_prob(x, lengths, trie, memory_budget_mb=64)[0])
-
-
-def decoding_cfg(model: Any, **beam: Any) -> Any:
-    """A copy of the model's decoding configuration with other ``beam`` values; ``strategy`` goes to the top."""
-    cfg = OmegaConf.create(OmegaConf.to_container(model.cfg.decoding) if "decoding" in model.cfg else {})
-    strategy = beam.pop("strategy", None)
-    return OmegaConf.merge(cfg, {"beam": beam, **({"strategy": strategy} if strategy else {})})
+def stock(nemo_file: Any) -> Iterator[Callable[..., Any]]:
+    """``stock(kind)``: a stock model."""
+    with stock_models(nemo_file) as get:
+        yield get
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -182,7 +154,7 @@ def test_what_cannot_be_rescored_is_refused_and_the_model_stays_as_it_was(
 
 
 def test_a_refused_model_is_the_stock_one_again(stock: Any) -> None:
-    model = stock("rnnt_bpe")
+    model = stock("rnnt_bpe", fresh=True)
     model.change_decoding_strategy(decoding_cfg(model, strategy="alsd"), verbose=False)
     cls = type(model)
     with pytest.raises(ConfigError, match="alsd"):
@@ -245,7 +217,7 @@ def test_an_n_gram_model_in_the_first_pass_works_together_with_rescoring(
 def test_rescoring_outlives_every_way_in_which_nemo_builds_a_decoder(
     kind: str, stock: Any, tokenizer_dir: Path
 ) -> None:
-    model = stock(kind)
+    model = stock(kind, fresh=True)
     enable_rescoring(model, SHORT)
     kinds = (False, True) if kind.startswith("hybrid") else (kind.startswith("ctc"),)
 
@@ -276,7 +248,7 @@ def test_rescoring_outlives_every_way_in_which_nemo_builds_a_decoder(
 def test_what_is_saved_is_the_stock_file_and_disabling_gives_the_stock_model(
     kind: str, stock: Any, nemo_file: Any, tmp_path: Path
 ) -> None:
-    model = stock(kind)
+    model = stock(kind, fresh=True)
     x, lengths = encoded()
     before = [hyp.text for hyp in decode(model, x, lengths)]
     config, keys, cls = OmegaConf.to_yaml(model.cfg), set(model.state_dict()), type(model)
@@ -297,7 +269,7 @@ def test_what_is_saved_is_the_stock_file_and_disabling_gives_the_stock_model(
 
 def test_a_reference_frozen_from_a_rescoring_model_does_not_copy_the_reward(stock: Any) -> None:
     """The joint holds the WER metric, which holds the decoding object, which holds the rescorer and its LLM."""
-    model = stock("hybrid_bpe")
+    model = stock("hybrid_bpe", fresh=True)
     enable_rescoring(model, SHORT)
     model.joint.set_fuse_loss_wer(True, model.loss, model.wer)
     copied = FrozenReference(model, which="auto").joint.wer.decoding

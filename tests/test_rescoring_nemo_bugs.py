@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nemo.collections.asr.models import ASRModel
 from omegaconf import OmegaConf
-from test_rescoring import decode, decoding_cfg, encoded, exact
+from rescored import decode, decoding_cfg, encoded, exact, stock_models
 from tiny import write_audio
 
 from nemo_llm_feedback.errors import DecodingError
@@ -25,9 +24,10 @@ SHORT = build_reward("negative_length")
 
 
 @pytest.fixture
-def stock(nemo_file: Any) -> Callable[[str], Any]:
-    """A stock model of a kind, restored afresh, in eval mode."""
-    return lambda kind: ASRModel.restore_from(str(nemo_file(kind)), map_location="cpu").eval()
+def stock(nemo_file: Any) -> Iterator[Callable[..., Any]]:
+    """``stock(kind)``: a stock model."""
+    with stock_models(nemo_file) as get:
+        yield get
 
 
 @pytest.fixture(scope="module")

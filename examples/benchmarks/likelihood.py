@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from likelihood_problem import DURATIONS, FULL, SMALL, TINY, Labels, Problem, Shape, make_problem
+from likelihood_problem import DURATIONS, FULL, SMALL, TINY, Labels, Problem, make_problem
 from nemo.collections.asr.losses.ctc import CTCLoss
 from nemo.collections.asr.losses.rnnt import RNNTLoss
 from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
@@ -369,7 +369,8 @@ def table(found: dict[str, Any]) -> str:
     problem = found["problem"]
     lines = [
         f"{found['family']}, {found['shape']} shape, {found['device']}, {found['threads']} thread(s), "
-        f"torch {found['versions']['torch']}: rho {problem['rho']:.2f}, {problem['nodes']} nodes, {problem['cells']} cells",
+        f"torch {found['versions']['torch']}: rho {problem['rho']:.2f}, "
+        f"{problem['nodes']} nodes, {problem['cells']} cells",
         f"{'':24}{'seconds':>10}{'MiB':>10}",
     ]
     for name, seconds in found["seconds"].items():

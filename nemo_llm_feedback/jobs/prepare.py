@@ -208,7 +208,7 @@ Detector = Callable[[NDArray[np.float32]], list[tuple[float, float]]]
 def _detector(settings: Segmenting) -> Detector:
     """Speech of 16 kHz mono samples [S] as (start, end) in seconds."""
     try:
-        import silero_vad  # type: ignore[import-untyped]
+        import silero_vad
     except ImportError as error:
         raise ConfigError(
             f"`prepare` needs silero-vad ({error}): pip install silero-vad (its weights are inside the package)."

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +127,8 @@ def banded_scores(
     return kept
 
 
-# Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth of
-# the last), and rounds after which an utterance that is not within the tolerance is evaluated whole.
+# Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth
+# of the last), and rounds after which an utterance that is not within the tolerance is evaluated whole.
 _SPARE, _MAX_ROUNDS = 0.5, 4
 
 
@@ -163,7 +164,8 @@ def _wider(setting: JointSetting, hidden: int, num_labels: int) -> int:
 @contextmanager
 def _only_outputs(setting: JointSetting, outputs: Tensor) -> Iterator[None]:
     """Inside, the joint computes only these of its outputs."""
-    net: nn.Sequential = setting.joint.joint_net  # type: ignore[attr-defined]
+    joint: Any = setting.joint
+    net = joint.joint_net
     last = net[-1]
     net[-1] = _Rows(last, outputs)
     try:

@@ -28,7 +28,7 @@ from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
 _CERTAIN, _IMPOSSIBLE = 0.0, -1e4
 
 
-class NBest(list):  # type: ignore[type-arg]
+class NBest(list):
     """The N-best of an utterance, best first, that also answers as its best hypothesis (``nbest.text``).
 
     NeMo's WER log, CTC ``transcribe`` and others read ``.text`` of what a decoder returns and stop at a plain list.
@@ -194,19 +194,19 @@ class _TransducerHook(_Hook):
         return [labels[token] for token in plain_ids(tokens) if token in labels]
 
 
-class RescoredCTCDecoding(_CTCHook, CTCDecoding):  # type: ignore[misc]
+class RescoredCTCDecoding(_CTCHook, CTCDecoding):
     """Character CTC."""
 
 
-class RescoredCTCBPEDecoding(_CTCHook, CTCBPEDecoding):  # type: ignore[misc]
+class RescoredCTCBPEDecoding(_CTCHook, CTCBPEDecoding):
     """BPE CTC."""
 
 
-class RescoredRNNTDecoding(_TransducerHook, RNNTDecoding):  # type: ignore[misc]
+class RescoredRNNTDecoding(_TransducerHook, RNNTDecoding):
     """Character RNN-T and TDT."""
 
 
-class RescoredRNNTBPEDecoding(_TransducerHook, RNNTBPEDecoding):  # type: ignore[misc]
+class RescoredRNNTBPEDecoding(_TransducerHook, RNNTBPEDecoding):
     """BPE RNN-T and TDT."""
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from nemo_llm_feedback.config import ProposalConfig, RewardConfig, RunConfig
 from nemo_llm_feedback.config.rescoring import RescoringConfig
-from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.errors import ConfigError, RewardError
 from nemo_llm_feedback.heads import Head, Labels
-from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.manifests import merge_context
 from nemo_llm_feedback.normalize import get_normalizer, text_length
-from nemo_llm_feedback.preparation import make_reward
 from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis
-from nemo_llm_feedback.rewards import LLMReward, Reward, build_reward
+from nemo_llm_feedback.rewards import LLMReward, Reward
+from nemo_llm_feedback.rewards.from_config import reward_from_config
 from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context, HypothesisGroup
 
@@ -236,6 +236,9 @@ def _build(settings: RescoringConfig, *, allow_dotted: bool) -> Reward | None:
     if reward is None:
         return None
     if reward.code_paths and not allow_dotted:
-        return build_reward(reward.code_paths[0])  # refuses it, with the reason
-    scorer = load_llm(settings.llm) if reward.needs_llm and settings.llm is not None else None
-    return make_reward(RunConfig(reward=reward, llm=settings.llm, context=settings.context), scorer)
+        raise RewardError(
+            f"reward {', '.join(reward.code_paths)}: a path to code is accepted from your own command line or YAML "
+            "file only, not from a decoding configuration."
+        )
+    scorer = open_llm(settings.llm) if reward.needs_llm and settings.llm is not None else None
+    return reward_from_config(RunConfig(reward=reward, llm=settings.llm, context=settings.context), scorer)
