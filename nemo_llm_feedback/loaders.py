@@ -44,7 +44,7 @@ class ResumableLoader:
             )
             self._place = _Place(order, loader.batch_size)
             self._loader = _rebuilt(loader, self._place)
-        # Workers' seeds would otherwise be drawn from the random state that dropout uses, once more in a resumed run.
+        # Workers' seeds would otherwise be drawn from the random state that dropout uses, also in a resumed epoch.
         self._loader.generator = torch.Generator().manual_seed(seed)
         self._epoch = self._taken = 0
         self._resume: tuple[int, int] | None = None
@@ -76,6 +76,9 @@ class ResumableLoader:
         # A generator: Lightning makes the iterator before it tells the epoch, and nothing runs before the first batch.
         skip = self._skip()
         self._taken, self._started = skip, True
+        if not skip:
+            # As torch's own loader draws its workers' seed, so that a stock run and ours see the same dropout.
+            torch.empty((), dtype=torch.int64).random_()
         if self._place is not None:
             self._place.set(epoch=self._epoch, batches=skip)
             yield from self._counted(iter(self._loader))

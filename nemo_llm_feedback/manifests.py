@@ -102,7 +102,7 @@ def parse_context(value: Any) -> Context:
         if spoken and not description.terms and not terms.description:
             return Context(description.description, terms.terms, tuple(v.strip() for v in previous if v.strip()))
     raise ValueError(
-        "`context` must be a string, a list of strings, or an object with `description` (a string), `terms` and "
+        "`context` must be a string or a list of strings, or an object with `description` (a string), `terms` and "
         f"`previous` (lists of strings), got {value!r}"
     )
 

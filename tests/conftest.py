@@ -21,6 +21,16 @@ def _quiet() -> None:
     logging.getLogger("nemo_logger").setLevel(logging.ERROR)
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> None:
+    """Our loggers reach ``caplog``; a library that is imported in the course of the suite switches existing ones off."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("nemo_llm_feedback") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real speech and checkpoints; tests that need it skip where it is absent."""

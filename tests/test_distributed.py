@@ -62,7 +62,6 @@ def test_two_ranks_equal_one_process_with_the_same_batch(
             difference = float((rank["weights"][name] - value).abs().max()) if value.numel() else 0.0
             assert difference <= 1e-5, f"{name}: {difference}"
         moved = max(moved, float((value - start[name]).abs().max()))
-    print("MOVED", kind, moved)
     assert moved > 1e-3, "nothing was learned, so nothing was compared"
     metrics = {k: float(v) for k, v in one.trainer.callback_metrics.items() if k.startswith("feedback/")}
     assert found[0]["metrics"] == found[1]["metrics"]

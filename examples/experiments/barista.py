@@ -4,10 +4,10 @@
 
 DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). Every adapted row has the same
 pool, updates, batch, optimizer, learning rate, rounds and, except `no_replay`, the same transcribed general speech as
-replay (269 sentences of the base's own training speech, drawn once by seed). LLM scores are kept in one file and shared
-by the rows; a row whose result exists is not run again, and one that was cut goes on. The LM is the quickstart's unless
---llm names another. `--split test` scores the rows' checkpoints on the test split: do that once, with settings fixed on
-dev.
+replay (269 sentences of the base's own training speech, drawn once by seed). LLM scores are kept in one file and
+shared by the rows; a row whose result exists is not run again, and one that was cut goes on. The LM is the
+quickstart's unless --llm names another. `--split test` scores the rows' checkpoints on the test split: do that once,
+with settings fixed on dev.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     settings = parse_rescoring_config(tree) if tree is not None else None
     quiet_nemo()
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     from nemo_llm_feedback.jobs.transcribe import (
         AUDIO_TYPES,
