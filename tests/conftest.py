@@ -23,7 +23,7 @@ def _quiet() -> None:
 
 @pytest.fixture(autouse=True)
 def _heard() -> None:
-    """Our loggers reach ``caplog``; a library that is imported in the course of the suite switches existing ones off."""
+    """Our loggers reach ``caplog``, whatever a library that an earlier test imported has done to existing loggers."""
     logging.disable(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("nemo_llm_feedback") and isinstance(logger, logging.Logger):

@@ -34,16 +34,16 @@ def stock_models(nemo_file: Any) -> Iterator[Callable[..., Any]]:
         return _RESTORED[kind][0]
 
     yield get
-    for kind in lent:
+    for kind in dict.fromkeys(lent):
         model, cfg = _RESTORED[kind]
-        if isinstance(model, RescoringMixin):
-            disable_rescoring(model)
         model.cfg = copy.deepcopy(cfg)
-        for head in ("ctc", "rnnt") if hasattr(model, "cur_decoder") else ():
-            model.change_decoding_strategy(None, decoder_type=head, verbose=False)
-        if not hasattr(model, "cur_decoder"):
+        if isinstance(model, RescoringMixin):
+            disable_rescoring(model)  # builds the decoders anew from the configuration
+        elif hasattr(model, "cur_decoder"):
+            for head in ("ctc", "rnnt"):
+                model.change_decoding_strategy(None, decoder_type=head, verbose=False)
+        else:
             model.change_decoding_strategy(cfg.get("decoding", {}), verbose=False)
-            model.cfg = copy.deepcopy(cfg)
         model.eval()
 
 
