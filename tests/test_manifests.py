@@ -114,7 +114,7 @@ def test_context_of_an_utterance_goes_over_the_runs() -> None:
     assert merge_context(run, parse_context(None)) == run
     assert merge_context(run, parse_context("a complaint")) == Context("a complaint", ("latte", "mocha"))
     assert merge_context(run, parse_context(["chai", "latte"])) == Context("an order", ("chai", "latte", "mocha"))
-    with pytest.raises(ValueError, match="string, a list"):
+    with pytest.raises(ValueError, match="string or a list"):
         parse_context({"a": 1})
 
 

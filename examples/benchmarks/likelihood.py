@@ -178,9 +178,8 @@ def nemo_fused(problem: Problem, encoded: Tensor, hyps: Hyps) -> Tensor:
     padded, sizes, rows = _padded(problem, hyps)
     joint = problem.joint
     prediction, _ = problem.decoder.predict(padded, state=None, add_sos=True)
-    joint.set_loss(_nemo_loss(problem))
-    joint.set_wer(SimpleNamespace())  # asked for, never called
-    joint.set_fuse_loss_wer(True)
+    wer = SimpleNamespace()  # asked for, never called
+    joint.set_fuse_loss_wer(True, loss=_nemo_loss(problem), metric=wer)
     joint.set_fused_batch_size(problem.shape.rows)
     try:
         loss, *_ = joint(
