@@ -25,10 +25,10 @@ def _quiet() -> None:
 def _heard() -> None:
     """Our loggers reach ``caplog``, whatever a library that an earlier test imported has done to existing loggers."""
     logging.disable(logging.NOTSET)
+    logging.getLogger("nemo_llm_feedback").setLevel(logging.INFO)  # the root's level may have been raised
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("nemo_llm_feedback") and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

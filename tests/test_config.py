@@ -75,6 +75,40 @@ def test_all_faults_come_in_one_error() -> None:
         assert words in str(error.value)
 
 
+def test_contradictions_of_all_sections_come_in_one_error_beside_typos_and_types() -> None:
+    tree = {
+        "feedback": {"weight": 0, "supervised_weight": 0},
+        "objective": {"name": "reinforce"},
+        "proposals": {"beam": 1, "boosted": 0, "term_swap": 0},
+        "reward": {"alpha": 0, "asr_weight": 0, "beta": 0},
+        "parameters": {"lora_rank": 4, "freeze_encoder": True},
+    }
+    wanted = [
+        "nothing would be learned",
+        "unbiased only for samples",
+        "a group of one",
+        "every text would be worth the same",
+        "both speak of the encoder",
+        "llm.model is missing",
+        "no context",
+    ]
+    with pytest.raises(ConfigError) as error:
+        parse_run_config(tree)
+    assert str(error.value).startswith(f"the configuration has {len(wanted)} faults:"), str(error.value)
+    for words in wanted:
+        assert words in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        parse_run_config({**tree, "guards": {"every": "often", "pateince": 3}})
+    for words in ("did you mean guards.patience", "guards.every must be int", "a group of one", "worth the same"):
+        assert words in str(error.value)
+
+
+def test_the_proposal_correction_works_on_samples() -> None:
+    samples = {"beam": 0, "boosted": 0, "term_swap": 0, "samples": 8}
+    config = parse_run_config({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}, "proposals": samples})
+    assert config.objective.correction == "proposal"
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [

@@ -643,3 +643,18 @@ def test_generation_code_in_a_checkpoint_is_not_run(llama, tmp_path):
     with contextlib.suppress(LLMError):  # refusing it is as good as ignoring it
         load_llm(config(folder)).score([(HOME, ["milk"])])
     assert not marker.exists()
+
+
+def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from nemo_llm_feedback.llm import folder
+
+    monkeypatch.setattr(folder, "_WHOLE", 0)
+    tensors = {f"layer.{k}": torch.zeros(5000) for k in range(5)}
+    seen = set()
+    for changed in (None, *tensors):
+        values = {name: value + (name == changed) for name, value in tensors.items()}
+        save_file(values, tmp_path / "model.safetensors")
+        seen.add(folder.fingerprint(tmp_path))
+    assert len(seen) == 6

@@ -182,7 +182,7 @@ def nemo_fused(problem: Problem, encoded: Tensor, hyps: Hyps) -> Tensor:
     joint.set_fuse_loss_wer(True, loss=_nemo_loss(problem), metric=wer)
     joint.set_fused_batch_size(problem.shape.rows)
     try:
-        loss, *_ = joint(
+        loss, *_ = joint(  # reduction=None, so a loss a hypothesis
             encoder_outputs=encoded[rows].transpose(1, 2),
             decoder_outputs=prediction.transpose(1, 2),
             encoder_lengths=problem.lengths[rows],
@@ -191,7 +191,7 @@ def nemo_fused(problem: Problem, encoded: Tensor, hyps: Hyps) -> Tensor:
         )
     finally:
         joint.set_fuse_loss_wer(False)
-    return -torch.cat([part.reshape(-1) for part in loss]) if isinstance(loss, list) else -loss
+    return -loss
 
 
 def _run_of(problem: Problem, variant: LogProb) -> Callable[[], None]:

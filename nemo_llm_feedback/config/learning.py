@@ -104,8 +104,4 @@ class ObjectiveConfig:
         for name in ("mixture", "min_confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"objective.{name} is a share and must be in [0, 1], got {getattr(self, name)}.")
-        if self.name == "mwer" and self.correction == "proposal":
-            faults.append(
-                "objective.correction=proposal needs groups of samples only: set proposals.beam=0 proposals.boosted=0."
-            )
         return faults

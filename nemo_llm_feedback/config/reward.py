@@ -50,6 +50,11 @@ class RewardConfig:
         """Returns every fault of this section as a sentence."""
         faults = non_negative("reward", self, "alpha", "asr_weight")
         faults += choice("reward.normalize", self.normalize, ("sum", "token", "word", "pmi"))
+        formula = self.name in (*CONTEXT_REWARDS, *ANCHORED_REWARDS)
+        if formula and not (self.alpha or self.asr_weight or self.beta):
+            faults.append(
+                "reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."
+            )
         if not isinstance(self.settings, Mapping):
             return [*faults, f"reward.settings={self.settings!r} must be a section of keys."]
         return faults + (_composite_faults(self.settings) if self.name == "composite" else [])

@@ -38,13 +38,19 @@ class RunConfig:
             faults.append(
                 "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
             )
-        if not faults and self.needs_context and not self.context.load():
+        if self.needs_context and not self.context.validate() and not self.context.load():
             faults.append(
                 "no context: the LLM reward needs context.description, context.terms or context.terms_file "
                 "(or context.required=false when every manifest row has its own `context`)."
             )
         proposals = self.proposals
         others = proposals.beam or proposals.boosted or proposals.term_swap or proposals.llm_correction
+        if self.objective.name == "mwer" and self.objective.correction == "proposal" and others:
+            faults.append(
+                "objective.correction=proposal needs groups of samples only: "
+                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
+                "proposals.samples=8."
+            )
         if self.objective.name in SAMPLED_OBJECTIVES and others:
             faults.append(
                 f"objective.name={self.objective.name} is unbiased only for samples: "
@@ -96,9 +102,7 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
     """
-    sections = {name: tree[name] for name in SECTIONS if isinstance(tree.get(name), Mapping)}
-    check_keys(sections)
-    faults: list[str] = []
+    faults = _key_faults({name: tree[name] for name in SECTIONS if isinstance(tree.get(name), Mapping)})
     parts: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
         values = tree.get(section)
@@ -115,12 +119,18 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
             parts[section] = cls(**kept)
         except (TypeError, ValueError) as error:
             faults.append(f"{section}: {error}")
-    if not faults:
-        config = RunConfig(**parts)
-        faults = _type_faults(config) or config.validate()
-        if not faults:
-            return config
-    raise ConfigError("the configuration has " + listing(faults))
+    config = RunConfig(**parts)
+    of_type = {name: _type_faults(name, getattr(config, name)) for name in SECTIONS}
+    faults += [fault for found in of_type.values() for fault in found]
+    if any(of_type.values()):
+        # A value of the wrong type cannot be compared; the sections that are sound still are.
+        sound = [getattr(config, name) for name, found in of_type.items() if not found]
+        faults += [fault for section in sound if section is not None for fault in section.validate()]
+    else:
+        faults += config.validate()
+    if faults:
+        raise ConfigError("the configuration has " + listing(faults))
+    return config
 
 
 def check_keys(tree: Mapping[str, Any]) -> None:
@@ -129,36 +139,40 @@ def check_keys(tree: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: lists every unknown key with the nearest known one.
     """
+    faults = _key_faults(tree)
+    if faults:
+        raise ConfigError("the configuration has " + listing(faults))
+
+
+def _key_faults(tree: Mapping[str, Any]) -> list[str]:
     faults = []
     for section, values in tree.items():
         known = {f.name for f in dataclasses.fields(SECTIONS[section])}
         faults += [_unknown(f"{section}.{key}", key, known) for key in values or () if key not in known]
-    if faults:
-        raise ConfigError("the configuration has " + listing(faults))
+    return faults
 
 
 def _sections(config: RunConfig) -> list[Any]:
     return [s for s in (getattr(config, name) for name in SECTIONS) if s is not None]
 
 
-def _type_faults(config: RunConfig) -> list[str]:
+def _type_faults(name: str, section: Any) -> list[str]:
     """Numbers given as words and the like; dataclasses do not check types themselves."""
     faults = []
-    for name, section in ((n, getattr(config, n)) for n in SECTIONS):
-        for f in dataclasses.fields(section) if section is not None else ():
-            value, kind = getattr(section, f.name), str(f.type)
-            if value is None and "None" in kind:
-                continue
-            wanted = kind.split(" |")[0]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            wrong = (
-                (wanted == "float" and not number)
-                or (wanted == "int" and not (isinstance(value, int) and not isinstance(value, bool)))
-                or (wanted == "bool" and not isinstance(value, bool))
-                or (wanted == "str" and not isinstance(value, str))
-            )
-            if wrong:
-                faults.append(f"{name}.{f.name} must be {wanted}, got {value!r}.")
+    for f in dataclasses.fields(section) if section is not None else ():
+        value, kind = getattr(section, f.name), str(f.type)
+        if value is None and "None" in kind:
+            continue
+        wanted = kind.split(" |")[0]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        wrong = (
+            (wanted == "float" and not number)
+            or (wanted == "int" and not (isinstance(value, int) and not isinstance(value, bool)))
+            or (wanted == "bool" and not isinstance(value, bool))
+            or (wanted == "str" and not isinstance(value, str))
+        )
+        if wrong:
+            faults.append(f"{name}.{f.name} must be {wanted}, got {value!r}.")
     return faults
 
 

@@ -22,7 +22,8 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: text part of multimodal models
 _QUANTIZERS = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}
-_SAMPLE = 2**20  # bytes of each weight file's beginning, middle and end that enter the fingerprint
+_SAMPLE = 2**12  # bytes of each tensor's beginning, middle and end that enter the fingerprint …
+_WHOLE = 2**22  # … of weight files larger than this
 
 
 def check_llm_folder(config: LLMConfig) -> list[str]:
@@ -93,7 +94,7 @@ def resolve_folder(config: LLMConfig) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of all that decides the LLM's scores: configs, tokenizer, sizes and samples of the weights."""
+    """Returns a hash of all that decides the LLM's scores: configs, tokenizer, sizes, and samples of every tensor."""
     digest = hashlib.sha256()
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors")
@@ -101,12 +102,17 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:
-            if path.suffix != ".safetensors" or size <= 3 * _SAMPLE:
+            if path.suffix != ".safetensors" or size <= _WHOLE:
                 digest.update(file.read())
                 continue
-            for start in (0, size // 2, size - _SAMPLE):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
+            # Every tensor, since a merged adapter changes some of them only; the header tells where they are.
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header))
+            for entry in _safetensors_header(path).values():
+                begin, end = entry.get("data_offsets", (0, 0))
+                for start in (begin, (begin + end) // 2, max(begin, end - _SAMPLE)):
+                    file.seek(8 + header + start)
+                    digest.update(file.read(min(_SAMPLE, end - start)))
     return digest.hexdigest()[:16]
 
 

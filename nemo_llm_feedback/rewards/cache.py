@@ -12,7 +12,8 @@ import math
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -112,8 +113,9 @@ class SQLiteCache:
         for start in range(0, len(wanted), self._CHUNK):
             part = wanted[start : start + self._CHUNK]
             marks = ",".join("?" * len(part))
-            rows = self._connect().execute(f"SELECT key, logp, tokens FROM scores WHERE key IN ({marks})", part)
-            found.update((key, (logp, tokens)) for key, logp, tokens in rows)
+            with self._typed():
+                rows = self._connect().execute(f"SELECT key, logp, tokens FROM scores WHERE key IN ({marks})", part)
+                found.update((key, (logp, tokens)) for key, logp, tokens in rows)
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found
@@ -121,8 +123,19 @@ class SQLiteCache:
     def put_many(self, scores: Mapping[str, CachedScore]) -> None:
         """Keeps the finite ones among the scores."""
         rows = [(key, logp, tokens) for key, (logp, tokens) in scores.items() if math.isfinite(logp)]
-        with self._connect() as connection:  # one transaction
+        with self._typed(), self._connect() as connection:  # one transaction
             connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        """SQLite's errors as ours, with the file's name."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RewardError(
+                f"reward.cache={self.path} cannot be read or written ({error}): another process may hold it, or it is "
+                "a file of another kind; give another path."
+            ) from error
 
     def _connect(self) -> sqlite3.Connection:
         """Returns this process's connection; one that was inherited through a fork must not be used."""
