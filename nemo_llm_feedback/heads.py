@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.likelihood import ctc_log_prob, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.likelihood import Band, ctc_log_prob, rnnt_log_prob, tdt_log_prob
 from nemo_llm_feedback.sampling import sample_ctc, sample_transducer
 from nemo_llm_feedback.trie import PrefixTrie
 
@@ -74,7 +74,9 @@ class Head(ABC):
     vocabulary: Vocabulary
 
     @abstractmethod
-    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int) -> Tensor:
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
         """log p(y | x) of every hypothesis of the trie, the marginal over alignments.
 
         Args:
@@ -82,6 +84,7 @@ class Head(ABC):
             lengths: [B] frames.
             trie: the H hypotheses.
             memory_budget_mb: bound of the joint's working memory (transducers).
+            band: leaves out cells that hold next to no probability (transducers in eval mode); None = exact.
 
         Returns:
             [H] natural log, float32, with gradient; −inf where the audio is too short.
@@ -137,8 +140,10 @@ class CTCHead(Head):
         log_probs = self._decoder(encoder_output=encoded)
         return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
 
-    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int) -> Tensor:
-        """See :class:`Head`; the budget is not needed here, the lattice is small."""
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
+        """See :class:`Head`; budget and band are not needed here, the lattice is small and there is no joint."""
         return ctc_log_prob(self._log_probs(encoded), lengths, trie)
 
     def beam(
@@ -205,7 +210,9 @@ class TransducerHead(Head):
         self.vocabulary = vocabulary
         self.durations = tuple(int(d) for d in durations)
 
-    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int) -> Tensor:
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
         """See :class:`Head`."""
         frames = encoded.transpose(1, 2)
         if self.durations:
@@ -217,8 +224,11 @@ class TransducerHead(Head):
                 self._joint,
                 durations=self.durations,
                 memory_budget_mb=memory_budget_mb,
+                band=band,
             )
-        return rnnt_log_prob(frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=memory_budget_mb)
+        return rnnt_log_prob(
+            frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=memory_budget_mb, band=band
+        )
 
     def beam(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.likelihood import rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.likelihood import Band, BandReport, ctc_log_prob, rnnt_log_prob, tdt_log_prob
 from nemo_llm_feedback.trie import PrefixTrie
 
 rnnt_modules = pytest.importorskip("nemo.collections.asr.modules.rnnt", reason="NeMo is not installed")
@@ -109,6 +109,23 @@ def test_rnnt_equals_nemos_loss(decoder_name: str, joint_name: str) -> None:
     )
 
 
+def test_ctc_equals_nemos_loss() -> None:
+    from nemo.collections.asr.losses.ctc import CTCLoss
+
+    torch.manual_seed(0)
+    labels = [torch.randint(0, LABELS, (size,)).tolist() for size in SIZES]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(hyp) for hyp in labels], batch_first=True)
+    logits = torch.randn(len(SIZES), 30, LABELS + 1, requires_grad=True)
+    log_probs = logits.log_softmax(-1)
+    ours = ctc_log_prob(log_probs, LENGTHS, PrefixTrie.build(labels, range(len(labels))))
+    loss = CTCLoss(num_classes=LABELS, reduction="none")
+    theirs = -loss(log_probs=log_probs, targets=padded, input_lengths=LENGTHS, target_lengths=torch.tensor(SIZES))
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+    weight = torch.tensor([1.0, -0.5, 2.0, 0.3])
+    mine, other = (torch.autograd.grad(total @ weight, logits, retain_graph=True) for total in (ours, theirs))
+    assert_same_gradients(list(mine), list(other))
+
+
 @pytest.mark.parametrize("decoder_name", ["lstm", "stateless-2"])
 @pytest.mark.parametrize("durations", [DURATIONS, [0, 1], [0, 1, 2, 4, 8]])
 def test_tdt_equals_nemos_reference_loss(
@@ -180,11 +197,11 @@ def test_trained_checkpoint_on_a_group_equals_one_hypothesis_at_a_time(checkpoin
     labels = [stem, [*stem[:4], 77, 8], [*stem[:5], 9, 9], stem[:5], [], [99, *stem]]
     rows = [0, 0, 1, 0, 1, 1]
 
-    def run(labels: list[list[int]], rows: list[int]) -> Tensor:
+    def run(labels: list[list[int]], rows: list[int], band: Band | None = None) -> Tensor:
         trie = PrefixTrie.build(labels, rows)
         if name == "rnnt_ctc":
-            return rnnt_log_prob(encoded, lengths, trie, model.decoder, model.joint)
-        return tdt_log_prob(encoded, lengths, trie, model.decoder, model.joint, durations=DURATIONS)
+            return rnnt_log_prob(encoded, lengths, trie, model.decoder, model.joint, band=band)
+        return tdt_log_prob(encoded, lengths, trie, model.decoder, model.joint, durations=DURATIONS, band=band)
 
     together = run(labels, rows)
     alone = torch.cat([run([hyp], [row]) for hyp, row in zip(labels, rows, strict=True)])
@@ -192,3 +209,7 @@ def test_trained_checkpoint_on_a_group_equals_one_hypothesis_at_a_time(checkpoin
     weight = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.2, -0.2])
     modules = (encoded, model.decoder, model.joint)
     assert_same_gradients(gradients(together @ weight, *modules), gradients(alone @ weight, *modules))
+    reports: list[BandReport] = []
+    banded = run(labels, rows, Band(1e-3, reports.append))
+    assert (together - banded).abs().max() <= 1e-3
+    assert reports[0].evaluated < reports[0].cells

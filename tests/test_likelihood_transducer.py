@@ -107,9 +107,10 @@ def test_gradcheck_of_encoder_prediction_network_and_joint(durations: Sequence[i
     assert torch.autograd.gradcheck(run, (encoded, *params), fast_mode=True)
 
 
-def test_double_backward_raises() -> None:
+@pytest.mark.parametrize("durations", [None, (0, 1)])
+def test_double_backward_raises(durations: Sequence[int] | None) -> None:
     encoded = random_frames(1, 3, 6).requires_grad_()
-    total = log_prob(encoded, torch.tensor([3]), PrefixTrie.build([[0, 1]], [0]), make_model(None), None)
+    total = log_prob(encoded, torch.tensor([3]), PrefixTrie.build([[0, 1]], [0]), make_model(durations), durations)
     (grad,) = torch.autograd.grad(total.sum(), encoded, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
@@ -277,10 +278,19 @@ def test_backward_skips_cells_without_gradient_and_nothing_else(
         torch.testing.assert_close(some, every, atol=1e-12, rtol=1e-12)
 
 
-def test_prediction_network_by_depth_equals_one_run_per_hypothesis() -> None:
+@pytest.mark.parametrize(
+    ("labels", "rows"),
+    [
+        ([[0, 1, 2], [0, 1], [2, 2, 1, 0], [], [0, 2]], [0, 0, 1, 1, 0]),
+        ([[0, 1, 2], [], [2, 1], [2, 1, 0, 0]], [0, 1, 3, 3]),  # no branches: whole sequences
+        ([[]], [0]),
+    ],
+)
+def test_prediction_network_on_the_trie_equals_one_run_per_hypothesis(
+    labels: list[list[int]], rows: list[int]
+) -> None:
     decoder = TinyDecoder(LABELS, WIDTH, layers=2).double()
-    labels = [[0, 1, 2], [0, 1], [2, 2, 1, 0], [], [0, 2]]
-    trie = PrefixTrie.build(labels, [0, 0, 1, 1, 0])
+    trie = PrefixTrie.build(labels, rows)
     out = prefix_outputs(decoder, trie)
     for hyp, leaf in zip(labels, trie.leaf.tolist(), strict=True):
         expected, _ = decoder.predict(torch.tensor([hyp], dtype=torch.long), add_sos=True)
@@ -333,14 +343,16 @@ def test_joint_keeps_its_log_softmax_setting() -> None:
         assert joint.log_softmax is setting
 
 
-@pytest.mark.parametrize("durations", FAMILIES)
-def test_autocast_keeps_a_float32_lattice(durations: Sequence[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("durations", "dtype"), [*((family, torch.bfloat16) for family in FAMILIES), (None, torch.float16)]
+)
+def test_autocast_keeps_a_float32_lattice(durations: Sequence[int] | None, dtype: torch.dtype) -> None:
     decoder, joint = (module.float() for module in make_model(durations))
     trie, lengths = PrefixTrie.build([[0, 1, 2], [0, 1], [2]], [0, 0, 1]), torch.tensor([30, 20])
     encoded = random_frames(2, 30, 6).float().requires_grad_()
     exact = log_prob(encoded, lengths, trie, (decoder, joint), durations)
     reference = full_gradient(encoded, exact.sum(), (decoder, joint))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         rough = log_prob(encoded, lengths, trie, (decoder, joint), durations)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.01, atol=0.0)
