@@ -231,8 +231,13 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
             return row, f"{row.origin}: {row.audio}: no audio at offset {row.offset} s"
         return None
 
+    rows = list(rows)
+    # The first one alone: soundfile's binding makes its C types at the first call, and two threads that make them at
+    # once get two types of one name, each refusing the other's files.
+    found = [reason(row) for row in rows[:1]]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return [found for found in pool.map(reason, rows) if found is not None]
+        found += pool.map(reason, rows[1:])
+    return [bad for bad in found if bad is not None]
 
 
 def missing_members(rows: Iterable[Row], tar_paths: Any) -> list[tuple[Row, str]]:

@@ -149,7 +149,7 @@ def test_only_the_cells_that_are_reported_pass_through_the_whole_joint(durations
             random_frames(2, 60, ENCODER), lengths, trie, (decoder, joint), durations, Band(report=reports.append)
         )
     assert cells[0] == reports[0].evaluated
-    assert 0 < reports[0].evaluated < 0.6 * reports[0].cells
+    assert 0 < reports[0].evaluated < reports[0].cells
 
 
 @pytest.mark.parametrize("durations", FAMILIES)
