@@ -23,12 +23,10 @@ def _quiet() -> None:
 
 @pytest.fixture(autouse=True)
 def _heard() -> None:
-    """Our loggers reach ``caplog``, whatever a library that an earlier test imported has done to existing loggers."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger("nemo_llm_feedback").setLevel(logging.INFO)  # the root's level may have been raised
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("nemo_llm_feedback") and isinstance(logger, logging.Logger):
-            logger.disabled, logger.propagate = False, True
+    """Our loggers reach ``caplog``, though short commands call NeMo's ``setLevel``, which quiets pytest's handlers."""
+    for handler in logging.root.handlers:
+        handler.setLevel(logging.NOTSET)
+    logging.getLogger("nemo_llm_feedback").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
