@@ -88,13 +88,14 @@ def _cut_name(cut: Any) -> str:
     return f"{shard}/{cut.id}@{cut.start:.3f}+{cut.duration:.3f}"
 
 
-def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int) -> DictConfig:
+def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int, seed: int) -> DictConfig:
     """NeMo's ``train_ds`` with the staged manifests, set so that batches tell which rows they hold.
 
     Args:
         config: the user's ``train_ds``.
         manifest_filepath: of the staged copies.
         global_rank, world_size: of this process.
+        seed: of the run, for Lhotse, which would draw another order for every run and every rank.
 
     Raises:
         ConfigError: a combination in which rows cannot be told apart or would be dropped silently; names the fix.
@@ -120,6 +121,12 @@ def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, wo
             # NeMo's switch for batches that carry their cuts; it also takes the ranks from here.
             config.do_transcribe = True
             config.global_rank, config.world_size = global_rank, world_size
+            if config.get("shard_seed") is None:
+                # A sampler that ranks share must have one seed; of a stream each rank and worker shuffles its own.
+                workers = "randomized" if config.get("num_workers") else seed + global_rank
+                config.shard_seed = workers if tarred is not None else seed
+            if config.get("seed") is None:
+                config.seed = seed
         else:
             config.return_sample_id = True
     return config

@@ -33,7 +33,7 @@ class System:
     Attributes:
         name: shown in tables; unique.
         texts: one transcript a row.
-        nbest: one N-best list a row, or empty where there is none at all.
+        nbest: one N-best list a row, empty for rows without; or empty where there is none at all.
         rtfx: seconds of audio transcribed in a second of wall time, loading of audio included; None if not measured.
     """
 
@@ -77,7 +77,8 @@ class Comparison:
         systems: in the order given; the first is the base of changes and tests.
         scoring: how.
         scores: system → counts.
-        oracles: system → counts of the member of each N-best with fewest word errors; only systems with N-best lists.
+        oracles: system → counts of the member of each N-best with fewest word errors; only of systems that have an
+            N-best of every row.
         by_type: entity type → system → counts in which only entities and terms of that type count as such.
         by_group: group key → value → system → counts.
         spans: [U] entity mentions in the normalised references.
@@ -153,7 +154,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     oracles = {
         s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize).hypotheses)
         for s in systems
-        if s.nbest
+        if s.nbest and all(s.nbest)
     }
     spans = tuple(
         typed_spans(row.text, ref, listed, lambda text: " ".join(normalize(text).split()))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.config import ProposalConfig
+from nemo_llm_feedback.config import FeedbackConfig, ProposalConfig
 from nemo_llm_feedback.errors import ManifestError
 from nemo_llm_feedback.heads import heads_of
 from nemo_llm_feedback.manifests import Row, merge_context
@@ -18,7 +18,10 @@ from nemo_llm_feedback.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.proposals import Proposer
 from nemo_llm_feedback.reference import encode, evaluation_mode
+from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context
+
+_JOINT_MB = FeedbackConfig.memory_budget_mb
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,14 @@ class Decoded:
 
     Attributes:
         texts: greedy transcripts; ``""`` where the model failed.
-        nbest: N-best lists, greedy first; empty unless asked for, and where the model failed.
+        nbest: N-best lists of (text, exact log p in nats), most probable first; empty unless asked for, and where the
+            model failed.
         failures: row → why the model failed on it.
         rtfx: seconds of audio a second of wall time for loading, encoding and greedy search of the rows that worked.
     """
 
     texts: tuple[str, ...]
-    nbest: tuple[tuple[str, ...], ...]
+    nbest: tuple[tuple[tuple[str, float], ...], ...]
     failures: dict[int, str] = field(default_factory=dict)
     rtfx: float = float("nan")
 
@@ -117,7 +121,7 @@ def decode_rows(
     max_symbols = decoding_max_symbols(model)
     proposer = Proposer(chosen, nbest) if nbest is not None else None
     sample_rate = int(model.cfg.preprocessor.sample_rate)
-    texts, lists = [""] * len(rows), [()] * len(rows)  # type: list[str], list[tuple[str, ...]]
+    texts, lists = [""] * len(rows), [()] * len(rows)  # type: list[str], list[tuple[tuple[str, float], ...]]
     seconds = [0.0]
 
     def decode(indices: tuple[int, ...]) -> None:
@@ -129,8 +133,16 @@ def decode_rows(
         seconds[0] += time.perf_counter() - start
         if proposer is not None:
             contexts = [merge_context(run_context or Context(), rows[i].context) for i in indices]
-            for i, candidates in zip(indices, proposer.propose(encoded, lengths, contexts), strict=True):
-                lists[i] = tuple(chosen.vocabulary.ids_to_text(c.labels) for c in candidates)
+            found = [[c.labels for c in row] for row in proposer.propose(encoded, lengths, contexts)]
+            trie = PrefixTrie.build(
+                [list(y) for row in found for y in row], [b for b, row in enumerate(found) for _ in row]
+            )
+            logp = iter(
+                chosen.log_prob(encoded, lengths, trie.to(encoded.device), memory_budget_mb=_JOINT_MB).tolist()
+            )
+            for i, row in zip(indices, found, strict=True):
+                members = [(chosen.vocabulary.ids_to_text(labels), next(logp)) for labels in row]
+                lists[i] = tuple(sorted(members, key=lambda member: -member[1]))
 
     with evaluation_mode(model):
         failures = _each_batch(_by_duration(rows, batch_size), decode, on_batch)

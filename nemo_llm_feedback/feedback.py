@@ -233,7 +233,7 @@ class LLMFeedbackMixin(_Base):
         """Takes back what :meth:`on_save_checkpoint` stored."""
         super().on_load_checkpoint(checkpoint)
         if self._feedback is not None and CHECKPOINT_KEY in checkpoint:
-            self._feedback.load_plain(checkpoint[CHECKPOINT_KEY])
+            self._feedback.load_plain(checkpoint[CHECKPOINT_KEY], rank=self.global_rank)
 
     def on_train_start(self) -> None:
         """Takes up the random states of a checkpoint; what ran before this drew from others."""

@@ -156,13 +156,13 @@ def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
     )
 
 
-def resumable(loader: Any, *, rank: int, num_ranks: int, shuffle: bool) -> Any:
-    """NeMo's training loader as a :class:`ResumableLoader`; other iterables are returned as they are.
+def run_seed() -> int:
+    """The run's seed, the same on all ranks: ``seed_everything`` leaves it in the environment for samplers."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
-    The seed is the run's (``seed_everything`` leaves it in the environment, as Lightning's own samplers expect), so
-    that all ranks have the same.
-    """
+
+def resumable(loader: Any, *, rank: int, num_ranks: int, shuffle: bool) -> Any:
+    """NeMo's training loader as a :class:`ResumableLoader`; other iterables are returned as they are."""
     if not isinstance(loader, DataLoader):
         return loader
-    seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-    return ResumableLoader(loader, seed=seed, rank=rank, num_ranks=num_ranks, shuffle=shuffle)
+    return ResumableLoader(loader, seed=run_seed(), rank=rank, num_ranks=num_ranks, shuffle=shuffle)

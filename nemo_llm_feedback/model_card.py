@@ -73,6 +73,16 @@ def write_model_card(
     return target
 
 
+def public_name(model: str) -> str:
+    """What others may see of where a model is: the hub id, or of a local folder its last name.
+
+    Args:
+        model: folder or hub id.
+    """
+    path = Path(model).expanduser()
+    return path.name if path.is_absolute() or path.exists() else model
+
+
 def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
     labels = {
         "base": "Base",
@@ -82,7 +92,10 @@ def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
         "context_sha256": "SHA-256 of description and terms",
         "plugin": "Made with",
     }
-    shown = [f"- {label}: {_code(facts[key])}" for key, label in labels.items() if facts.get(key) is not None]
+    known = {key: facts[key] for key in labels if facts.get(key) is not None}
+    if "llm" in known:
+        known["llm"] = public_name(str(known["llm"]))
+    shown = [f"- {labels[key]}: {_code(value)}" for key, value in known.items()]
     return shown or ["- The checkpoint says nothing of how it was made."]
 
 

@@ -19,7 +19,7 @@ from nemo_llm_feedback.errors import ConfigError, LLMError, ManifestError, Rewar
 from nemo_llm_feedback.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.heads import Head, heads_of
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
-from nemo_llm_feedback.loaders import resumable
+from nemo_llm_feedback.loaders import resumable, run_seed
 from nemo_llm_feedback.lora import choose_parameters
 from nemo_llm_feedback.manifests import Staged, stage
 from nemo_llm_feedback.normalize import get_normalizer
@@ -61,16 +61,17 @@ class FeedbackState:
         ranks = gather((groups, random_states([self.maker.generator])))
         return {
             "survey": asdict(self.survey) if self.survey else None,
-            "groups": {name: plain for own, _ in ranks for name, plain in own.items()},
+            "groups": [groups for groups, _ in ranks],
             "random": [states for _, states in ranks],
         }
 
-    def load_plain(self, plain: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`to_plain` gave."""
+    def load_plain(self, plain: Mapping[str, Any], *, rank: int) -> None:
+        """Takes back what :meth:`to_plain` gave; with another number of ranks, all take the groups of all."""
         self.survey = Survey(**plain["survey"]) if plain["survey"] else None
         if self.survey is not None:
             self.maker.proposer.boosting_weight = self.survey.boosting_weight
-        self.maker.kept = {name: ScoredGroup.from_plain(scored) for name, scored in plain["groups"].items()}
+        own = plain["groups"][rank : rank + 1] if len(plain["groups"]) == num_ranks() else plain["groups"]
+        self.maker.kept = {name: ScoredGroup.from_plain(scored) for kept in own for name, scored in kept.items()}
         self.random = plain["random"]
 
     def restore_random(self, *, rank: int) -> None:
@@ -118,6 +119,11 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     _check_rows(staged, config)
     local_lengths(model)
     heads = heads_of(model, which=config.feedback.heads)
+    if config.wants_samples and len(heads) > 1:
+        raise ConfigError(
+            f"objective.name={config.objective.name} estimates over a head's own samples, and the groups of a hybrid "
+            "are sampled from one head only: set feedback.heads=transducer or feedback.heads=ctc."
+        )
     reference = FrozenReference(model, which=config.feedback.heads)
     choose_parameters(model, config.parameters)
     nemo_ds = training_config(
@@ -125,6 +131,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
         manifest_filepath=staged.manifest_filepath,
         global_rank=model.global_rank,
         world_size=model.world_size,
+        seed=run_seed(),
     )
     reader = BatchReader(config.context.load(), use_text=config.feedback.use_text, rows=staged.rows)
     model.setup_training_data(nemo_ds)
@@ -158,6 +165,12 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
 
 def start(model: Any, state: FeedbackState) -> None:
     """Places the reference, loads the LLM, and surveys the pool unless a resumed run already has."""
+    starts = {Path(path).name if path else "none" for path in gather(model.trainer.ckpt_path)}
+    if len(starts) > 1:
+        raise TrainingError(
+            f"the ranks start from different checkpoints ({', '.join(sorted(starts))}): name the run to go on with by "
+            "exp_manager.explicit_log_dir=FOLDER exp_manager.resume_if_exists=true."
+        )
     state.reference.to(model.device)
     tdt = any(getattr(head, "durations", ()) for head in heads_of(model))
     state.exact_supervision = tdt and model.device.type == "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ STEPS_FILE = "steps.jsonl"
 RESULT_FILE = "result.json"
 # A killed run's score cache has a journal beside it, without which it cannot be repaired.
 _SCORES = [f"llm_scores.sqlite{suffix}" for suffix in ("-journal", "-wal", "-shm", "")]
-_KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, "survey.json", "best_weights.pt", *_SCORES)
+_KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, "survey.json", *_SCORES)
 
 
 def collect(folder: Path) -> None:
@@ -23,12 +24,17 @@ def collect(folder: Path) -> None:
     NeMo's ``exp_manager`` moves every file of a folder that it resumes into ``run_0``, ``run_1`` …; the files of the
     newest of these are taken where the folder itself has none.
     """
+    for name in _KEPT:
+        found = newest(folder, name)
+        if found is not None and found.parent != folder:
+            found.replace(folder / name)
+
+
+def newest(folder: Path, name: str) -> Path | None:
+    """A run's file, wherever :func:`collect` would find it; None if there is none."""
     numbered = [path for path in folder.glob("run_*") if path.name.removeprefix("run_").isdigit()]
     older = sorted(numbered, key=lambda path: int(path.name.removeprefix("run_")), reverse=True)
-    for name in _KEPT:
-        found = next((path / name for path in older if (path / name).is_file()), None)
-        if found is not None and not (folder / name).is_file():
-            found.replace(folder / name)
+    return next((path / name for path in (folder, *older) if (path / name).is_file()), None)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -82,24 +88,39 @@ class FolderLock:
         folder: an existing folder.
 
     Attributes:
-        held: whether this process has the mark; False if another has it.
+        held: whether this process has the mark; False if another has it. A file system without locks grants it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._handle = os.open(folder, os.O_RDONLY)
+        self.held = True
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.held = True
         except BlockingIOError:
             self.held = False
+        except OSError:
+            pass  # network file systems may have no locks on folders, and so none to respect
+        _LOCKS.add(self)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
-        """Takes the mark away."""
-        os.close(self._handle)
+        """Takes the mark away, or what this process has of it."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+
+_LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+# A forked worker of a loader shares the mark, and would keep it for some seconds after this process is killed.
+os.register_at_fork(after_in_child=lambda: [lock.release() for lock in _LOCKS])
 
 
 def in_use(folder: Path) -> bool:
     """Whether a living process trains in the folder."""
-    lock = FolderLock(folder)
-    lock.release()
-    return not lock.held
+    with FolderLock(folder) as lock:
+        return not lock.held

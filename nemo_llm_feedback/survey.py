@@ -81,12 +81,16 @@ def survey(model: Any, state: FeedbackState) -> Survey:
 def fill_round(model: Any, state: FeedbackState, *, round: int) -> None:
     """Makes the groups of every unlabeled row of the pool, for runs that score in a phase of its own.
 
-    The LLM's weights are in memory only meanwhile. Rows whose groups are of this round already are left alone.
+    The LLM's weights are in memory only meanwhile. Rows whose groups are of this round already are left alone. New
+    groups remember the log p of the policy that proposed them now: at their first use it will have moved.
     """
     with torch.random.fork_rng(), evaluation_mode(model), torch.no_grad():
         torch.manual_seed(round)
         for audio in pool_audio(model, state):
-            state.maker.get(audio, *encode(model, audio.signal, audio.signal_len), round=round)
+            encoded, lengths = encode(model, audio.signal, audio.signal_len)
+            groups = state.maker.get(audio, encoded, lengths, round=round)
+            for head in state.heads:
+                groups = model._with_old_logp(groups, model._group_logp(head, encoded, lengths, groups), head.name)
     if state.scorer is not None:
         state.scorer.unload()
 

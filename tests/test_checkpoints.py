@@ -139,6 +139,20 @@ def test_context_settings_of_the_encoder_survive_adaptation(
     )
 
 
+def _check_cards(nemo: Path, base: Path, tmp_path: Path) -> None:
+    """A `.nemo` exported again: what it says of itself, and with a labelled set the table against its base."""
+    labelled = write_manifest(tmp_path / "dev.json", ["a latte", "a mocha"])
+    assert main(["export", str(nemo), "--output", str(tmp_path / "c.nemo")]) == 0
+    assert "Language model (frozen, in training only): `" in (card := (tmp_path / "c.md").read_text())
+    assert str(tmp_path.parent) not in card  # no folder of this machine
+    with_table = ["--output", str(tmp_path / "d.nemo"), "--manifest", str(labelled)]
+    assert main(["export", str(nemo), *with_table]) == 1  # against what?
+    assert main(["export", str(nemo), *with_table, "--base", str(base)]) == 0
+    rows = [line for line in (tmp_path / "d.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| system", "| ---", "| before", "| after"]
+    assert "[" in rows[2]
+
+
 def test_export_turns_a_training_checkpoint_into_a_plain_nemo(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +167,10 @@ def test_export_turns_a_training_checkpoint_into_a_plain_nemo(
         got = weights(tmp_path / name)
         assert list(got) == list(wanted)
         assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+        card = (tmp_path / name).with_suffix(".md").read_text()
+        assert "Optimizer steps: `1`" in card
+        assert "nothing was measured" in card
+    _check_cards(result.nemo, nemo_file("rnnt_bpe"), tmp_path)
     capsys.readouterr()
     assert main(["export", str(last), "--base", str(nemo_file("ctc_bpe"))]) == 1
     assert "does not fit" in capsys.readouterr().err

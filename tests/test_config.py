@@ -115,7 +115,7 @@ def test_the_proposal_correction_works_on_samples() -> None:
         ({"context": {"description": "x"}}, "llm.model is missing"),
         ({"llm": {"model": "a/b"}}, "no context"),
         ({**GOOD, "objective": {"name": "reinforce"}}, "unbiased only for samples"),
-        ({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}}, "samples only"),
+        ({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}}, "correction=proposal is unbiased only"),
         ({**GOOD, "feedback": {"weight": 0, "supervised_weight": 0}}, "both 0"),
         ({**GOOD, "feedback": {"refresh_every": "often"}}, "must be int"),
         ({**GOOD, "reward": "llm"}, "section of keys"),

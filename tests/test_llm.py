@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,11 @@ from tiny_llm import ARCHITECTURES, make_tiny_llm
 
 from nemo_llm_feedback.config import LLMConfig
 from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
+from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm import scorer as scorer_module
 from nemo_llm_feedback.types import Context
 
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 SHARED_LM = Path(__file__).parents[2] / "shared" / "checkpoints" / "lm"
 COFFEE = Context("an order at a coffee shop where one says more than eight tokens", ("latte", "oat milk"))
 HOME = Context("a voice command to an assistant")
@@ -99,12 +98,30 @@ def test_int8_on_cpu_is_packed_and_scores_equal_naive_scoring(llama):
     assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx(expected, abs=0.1)
 
 
-def test_bfloat16_stays_within_its_tolerance(llama, scorer):
-    half = load_llm(config(llama, compute_dtype="bfloat16"))
-    assert half._model.dtype == torch.bfloat16
-    expected = [naive(half, COFFEE, text) for text in TEXTS]
-    assert flat(half.score([(COFFEE, TEXTS)])) == pytest.approx(expected, abs=0.3)
-    assert half.identity != scorer.identity
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "tolerance"),
+    [
+        ("none", "float32", 1e-4),
+        ("nf4", "float32", 1e-4),
+        ("int8", "float32", 0.5),
+        ("none", "bfloat16", 0.25),
+        ("nf4", "bfloat16", 0.25),
+    ],
+)
+def test_the_stated_tolerances_hold_for_a_trained_llm(quantization, dtype, tolerance):
+    """The table of docs/rewards.md."""
+    data = QUICKSTART / "data"
+    terms = (data / "terms.txt").read_text(encoding="utf-8").splitlines()[:8]
+    rows = [json.loads(line)["text"] for line in (data / "dev.json").read_text(encoding="utf-8").splitlines()[:2]]
+    groups = [[text, text.rsplit(" ", 1)[0], f"{text} please", text.replace("e", "i")] for text in rows]
+    llm = load_llm(config(QUICKSTART / "lm", quantization=quantization, compute_dtype=dtype))
+    context = Context("a request at home", tuple(terms))
+    got = flat(llm.score([(context, group) for group in groups]))
+    prompt = llm.encoder.encode_prompt(context)
+    plain = [llm.engine.plain_score(prompt, llm.encoder.encode_text(text)) for group in groups for text in group]
+    assert llm.engine.sharing.name == "TRIE"
+    assert llm._model.dtype == getattr(torch, dtype)
+    assert got == pytest.approx(plain, abs=tolerance)
 
 
 def test_order_company_and_budget_do_not_matter(llama, scorer):
@@ -319,223 +336,7 @@ def test_shared_lm_prefers_its_domain():
     assert llm.encoder.encode_prompt(Context()) == (0,)
 
 
-# ---------------------------------------------------------------- hub ids
-
-
-@pytest.fixture
-def hub(tmp_path, llama) -> tuple[Path, str]:
-    """A hub cache as huggingface_hub lays it out, with one model at one commit."""
-    commit = "a" * 40
-    repo = tmp_path / "hub" / "models--someone--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(llama, repo / "snapshots" / commit)
-    return tmp_path, commit
-
-
-def run_offline(home: Path, code: str) -> str:
-    environment = {
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_hub_ids_load_from_the_local_cache(hub, scorer):
-    home, commit = hub
-    code = f"""
-from nemo_llm_feedback.llm import check_llm_folder, load_llm
-from nemo_llm_feedback.config import LLMConfig
-from nemo_llm_feedback.types import Context
-def config(model, **more): return LLMConfig(model=model, quantization="none", device="cpu", **more)
-assert check_llm_folder(config("someone/tiny")) == []
-assert "local hub cache" in check_llm_folder(config("someone/else"))[0]
-assert "local hub cache" in check_llm_folder(config("someone/tiny", revision="v2"))[0]
-llm = load_llm(config("someone/tiny", revision="{commit}"))
-assert llm.identity.startswith("someone/tiny@{commit}:none:float32:"), llm.identity
-print(llm.score([(Context("a test"), ["a latte"])])[0][0].logp)
-"""
-    expected = scorer.score([(Context("a test"), ["a latte"])])[0][0].logp
-    assert float(run_offline(home, code).split()[-1]) == pytest.approx(expected, abs=1e-4)
-
-
-def test_hub_ids_that_are_partly_cached_are_faults_only_offline(hub):
-    home, commit = hub
-    (home / "hub" / "models--someone--tiny" / "snapshots" / commit / "model.safetensors").unlink()
-    code = """
-import os
-from nemo_llm_feedback.llm import check_llm_folder
-from nemo_llm_feedback.config import LLMConfig
-assert "has no weights" in check_llm_folder(LLMConfig(model="someone/tiny"))[0]
-os.environ["HF_HUB_OFFLINE"] = "0"
-assert check_llm_folder(LLMConfig(model="someone/tiny")) == []
-"""
-    run_offline(home, code)
-
-
-def test_checks_import_neither_transformers_nor_bitsandbytes(llama):
-    code = f"""
-import sys
-from nemo_llm_feedback.llm import check_llm_folder
-from nemo_llm_feedback.config import LLMConfig
-assert check_llm_folder(LLMConfig(model={str(llama)!r})) == []
-assert not {{"transformers", "bitsandbytes"}} & set(sys.modules)
-"""
-    run_offline(llama, code)
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def damaged(llama: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(llama, tmp_path / "llm"))
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def refused(folder: Path | str, match: str, **settings) -> None:
-    """The static check names the fault, and loading stops with it."""
-    assert any(match in fault for fault in check_llm_folder(config(folder, **settings)))
-    with pytest.raises(LLMError, match=match.replace("(", r"\(")):
-        load_llm(config(folder, **settings))
-
-
-def test_folder_without_weights(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    (folder / "model.safetensors").unlink()
-    refused(folder, "has no weights")
-
-
-def test_folder_with_pickle_weights_only(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"anything")
-    refused(folder, "pickle weights only")
-
-
-def test_folder_with_cut_weights_or_a_pointer_file(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-10])
-    refused(folder, "cut short")
-    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(folder, "no safetensors file")
-
-
-def test_folder_with_a_missing_shard(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001.safetensors"}}))
-    refused(folder, "model-00001.safetensors")
-
-
-def test_weights_that_the_config_asks_for_must_be_there(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    edit(folder / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
-    with pytest.raises(LLMError, match="would be random"):
-        load_llm(config(folder))
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_folder_with_custom_code(llama, tmp_path, file):
-    folder = damaged(llama, tmp_path)
-    edit(folder / file, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
-    (folder / "modeling.py").write_text("raise SystemExit('ran')")
-    refused(folder, "custom code")
-
-
-def test_folder_without_tokenizer(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    refused(folder, "has no tokenizer")
-
-
-def test_folder_with_a_foreign_tokenizer(llama, tmp_path):
-    folder = make_tiny_llm(tmp_path / "llm", vocab_size=128)
-    with pytest.raises(LLMError, match="own tokenizer"):
-        load_llm(config(folder))
-
-
-def test_folder_without_config_or_of_another_kind(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    edit(folder / "config.json", architectures=["BertForMaskedLM"])
-    refused(folder, "no causal LM")
-    (folder / "config.json").write_text("{")
-    refused(folder, "config.json cannot be read")
-    (folder / "config.json").unlink()
-    refused(folder, "config.json is missing")
-
-
-def test_checkpoint_stored_quantised_otherwise(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    refused(folder, "gptq")
-    edit(folder / "config.json", quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})
-    refused(folder, "stored in fp4", quantization="nf4")
-
-
-def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_own_dtype(llama, tmp_path):
-    fresh = load_llm(config(llama, quantization="nf4"))
-    fresh._model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
-    fresh._model.save_pretrained(tmp_path)
-    fresh.encoder._tokenizer.save_pretrained(tmp_path)
-    stored = load_llm(config(tmp_path, quantization="nf4"))
-    assert stored._model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
-    assert flat(stored.score([(COFFEE, TEXTS)])) == pytest.approx(flat(fresh.score([(COFFEE, TEXTS)])), abs=1e-4)
-    refused(tmp_path, "stored in nf4", quantization="none")
-
-
-@pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "bad id", "owner/model.gguf", "-x/y"])
-def test_neither_folder_nor_hub_id(model):
-    refused(model, "no hub id either")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(llama):
-    refused(llama, "no CUDA device", device="cuda")
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("Say {description}: {hypothesis}", "a space before {hypothesis}"),
-        ("Say {description}\t{hypothesis}", "a space before {hypothesis}"),
-        ("Say {description}", "0 {hypothesis} slots"),
-        ("{hypothesis}{hypothesis}", "2 {hypothesis} slots"),
-        ("{hypothesis} is what was said", "goes on after"),
-        ("{descriptoin}\n{hypothesis}", "did you mean {description}"),
-    ],
-)
-def test_bad_templates(llama, tmp_path, text, match):
-    template = tmp_path / "template.txt"
-    template.write_text(text)
-    refused(llama, match, template=str(template))
-
-
-def test_missing_template(llama):
-    refused(llama, "cannot be read", template="/no/such/template.txt")
-
-
-def test_all_faults_are_reported_at_once(llama, tmp_path):
-    folder = damaged(llama, tmp_path)
-    (folder / "model.safetensors").unlink()
-    (folder / "tokenizer.json").unlink()
-    edit(folder / "config.json", auto_map={})
-    assert len(check_llm_folder(config(folder, template="/no/such"))) == 4
-    bad = LLMConfig(model="", quantization="nf3", device="gpu", compute_dtype="half", chat="yes", token_budget=0)
-    assert len(bad.validate()) == 6
-    with pytest.raises(LLMError, match="nf3"):
-        load_llm(bad)
-    assert LLMConfig(model="x").validate() == []
+# ---------------------------------------------------------------- the start-up check
 
 
 def test_a_model_that_disagrees_with_its_plain_forward_is_refused(llama, monkeypatch):
@@ -555,106 +356,64 @@ def test_an_llm_that_does_not_take_tries_goes_on_without(llama, monkeypatch):
 
     monkeypatch.setattr(PackedBatch, "trie_mask", unmasked)
     said: list[str] = []
-    monkeypatch.setattr("nemo_llm_feedback.llm.scorer.logger.warning", said.append)
+    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: said.append(message % values))
     llm = load_llm(config(llama))
     assert llm.engine.sharing.name == "PROMPT"
     assert any("trie-shaped" in message for message in said)
     assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx([naive(llm, COFFEE, t) for t in TEXTS], abs=1e-4)
 
 
+def test_a_window_that_the_config_does_not_declare_is_noticed_when_rows_grow_beyond_it(tmp_path, monkeypatch):
+    """GPT-Neo's local layers count keys, not positions: right in a short check, wrong in long packed rows."""
+    import transformers
+
+    folder = make_tiny_llm(tmp_path)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "initializer_range": 0.3}
+    settings = transformers.GPTNeoConfig(
+        **sizes,
+        vocab_size=400,
+        window_size=80,
+        attention_types=[[["global", "local"], 1]],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folder)
+    said: list[str] = []
+    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: said.append(message % values))
+    llm = load_llm(config(folder))
+    assert llm.engine.sharing.name == "TRIE"
+    texts = [f"{text} and some words {n}" for n in range(3) for text in TEXTS]
+    assert flat(llm.score([(COFFEE, texts)])) == pytest.approx([naive(llm, COFFEE, t) for t in texts], abs=1e-3)
+    assert llm.engine.sharing.name == "PROMPT"
+    assert said == [
+        "Long rows score otherwise than in a plain forward: from now on hypotheses share their prompt only."
+    ]
+
+
+def test_longer_rows_are_compared_with_a_plain_forward_once(llama, monkeypatch):
+    llm = load_llm(config(llama))
+    plain, calls = llm.engine.plain_score, []
+    monkeypatch.setattr(llm.engine, "plain_score", lambda *args: calls.append(args) or plain(*args))
+    llm.score([(HOME, ["milk"])])
+    assert not calls  # shorter than the start-up check's
+    llm.score([(HOME, ["milk"]), (COFFEE, TEXTS)])
+    assert {prompt for prompt, _ in calls} == {llm.encoder.encode_prompt(COFFEE)}
+    before = len(calls)
+    llm.score([(COFFEE, [text + " a" for text in TEXTS[1:]])])
+    assert len(calls) == before
+    longest = Context("word " * 60)
+    assert math.isnan(flat(llm.score([(longest, ["latte " * 400]), (HOME, ["milk"])]))[0])  # nothing to compare there
+    assert len(calls) == before
+
+
 def test_weights_that_are_not_finite_are_refused(llama, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = damaged(llama, tmp_path)
+    folder = Path(shutil.copytree(llama, tmp_path / "llm"))
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LLMError, match="start-up check"):
         load_llm(config(folder))
-
-
-# ---------------------------------------------------------------- identity and memory
-
-
-def test_identity_tells_apart_what_changes_scores(llama, tmp_path, scorer):
-    template = tmp_path / "t.txt"
-    template.write_text("{description}\n{hypothesis}")
-    other = make_tiny_llm(tmp_path / "other", seed=1)
-    moved = damaged(llama, tmp_path)
-    variants = [
-        config(llama, quantization="nf4"),
-        config(llama, compute_dtype="bfloat16"),
-        config(llama, template=str(template)),
-        config(llama, max_context_tokens=100),
-        config(other),
-    ]
-    identities = [scorer.identity, *(load_llm(variant).identity for variant in variants)]
-    assert len(set(identities)) == len(identities)
-    assert load_llm(config(moved, token_budget=5)).identity == scorer.identity
-
-
-def test_memory_estimate_is_close(tmp_path):
-    folder = make_tiny_llm(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
-    for kind in ("none", "nf4", "int8"):
-        settings = config(folder, quantization=kind)
-        actual = load_llm(settings)._model.get_memory_footprint()
-        assert estimate_memory(folder, settings, compute_bytes=4) == pytest.approx(actual, rel=0.1)
-
-
-# ---------------------------------------------------------------- pinned revisions, and folders that look like hub ids
-
-
-def test_hub_ids_without_a_commit_are_named_with_theirs(hub, monkeypatch, caplog):
-    home, commit = hub
-    snapshot = home / "hub" / "models--someone--tiny" / "snapshots" / commit
-    monkeypatch.setattr("nemo_llm_feedback.llm.folder._snapshot", lambda config, *, local_only: snapshot)
-    for revision in (None, "v2", commit[:12]):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            assert open_llm(config("someone/tiny", revision=revision)).identity.startswith(f"someone/tiny@{commit}")
-        expected = f"revision {revision or 'main'} may be another model tomorrow. This run uses commit {commit}"
-        assert expected in caplog.text
-    caplog.clear()
-    open_llm(config("someone/tiny", revision=commit))
-    assert "not pinned" not in caplog.text
-
-
-def test_folders_are_told_apart_by_their_files_even_where_they_look_like_hub_ids(llama, tmp_path, monkeypatch, caplog):
-    for seed in (1, 2):
-        make_tiny_llm(tmp_path / str(seed) / "someone" / "lm", seed=seed)
-    identities = set()
-    for seed in (1, 2):
-        monkeypatch.chdir(tmp_path / str(seed))
-        with caplog.at_level(logging.WARNING):
-            identities.add(load_llm(config("someone/lm")).identity)
-    assert len(identities) == 2
-    assert all(identity.startswith("sha256:") for identity in identities)
-    assert "not pinned" not in caplog.text
-
-
-def test_generation_code_in_a_checkpoint_is_not_run(llama, tmp_path):
-    folder = tmp_path / "lm"
-    shutil.copytree(llama, folder)
-    (folder / "custom_generate").mkdir()
-    marker = tmp_path / "ran"
-    (folder / "custom_generate" / "generate.py").write_text(
-        f"open({str(marker)!r}, 'w')\ndef generate(*a, **k): ...\n"
-    )
-    with contextlib.suppress(LLMError):  # refusing it is as good as ignoring it
-        load_llm(config(folder)).score([(HOME, ["milk"])])
-    assert not marker.exists()
-
-
-def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors.torch import save_file
-
-    from nemo_llm_feedback.llm import folder
-
-    monkeypatch.setattr(folder, "_WHOLE", 0)
-    tensors = {f"layer.{k}": torch.zeros(5000) for k in range(5)}
-    seen = set()
-    for changed in (None, *tensors):
-        values = {name: value + (name == changed) for name, value in tensors.items()}
-        save_file(values, tmp_path / "model.safetensors")
-        seen.add(folder.fingerprint(tmp_path))
-    assert len(seen) == 6

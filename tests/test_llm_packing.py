@@ -10,6 +10,8 @@ import torch
 import transformers
 from tiny_llm import ARCHITECTURES, make_tiny_llm
 
+from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.llm import head
 from nemo_llm_feedback.llm.engine import Engine, Sharing
 from nemo_llm_feedback.llm.packing import PackedBatch, Row, batch_rows, plan_rows
 
@@ -69,10 +71,10 @@ def test_short_windows_run_as_sequences_and_long_ones_as_tries(tmp_path):
 def test_recurrent_models_and_unknown_heads_run_whole_rows(tmp_path, monkeypatch):
     assert Engine(load(make_tiny_llm(tmp_path / "m", architecture="mamba")), token_budget=64).sharing is Sharing.NONE
     model = load(make_tiny_llm(tmp_path / "l"))
-    head = model.forward
+    forward = model.forward
 
     def odd(*args, **kwargs):
-        out = head(*args, **kwargs)
+        out = forward(*args, **kwargs)
         out.logits = out.logits.square()
         return out
 
@@ -109,6 +111,59 @@ def test_prompts_run_once_for_the_whole_run(llama):
     before = engine.tokens_run
     assert engine.score([request])[0] == pytest.approx(first[0], abs=1e-5)
     assert engine.tokens_run - before == unique_nodes(request[1])
+
+
+def test_an_old_prompt_makes_room_for_a_new_one(llama, monkeypatch):
+    engine = Engine(llama, token_budget=64)
+    old, new = (3, 4, 5), (6, 7, 8)
+    engine.score([(old, [(9, 1)])])
+    run = engine._hidden
+
+    def fails_beside_the_old_one(**inputs):
+        if engine._prefixes.get(old) is not None:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(**inputs)
+
+    monkeypatch.setattr(engine, "_hidden", fails_beside_the_old_one)
+    assert engine.score([(new, [(9, 1)])]) == [[pytest.approx(engine.plain_score(new, (9, 1)), abs=1e-4)]]
+    assert engine._prefixes.get(old) is None
+    assert engine.token_budget == 64
+
+
+def test_memory_that_never_suffices_is_an_error_even_for_many_answers_of_one_token(llama, monkeypatch):
+    engine = Engine(llama, token_budget=64)
+
+    def fails(**inputs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "_hidden", fails)
+    with pytest.raises(LLMError, match="Out of memory"):  # they are one row, which no budget splits
+        engine.score([((3, 4), [(5,), (6,), (7,)])])
+    monkeypatch.setattr(llama, "forward", fails)
+    with pytest.raises(LLMError, match="Out of memory"):
+        engine.plain_score((3, 4), (5, 1))
+
+
+def test_whole_rows_ask_the_head_for_scored_positions_only_a_chunk_at_a_time(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(head, "_CHUNK", 4)
+    asked: list[int] = []
+
+    def count(module, inputs, output):
+        asked.append(inputs[0].shape[:-1].numel())
+
+    prompt, texts = tuple(range(3, 33)), [tuple(range(40, 46)), (50, 1)]
+    mamba = load(make_tiny_llm(tmp_path, architecture="mamba"))
+    engine = Engine(mamba, token_budget=4096)
+    with mamba.get_output_embeddings().register_forward_hook(count):
+        scores = engine.score([(prompt, texts)])[0]
+    assert sum(asked) == sum(map(len, texts))
+    assert max(asked) <= 4
+    for model, expected in ((mamba, scores), (llama, Engine(llama, token_budget=64).score([(prompt, texts)])[0])):
+        engine = Engine(model, token_budget=4096)
+        asked.clear()
+        with model.get_output_embeddings().register_forward_hook(count):
+            assert [engine.plain_score(prompt, ids) for ids in texts] == pytest.approx(expected, abs=1e-4)
+        assert asked == list(map(len, texts))  # of 30 positions of the prompt only the last
 
 
 @pytest.mark.parametrize("max_nodes", [0, 1, 7, 10_000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_llm_feedback.metrics import score_corpus
-from nemo_llm_feedback.model_card import write_model_card
+from nemo_llm_feedback.model_card import public_name, write_model_card
 from nemo_llm_feedback.normalize import basic
 
 FACTS = {
@@ -48,6 +48,16 @@ def test_without_measurements_it_says_so(tmp_path: Path) -> None:
     text = write_model_card(tmp_path / "m.nemo", facts={"base": "b.nemo"}).read_text()
     assert "nothing was measured" in text
     assert "Language model (" not in text
+
+
+def test_a_local_folder_of_the_llm_is_shown_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "private" / "lm").mkdir(parents=True)
+    facts = FACTS | {"llm": str(tmp_path / "private" / "lm")}
+    text = write_model_card(tmp_path / "m.nemo", facts=facts).read_text()
+    assert "training only): `lm`" in text
+    assert "private" not in text
+    assert public_name("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert public_name("/gone/folder/lm") == "lm"
 
 
 def test_names_cannot_break_out(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from nemo_llm_feedback.report import (
     save_report,
     write_report,
 )
+from nemo_llm_feedback.report.page import _with_base
 from nemo_llm_feedback.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.report.utterances import list_utterances
 from nemo_llm_feedback.report.words import align, diff_pieces
@@ -38,6 +39,7 @@ ATTACK = "<img src=x onerror=document.title='taken'>"
 TEXTS = ["a latte with soy", "one mocha to go", "thank you very much"]
 BASE = ["a lada with soy", "one moka to", "thank you much"]
 ADAPTED = ["a latte with soy", "one mocha two go", "thank you very very much"]
+COMMAND = ["adapt", "a=1 b", "llm.token=sk-9 9", "--api-key", "sk-9", "--x", "1"]
 ENTITIES = [[{"text": "latte", "type": "drink"}, "soy"], ["mocha"], []]
 
 
@@ -168,12 +170,13 @@ def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"neither report_data\.json nor"):
         rebuild(tmp_path)
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "feedback/length_ratio": 1.0}\n{"step": 2')
-    (tmp_path / "run.json").write_text('{"command": ["/x/nlf", "adapt", "a=1"], "versions": {"torch": "9.9"}}')
+    (tmp_path / "run.json").write_text(json.dumps({"command": ["/x/nlf", *COMMAND], "versions": {"torch": "9.9"}}))
     (tmp_path / "settings.yaml").write_text("reward:\n  api_key: sk-123\n  alpha: 1\n")
     source = rebuild(tmp_path).read_text(encoding="utf-8")
     assert "Length ratio" in source
     assert "The run has not finished" in source
-    assert "nlf adapt a=1" in source
+    assert "nlf adapt 'a=1 b' 'llm.token=(hidden)' --api-key '(hidden)' --x 1" in visible(source)  # for a shell
+    assert "sk-9" not in source
     assert "9.9" in source
     assert "sk-123" not in source
     (tmp_path / "report_data.json").write_text('{"format": 0}')
@@ -192,7 +195,16 @@ def test_the_report_of_an_adaptation(rows: list[Row], comparison: Comparison, tm
         normalizer="basic",
         facts={"base": "b.nemo", "llm": None, "steps": 3, "before": {"dev": {}}},
         settings={"llm": {"token": "hf_1", "model": "a/b"}, "x": [1, None]},
+        nbest={"dev": [(Member("a latte", {"reward": -7.125, "asr": -3.5}),), (), ()]},
     )
+    (tmp_path / "steps.jsonl").write_text('{"step": 4, "val/dev/wer": 33.0}\n')
+    source = write_report(data, tmp_path / "r.html", audio=False).read_text(encoding="utf-8")
+    assert "1-best of adapted" in source  # only the rows that have one
+    assert source.count("-best of adapted") == 1
+    assert "−7.12" in visible(source)
+    assert not data.sets["dev"].oracles
+    steps = [{"step": 4.0, "val/dev/wer": 33.0}]
+    assert _with_base(steps, data.sets) == [{"step": 0.0, "val/dev/wer": before.value("wer")}, *steps]
     assert data.facts == {"Base": "b.nemo", "Steps": "3"}
     assert "hf_1" not in data.settings
     assert data.sets["dev"].scores["adapted"].value("wer") == after.value("wer")
@@ -234,7 +246,7 @@ def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
     assert "$a_b$" in svg
     assert "var(--series-0)" in svg
     assert not re.search(r"#[0-9a-f]{6}", svg.replace("#000000", ""))
-    (tmp_path / "s.jsonl").write_text('{"loss": 1}\n{"step": 1, "feedback/k3_reference": NaN, "text": "x"}\n')
+    (tmp_path / "s.jsonl").write_text('{"loss": 1}\n{"step": 1, "feedback/kl_reference": NaN, "text": "x"}\n')
     assert curves(read_numbers(tmp_path / "s.jsonl")) == []
     assert curves(read_numbers(None)) == []
 
@@ -263,6 +275,7 @@ def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, r
     assert [c.after for c in without] == ["a tea"]  # the first is the same after normalisation
     assert set(without[0].scores) == {"asr"}
     assert without[0].scores["asr"][0] != without[0].scores["asr"][1]
+    assert {key for member in without[0].nbest for key in member.scores} == {"asr"}  # no reward, none shown
 
     def longest(groups: Any) -> RewardOutput:
         values = pad_groups([[float(len(text)) for text in g.texts] for g in groups])

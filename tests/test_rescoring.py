@@ -126,6 +126,9 @@ def test_pyctcdecode_is_rescored_where_it_is_installed(stock: Any) -> None:
     enable_rescoring(model, SHORT)
     model.change_decoding_strategy(decoding_cfg(model, strategy="pyctcdecode", beam_size=4), verbose=False)
     assert all("negative_length" in hyp.score_parts for hyp in decode(model, *encoded()))
+    timed = OmegaConf.merge(decoding_cfg(model, strategy="pyctcdecode", beam_size=4), {"compute_timestamps": True})
+    model.change_decoding_strategy(timed, verbose=False)  # whose search raises where it is asked for times
+    assert all("word" in hyp.timestamp for hyp in decode(model, *encoded()) if hyp.text)
 
 
 @pytest.mark.parametrize(

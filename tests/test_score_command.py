@@ -118,6 +118,7 @@ def test_a_second_run_takes_all_from_the_cache_and_loads_no_llm(scored, flags, t
     assert "not loaded: every score was in the cache" in text
     assert "cache hit rate 100.0 %" in text
     assert text.count(" members)") == 1
+    assert "> best-rewarded, = the recogniser's own, ref the row's text" in text
     assert "groups with signal" in text
     for name in ("reward", "llm", "asr", "length"):
         assert f"{name:8} prefers the reference to every wrong member" in text
@@ -272,6 +273,7 @@ def test_training_from_a_cache_does_not_load_the_llm(nemo_file, tiny_llm, manife
     from nemo_llm_feedback.composition import compose_config
     from nemo_llm_feedback.jobs.adapt import adapt
     from nemo_llm_feedback.llm import scorer
+    from nemo_llm_feedback.records import STEPS_FILE, read_steps
 
     loads = []
     load = scorer.load_model
@@ -293,3 +295,6 @@ def test_training_from_a_cache_does_not_load_the_llm(nemo_file, tiny_llm, manife
     second = run("second", f"reward.cache={cache}")
     assert loads == [1]
     assert not (second.log_dir / "llm_scores.sqlite").exists()
+    rates = [line.get("feedback/cache_hit_rate") for line in read_steps(second.log_dir / STEPS_FILE)]
+    assert 1.0 in rates
+    assert set(rates) <= {None, 1.0}

@@ -6,8 +6,10 @@ import random
 
 import numpy as np
 import pytest
+from tiny_llm import make_tiny_llm
 
 from nemo_llm_feedback.config import LLMConfig
+from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness, rank_terms
 from nemo_llm_feedback.llm.view import LLMView, restored
 from nemo_llm_feedback.rewards import LLMReward
@@ -48,10 +50,29 @@ def test_the_choice_is_the_same_for_every_order_of_the_group_and_keeps_distracto
     assert rank_terms(terms, set(texts), max_terms=40) == first
     assert len(first) == len(set(first)) == 40
     order = np.argsort(-likeness(terms, texts), kind="stable")
-    assert first[:30] == tuple(terms[n] for n in order[:30])
-    places = [terms.index(term) for term in first[30:]]
+    near = [terms[n] for n in order[:30]]
+    assert [term for term in first if term in near] == near
+    assert [term in near for term in first] == [True, True, True, False] * 10  # so wherever a prompt is cut
+    places = [terms.index(term) for term in first if term not in near]
     assert places == sorted(places)  # distractors, at equal distances over the list
     assert max(np.diff(places)) < 2 * min(np.diff(places))
+
+
+def test_a_catalogue_of_five_thousand_fits_a_small_prompt_with_what_was_said_and_distractors(tmp_path):
+    scorer = open_llm(
+        LLMConfig(str(make_tiny_llm(tmp_path)), quantization="none", device="cpu", max_context_tokens=200)
+    )
+    terms, draw = catalogue(5000), random.Random(2)
+    spoken = draw.sample(terms, 2)
+    texts = [f"can i have {misheard(spoken[0], draw)} and {misheard(spoken[1], draw)}" for _ in range(4)]
+    context = LLMView.of(LLMConfig("m"))(group(Context("an order", tuple(terms)), *texts)).context
+    assert len(context.terms) == 200
+    prompt = scorer.encoder.decode(scorer.encoder.encode_prompt(context))
+    assert len(scorer.encoder.encode_prompt(context)) <= 200
+    near = {terms[n] for n in np.argsort(-likeness(terms, texts), kind="stable")[:150]}
+    shown = [term for term in context.terms if f" {term}," in prompt]
+    assert set(spoken) <= set(shown)
+    assert 0.15 < sum(term not in near for term in shown) / len(shown) < 0.35
 
 
 def test_short_lists_stay_as_they_are_and_small_limits_work():

@@ -50,19 +50,29 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-step", action="store_true", help="leave the training step out")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VARIANT", help="leave these out, e.g. nemo_expanded")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
     nemo_logging.setLevel(logging.ERROR)
     shape = options.shape or ("small" if options.small else "full")
-    found = benchmark(options.family, shape, options.device, rounds=options.rounds, step=not options.no_step)
+    variants = variants_of(options.family, options.device)
+    unknown = set(options.skip) - variants.keys()
+    if unknown:
+        parser.error(f"--skip {', '.join(sorted(unknown))}: {options.family} has {', '.join(variants)}.")
+    names = [name for name in variants if name not in options.skip]
+    found = benchmark(
+        options.family, shape, options.device, names=names, rounds=options.rounds, step=not options.no_step
+    )
     print(table(found))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def benchmark(family: str, shape: str, device: str, *, rounds: int, step: bool) -> dict[str, Any]:
+def benchmark(
+    family: str, shape: str, device: str, *, names: Sequence[str], rounds: int, step: bool
+) -> dict[str, Any]:
     """All figures of one family: ``problem``, ``seconds``, ``mebibytes``, ``checks`` and ``ratios``."""
-    variants = variants_of(family, device)
+    variants = {name: run for name, run in variants_of(family, device).items() if name in names}
     memory = {name: peak_mb(family, shape, device, name) for name in variants}  # before this process has run anything
     problem = make_problem(family, SHAPES[shape], device=device)
     checks = compare(problem, variants)

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a Lightning .ckpt of a run, or a .nemo")
     parser.add_argument("--base", help=".nemo that the .ckpt was trained from, if it has moved since")
     parser.add_argument("--output", help="where to write; default: beside the checkpoint")
+    parser.add_argument(
+        "--manifest", help="labelled rows: before/after for the model card, which is written beside it"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,5 +24,5 @@ def run(options: argparse.Namespace) -> int:
     from nemo_llm_feedback.jobs.export import export
 
     quiet_nemo()
-    print(export(options.checkpoint, base=options.base, output=options.output))
+    print(export(options.checkpoint, base=options.base, output=options.output, manifest=options.manifest))
     return 0

@@ -45,15 +45,10 @@ class RunConfig:
             )
         proposals = self.proposals
         others = proposals.beam or proposals.boosted or proposals.term_swap or proposals.llm_correction
-        if self.objective.name == "mwer" and self.objective.correction == "proposal" and others:
+        if self.wants_samples and others:
+            key = f"name={self.objective.name}" if self.objective.name in SAMPLED_OBJECTIVES else "correction=proposal"
             faults.append(
-                "objective.correction=proposal needs groups of samples only: "
-                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
-                "proposals.samples=8."
-            )
-        if self.objective.name in SAMPLED_OBJECTIVES and others:
-            faults.append(
-                f"objective.name={self.objective.name} is unbiased only for samples: "
+                f"objective.{key} is unbiased only for samples: "
                 "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
                 "proposals.samples=8."
             )
@@ -67,6 +62,12 @@ class RunConfig:
     def scores_in_phases(self) -> bool:
         """Whether the LLM scores the whole pool at once at the start of every refresh round."""
         return self.llm is not None and self.llm.phase == "cached" and self.needs_llm
+
+    @property
+    def wants_samples(self) -> bool:
+        """Whether the objective is an estimate over samples of the policy, for which members of a beam are none."""
+        weighted = self.objective.name == "mwer" and self.objective.correction == "proposal"
+        return weighted or self.objective.name in SAMPLED_OBJECTIVES
 
     @property
     def needs_reward(self) -> bool:

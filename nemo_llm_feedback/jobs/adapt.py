@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,11 +25,11 @@ from nemo_llm_feedback.jobs.plan import plan_text
 from nemo_llm_feedback.jobs.start import check_room, experiment, record_start
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
-from nemo_llm_feedback.model_card import write_model_card
+from nemo_llm_feedback.model_card import public_name, write_model_card
 from nemo_llm_feedback.models import restore
 from nemo_llm_feedback.records import RESULT_FILE, FolderLock, write_json
 from nemo_llm_feedback.report import adaptation_report, save_report, write_report
-from nemo_llm_feedback.report.changes import judged_changes
+from nemo_llm_feedback.report.changes import judged_changes, own_nbest
 from nemo_llm_feedback.tables import build_table
 from nemo_llm_feedback.training.guards import Look
 from nemo_llm_feedback.training.hypothesis_log import HypothesisLog
@@ -89,46 +90,56 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     trainer = pl.Trainer(**trainer_settings(cfg))
     log_dir = Path(exp_manager(trainer, manager))
     model.set_trainer(trainer)
-    lock = _own_folder(cfg, log_dir, trainer)
-    prepare_model(model, cfg, validation)
-    model.setup_feedback(with_sample_rate(cfg, model), work_dir=log_dir)
-    logging.info(plan_text(model, config, source=base, log_dir=log_dir))
+    with _own_folder(cfg, log_dir, trainer):
+        prepare_model(model, cfg, validation)
+        model.setup_feedback(with_sample_rate(cfg, model), work_dir=log_dir)
+        logging.info(plan_text(model, config, source=base, log_dir=log_dir))
+        watchman = _watchman(model, config, guard)
+        before, after, pool = _train(model, config, cfg, watchman, validation=validation, log_dir=log_dir)
+        target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
+        model._adaptation_facts = _facts(config, base, before, after, int(trainer.global_step))
+        model.save_to(str(target))
+        changed = [(a, b) for _, a, b in pool if a != b]
+        result = AdaptResult(target, log_dir, before, after, changed, watchman.reason, watchman.share, watchman.looks)
+        if is_global_rank_zero():
+            _write_reports(result, model, config, tree, validation, pool)
+            write_json(log_dir / RESULT_FILE, _result_json(result))
+    return result
 
-    watchman = _watchman(model, config, guard, log_dir)
+
+def _train(
+    model: Any,
+    config: RunConfig,
+    cfg: DictConfig,
+    watchman: Watchman,
+    *,
+    validation: Mapping[str, list[Row]],
+    log_dir: Path,
+) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], list[tuple[Row, str, str]]]:
+    """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
+    trainer, finish, step_log = model.trainer, Finish(watchman), StepLog(log_dir)
     trainer.callbacks += [HypothesisLog(config.feedback.log_hypotheses_every), watchman]
     if validation:
-        trainer.callbacks += [EntityValidation(validation, config.context.load(), config.feedback.normalizer)]
-    step_log = StepLog(log_dir)
+        trainer.callbacks += [EntityValidation(validation, config)]
     trainer.loggers = [*trainer.loggers, StepLogger(step_log)]
     trainer.callbacks.insert(0, step_log)
     # exp_manager's comes first, and would write checkpoints that lack what the others do after this step.
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, pl.callbacks.Checkpoint))
-    finish = Finish(watchman)
     trainer.callbacks.append(finish)
     # One rank evaluates; nothing here is shared work.
-    validation, pool = (validation, _pool_sample(model, config)) if is_global_rank_zero() else ({}, [])
-    before, pool_before = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
+    sets, pool = (validation, _pool_sample(model, config)) if is_global_rank_zero() else ({}, [])
+    before, pool_before = _evaluate(model, sets, cfg, config), transcribe_rows(model, pool)
     trainer.fit(model)
     if not finish.done:
         # Killed after its last step: Lightning finds nothing left to run and calls none of these.
         watchman.on_train_start(trainer, model)
         finish.on_train_end(trainer, model)
-    reader = model._feedback.reader
     logging.info(
-        f"{len(reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
+        f"{len(model._feedback.reader.seen)} different unlabeled rows were read; rows that no loader could decode are "
+        "not in it."
     )
-    after, pool_after = _evaluate(model, validation, cfg, config), transcribe_rows(model, pool)
-
-    target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
-    model._adaptation_facts = _facts(config, base, before, after, int(trainer.global_step))
-    model.save_to(str(target))
-    changed = [(a, b) for a, b in zip(pool_before, pool_after, strict=True) if a != b]
-    result = AdaptResult(target, log_dir, before, after, changed, watchman.reason, watchman.share, watchman.looks)
-    if is_global_rank_zero():
-        _write_reports(result, model, config, tree, validation, (pool, pool_before, pool_after))
-        write_json(log_dir / RESULT_FILE, _result_json(result))
-    lock.release()
-    return result
+    after, pool_after = _evaluate(model, sets, cfg, config), transcribe_rows(model, pool)
+    return before, after, list(zip(pool, pool_before, pool_after, strict=True))
 
 
 def summary(result: AdaptResult) -> str:
@@ -157,7 +168,7 @@ def _write_reports(
     config: RunConfig,
     settings: Mapping[str, Any],
     validation: Mapping[str, list[Row]],
-    pool: tuple[list[Row], list[str], list[str]],
+    pool: list[tuple[Row, str, str]],
 ) -> None:
     """Writes ``report.html`` into the run's folder and the model card beside the checkpoint."""
     data = adaptation_report(
@@ -169,8 +180,12 @@ def _write_reports(
         normalizer=config.feedback.normalizer,
         facts=model._adaptation_facts,
         settings=settings,
-        changes=judged_changes(model, *pool),
-        surveyed=len(pool[0]),
+        nbest={
+            name: own_nbest(model, rows, result.before[name].hypotheses, result.after[name].hypotheses)
+            for name, rows in validation.items()
+        },
+        changes=judged_changes(model, [row for row, _, _ in pool], [a for _, a, _ in pool], [b for _, _, b in pool]),
+        surveyed=len(pool),
     )
     save_report(data, result.log_dir)
     write_report(data, result.log_dir / "report.html", audio=bool(settings.get("report_audio", True)))
@@ -188,13 +203,19 @@ def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> FolderLo
     lock = FolderLock(log_dir)
     if is_global_rank_zero():
         if not lock.held:
+            lock.release()
             raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
         record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
     return lock
 
 
-def _watchman(model: Any, config: RunConfig, guard: list[Row], log_dir: Path) -> Watchman:
+def _watchman(model: Any, config: RunConfig, guard: list[Row]) -> Watchman:
     """Looks at held-out rows, or, of a pool too small or tarred, at rows that are also trained on."""
+    if config.parameters.lr_candidates and model.trainer.world_size > 1:
+        # A trial runs outside Lightning, which joins the gradients of several.
+        raise ConfigError(
+            "parameters.lr_candidates needs a run of one process: choose there, then set model.optim.lr."
+        )
     staged = model._feedback.staged
     rows = list(staged.held_out)
     if config.guards.every and not rows:
@@ -209,7 +230,6 @@ def _watchman(model: Any, config: RunConfig, guard: list[Row], log_dir: Path) ->
         guard,
         start=snapshot(model),
         parameters=config.parameters,
-        folder=log_dir,
     )
 
 
@@ -240,14 +260,12 @@ def _evaluate(
 
 def _facts(config: RunConfig, source: Path, before: Any, after: Any, steps: int) -> dict[str, Any]:
     """Inert metadata for the exported configuration."""
-    import hashlib
-
     context = config.context.load()
     digest = hashlib.sha256(json.dumps([context.description, context.terms]).encode()).hexdigest()
     return {
         "plugin": f"nemo_llm_feedback {__version__}",
         "base": source.name,
-        "llm": config.llm.model if config.llm and config.needs_llm else None,
+        "llm": public_name(str(config.llm.model)) if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
         "steps": steps,
         "context_sha256": digest,

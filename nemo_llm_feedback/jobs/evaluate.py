@@ -211,7 +211,7 @@ def _decode(
     )
     if len(decoded.failures) == len(rows):
         raise ManifestError(f"{name} failed on all {len(rows)} rows, e.g. {next(iter(decoded.failures.values()))}")
-    nbest = tuple(tuple(Member(text) for text in texts) for texts in decoded.nbest)
+    nbest = tuple(tuple(Member(text, {"asr": logp}) for text, logp in members) for members in decoded.nbest)
     return System(name, decoded.texts, nbest, decoded.rtfx), decoded.failures
 
 

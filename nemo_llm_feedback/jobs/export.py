@@ -1,4 +1,4 @@
-"""Turns a training checkpoint into a plain ``.nemo``."""
+"""Turns a training checkpoint into a plain ``.nemo`` with a model card beside it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,90 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 
+from nemo_llm_feedback import __version__
 from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.errors import CheckpointError
+from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
 from nemo_llm_feedback.feedback import CHECKPOINT_KEY
+from nemo_llm_feedback.jobs.inputs import labelled_rows
 from nemo_llm_feedback.lora import inject
+from nemo_llm_feedback.manifests import Row
+from nemo_llm_feedback.metrics import CorpusScores
+from nemo_llm_feedback.model_card import write_model_card
 from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.types import Context
+
+_NORMALIZER = "basic"
 
 
-def export(checkpoint: str | Path, *, base: str | Path | None = None, output: str | Path | None = None) -> Path:
-    """Writes the plain ``.nemo`` of a checkpoint.
+def export(
+    checkpoint: str | Path,
+    *,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    manifest: str | Path | None = None,
+) -> Path:
+    """Writes the plain ``.nemo`` of a checkpoint and its model card.
 
     Args:
         checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target).
         base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of
             this plugin names its own; it is needed where that file has moved.
         output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None.
+        manifest: labelled rows on which base and export are scored for the card; None = the card has what the
+            checkpoint says of itself, which a ``.ckpt`` does not.
 
     Returns:
-        The path written.
+        The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
 
     Raises:
         CheckpointError: unusable files, a missing base, or weights of another model.
+        ManifestError: the manifest cannot be read or has rows without text.
     """
     source = Path(checkpoint).expanduser()
     if not source.is_file():
         raise CheckpointError(f"{checkpoint}: no such file.")
     target = Path(output).expanduser() if output else source.with_suffix(".nemo")
+    rows = labelled_rows(str(manifest)) if manifest else {}
     if source.suffix == ".nemo":
-        supported_class(read_config(source), origin=source)
-        restore(source, map_location="cpu").save_to(str(target))
-        return target
+        config = read_config(source)
+        supported_class(config, origin=source)
+        if rows and not base:
+            raise CheckpointError(f"{checkpoint} is scored against its base: add --base BASE.nemo.")
+        model, facts = restore(source, map_location="cpu"), dict(config.get("adaptation") or {})
+    else:
+        model, base, facts = _trained(source, base)
+        model._adaptation_facts = facts
+    model.save_to(str(target))
+    if rows or target != source or not target.with_suffix(".md").is_file():
+        before = _scores(restore(str(base), map_location="cpu"), rows) if rows else {}
+        write_model_card(target, facts=facts, before=before, after=_scores(model, rows), normalizer=_NORMALIZER)
+    return target
+
+
+def _trained(source: Path, base: str | Path | None) -> tuple[Any, str | Path, dict[str, Any]]:
+    """The model of a Lightning checkpoint, its base, and what is known of how it was made."""
     content = _read_lightning(source)
     base = base or content.get(CHECKPOINT_KEY, {}).get("base")
     if not base:
-        raise CheckpointError(f"{checkpoint} does not name its base: add --base BASE.nemo, what it was trained from.")
+        raise CheckpointError(f"{source} does not name its base: add --base BASE.nemo, what it was trained from.")
     model, weights = restore(base, map_location="cpu"), content["state_dict"]
     if any(".lora_" in name for name in weights):
         inject(model, **content[CHECKPOINT_KEY]["lora"])
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint} does not fit {base}: {str(error).splitlines()[0]}") from None
-    model.save_to(str(target))
-    return target
+        raise CheckpointError(f"{source} does not fit {base}: {str(error).splitlines()[0]}") from None
+    facts = {"plugin": f"nemo_llm_feedback {__version__}", "base": Path(base).name}
+    return model, base, facts | {"steps": int(content.get("global_step", 0))}
+
+
+def _scores(model: Any, rows: dict[str, list[Row]]) -> dict[str, CorpusScores]:
+    """Set → scores of greedy transcripts."""
+    return {
+        name: score_rows(own, transcribe_rows(model, own), run_context=Context(), normalizer=_NORMALIZER)
+        for name, own in rows.items()
+    }
 
 
 def _read_lightning(path: Path) -> dict[str, Any]:

@@ -54,8 +54,14 @@ def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
 
 
 def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    """Keyword arguments of Lightning's trainer."""
+    """Keyword arguments of Lightning's trainer.
+
+    Raises:
+        ConfigError: half precision, whose gradient scaler overflows on purpose and fails where all gradients are gone.
+    """
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    if str(settings.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise ConfigError(f"trainer.precision={settings['precision']} is not supported: use bf16-mixed, or 32.")
     if not cfg.model.validation_ds.get("manifest_filepath"):
         # Lightning refuses a step interval longer than the data when there is nothing to validate.
         settings.update(limit_val_batches=0, val_check_interval=None, check_val_every_n_epoch=1)

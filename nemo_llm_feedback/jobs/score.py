@@ -202,7 +202,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         show: rows whose N-best is printed; 0 = none.
         members: of each, the best-rewarded ones; greedy is always among them.
     """
-    lines: list[str] = []
+    lines = ["> best-rewarded, = the recogniser's own, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.groups))):
         lines += [_group_text(report, i, members), ""]
     sizes = [len(g.group) for g in report.groups]

@@ -22,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback import __version__
 from nemo_llm_feedback.config.faults import listing
 from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.records import RESULT_FILE, RUN_FILE, SETTINGS_FILE, collect, in_use, write_json
+from nemo_llm_feedback.records import RESULT_FILE, RUN_FILE, SETTINGS_FILE, collect, in_use, newest, write_json
 
 # Rank 0's choice, for the ranks that Lightning starts as copies of this process.
 _CHOICE = "NEMO_LLM_FEEDBACK_RUN"
 _LIBRARIES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes")
-# A checkpoint holds the weights and AdamW's two moments; the newest two are there while one is written.
-_COPIES_RUN, _COPIES_OUTPUT, _COPIES_TEMPORARY = 2 * 3 + 1, 2, 3
+# A checkpoint holds the weights, AdamW's two moments and the best weights; two are there while one is written.
+_COPIES_RUN, _COPIES_OUTPUT, _COPIES_TEMPORARY = 2 * 4, 2, 4
 
 
 def check_room(folders: Mapping[str, Path], *, model_bytes: int) -> None:
@@ -138,18 +138,19 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> No
 
 def _unfinished(base: Path, settings: str) -> Path | None:
     """The newest folder of the same settings that has no result and no living process."""
-    if not is_global_rank_zero():
-        # Other ranks cannot know: rank 0 already holds the folder. Those that it started have its choice.
-        choice = os.environ.get(_CHOICE)
-        return base / choice if choice else None
+    first = is_global_rank_zero()
+    if not first and os.environ.get(_CHOICE):
+        return base / os.environ[_CHOICE]
     os.environ.pop(_CHOICE, None)
     folders = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if in_use(folder):
+        if first and in_use(folder):
             continue
-        collect(folder)
-        known = folder / SETTINGS_FILE
-        if not known.is_file() or (folder / RESULT_FILE).is_file():
+        if first:
+            collect(folder)
+        # A rank that the launcher started looks while rank 0, which may hold the folder already, moves its files.
+        known = newest(folder, SETTINGS_FILE)
+        if known is None or newest(folder, RESULT_FILE) is not None:
             continue
         if known.read_text(encoding="utf-8") == settings:
             os.environ[_CHOICE] = folder.name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.llm.head import Head
+from nemo_llm_feedback.llm.head import Head, chosen_logp
 from nemo_llm_feedback.llm.packing import Ids, PackedBatch, Row, batch_rows, plan_rows
 from nemo_llm_feedback.llm.prefix import Prefix, PrefixStore, joined_cache
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX_BYTES = 512 * 2**20  # keys and values of prompts that are kept
 _SLACK = {"cpu": 64, "cuda": 1024}  # tokens for which a forward costs about as much as for fewer
-_ROW_NODES = 256  # nodes of a trie in one row: attention within a row costs their square
+ROW_NODES = 256  # nodes of a trie in one row: attention within a row costs their square
 
 
 class Sharing(enum.IntEnum):
@@ -58,6 +59,7 @@ class Engine:
         self._prefixes = PrefixStore(_PREFIX_BYTES)
         with self._frozen():
             self._head = Head(self._model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.sharing, self._window = _allowed_sharing(self._model)
         if not self._head.exact:
             self.sharing = Sharing.NONE
@@ -86,19 +88,26 @@ class Engine:
             while any(pending):
                 for rows in self._batches(prompts, pending):
                     scores = self._try(rows)
-                    members = [member for row in rows for member in row.members]
                     if scores is None:
-                        self._make_room(len(members), sum(row.num_nodes for row in rows))
+                        self._make_room(rows)
                         break  # plan what is left anew, in smaller batches
+                    members = [member for row in rows for member in row.members]
                     for (request, n), score in zip(members, scores, strict=True):
                         sums[request][n] = score
                         del pending[request][n]
         return [[sums[i][n] for n in range(len(request[1]))] for i, request in enumerate(requests)]
 
     def plain_score(self, prompt: Ids, continuation: Ids) -> float:
-        """Returns the same as ``score`` for one continuation by one plain forward over prompt and continuation."""
+        """Returns the same as ``score`` for one continuation by one plain forward over prompt and continuation.
+
+        Raises:
+            LLMError: out of memory.
+        """
+        rows = [Row(prompt, ((0, 0),), (continuation,), len(prompt) + len(continuation))]
         with self._frozen():
-            return self._run_whole([Row(prompt, ((0, 0),), (continuation,), 0)])[0]
+            while (scores := self._try(rows, plain=True)) is None:
+                self._make_room(rows)
+        return scores[0]
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -114,7 +123,7 @@ class Engine:
                 continue
             longest = len(prompt) + max(map(len, continuations.values()))
             if self.sharing is Sharing.TRIE and longest <= self._window:
-                max_nodes = min(_ROW_NODES, self.token_budget)
+                max_nodes = min(ROW_NODES, self.token_budget)
                 tries += plan_rows(request, prompt, dict(continuations), max_nodes=max_nodes)
             else:
                 sequences += plan_rows(request, prompt, dict(continuations), max_nodes=0)
@@ -127,10 +136,12 @@ class Engine:
         slack = min(_SLACK[self._device.type], self.token_budget)
         return batch_rows(rows, token_budget=self.token_budget, slack=slack, mix_prompts=mix_prompts)
 
-    def _try(self, rows: Sequence[Row]) -> list[float] | None:
+    def _try(self, rows: Sequence[Row], *, plain: bool = False) -> list[float] | None:
         """Scores one batch; None when memory ran out."""
         try:
-            return self._run_whole(rows) if self.sharing is Sharing.NONE else self._run_packed(rows)
+            if plain or self.sharing is Sharing.NONE:
+                return self._run_whole(rows, own_head=plain or not self._head.exact)
+            return self._run_packed(rows)
         except torch.OutOfMemoryError:
             return None
         except RuntimeError as error:
@@ -138,19 +149,27 @@ class Engine:
                 raise
             return None
 
-    def _make_room(self, num_continuations: int, num_nodes: int) -> None:
-        """After an out-of-memory error: kept prompts go, and batches are halved for good."""
-        had_prefixes = len(self._prefixes) > 1
+    def _make_room(self, rows: Sequence[Row]) -> None:
+        """After an out-of-memory error: kept prompts go, and batches are halved for good.
+
+        Raises:
+            LLMError: neither can be done.
+        """
+        num_nodes, num_continuations = sum(r.num_nodes for r in rows), sum(len(r.continuations) for r in rows)
+        # The batch's own prompts would only be run and kept again.
+        own = sum(self._prefixes.get(prompt) is not None for prompt in {row.prompt for row in rows})
+        others = len(self._prefixes) - own
         self._prefixes.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if num_continuations == 1 and not had_prefixes:
+        smaller = max(1, min(self.token_budget, num_nodes) // 2)
+        if not others and (num_continuations == 1 or smaller == self.token_budget):
             raise LLMError(
                 "Out of memory while scoring a single hypothesis with the LLM: lower llm.max_context_tokens, use "
                 "llm.quantization=nf4, or a smaller LLM."
             )
         if num_continuations > 1:
-            self.token_budget = max(1, min(self.token_budget, num_nodes) // 2)
+            self.token_budget = smaller
             logger.warning("Out of memory while scoring: llm.token_budget is now %d.", self.token_budget)
 
     def _run_packed(self, rows: Sequence[Row]) -> list[float]:
@@ -203,21 +222,37 @@ class Engine:
             states.append(Prefix(length, layers, logp.clone()))
         return states
 
-    def _run_whole(self, rows: Sequence[Row]) -> list[float]:
-        """Scores rows of prompt + continuation with the model's own forward."""
+    def _run_whole(self, rows: Sequence[Row], *, own_head: bool) -> list[float]:
+        """Scores rows of prompt + continuation, each by itself.
+
+        Args:
+            rows: of one continuation each.
+            own_head: let the model compute its logits from the first scored position on, instead of those of the
+                scored positions only, a few hundred at a time.
+        """
         texts = [(*row.prompt, *row.continuations[0]) for row in rows]
         width = max(map(len, texts)) - 1
         ids = torch.tensor([[*text, *[0] * (width + 1 - len(text))] for text in texts])
-        places = torch.arange(width)[None]
-        mask = places < torch.tensor([len(text) - 1 for text in texts])[:, None]
-        scored = mask & (places >= torch.tensor([len(row.prompt) - 1 for row in rows])[:, None])
-        inputs, mask, scored = (t.to(self._device) for t in (ids, mask, scored))
-        self.tokens_run += inputs[:, :-1].numel()
-        logits = self._model(input_ids=inputs[:, :-1], attention_mask=mask.long(), use_cache=False).logits
-        picked = logits[scored].float()
-        targets = inputs[:, 1:][scored]
-        logp = torch.zeros(scored.shape, dtype=torch.float64, device=self._device)
-        logp[scored] = (picked.gather(1, targets[:, None]).squeeze(1) - picked.logsumexp(-1)).double()
+        places, firsts = torch.arange(width)[None], torch.tensor([len(row.prompt) - 1 for row in rows])
+        real = places < torch.tensor([len(text) - 1 for text in texts])[:, None]
+        scored = real & (places >= firsts[:, None])
+        targets = ids[:, 1:][scored].to(self._device)
+        inputs: dict[str, Any] = {
+            "input_ids": ids[:, :-1].to(self._device),
+            "attention_mask": real.long().to(self._device),
+            "use_cache": False,
+        }
+        self.tokens_run += inputs["input_ids"].numel()
+        if own_head:
+            if self._keeps_logits:
+                inputs["logits_to_keep"] = width - int(firsts.min())
+            logits = self._model(**inputs).logits
+            edges = chosen_logp(logits[scored[:, width - logits.shape[1] :].to(self._device)], targets)
+        else:
+            hidden = self._model.base_model(**inputs).last_hidden_state[scored.to(self._device)]
+            edges = self._head.edge_logp(hidden, torch.arange(len(hidden)), targets)
+        logp = torch.zeros(scored.shape, dtype=torch.float64)
+        logp[scored] = edges.cpu()
         return logp.sum(1).tolist()
 
     def _hidden(self, **inputs: Any) -> Tensor:

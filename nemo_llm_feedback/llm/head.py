@@ -82,5 +82,15 @@ class Head:
         return None
 
 
+def chosen_logp(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns [M] log p (natural log, float64) of target ids [M] under logits [M, V], a chunk in float32 at a time."""
+    parts = [torch.zeros(0, dtype=torch.float64, device=logits.device)]
+    for start in range(0, len(targets), _CHUNK):
+        chunk = logits[start : start + _CHUNK].float()
+        picked = chunk.gather(1, targets[start : start + _CHUNK, None]).squeeze(1)
+        parts.append((picked - chunk.logsumexp(-1)).double())
+    return torch.cat(parts)
+
+
 def _as_they_are(logits: Tensor) -> Tensor:
     return logits

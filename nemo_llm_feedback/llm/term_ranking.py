@@ -49,8 +49,8 @@ def rank_terms(
         distractors: share of them that is taken from the rest of the list at equal distances.
 
     Returns:
-        The likest terms, likest first and equal ones in the list's order, then the distractors in the list's order: a
-        prompt that is still too long loses those first.
+        The likest terms, likest first and equal ones in the list's order, with the distractors, in the list's order,
+        spread evenly among them: what a prompt that is still too long keeps has its share of distractors, too.
     """
     if len(terms) <= max_terms:
         return tuple(terms)
@@ -59,7 +59,10 @@ def rank_terms(
     order = np.argsort(-likeness(terms, texts), kind="stable").tolist()
     near, rest = order[: max_terms - num_others], sorted(order[max_terms - num_others :])
     others = [rest[(2 * n + 1) * len(rest) // (2 * num_others)] for n in range(min(num_others, len(rest)))]
-    return tuple(terms[n] for n in (*near, *dict.fromkeys(others)))
+    others = list(dict.fromkeys(others))
+    places = [(n + 1) / len(column) for column in (near, others) for n in range(len(column))]
+    mixed = [term for _, term in sorted(zip(places, near + others, strict=True), key=lambda item: item[0])]
+    return tuple(terms[n] for n in mixed)
 
 
 def likeness(terms: Sequence[str], texts: Iterable[str]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""By which scores a transcript changed: both texts judged by the run's reward, and the N-best that it was among."""
+"""By which scores a transcript changed: both texts judged by the run's reward, and the adapted model's N-best."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nemo_llm_feedback.manifests import Row, merge_context
 from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.reference import encode, evaluation_mode
 from nemo_llm_feedback.report.data import Change
+from nemo_llm_feedback.report.words import changed_words
 from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context, Hypothesis, HypothesisGroup
 
@@ -26,7 +27,7 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after
     """The rows whose normalised transcript changed, with the score parts of both texts.
 
     The acoustic part is log p(text | audio) under the frozen base, in nats, for both, so that the scores say what the
-    run's reward thinks of the change. The first `MAX_NBEST` also get the adapted model's own groups.
+    run's reward thinks of the change. The most changed also get an N-best, see :func:`own_nbest`.
 
     Args:
         model: after a run with feedback (its reference and reward are still there).
@@ -45,17 +46,45 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after
     chosen = [row for row, _, _ in pairs]
     rate = int(model.cfg.preprocessor.sample_rate)
     scores: list[dict[str, tuple[float, float]]] = [{} for _ in pairs]
-    nbest: list[tuple[Member, ...]] = [() for _ in pairs]
     run_context = state.config.context.load()
+    for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
+        contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
+        texts = [pairs[i][1:] for i in batch.indices]
+        for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
+            scores[i] = judged
+    nbest = own_nbest(model, chosen, [b for _, b, _ in pairs], [a for _, _, a in pairs])
+    return [Change(row, b, a, scores[i], nbest[i]) for i, (row, b, a) in enumerate(pairs)]
+
+
+@torch.no_grad()
+def own_nbest(
+    model: Any, rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
+) -> tuple[tuple[Member, ...], ...]:
+    """The adapted model's N-best with the reward and its parts, for the `MAX_NBEST` most changed rows.
+
+    Args:
+        model, rows, before, after: as in :func:`judged_changes`.
+
+    Returns:
+        One N-best a row, best reward first; empty for the other rows.
+    """
+    state = model._feedback
+    normalize = get_normalizer(state.config.feedback.normalizer)
+    changed = [changed_words(normalize(b), normalize(a)) for b, a in zip(before, after, strict=True)]
+    wanted = sorted((i for i, words in enumerate(changed) if words), key=lambda i: -changed[i])[:MAX_NBEST]
+    chosen = [rows[i] for i in wanted]
+    nbest: list[tuple[Member, ...]] = [() for _ in rows]
+    state.reference.to(model.device)
+    rate, run_context = int(model.cfg.preprocessor.sample_rate), state.config.context.load()
     with evaluation_mode(model):
         for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
-            contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
-            texts = [pairs[i][1:] for i in batch.indices]
-            for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
-                scores[i] = judged
-            for i, scored in _own_groups(model, chosen, batch, contexts):
-                nbest[i] = _members(scored, head=state.heads[0].name)
-    return [Change(row, b, a, scores[i], nbest[i]) for i, (row, b, a) in enumerate(pairs)]
+            contexts = tuple(merge_context(run_context, chosen[k].context) for k in batch.indices)
+            names = tuple(chosen[k].utterance for k in batch.indices)
+            audio = Audio(batch.signal, batch.signal_len, names, contexts)
+            groups = state.maker.make(audio, *encode(model, audio.signal, audio.signal_len))
+            for k, scored in zip(batch.indices, groups, strict=True):
+                nbest[wanted[k]] = _members(scored, head=state.heads[0].name, rewarded=state.maker.reward is not None)
+    return tuple(nbest)
 
 
 def _judge(
@@ -87,26 +116,9 @@ def _judge(
     ]
 
 
-def _own_groups(
-    model: Any, rows: Sequence[Row], batch: AudioBatch, contexts: Sequence[Context]
-) -> list[tuple[int, ScoredGroup]]:
-    wanted = [b for b, i in enumerate(batch.indices) if i < MAX_NBEST]
-    if not wanted:
-        return []
-    names = tuple(rows[batch.indices[b]].utterance for b in wanted)
-    audio = Audio(batch.signal[wanted], batch.signal_len[wanted], names, tuple(contexts[b] for b in wanted))
-    groups = model._feedback.maker.make(audio, *encode(model, audio.signal, audio.signal_len))
-    return [(batch.indices[b], group) for b, group in zip(wanted, groups, strict=True)]
-
-
-def _members(scored: ScoredGroup, *, head: str) -> tuple[Member, ...]:
-    """The members, best reward first, and those that the reward could not judge last."""
-    rewards = scored.rewards[head]
-    order = sorted(range(len(scored.group)), key=lambda n: (rewards[n] != rewards[n], -rewards[n]))
-    return tuple(
-        Member(
-            scored.group.texts[n],
-            {"reward": rewards[n], **{name: values[n] for name, values in scored.parts.items()}},
-        )
-        for n in order
-    )
+def _members(scored: ScoredGroup, *, head: str, rewarded: bool) -> tuple[Member, ...]:
+    """The members, best reward first, and those that the reward could not judge last; without a reward by log p."""
+    columns = {"reward": scored.rewards[head], **scored.parts} if rewarded else {"asr": scored.ref_logp[head]}
+    first = next(iter(columns.values()))
+    order = sorted(range(len(scored.group)), key=lambda n: (first[n] != first[n], -first[n]))
+    return tuple(Member(scored.group.texts[n], {name: values[n] for name, values in columns.items()}) for n in order)

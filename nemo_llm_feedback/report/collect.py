@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback import __version__
-from nemo_llm_feedback.comparison import Comparison, Scoring, System, compare
+from nemo_llm_feedback.comparison import Comparison, Member, Scoring, System, compare
 from nemo_llm_feedback.errors import ManifestError
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
@@ -27,7 +28,6 @@ from nemo_llm_feedback.types import Context
 _PACKAGES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes", "jiwer", "kaldialign", "numpy")
 _NAMES = r"(?:api[_-]?key|token|secret|password|passwd|credentials?)"
 _SECRET = re.compile(rf"(?:^|[._-]){_NAMES}$", re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(rf"(\S*{_NAMES}=|--\S*{_NAMES}\s)\S+", re.IGNORECASE)
 _FACTS = {"base": "Base", "llm": "Language model", "objective": "Objective", "steps": "Steps"}
 _ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
 _GROUP_KEYS = ("domain", "speaker", "voice")
@@ -73,6 +73,7 @@ def adaptation_report(
     normalizer: str,
     facts: Mapping[str, Any],
     settings: Mapping[str, Any],
+    nbest: Mapping[str, Sequence[tuple[Member, ...]]] | None = None,
     changes: Sequence[Change] = (),
     surveyed: int = 0,
 ) -> ReportData:
@@ -87,6 +88,7 @@ def adaptation_report(
         facts: ``base``, ``llm``, ``objective``, ``steps`` and whatever else is worth a line; nested values are left
             out, None too.
         settings: the composed configuration as plain containers; values of secret keys are hidden.
+        nbest: validation set → the adapted model's N-best of each row, empty where none was made.
         changes: utterances without reference whose transcript changed.
         surveyed: utterances without reference that were compared.
     """
@@ -95,8 +97,8 @@ def adaptation_report(
         scoring = Scoring(
             normalizer=normalizer, context=context, missing_entities="skip", group_by=tuple(_group_keys(own))
         )
-        systems = [System("base", before[name].hypotheses), System("adapted", after[name].hypotheses)]
-        sets[name] = compare(own, systems, scoring)
+        adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
+        sets[name] = compare(own, [System("base", before[name].hypotheses), adapted], scoring)
     shown = {
         _FACTS.get(key, key.replace("_", " ")): str(value)
         for key, value in facts.items()
@@ -161,8 +163,16 @@ def current_command() -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    line = shlex.join([Path(arguments[0]).name, *arguments[1:]])
-    return _SECRET_ARGUMENT.sub(r"\1(hidden)", line)
+    """A command line that a shell takes, with secrets hidden."""
+    name = Path(arguments[0]).name
+    shown = ["nemo-llm-feedback" if name == "cli.py" else name]
+    for before, argument in itertools.pairwise(arguments):
+        key, equals, _ = argument.partition("=")
+        if equals and _SECRET.search(key):
+            shown.append(f"{key}=(hidden)")
+        else:
+            shown.append("(hidden)" if before.startswith("-") and _SECRET.search(before) else argument)
+    return shlex.join(shown)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
         report=report,
         sets=sets,
         headlines=_headlines(report.sets),
-        curves=curves(read_numbers(report.steps_file)),
+        curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
         listing=listing,
         groups=_entity_groups(listing),
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
@@ -123,6 +123,16 @@ def _environment() -> jinja2.Environment:
         "svg": Markup,  # drawings are ours; matplotlib escapes the names in them
     }
     return environment
+
+
+def _with_base(steps: list[dict[str, float]], sets: Mapping[str, Comparison]) -> list[dict[str, float]]:
+    """The logged steps, and before them the base's scores as step 0; nothing where nothing was logged."""
+    start = {"step": 0.0}
+    for name, comparison in sets.items():
+        base = comparison.scores[comparison.base]
+        start |= {f"val/{name}/{m}": base.value(m) for m in ("wer", "ewer") if m in comparison.metrics}
+    logged = {name for step in steps for name in step}
+    return [{name: value for name, value in start.items() if name in logged}, *steps]
 
 
 def _headlines(sets: Mapping[str, Comparison]) -> list[Headline]:

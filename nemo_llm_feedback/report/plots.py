@@ -29,6 +29,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent"} | 
 }
 _WIDTH = 4.0
 _MAX_POINTS = 400
+_SMOOTHED = 24  # points from which a curve is noise around a mean
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Panel:
         keys: metric name → label in the legend; a name that ends in ``/`` stands for all below it.
         change: draw the change since the first (smoothed) value, so that series of different size share an axis.
         rule: a horizontal line, e.g. 1 for a ratio.
-        smooth: draw the running mean over the raw values.
+        smooth: draw the running mean over the raw values, where there are many.
     """
 
     title: str
@@ -63,7 +64,7 @@ class Panel:
 PANELS = (
     Panel(
         "Reward",
-        "On the pool, in nats; thin: each step.",
+        "On the pool, in nats.",
         {"feedback/reward_policy": "expected under the model", "feedback/reward_best": "best of the group"},
     ),
     Panel(
@@ -81,8 +82,8 @@ PANELS = (
     ),
     Panel(
         "KL to the frozen base",
-        "k3 estimate on the groups, in nats; growth means drift.",
-        {"feedback/k3_reference": "KL"},
+        "In nats, of the renormalised groups; a label, of held-out transcripts.",
+        {"feedback/kl_reference": "groups", "held_out/kl": "held-out, a label"},
         rule=0.0,
     ),
     Panel(
@@ -91,8 +92,8 @@ PANELS = (
         {"feedback/length_ratio": "expected, on the groups", "held_out/length_ratio": "held-out transcripts"},
         rule=1.0,
     ),
-    Panel("WER on the validation sets", "In %, at each validation.", {"val/*/wer": ""}, smooth=False),
-    Panel("Entity WER on the validation sets", "In %, at each validation.", {"val/*/ewer": ""}, smooth=False),
+    Panel("WER on the validation sets", "In %; step 0 is the base.", {"val/*/wer": ""}, smooth=False),
+    Panel("Entity WER on the validation sets", "In %; step 0 is the base.", {"val/*/ewer": ""}, smooth=False),
     Panel(
         "WER on the guard set",
         "Relative rise over the base; 0.1 = a tenth more errors.",
@@ -156,7 +157,7 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
             axes.axhline(panel.rule, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for k, (label, (x, y)) in enumerate(series.items()):
             color = _SERIES[(k + 1) % len(_SERIES)]
-            if panel.smooth and len(y) >= 8:
+            if panel.smooth and len(y) >= _SMOOTHED:
                 axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
                 axes.plot(x, _running_mean(y), color=color, linewidth=1.8, label=label)
             else:
@@ -168,7 +169,8 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0.02, y=0.12)
         _frame(axes, grid="y")
-        return Plot(panel.title, _svg(figure, panel.title), panel.note)
+        thin = panel.smooth and any(len(y) >= _SMOOTHED for _, y in series.values())
+        return Plot(panel.title, _svg(figure, panel.title), panel.note + " Thin: each step." * thin)
 
 
 def _series(

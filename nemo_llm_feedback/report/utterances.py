@@ -119,7 +119,7 @@ def _set_cards(name: str, comparison: Comparison, *, prefix: str) -> tuple[list[
         flags |= {"wrong"} if aligned[min(1, len(aligned) - 1)].errors else set()
         lines = [Line("reference", reference_pieces(reference, spans))]
         lines += [Line(s.name, a.pieces, a.errors) for s, a in zip(comparison.systems, aligned, strict=True)]
-        nbest = {s.name: s.nbest[i][:_MAX_MEMBERS] for s in comparison.systems if s.nbest}
+        nbest = {s.name: s.nbest[i][:_MAX_MEMBERS] for s in comparison.systems if s.nbest and s.nbest[i]}
         groups = tuple(str(row.data[key]) for key in comparison.scoring.group_by if row.data.get(key) is not None)
         cards.append(
             Card(

@@ -235,6 +235,8 @@ def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_
     decoding.rescorer, decoding.head, decoding.proposer = rescorer, head, rescorer.proposer(head)
     decoding.align, decoding.return_nbest = align, return_nbest
     decoding.compute_timestamps = align
+    if head.name == "ctc":
+        decoding.decoding.compute_timestamps = False  # NeMo's setter hands it on to the search, which has none
 
 
 def _log_probs_as_they_are(*, encoder_output: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h) as with a local LLM, cache included; only the
 scorer is another. A failed request makes the groups that needed it NaN; they are counted, never cached, and stop the
-run where they are too many.
+run where they are too many. Such a group is asked for again when it is proposed anew, in the next refresh round.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class RemoteReward(LLMReward):
             raise RewardError(
                 f"The scoring server failed {sum(self._recent)} of the last {len(self._recent)} groups, more than "
                 f"reward.settings.max_failed={self._max_failed}: look at the warnings above and at the server's log. "
-                "Answered scores are in the cache; a run that is resumed asks for the others only."
+                "Answered scores are in the cache, and a run that is resumed does not ask for them again."
             )
 
     def _check_cache(self) -> None:

@@ -23,7 +23,7 @@ class HypothesisLog(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Shows the first group of the batch when its turn has come."""
         state = pl_module._feedback
-        if not self._every or trainer.global_step % self._every != 1 or not state.last_groups:
+        if not self._every or (trainer.global_step - 1) % self._every or not state.last_groups:
             return
         table = group_table(state.last_groups[0], head=state.heads[0].name)
         logging.info(f"step {trainer.global_step}, {state.last_groups[0].group.utterance}\n{table}")

@@ -11,8 +11,6 @@ import torch
 from nemo.utils import logging
 
 from nemo_llm_feedback.config import GuardConfig
-from nemo_llm_feedback.distributed import num_ranks
-from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.losses import total
 from nemo_llm_feedback.survey import pool_audio
 from nemo_llm_feedback.training.guards import violations
@@ -25,8 +23,8 @@ def choose_rate(
 ) -> float:
     """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
 
-    A trial whose look breaks a guard is out, and so are the larger rates after it. The weights and all random states
-    are as before in the end.
+    A trial whose look breaks a guard is out, and so are the larger rates after it. The weights, the kept groups and
+    all random states are as before in the end. For a run of one process: nothing here joins the gradients of several.
 
     Args:
         model: in its starting weights.
@@ -37,18 +35,13 @@ def choose_rate(
 
     Returns:
         The candidate with the highest held-out gain; the smallest where none gained anything.
-
-    Raises:
-        ConfigError: more than one process, whose gradients a trial outside Lightning would not join.
     """
-    if num_ranks() > 1:
-        raise ConfigError(
-            "parameters.lr_candidates needs a run of one process: choose there, then set model.optim.lr."
-        )
     start, tried = snapshot(model), sorted(candidates)
+    state = model._feedback
+    sampler, kept = state.maker.generator.get_state(), (state.maker.kept, state.filled_round)
     best, best_gain = tried[0], 0.0
     with torch.random.fork_rng():
-        batches = list(itertools.islice(pool_audio(model, model._feedback), steps))
+        batches = list(itertools.islice(pool_audio(model, state), steps))
         for rate in tried:
             put_back(model, start)
             _train(model, batches, rate)
@@ -62,6 +55,10 @@ def choose_rate(
             if look.gain > best_gain:
                 best, best_gain = rate, look.gain
     put_back(model, start)
+    # A trial's policy proposed its groups; the run starts from its own.
+    state.maker.kept, state.filled_round = kept
+    state.maker.generator.set_state(sampler)
+    model.nonfinite_steps = 0
     logging.info(f"learning rate {best:g} is taken.")
     return best
 

@@ -33,6 +33,7 @@ class HeldOutWatch:
     Attributes:
         start_wer: the guard set's WER in % under the starting model, measured by the first look, or put back by a
             resumed run.
+        rewarded: whether there is a reward to judge transcripts by (plain self-training has none).
     """
 
     def __init__(self, model: Any, state: FeedbackState, rows: Sequence[Row], guard_rows: Sequence[Row]) -> None:
@@ -43,6 +44,7 @@ class HeldOutWatch:
         self._reference = state.reference.heads[0]
         self._start: list[tuple[Labels, float]] = [pair for audio in self._audio for pair in self._starting(audio)]
         self.start_wer: float | None = None
+        self.rewarded = state.config.needs_reward
 
     @torch.no_grad()
     def look(self, model: Any, *, step: int) -> Look:

@@ -94,7 +94,7 @@ class StepLogger(pl.loggers.Logger):
     @pl.utilities.rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Writes a line of what is validation's or a look's."""
-        own = {k: _number(v) for k, v in metrics.items() if k.split("/", 1)[0] in ("val", "held_out", "guard")}
+        own = {k: _number(v) for k, v in metrics.items() if k.split("/", 1)[0] in ("val", "held_out")}
         if own and step is not None:
             self._log.write(step, own)
 

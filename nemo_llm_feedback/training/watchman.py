@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +14,7 @@ from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.training.guards import Look, violations
 from nemo_llm_feedback.training.learning_rate import choose_rate, scale_rates
 from nemo_llm_feedback.training.looks import HeldOutWatch
-from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, load, mixed, put_back, save, snapshot
+from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, mixed, put_back, snapshot
 
 
 class Watchman(pl.Callback):
@@ -32,7 +30,6 @@ class Watchman(pl.Callback):
         guard_rows: labelled general-domain rows; may be empty.
         start: the starting model's weights, taken before a resumed run's are loaded.
         parameters: with the decay of the moving average and the learning rates to try.
-        folder: where the best weights are kept for a resumed run.
 
     Attributes:
         looks: all looks of the run, in order.
@@ -48,11 +45,10 @@ class Watchman(pl.Callback):
         *,
         start: Weights,
         parameters: ParametersConfig,
-        folder: Path,
     ) -> None:
         self._limits, self._rows, self._guard_rows = limits, rows, guard_rows
         self._start, self._last_step = start, -1
-        self._parameters, self._file = parameters, folder / "best_weights.pt"
+        self._parameters = parameters
         self._watch: HeldOutWatch | None = None
         self._average: MovingAverage | None = None
         self._best: Weights | None = None
@@ -77,8 +73,6 @@ class Watchman(pl.Callback):
             self._watch.wer_rise(pl_module)
         if self._parameters.lr_candidates and not self._restored:
             self._choose_rate(trainer, pl_module)
-        if self._best_step and self._file.is_file():
-            self._best = load(self._file)["weights"]
 
     def _choose_rate(self, trainer: pl.Trainer, pl_module: Any) -> None:
         assert self._watch is not None
@@ -110,7 +104,7 @@ class Watchman(pl.Callback):
         """Puts the weights in place that the run gives; behind the last checkpoint, which is there to go on from."""
         step = trainer.global_step
         if self._watch is not None and not self.reason and not self._looked_at(step):
-            self._look(trainer, pl_module, step, final=True)
+            self._look(trainer, pl_module, step)
         if self._violated and self._limits.on_violation == "stop":
             return
         if self._watch is not None:
@@ -124,7 +118,7 @@ class Watchman(pl.Callback):
     def _looked_at(self, step: int) -> bool:
         return bool(self.looks) and self.looks[-1].step >= step
 
-    def _look(self, trainer: pl.Trainer, pl_module: Any, step: int, *, final: bool = False) -> None:
+    def _look(self, trainer: pl.Trainer, pl_module: Any, step: int) -> None:
         assert self._watch is not None
         average = self._average.weights if self._average is not None else None
         with holding(pl_module, average):
@@ -138,11 +132,9 @@ class Watchman(pl.Callback):
             beyond = violations(look, self._limits)
             if beyond:
                 self._stop(trainer, "; ".join(beyond))
-            elif math.isnan(look.gain) or look.gain > self._best_gain:
+            elif look.gain > self._best_gain or not self._watch.rewarded:
                 self._best, self._best_gain, self._best_step = snapshot(pl_module), look.gain, step
                 self._since = 0
-                if trainer.is_global_zero and not final:
-                    save(self._best, self._file, step=step)
             else:
                 self._since += 1
                 if self._limits.patience and self._since >= self._limits.patience:
@@ -161,7 +153,9 @@ class Watchman(pl.Callback):
         if self._limits.mix is not None:
             self.share = self._limits.mix
         elif self._watch is not None and self._guard_rows and self._best:
-            self.share = trainer.strategy.broadcast(self._largest_share(pl_module) if trainer.is_global_zero else None)
+            with Together() as ranks:
+                ranks.mine = self._largest_share(pl_module) if trainer.is_global_zero else None
+            self.share = ranks.all[0]
             logging.info(f"{100 * self.share:.0f} % of the update keep the guard set's WER within its limit.")
         if self.share < 1:
             put_back(pl_module, mixed(self._start, snapshot(pl_module), self.share))
@@ -182,9 +176,10 @@ class Watchman(pl.Callback):
         return fits / 10
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run continues from; the best weights are in a file of their own."""
+        """What a resumed run continues from, with the best weights up to here; a file of their own could be newer."""
         average = self._average
         return {
+            "best": self._best,
             "best_gain": self._best_gain,
             "best_step": self._best_step,
             "since": self._since,
@@ -197,6 +192,7 @@ class Watchman(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave."""
         self._restored = state_dict
+        self._best = state_dict["best"]
         self._best_gain, self._best_step = state_dict["best_gain"], state_dict["best_step"]
         self._since = state_dict["since"]
         self.looks = [Look(**look) for look in state_dict["looks"]]

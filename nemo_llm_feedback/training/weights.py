@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nemo_llm_feedback.checkpoints import atomic_path
 
 Weights = dict[str, Tensor]
 
@@ -69,17 +66,6 @@ def holding(model: Any, weights: Weights | None) -> Iterator[None]:
         yield
     finally:
         put_back(model, own)
-
-
-def save(weights: Weights, path: Path, **facts: Any) -> None:
-    """Writes a snapshot with plain facts, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save({"weights": weights, **facts}, temporary)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What :func:`save` wrote, as tensors and plain data."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _moving(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,33 @@
+"""Rare words of LibriSpeech with a list of about 100 context words an utterance: the rows of docs/results.md.
+
+    python examples/experiments/rare_words.py DATA CHECKPOINT.nemo --out FOLDER [--rows feedback …] [--split test]
+
+DATA holds ``rare_words/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). The pool is its part of up to
+--max-duration seconds, in the manifest's order, with the lists of its rows and without their text. The rest is as in
+barista.py.
+"""
+
+from __future__ import annotations
+
+from bed import TestSet, parser, read_rows, run_rows, write_rows
+
+
+def main() -> None:
+    """Runs the rows that are not there yet and prints the tables."""
+    made = parser(__doc__, steps=136)
+    made.add_argument("--max-duration", type=float, default=8.0, help="seconds; long audio is slow to learn on a CPU")
+    options = made.parse_args()
+    rare = options.data / "rare_words"
+    pool = options.out / f"pool_{options.max_duration:g}s.json"
+    short = [row for row in read_rows(rare / "pool.json") if row["duration"] <= options.max_duration]
+    write_rows(pool, [(rare, {key: value for key, value in row.items() if key != "text"}) for row in short])
+    settings = ["reward.alpha=1", 'context.description="a sentence read from a book"']
+    sets = [
+        TestSet(f"rare_words_{options.split}", rare / f"{options.split}.json"),
+        TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json"),
+    ]
+    run_rows(options, pool=pool, settings=settings, sets=sets)
+
+
+if __name__ == "__main__":
+    main()
