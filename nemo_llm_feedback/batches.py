@@ -95,7 +95,7 @@ def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, wo
         config: the user's ``train_ds``.
         manifest_filepath: of the staged copies.
         global_rank, world_size: of this process.
-        seed: of the run, for Lhotse, which would draw another order for every run and every rank.
+        seed: of the run, for Lhotse's samplers, which would shuffle differently on every rank that shares them.
 
     Raises:
         ConfigError: a combination in which rows cannot be told apart or would be dropped silently; names the fix.
@@ -121,12 +121,9 @@ def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, wo
             # NeMo's switch for batches that carry their cuts; it also takes the ranks from here.
             config.do_transcribe = True
             config.global_rank, config.world_size = global_rank, world_size
-            if config.get("shard_seed") is None:
-                # A sampler that ranks share must have one seed; of a stream each rank and worker shuffles its own.
-                workers = "randomized" if config.get("num_workers") else seed + global_rank
-                config.shard_seed = workers if tarred is not None else seed
-            if config.get("seed") is None:
-                config.seed = seed
+            if config.get("shard_seed") is None and tarred is None and not config.get("force_iterable_dataset"):
+                # A stream keeps NeMo's: each rank and worker must shuffle its own, anew at every pass.
+                config.shard_seed = seed
         else:
             config.return_sample_id = True
     return config

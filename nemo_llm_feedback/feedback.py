@@ -16,11 +16,12 @@ from nemo_llm_feedback.distributed import Report, Together, join_metrics, local_
 from nemo_llm_feedback.errors import TrainingError
 from nemo_llm_feedback.groups import Audio, ScoredGroup
 from nemo_llm_feedback.heads import heads_of
+from nemo_llm_feedback.loaders import ResumableLoader
 from nemo_llm_feedback.lora import merged
 from nemo_llm_feedback.losses import Term, group_loss, group_metrics, total
-from nemo_llm_feedback.preparation import FeedbackState, prepare, start
+from nemo_llm_feedback.preparation import FeedbackState, band_of, prepare, start
 from nemo_llm_feedback.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
-from nemo_llm_feedback.resuming import count_finished_batch
+from nemo_llm_feedback.resuming import count_finished_batch, place_in_data
 from nemo_llm_feedback.supervision import exact_supervised_step, pseudo_labelled_batch
 from nemo_llm_feedback.survey import fill_round
 from nemo_llm_feedback.trie import PrefixTrie
@@ -188,7 +189,9 @@ class LLMFeedbackMixin(_Base):
         labels = [list(h.tokens) for g in groups for h in g.group.hypotheses]
         rows = [b for b, g in enumerate(groups) for _ in g.group.hypotheses]
         trie = PrefixTrie.build(labels, rows).to(encoded.device)
-        flat = head.log_prob(encoded, lengths, trie, memory_budget_mb=self._state().config.feedback.memory_budget_mb)
+        config = self._state().config
+        budget = config.feedback.memory_budget_mb
+        flat = head.log_prob(encoded, lengths, trie, memory_budget_mb=budget, band=band_of(config))
         sizes = [len(g.group) for g in groups]
         padded = flat.new_full((len(groups), max(sizes)), float("-inf"))
         columns = torch.tensor([n for size in sizes for n in range(size)], device=flat.device)
@@ -234,6 +237,9 @@ class LLMFeedbackMixin(_Base):
         super().on_load_checkpoint(checkpoint)
         if self._feedback is not None and CHECKPOINT_KEY in checkpoint:
             self._feedback.load_plain(checkpoint[CHECKPOINT_KEY], rank=self.global_rank)
+            if isinstance(self._train_dl, ResumableLoader):
+                epoch, batches = place_in_data(checkpoint)
+                self._train_dl.start_at(epoch=epoch, batches=batches)
 
     def on_train_start(self) -> None:
         """Takes up the random states of a checkpoint; what ran before this drew from others."""

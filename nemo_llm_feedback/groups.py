@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.heads import Head
+from nemo_llm_feedback.likelihood import Band
 from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis, written_labels
 from nemo_llm_feedback.reference import FrozenReference
 from nemo_llm_feedback.rewards import Reward
@@ -88,6 +89,7 @@ class GroupMaker:
         normalize: the run's text normalisation.
         max_members: largest group.
         memory_budget_mb: for the transducer likelihood.
+        band: of the transducer lattice in the reference's scores; None = exact.
     """
 
     def __init__(
@@ -99,12 +101,13 @@ class GroupMaker:
         normalize: Callable[[str], str],
         max_members: int,
         memory_budget_mb: int,
+        band: Band | None = None,
     ) -> None:
         self.proposer, self._reference = proposer, reference
         self.reward = reward
         self.corrector: Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]] | None = None
         self._normalize, self._max_members = normalize, max_members
-        self._budget = memory_budget_mb
+        self._budget, self._band = memory_budget_mb, band
         self.kept: dict[str, ScoredGroup] = {}
 
     @property
@@ -187,7 +190,8 @@ class GroupMaker:
         labels = [list(c.labels) for row in candidates for c in row]
         rows = [b for b, row in enumerate(candidates) for _ in row]
         trie = PrefixTrie.build(labels, rows).to(encoded.device)
-        flat = iter(head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget).tolist())
+        scores = head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget, band=self._band)
+        flat = iter(scores.tolist())
         return [[next(flat) for _ in row] for row in candidates]
 
     def _rewarded(

@@ -2,7 +2,8 @@
 
 Lightning 2.4 counts the batches of an unfinished epoch but starts the loader at its first batch again, and a shuffle
 drawn from the process's random state differs after a restart anyway. Here the order of an epoch depends on the seed
-and the epoch's number only, and the place in it is part of every checkpoint.
+and the epoch's number only, and the place in it is what Lightning's own checkpoint counts
+(``resuming.place_in_data``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 class ResumableLoader:
     """NeMo's loader with a place; everything else of it is handed through.
 
-    Lightning keeps ``state_dict`` in its checkpoints and leaves a loader that is no ``DataLoader`` as it is, so the
-    split over the ranks is made here, too.
+    Lightning leaves a loader that is no ``DataLoader`` as it is, so the split over the ranks is made here, too.
 
     Args:
         loader: NeMo's.
@@ -46,9 +46,8 @@ class ResumableLoader:
             self._loader = _rebuilt(loader, self._place)
         # Workers' seeds would otherwise be drawn from the random state that dropout uses, also in a resumed epoch.
         self._loader.generator = torch.Generator().manual_seed(seed)
-        self._epoch = self._taken = 0
-        self._resume: tuple[int, int] | None = None
-        self._started = False
+        self._epoch = 0
+        self._resume = (0, 0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
@@ -69,51 +68,28 @@ class ResumableLoader:
         """Chooses the order of the next pass."""
         self._epoch = epoch
 
+    def start_at(self, *, epoch: int, batches: int) -> None:
+        """Lets the pass over that epoch start behind so many batches, which a checkpoint has already seen.
+
+        A resumed run's first pass may begin before Lightning tells its epoch, so it is told here.
+        """
+        self._epoch, self._resume = epoch, (epoch, batches)
+
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning makes the iterator before it tells the epoch, and nothing runs before the first batch.
-        skip = self._skip()
-        self._taken, self._started = skip, True
+        (epoch, batches), self._resume = self._resume, (0, 0)
+        skip = batches if epoch == self._epoch else 0
         if not skip:
             # As torch's own loader draws its workers' seed, so that a stock run and ours see the same dropout.
             torch.empty((), dtype=torch.int64).random_()
         if self._place is not None:
             self._place.set(epoch=self._epoch, batches=skip)
-            yield from self._counted(iter(self._loader))
+            yield from self._loader
         else:
-            yield from self._counted(itertools.islice(self._loader, skip, None))
-
-    def _skip(self) -> int:
-        """Batches of this epoch that a checkpoint has already seen."""
-        resume, self._resume = self._resume, None
-        if resume is None:
-            return 0
-        if not self._sized():
-            self._epoch = resume[0]  # Lightning fetches one batch of such a loader before it tells the epoch
-        return resume[1] if resume[0] == self._epoch else 0
-
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self._taken += 1
-            yield batch
-
-    def _sized(self) -> bool:
-        try:
-            len(self._loader)
-        except (TypeError, NotImplementedError):
-            return False
-        return True
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches were trained on; of an unsized loader Lightning holds one more."""
-        ahead = 0 if self._sized() or not self._started else 1
-        return {"epoch": self._epoch, "batches": max(self._taken - ahead, 0)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next pass over that epoch start behind those batches."""
-        self._resume = (int(state_dict["epoch"]), int(state_dict["batches"]))
+            yield from itertools.islice(self._loader, skip, None)
 
 
 class _Place(Sampler[Any]):

@@ -18,6 +18,7 @@ from nemo_llm_feedback.distributed import Together, broadcast, gather, local_len
 from nemo_llm_feedback.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
 from nemo_llm_feedback.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.heads import Head, heads_of
+from nemo_llm_feedback.likelihood import Band
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.loaders import resumable, run_seed
 from nemo_llm_feedback.lora import choose_parameters
@@ -150,17 +151,24 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
             config.proposals,
             seed=torch.initial_seed() % 2**31,
             memory_budget_mb=config.feedback.memory_budget_mb,
+            band=band_of(config),
         ),
         reference,
         None,
         normalize=get_normalizer(config.feedback.normalizer),
         max_members=config.proposals.max_members,
         memory_budget_mb=config.feedback.memory_budget_mb,
+        band=band_of(config),
     )
     weights = _head_weights(model, heads)
     return FeedbackState(
         config, staged, reader, reference, heads, weights, maker, folder, nemo_ds, keep_alive=keep_alive
     )
+
+
+def band_of(config: RunConfig) -> Band | None:
+    """The band of the transducer lattice in training; None = exact."""
+    return Band(config.feedback.band_tolerance) if config.feedback.band_tolerance else None
 
 
 def start(model: Any, state: FeedbackState) -> None:

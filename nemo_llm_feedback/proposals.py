@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_llm_feedback.config import ProposalConfig
 from nemo_llm_feedback.heads import Head, Labels, Vocabulary
+from nemo_llm_feedback.likelihood import Band
 from nemo_llm_feedback.swaps import swap_terms
 from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context, Hypothesis
@@ -38,16 +39,25 @@ class Proposer:
         head: the policy's head; eval mode and no gradient are the caller's.
         config: how many from which source.
         seed: of the sampler.
-        memory_budget_mb: for the exact scores that choose among term swaps.
+        memory_budget_mb: for the scores that choose among term swaps.
+        band: of the transducer lattice in these scores; None = exact.
 
     Attributes:
         boosting_weight: of the boosting tree; the configuration's until the survey chooses another.
     """
 
-    def __init__(self, head: Head, config: ProposalConfig, *, seed: int = 0, memory_budget_mb: int = 512) -> None:
+    def __init__(
+        self,
+        head: Head,
+        config: ProposalConfig,
+        *,
+        seed: int = 0,
+        memory_budget_mb: int = 512,
+        band: Band | None = None,
+    ) -> None:
         self._head, self._config = head, config
         self.boosting_weight = config.boosting_weight
-        self._budget = memory_budget_mb
+        self._budget, self._band = memory_budget_mb, band
         self._generator = torch.Generator().manual_seed(seed)
         self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
@@ -128,7 +138,8 @@ class Proposer:
         rows = [b for b, row in enumerate(candidates) for _ in row]
         with torch.no_grad():
             trie = PrefixTrie.build(labels, rows).to(encoded.device)
-            scores = iter(self._head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget).tolist())
+            flat = self._head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget, band=self._band)
+        scores = iter(flat.tolist())
         ranked = [sorted(((next(scores), c) for c in row), key=lambda pair: -pair[0]) for row in candidates]
         return [[c for _, c in row[:keep]] for row in ranked]
 

@@ -60,3 +60,15 @@ def count_finished_batch(checkpoint: dict[str, Any]) -> None:
                 epoch[part][name] = epoch[part]["ready"] - 1
     # The loggers' step, which is raised later still.
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = int(checkpoint["global_step"])
+
+
+def place_in_data(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """The epoch that a run resumed from the checkpoint is in, and how many of its batches are done.
+
+    Args:
+        checkpoint: as :func:`count_finished_batch` left it.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch = loop["epoch_progress"]["current"]
+    done = loop["epoch_loop.batch_progress"]["current"]["completed"] if epoch["processed"] < epoch["ready"] else 0
+    return int(epoch["processed"]), int(done)

@@ -255,3 +255,27 @@ def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path, r
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"encoder", "ctc_decoder"}
     assert [h.name for h in heads_of(model)] == ["transducer", "ctc"]
+
+
+def test_a_banded_loss_is_within_the_tolerance(
+    nemo_file: Any, tmp_path: Path, reward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.likelihood import transducer
+
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    losses, calls = [], []
+    banded = transducer.banded_scores
+    monkeypatch.setattr(transducer, "banded_scores", lambda *args, **kw: calls.append(1) or banded(*args, **kw))
+    for tolerance in (0.0, 1e-3):
+        model = restore(nemo_file("tdt_bpe"), map_location="cpu")
+        settings = config(manifest, feedback={"band_tolerance": tolerance}, objective={"mass_weight": 1.0})
+        model.setup_feedback(settings, work_dir=tmp_path / str(tolerance))
+        model._feedback.maker.reward = label_reward
+        model._trainer = type("Stub", (), {"global_step": 0})()
+        _, audio = model._feedback.reader.split(next(iter(model._train_dl)))
+        losses.append(float(total(model.feedback_loss(audio)[0])))
+        assert bool(calls) == bool(tolerance)
+    # The loss weighs log p's by shares that add up to one, each for the objective and its anchor.
+    assert losses[1] == pytest.approx(losses[0], abs=3e-3)
+    assert calls

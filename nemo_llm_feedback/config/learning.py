@@ -27,6 +27,8 @@ class FeedbackConfig:
         survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
+        band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
+            out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
     """
 
     weight: float = 1.0
@@ -39,10 +41,13 @@ class FeedbackConfig:
     survey_utterances: int = 64
     log_hypotheses_every: int = 50
     memory_budget_mb: int = 512
+    band_tolerance: float = 0.0
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
-        faults = non_negative("feedback", self, "weight", "supervised_weight", "log_hypotheses_every")
+        faults = non_negative(
+            "feedback", self, "weight", "supervised_weight", "log_hypotheses_every", "band_tolerance"
+        )
         faults += positive("feedback", self, "refresh_every", "survey_utterances", "memory_budget_mb")
         faults += choice("feedback.heads", self.heads, HEADS)
         faults += choice("feedback.normalizer", self.normalizer, NORMALIZERS)
