@@ -88,7 +88,9 @@ def _cut_name(cut: Any) -> str:
     return f"{shard}/{cut.id}@{cut.start:.3f}+{cut.duration:.3f}"
 
 
-def training_config(config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int, seed: int) -> DictConfig:
+def training_config(
+    config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int, seed: int
+) -> DictConfig:
     """NeMo's ``train_ds`` with the staged manifests, set so that batches tell which rows they hold.
 
     Args:

@@ -145,9 +145,13 @@ class LLMFeedbackMixin(_Base):
         config = state.config
         self._fill_round()
         with evaluation_mode(self):
+            augment = config.feedback.augment
             with recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
-                encoded, lengths = encode(self, audio.signal, audio.signal_len)
-            groups = state.maker.get(audio, encoded, lengths, round=self._round())
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not augment):
+                    encoded, lengths = encode(self, audio.signal, audio.signal_len)
+                groups = state.maker.get(audio, encoded, lengths, round=self._round())
+                if augment:
+                    encoded, lengths = encode(self, audio.signal, audio.signal_len, augment=True)
             if config.objective.name == "self_training" and config.objective.augment:
                 logp = None
             else:

@@ -95,6 +95,8 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     config = parse_run_config(tree)
+    if config.feedback.augment and model.spec_augmentation is None:
+        raise ConfigError("feedback.augment needs a checkpoint with a spec_augment section; this one has none.")
     if config.llm is not None and config.needs_llm:
         faults = check_llm_folder(config.llm)
         if faults:
@@ -145,24 +147,25 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     )
     # The model's own config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
     model._update_dataset_config("train", OmegaConf.create(train_ds))
-    maker = GroupMaker(
-        Proposer(
-            heads[0],
-            config.proposals,
-            seed=torch.initial_seed() % 2**31,
-            memory_budget_mb=config.feedback.memory_budget_mb,
-            band=band_of(config),
-        ),
+    maker = _group_maker(heads[0], reference, config)
+    weights = _head_weights(model, heads)
+    return FeedbackState(
+        config, staged, reader, reference, heads, weights, maker, folder, nemo_ds, keep_alive=keep_alive
+    )
+
+
+def _group_maker(head: Head, reference: FrozenReference, config: RunConfig) -> GroupMaker:
+    """The maker of the run's groups; the reward comes to it when the run starts."""
+    budget, band = config.feedback.memory_budget_mb, band_of(config)
+    seed = torch.initial_seed() % 2**31
+    return GroupMaker(
+        Proposer(head, config.proposals, seed=seed, memory_budget_mb=budget, band=band),
         reference,
         None,
         normalize=get_normalizer(config.feedback.normalizer),
         max_members=config.proposals.max_members,
-        memory_budget_mb=config.feedback.memory_budget_mb,
-        band=band_of(config),
-    )
-    weights = _head_weights(model, heads)
-    return FeedbackState(
-        config, staged, reader, reference, heads, weights, maker, folder, nemo_ds, keep_alive=keep_alive
+        memory_budget_mb=budget,
+        band=band,
     )
 
 

@@ -116,8 +116,15 @@ class FolderLock:
 
 
 _LOCKS: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-# A forked worker of a loader shares the mark, and would keep it for some seconds after this process is killed.
-os.register_at_fork(after_in_child=lambda: [lock.release() for lock in _LOCKS])
+
+
+def _forget() -> None:
+    """A forked worker of a loader shares the mark, and would keep it for some seconds after its parent is killed."""
+    for lock in _LOCKS:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def in_use(folder: Path) -> bool:

@@ -69,18 +69,21 @@ def _evaluated(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwar
         return forward(*args, **kwargs)
 
 
-def encode(parts: Any, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
+def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = False) -> tuple[Tensor, Tensor]:
     """Runs preprocessor and encoder.
 
     Args:
         parts: a NeMo model or the frozen reference; in eval mode.
         signal: [B, S] waveform samples in [−1, 1].
         signal_len: [B] samples.
+        augment: masks parts of the features by the model's SpecAugment.
 
     Returns:
         [B, D, T] encoder output and [B] frames.
     """
     features, features_len = parts.preprocessor(input_signal=signal, length=signal_len)
+    if augment:
+        features = parts.spec_augmentation(input_spec=features, length=features_len)
     encoded, encoded_len = parts.encoder(audio_signal=features, length=features_len)
     return encoded, encoded_len
 

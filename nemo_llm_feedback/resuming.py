@@ -52,9 +52,10 @@ def count_finished_batch(checkpoint: dict[str, Any]) -> None:
     progress = loop["epoch_loop.batch_progress"]
     for part in ("total", "current"):
         progress[part]["completed"] = progress[part]["processed"]
-    # At the last of max_steps Lightning ends the epoch, wherever it is; a run that is prolonged goes on in its middle.
-    epoch, unfinished = loop["epoch_progress"], not progress["is_last_batch"]
-    if unfinished and epoch["current"]["processed"] == epoch["current"]["ready"]:
+    # At the last of max_steps Lightning ends the epoch, wherever it is; a run that is prolonged goes on in its middle,
+    # or finds it at its end (an ended one would have it take the next epoch for run through).
+    epoch = loop["epoch_progress"]
+    if epoch["current"]["processed"] == epoch["current"]["ready"]:
         for part in ("total", "current"):
             for name in ("processed", "completed"):
                 epoch[part][name] = epoch[part]["ready"] - 1
@@ -69,6 +70,5 @@ def place_in_data(checkpoint: dict[str, Any]) -> tuple[int, int]:
         checkpoint: as :func:`count_finished_batch` left it.
     """
     loop = checkpoint["loops"]["fit_loop"]
-    epoch = loop["epoch_progress"]["current"]
-    done = loop["epoch_loop.batch_progress"]["current"]["completed"] if epoch["processed"] < epoch["ready"] else 0
-    return int(epoch["processed"]), int(done)
+    batches = loop["epoch_loop.batch_progress"]["current"]["completed"]
+    return int(loop["epoch_progress"]["current"]["processed"]), int(batches)

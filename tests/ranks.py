@@ -96,7 +96,7 @@ def train(
     model = restore(nemo, map_location="cpu")
     model.set_trainer(trainer)
     train_ds = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": batch, "num_workers": 0}
-    lhotse = {"use_lhotse": True, "shuffle": False, "use_bucketing": False} if more.get("use_lhotse") else {}
+    lhotse = {"use_lhotse": True, "shuffle": True, "use_bucketing": False} if more.get("use_lhotse") else {}
     cfg = {
         "model": {"train_ds": {**train_ds, "shuffle": False, **lhotse}},
         "feedback": {
@@ -146,7 +146,19 @@ def _failure(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
     return {}
 
 
-SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {"equal": _equal, "lhotse": _lhotse, "failure": _failure}
+def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    from nemo_llm_feedback.composition import compose_config
+    from nemo_llm_feedback.jobs.adapt import adapt
+
+    return {"log_dir": adapt(compose_config(arguments)).log_dir}
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    "equal": _equal,
+    "lhotse": _lhotse,
+    "failure": _failure,
+    "adapt": _adapt,
+}
 
 
 def adapt_with(arguments: list[str], log: Path) -> None:

@@ -16,7 +16,7 @@ from tiny import write_manifest
 
 from nemo_llm_feedback.cli import main
 from nemo_llm_feedback.composition import compose_config
-from nemo_llm_feedback.errors import ManifestError
+from nemo_llm_feedback.errors import ConfigError, ManifestError
 
 MIXED = ["a latte with soy", None, "", None, "one mocha to go", None]
 
@@ -102,6 +102,10 @@ def test_validation_reports_wer_and_entities(adapted: dict[str, Any]) -> None:
     assert set(result.after) == {"dev"}
     assert result.after["dev"].column("entities").sum() == 2
     assert adapted["ctc_char"][0].after == {}
+    lines = [json.loads(line) for line in (result.log_dir / "steps.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "val/dev/wer" in line]
+    assert found
+    assert all(0 <= line["val/dev/oracle_wer"] <= line["val/dev/wer"] for line in found)
 
 
 def test_exports_restore_where_the_plugin_cannot_be_imported(adapted: dict[str, Any], tmp_path: Path) -> None:
@@ -263,6 +267,9 @@ def test_every_objective_trains(name: str, nemo_file: Any, tiny_llm: Path, tmp_p
     more = ["trainer.max_steps=2", f"objective={name}"]
     if name == "reinforce":
         more += ["proposals.beam=0", "proposals.boosted=0", "proposals.term_swap=0", "proposals.samples=4"]
+        with pytest.raises(ConfigError, match=r"set feedback\.heads=transducer or"):
+            run(nemo_file("hybrid_bpe"), manifest, tiny_llm, tmp_path / "both", *more)
+        more += ["feedback.heads=transducer"]
     result = run(nemo_file("hybrid_bpe"), manifest, tiny_llm, tmp_path / "run", *more)
     base, after = weights(nemo_file("hybrid_bpe")), weights(result.nemo)
     assert any(not torch.equal(base[k], after[k]) for k in base)

@@ -117,6 +117,7 @@ def test_the_proposal_correction_works_on_samples() -> None:
         ({**GOOD, "objective": {"name": "reinforce"}}, "unbiased only for samples"),
         ({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}}, "correction=proposal is unbiased only"),
         ({**GOOD, "feedback": {"weight": 0, "supervised_weight": 0}}, "both 0"),
+        ({**GOOD, "feedback": {"augment": True}, "objective": {"name": "grpo"}}, "for distill and mwer"),
         ({**GOOD, "feedback": {"refresh_every": "often"}}, "must be int"),
         ({**GOOD, "reward": "llm"}, "section of keys"),
         ({**GOOD, "context": {"terms_file": "/absent/file"}}, "cannot be read"),

@@ -219,6 +219,10 @@ def test_a_file_that_a_model_fails_on_costs_itself_only(
     assert len(found.comparison.rows) == 3
     assert all(len(system.texts) == 3 == len(system.nbest) for system in found.comparison.systems)
     assert found.comparison.systems[0].rtfx > 0
+    for members in found.comparison.systems[0].nbest:
+        scores = [member.scores["asr"] for member in members]
+        assert scores == sorted(scores, reverse=True)
+        assert max(scores) < 0
     assert len(found.left_out) == 2
     assert found.left_out[0].endswith("m.json:2: ctc_char: RuntimeError: out of memory")
     assert "no such file" in found.left_out[1]

@@ -279,3 +279,28 @@ def test_a_banded_loss_is_within_the_tolerance(
     # The loss weighs log p's by shares that add up to one, each for the objective and its anchor.
     assert losses[1] == pytest.approx(losses[0], abs=3e-3)
     assert calls
+
+
+def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clean_one(
+    nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    members, losses, masked = [], [], []
+    for augment in (False, True):
+        model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+        model.setup_feedback(config(manifest, feedback={"augment": augment}), work_dir=tmp_path / str(augment))
+        model._feedback.maker.reward = label_reward
+        model._trainer = type("Stub", (), {"global_step": 0})()
+        hook = lambda module, args, output: masked.append(augment)  # noqa: E731, B023
+        model.spec_augmentation.register_forward_hook(hook)
+        _, audio = model._feedback.reader.split(next(iter(model._train_dl)))
+        torch.manual_seed(0)
+        loss = total(model.feedback_loss(audio)[0])
+        loss.backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.encoder.parameters())
+        losses.append(float(loss))
+        members.append([scored.group.texts for scored in model._feedback.last_groups])
+    assert masked == [True]
+    assert members[0] == members[1]
+    assert losses[0] != losses[1]

@@ -138,6 +138,7 @@ def test_greedy_settings_reach_the_beam(stock: Any) -> None:
     model.change_decoding_strategy(cfg, verbose=False)
     search = model.decoding.decoding
     assert (model.decoding.cfg.beam.max_symbols, search.beam_size) == (3, 5)
+    assert search.decoding_computer.allow_cuda_graphs, "graphs are off in training only"
     x, _ = encoded(frames=2, rows=1)
     assert all(len(m.labels) <= 6 for hyp in decode(model, x, torch.tensor([2])) for m in hyp.n_best)
 

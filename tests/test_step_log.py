@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,5 +78,13 @@ def test_a_folder_is_in_use_while_its_mark_is_held(tmp_path: Path) -> None:
     assert lock.held
     assert in_use(tmp_path)
     assert not FolderLock(tmp_path).held
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()  # as a loader's, which outlives its killed parent for some seconds
     lock.release()
+    deadline = time.monotonic() + 30
+    while in_use(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the worker has run at all
     assert not in_use(tmp_path)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()

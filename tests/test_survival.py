@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from ranks import adapt_with, start
+from ranks import adapt_with, run_ranks, start
 from test_adapt import arguments, run, weights
 from tiny import write_manifest
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nemo_llm_feedback.checkpoints import read_config
-from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.errors import ConfigError, TrainingError
 from nemo_llm_feedback.jobs.start import check_room, experiment, settings_text
 from nemo_llm_feedback.loaders import ResumableLoader
-from nemo_llm_feedback.records import FolderLock, read_steps
-from nemo_llm_feedback.resuming import count_finished_batch, random_states, set_random_states
+from nemo_llm_feedback.records import FolderLock, in_use, read_steps
+from nemo_llm_feedback.resuming import count_finished_batch, place_in_data, random_states, set_random_states
 
 # Seven rows in batches of three: steps 3, 6 and 9 end an epoch, all others are in the middle of one.
 TEXTS = ["a latte", None, None, "one mocha", None, None, None]
@@ -62,10 +62,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of ten steps that nothing disturbs, and how long it took."""
-    began = time.monotonic()
-    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path_factory.mktemp("whole"), *SETTINGS)
-    return SimpleNamespace(result=result, seconds=time.monotonic() - began)
+    """A run of ten steps that nothing disturbs."""
+    return run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path_factory.mktemp("whole"), *SETTINGS)
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
@@ -79,12 +77,57 @@ def test_ten_steps_equal_five_and_five_resumed(
     resumable = [*SETTINGS, "exp_manager.resume_if_exists=true"]
     run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *resumable, "trainer.max_steps=5")
     parts = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *resumable)
-    same(whole.result.nemo, parts.nemo)
+    same(whole.nemo, parts.nemo)
     assert [step for step, _ in curve(parts.log_dir)] == list(range(1, 11))
-    wanted = curve(whole.result.log_dir)
+    wanted = curve(whole.log_dir)
     for (step, reward), (_, other) in zip(wanted, curve(parts.log_dir), strict=True):
         assert reward == other or reward == pytest.approx(other, abs=1e-4), step
     assert len(json.loads((parts.log_dir / "run.json").read_text())["attempts"]) == 2
+
+
+def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
+) -> None:
+    lhotse = ("model.train_ds.use_lhotse=true", "+model.train_ds.use_bucketing=false", "guards.every=0")
+    settings = [*SETTINGS, *lhotse, "exp_manager.resume_if_exists=true"]
+    found = {}
+    for name, stops in {"whole": (4,), "parts": (2, 3, 4)}.items():  # an epoch has three batches
+        for stop in stops:
+            steps = f"trainer.max_steps={stop}"
+            found[name] = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / name, *settings, steps)
+    assert curve(found["whole"].log_dir) == curve(found["parts"].log_dir)
+    same(found["whole"].nemo, found["parts"].nemo)
+
+
+def test_ranks_of_a_launcher_go_on_together(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path) -> None:
+    ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "trainer.max_steps=3", f"output={tmp_path / 'a.nemo'}")
+    more = ("guards.every=0", "exp_manager.checkpoint_callback_params.save_top_k=-1", "+exp_manager.seconds_to_sleep=0")
+    command = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *SETTINGS, *ranks, *more)
+    found = run_ranks("adapt", tmp_path, command)
+    assert "error" not in found[0], found[0]["error"]
+    folder = found[0]["log_dir"]
+    wanted = curve(folder)
+    shutil.copy(tmp_path / "a.nemo", tmp_path / "whole.nemo")
+    # As if killed behind its second step.
+    (folder / "result.json").unlink()
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        if "global_step=2" not in path.name or "last" in path.name:
+            path.unlink()
+    found = run_ranks("adapt", tmp_path, command)
+    assert "error" not in found[0], found[0]["error"]
+    assert found[0]["log_dir"] == folder
+    assert "global_step=2" in json.loads((folder / "run.json").read_text())["attempts"][1]["from"]
+    assert curve(folder) == wanted
+    same(tmp_path / "whole.nemo", tmp_path / "a.nemo")
+
+
+def test_ranks_that_start_apart_are_refused_and_leave_the_folder_free(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_llm_feedback.preparation.gather", lambda value: [value, "a/b-last.ckpt"])
+    with pytest.raises(TrainingError, match=r"different checkpoints \(b-last.ckpt, none\)"):
+        run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path)
+    assert not in_use(tmp_path / "adapted" / "version_0")
 
 
 def test_kills_at_random_moments_change_nothing(
@@ -115,7 +158,7 @@ def test_kills_at_random_moments_change_nothing(
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
     assert [step for step, _ in curve(folder)] == list(range(1, 11))
     assert len(json.loads((folder / "run.json").read_text())["attempts"]) == 3
-    same(whole.result.nemo, output)
+    same(whole.nemo, output)
 
 
 def test_the_same_command_starts_anew_after_a_finished_run(tmp_path: Path) -> None:
@@ -250,7 +293,4 @@ def test_the_batch_of_the_checkpoint_counts_as_done() -> None:
     assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 4
     # The second epoch was ended by max_steps in its middle.
     assert loop["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
-    loop["epoch_progress"]["current"] = dict(ended)
-    loop["epoch_loop.batch_progress"]["is_last_batch"] = True
-    count_finished_batch(checkpoint)
-    assert loop["epoch_progress"]["current"] == ended
+    assert place_in_data(checkpoint) == (1, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,16 @@ from test_adapt import arguments, weights
 from tiny import write_manifest
 
 from nemo_llm_feedback.composition import compose_config
-from nemo_llm_feedback.config import GuardConfig
+from nemo_llm_feedback.config import GuardConfig, ParametersConfig
 from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.groups import ScoredGroup
 from nemo_llm_feedback.jobs.adapt import AdaptResult, adapt
+from nemo_llm_feedback.jobs.inputs import trainer_settings
 from nemo_llm_feedback.training.guards import Look, text_drift, violations
+from nemo_llm_feedback.training.hypothesis_log import HypothesisLog
+from nemo_llm_feedback.training.watchman import Watchman
 from nemo_llm_feedback.training.weights import MovingAverage, mixed, put_back, snapshot
+from nemo_llm_feedback.types import Context, Hypothesis, HypothesisGroup
 
 POOL: list[str | None] = [None] * 6
 
@@ -78,6 +84,46 @@ def test_what_texts_tell_and_which_limits_they_break() -> None:
         ("kl", 9.0),
     ):
         assert len(violations(Look(**{**vars(fine), field: value}), GuardConfig())) == 1, field
+
+
+def test_a_look_that_the_reward_cannot_judge_is_no_gain() -> None:
+    looks = iter([1.0, math.nan, 0.5, 2.0])
+    model = torch.nn.Linear(1, 1)
+    watch = SimpleNamespace(
+        rewarded=True, look=lambda model, step: Look(step, next(looks), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan)
+    )
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[], global_step=0)
+    watchman = Watchman(GuardConfig(), [], [], start=snapshot(model), parameters=ParametersConfig())
+    watchman._watch = watch  # type: ignore[assignment]
+    kept = []
+    for step in range(1, 5):
+        torch.nn.init.constant_(model.weight, step)
+        watchman._look(trainer, model, step)  # type: ignore[arg-type]
+        kept.append(float(watchman.state_dict()["best"]["weight"]))
+    assert kept == [1, 1, 1, 4]
+    resumed = Watchman(GuardConfig(), [], [], start=snapshot(model), parameters=ParametersConfig())
+    resumed.load_state_dict({**watchman.state_dict(), "start_wer": None})
+    assert float(resumed.state_dict()["best"]["weight"]) == 4
+
+
+def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> None:
+    shown: dict[int, list[int]] = {}
+    for every in (1, 3, 0):
+        experiment = SimpleNamespace(add_text=lambda name, text, step, every=every: shown[every].append(step))
+        shown[every] = []
+        group = HypothesisGroup("a", (Hypothesis("x", (1,), "beam"),), Context(), (0.0,))
+        scored = ScoredGroup(group, {"ctc": [0.0]}, {})
+        state = SimpleNamespace(last_groups=[scored], heads=[SimpleNamespace(name="ctc")])
+        for step in range(1, 6):
+            trainer = SimpleNamespace(global_step=step, loggers=[SimpleNamespace(experiment=experiment)])
+            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(_feedback=state))  # type: ignore[arg-type]
+    assert shown == {1: [1, 2, 3, 4, 5], 3: [1, 4], 0: []}
+
+
+def test_lhotse_is_split_over_ranks_by_itself_only() -> None:
+    for use_lhotse in (True, False):
+        cfg = compose_config(["model.train_ds.manifest_filepath=m", f"model.train_ds.use_lhotse={use_lhotse}"])
+        assert trainer_settings(cfg).get("use_distributed_sampler") is (False if use_lhotse else None)
 
 
 def test_weights_are_kept_put_back_mixed_and_averaged() -> None:
@@ -303,11 +349,8 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
 
 
 def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() -> None:
-    from types import SimpleNamespace
-
     from nemo_llm_feedback import survey
     from nemo_llm_feedback.config import ProposalConfig
-    from nemo_llm_feedback.types import Context
 
     proposer = SimpleNamespace(boosting_weight=None)
     best = {0.5: 1.0, 1.0: 3.0, 2.0: 3.04}  # the last two are equal to a tenth: the weaker is taken

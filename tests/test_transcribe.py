@@ -146,6 +146,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         (["{wav}", "--rescoring", "/absent.yaml"], "cannot be read as YAML"),
         (["{wav}", "--batch-size", "0"], "--batch-size"),
         (["{wav}", "--decoder-type", "ctc"], "for hybrid models"),
+        (["{wav}", "--cuda", "99"], "give a smaller number"),
     ],
 )
 def test_wrong_input_is_told_with_its_fix(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_llm_feedback.commands import quiet_nemo
+from nemo_llm_feedback.commands import chosen_device, quiet_nemo
 
 HELP = "score checkpoints or ready transcripts on a labelled manifest"
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--terms-file", help="the same from a file: one a line, a JSON list, or a JSON object of lists")
     add("--head", default="auto", choices=("auto", "ctc", "transducer"))
     add("--batch-size", type=int, default=16)
+    add("--cuda", type=int, help="number of the GPU, −1 = CPU (default: GPU 0 if there is one)")
     add("--normalizer", default="basic", choices=("none", "lower", "basic"), help="of both sides; default: basic")
     add("--oracle", type=int, default=0, metavar="N", help="also the oracle WER of each model's N-best")
     add("--group-by", nargs="+", default=[], metavar="KEY", help="manifest keys, e.g. speaker domain: a table a value")
@@ -52,8 +53,10 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
         seed=options.seed,
     )
+    device = "cpu"
     if options.models:
         quiet_nemo()
+        device = chosen_device(options.cuda)
     evaluation = evaluate(
         options.models,
         manifest=options.manifest,
@@ -62,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         head=options.head,
         batch_size=options.batch_size,
         oracle=options.oracle,
+        device=device,
     )
     print(evaluation_text(evaluation))
     if options.json:

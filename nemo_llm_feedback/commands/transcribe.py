@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from nemo_llm_feedback.commands import quiet_nemo
+from nemo_llm_feedback.commands import chosen_device, quiet_nemo
 from nemo_llm_feedback.errors import ConfigError
 
 HELP = "transcribe audio, with LLM rescoring if asked for"
@@ -52,7 +52,6 @@ def run(options: argparse.Namespace) -> int:
     tree = _settings(options)
     settings = parse_rescoring_config(tree) if tree is not None else None
     quiet_nemo()
-    import torch
     from tqdm import tqdm
 
     from nemo_llm_feedback.jobs.transcribe import (
@@ -65,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
 
     types = options.audio_type.split(",") if options.audio_type else AUDIO_TYPES
     rows = find_rows(options.audio, manifest=options.dataset_manifest, audio_types=types)
-    cuda = options.cuda if options.cuda is not None else 0 if torch.cuda.is_available() else -1
     with tqdm(total=len(rows), unit="utt", desc="transcribing", disable=None) as bar:
         found = transcribe(
             options.model,
@@ -74,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
                 batch_size=options.batch_size,
                 decoder_type=options.decoder_type,
                 timestamps=options.timestamps,
-                device=f"cuda:{cuda}" if cuda >= 0 else "cpu",
+                device=chosen_device(options.cuda),
                 rescoring=settings,
                 on_done=bar.update,
             ),

@@ -26,6 +26,8 @@ class FeedbackConfig:
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
         survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
+        augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
+            For ``distill`` and ``mwer``. Fewer errors on the target domain, somewhat more on others (docs/results.md).
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
@@ -40,6 +42,7 @@ class FeedbackConfig:
     refresh_every: int = 50
     survey_utterances: int = 64
     log_hypotheses_every: int = 50
+    augment: bool = False
     memory_budget_mb: int = 512
     band_tolerance: float = 0.0
 

@@ -52,6 +52,11 @@ class RunConfig:
                 "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
                 "proposals.samples=8."
             )
+        if self.feedback.augment and self.objective.name not in ("distill", "mwer"):
+            own = ", which has objective.augment" if self.objective.name == "self_training" else ""
+            faults.append(
+                f"feedback.augment is for distill and mwer, not for objective.name={self.objective.name}{own}."
+            )
         if self.parameters.lr_candidates and not self.guards.every:
             faults.append("parameters.lr_candidates are judged by the guards' looks: set guards.every above 0.")
         if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:

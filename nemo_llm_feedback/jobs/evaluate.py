@@ -47,6 +47,7 @@ def evaluate(
     head: str = "auto",
     batch_size: int = 16,
     oracle: int = 0,
+    device: str = "cpu",
 ) -> Evaluation:
     """Transcribes a manifest greedily with every model, reads ready transcripts, and scores all of them.
 
@@ -59,6 +60,7 @@ def evaluate(
         head: ``ctc``, ``transducer`` or ``auto``.
         batch_size: rows a batch.
         oracle: beam size of the N-best whose oracle is scored (with terms also of the boosted beam); 0 = none.
+        device: of the models, ``cpu`` or ``cuda:0`` …
 
     Raises:
         CheckpointError, ManifestError, ConfigError: unusable input, before any model is loaded; or a model that fails
@@ -81,7 +83,7 @@ def evaluate(
     systems = []
     for path in models:
         name, given = names[str(path)], [rows[i] for i in usable]
-        system, failures = _decode(path, given, name, scoring, head, batch_size, oracle)
+        system, failures = _decode(path, given, name, scoring, head, batch_size, oracle, device)
         failed |= {usable[k]: f"{given[k].origin}: {name}: {why}" for k, why in failures.items()}
         systems.append(_spread(system, usable, len(rows)))
     kept = [i for i in range(len(rows)) if i not in failed]
@@ -189,13 +191,13 @@ def _rows(models: Sequence[str], manifest: str | None, predictions: Sequence[str
 
 
 def _decode(
-    path: str, rows: list[Row], name: str, scoring: Scoring, head: str, batch_size: int, oracle: int
+    path: str, rows: list[Row], name: str, scoring: Scoring, head: str, batch_size: int, oracle: int, device: str
 ) -> tuple[System, dict[int, str]]:
     from nemo.collections.asr.models import ASRModel
 
     from nemo_llm_feedback.evaluation import decode_rows
 
-    model = ASRModel.restore_from(path, map_location="cpu")
+    model = ASRModel.restore_from(path, map_location=device)
     config = None
     if oracle:
         boosted = oracle if scoring.context.terms or any(row.context.terms for row in rows) else 0

@@ -47,11 +47,12 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after
     rate = int(model.cfg.preprocessor.sample_rate)
     scores: list[dict[str, tuple[float, float]]] = [{} for _ in pairs]
     run_context = state.config.context.load()
-    for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
-        contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
-        texts = [pairs[i][1:] for i in batch.indices]
-        for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
-            scores[i] = judged
+    with evaluation_mode(model):
+        for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
+            contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
+            texts = [pairs[i][1:] for i in batch.indices]
+            for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
+                scores[i] = judged
     nbest = own_nbest(model, chosen, [b for _, b, _ in pairs], [a for _, _, a in pairs])
     return [Change(row, b, a, scores[i], nbest[i]) for i, (row, b, a) in enumerate(pairs)]
 

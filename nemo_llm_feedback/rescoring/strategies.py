@@ -14,6 +14,8 @@ DEFAULT_NBEST = 8
 
 GREEDY = ("greedy", "greedy_batch")
 BATCHED_BEAM = {"ctc": "beam_batch", "transducer": "malsd_batch"}
+# pyctcdecode returns text, which NeMo spells anew: its log p is that of the tokenizer's own spelling, lower than the
+# spoken one's. beam_batch keeps the labels and is the one to use.
 RESCORABLE = {
     "ctc": ("beam_batch", "pyctcdecode"),
     "transducer": ("malsd_batch", "maes_batch", "maes", "beam"),
@@ -111,7 +113,11 @@ def _faults(cfg: DictConfig, *, asked: str, kind: str, characters: bool) -> list
     if any(confidence.get(key) for key in _CONFIDENCE):
         faults.append("confidence_cfg: beams estimate no confidence; switch it off or disable rescoring.")
     if strategy == "pyctcdecode" and not _installed("pyctcdecode"):
-        faults.append("strategy=pyctcdecode: the package is not installed; pip install pyctcdecode, or beam_batch.")
+        # It declares numpy < 2 and works with 2; with its dependencies pip would put NumPy back.
+        faults.append(
+            "strategy=pyctcdecode: the package is not installed; pip install --no-deps pyctcdecode pygtrie, or set "
+            "strategy=beam_batch."
+        )
     return faults
 
 
