@@ -35,14 +35,18 @@ def run_ranks(scenario: str, folder: Path, *args: Any, size: int = 2) -> list[di
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for rank in range(size):
+        (folder / f"{scenario}_{rank}.pt").unlink(missing_ok=True)
     ranks = [start(_rank, rank, size, port, scenario, folder, args) for rank in range(size)]
     for process in ranks:
-        process.join(120)
+        process.join(240)
     hanging = [process for process in ranks if process.is_alive()]
     for process in hanging:
         process.kill()
-    assert not hanging, "a rank hangs"
-    return [torch.load(folder / f"{scenario}_{rank}.pt", weights_only=False) for rank in range(size)]
+    files = [folder / f"{scenario}_{rank}.pt" for rank in range(size)]
+    found = [torch.load(path, weights_only=False) if path.is_file() else {} for path in files]
+    assert not hanging, "\n".join(["a rank hangs", *(rank["error"] for rank in found if "error" in rank)])
+    return found
 
 
 def _rank(rank: int, size: int, port: int, scenario: str, folder: Path, args: tuple[Any, ...]) -> None:

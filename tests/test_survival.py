@@ -101,7 +101,11 @@ def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
 
 def test_ranks_of_a_launcher_go_on_together(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path) -> None:
     ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "trainer.max_steps=3", f"output={tmp_path / 'a.nemo'}")
-    more = ("guards.every=0", "exp_manager.checkpoint_callback_params.save_top_k=-1", "+exp_manager.seconds_to_sleep=0")
+    more = (
+        "guards.every=0",
+        "exp_manager.checkpoint_callback_params.save_top_k=-1",
+        "+exp_manager.seconds_to_sleep=0",
+    )
     command = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *SETTINGS, *ranks, *more)
     found = run_ranks("adapt", tmp_path, command)
     assert "error" not in found[0], found[0]["error"]

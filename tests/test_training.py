@@ -90,7 +90,9 @@ def test_a_look_that_the_reward_cannot_judge_is_no_gain() -> None:
     looks = iter([1.0, math.nan, 0.5, 2.0])
     model = torch.nn.Linear(1, 1)
     watch = SimpleNamespace(
-        rewarded=True, look=lambda model, step: Look(step, next(looks), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan)
+        rewarded=True,
+        start_wer=None,
+        look=lambda model, step: Look(step, next(looks), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan),
     )
     trainer = SimpleNamespace(is_global_zero=True, loggers=[], global_step=0)
     watchman = Watchman(GuardConfig(), [], [], start=snapshot(model), parameters=ParametersConfig())

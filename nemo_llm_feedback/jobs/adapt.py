@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,14 +199,15 @@ def _write_reports(
     )
 
 
-def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> FolderLock:
-    """Marks the run folder as this process's and records the settings in it."""
+def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """Marks the run folder as rank 0's while inside, and records the settings in it."""
+    if not is_global_rank_zero():
+        return nullcontext()
     lock = FolderLock(log_dir)
-    if is_global_rank_zero():
-        if not lock.held:
-            lock.release()
-            raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
-        record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
+    if not lock.held:
+        lock.release()
+        raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
+    record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
     return lock
 
 

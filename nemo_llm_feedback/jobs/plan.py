@@ -39,8 +39,9 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
         f"  objective    {config.objective.name}",
-        f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); frozen reference "
-        f"{state.reference.memory_bytes / _MB:.0f} MB; joint at most {config.feedback.memory_budget_mb} MB",
+        f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
+        f"frozen reference {state.reference.memory_bytes / _MB:.0f} MB; "
+        f"joint at most {config.feedback.memory_budget_mb} MB",
     ]
     if config.llm is not None and config.needs_llm:
         folder = resolve_folder(config.llm)
