@@ -19,7 +19,7 @@ from nemo_llm_feedback.heads import heads_of
 from nemo_llm_feedback.loaders import ResumableLoader
 from nemo_llm_feedback.lora import merged
 from nemo_llm_feedback.losses import Term, group_loss, group_metrics, total
-from nemo_llm_feedback.preparation import FeedbackState, band_of, prepare, start
+from nemo_llm_feedback.preparation import FeedbackState, band_of, check_starts, prepare, start
 from nemo_llm_feedback.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
 from nemo_llm_feedback.resuming import count_finished_batch, place_in_data
 from nemo_llm_feedback.supervision import exact_supervised_step, pseudo_labelled_batch
@@ -67,6 +67,7 @@ class LLMFeedbackMixin(_Base):
         """Places the frozen reference and the LLM on this rank's device and measures the pool."""
         super().on_fit_start()
         if self._feedback is not None:
+            check_starts(self.trainer.ckpt_path)
             start(self, self._feedback)
 
     def training_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:

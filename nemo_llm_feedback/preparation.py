@@ -174,14 +174,18 @@ def band_of(config: RunConfig) -> Band | None:
     return Band(config.feedback.band_tolerance) if config.feedback.band_tolerance else None
 
 
-def start(model: Any, state: FeedbackState) -> None:
-    """Places the reference, loads the LLM, and surveys the pool unless a resumed run already has."""
-    starts = {Path(path).name if path else "none" for path in gather(model.trainer.ckpt_path)}
+def check_starts(checkpoint: str | Path | None) -> None:
+    """Raises a TrainingError on every rank unless all go on from the same checkpoint, or none does."""
+    starts = {Path(path).name if path else "none" for path in gather(checkpoint)}
     if len(starts) > 1:
         raise TrainingError(
             f"the ranks start from different checkpoints ({', '.join(sorted(starts))}): name the run to go on with by "
             "exp_manager.explicit_log_dir=FOLDER exp_manager.resume_if_exists=true."
         )
+
+
+def start(model: Any, state: FeedbackState) -> None:
+    """Places the reference, loads the LLM, and surveys the pool unless a resumed run already has."""
     state.reference.to(model.device)
     tdt = any(getattr(head, "durations", ()) for head in heads_of(model))
     state.exact_supervision = tdt and model.device.type == "cpu"
