@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,9 @@ LogProb = Callable[[Problem, Tensor], Tensor]  # log p of the hypotheses, given 
 def main() -> None:
     """Parses the arguments, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("ctc", "rnnt", "tdt"), required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--family", choices=("ctc", "rnnt", "tdt"))
+    what.add_argument("--trie", action="store_true", help="only the trie of 64 × 16 hypotheses of 100 labels")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="B 2, T 94, U 20–30, V 512, joint 320")
     parser.add_argument("--shape", choices=tuple(SHAPES), help=argparse.SUPPRESS)
@@ -54,6 +57,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
     nemo_logging.setLevel(logging.ERROR)
+    if options.trie:
+        print(trie_line())
+        return
     shape = options.shape or ("small" if options.small else "full")
     variants = variants_of(options.family, options.device)
     unknown = set(options.skip) - variants.keys()
@@ -66,6 +72,24 @@ def main() -> None:
     print(table(found))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def trie_line(*, rows: int = 64, hyps: int = 16, labels: int = 100, rounds: int = 20) -> str:
+    """CPU time of building one trie; the hypotheses of a row differ from the first in one label each."""
+    rng = random.Random(0)
+    flat: list[Labels] = []
+    for _ in range(rows):
+        base = [rng.randrange(1024) for _ in range(labels)]
+        for _ in range(hyps):
+            place = rng.randrange(labels)
+            flat.append([*base[:place], rng.randrange(1024), *base[place + 1 :]])
+    seconds = []
+    for _ in range(rounds):
+        start = time.process_time()
+        trie = PrefixTrie.build(flat, [n // hyps for n in range(len(flat))])
+        seconds.append(time.process_time() - start)
+    low, middle = 1e3 * min(seconds), 1e3 * statistics.median(seconds)
+    return f"{trie.num_nodes} nodes: at best {low:.1f} ms, median {middle:.1f} ms of CPU time"
 
 
 def benchmark(
