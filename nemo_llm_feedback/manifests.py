@@ -201,9 +201,11 @@ def stage(
     kept = [row for row in rows if id(row) not in dropped and id(row) not in bad]
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
-    held = () if tarred else _spread([row for row in kept if not row.text], held_out_share, held_out)
-    out = set(map(id, held))
-    kept = [row for row in kept if id(row) not in out]
+    # A pool that is listed several times, to be seen oftener than what is replayed beside it, is held out once.
+    distinct = {row.utterance: row for row in kept if not row.text}
+    held = () if tarred else _spread(list(distinct.values()), held_out_share, held_out)
+    out = {row.utterance for row in held}
+    kept = [row for row in kept if row.text or row.utterance not in out]
     staged_path = _write_copies(manifest_filepath, kept, folder)
     return Staged(staged_path, tuple(kept), held, tuple(too_long), tuple(too_short), tuple(bad.values()))
 

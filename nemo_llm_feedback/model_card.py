@@ -88,6 +88,7 @@ def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
         "base": "Base",
         "llm": "Language model (frozen, in training only)",
         "objective": "Objective",
+        "reward": "Reward",
         "steps": "Optimizer steps",
         "context_sha256": "SHA-256 of description and terms",
         "plugin": "Made with",

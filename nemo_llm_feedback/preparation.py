@@ -28,7 +28,7 @@ from nemo_llm_feedback.proposals import Proposer
 from nemo_llm_feedback.reference import FrozenReference
 from nemo_llm_feedback.resuming import random_states, set_random_states
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
-from nemo_llm_feedback.survey import Survey, survey
+from nemo_llm_feedback.survey import Survey, apply_survey, survey
 
 # Best-rewarded texts that are longer or shorter than the recogniser's own by more than this factor call for another β.
 _LENGTH_TOLERANCE = 1.2
@@ -69,8 +69,6 @@ class FeedbackState:
     def load_plain(self, plain: Mapping[str, Any], *, rank: int) -> None:
         """Takes back what :meth:`to_plain` gave; with another number of ranks, all take the groups of all."""
         self.survey = Survey(**plain["survey"]) if plain["survey"] else None
-        if self.survey is not None:
-            self.maker.proposer.boosting_weight = self.survey.boosting_weight
         own = plain["groups"][rank : rank + 1] if len(plain["groups"]) == num_ranks() else plain["groups"]
         self.maker.kept = {name: ScoredGroup.from_plain(scored) for kept in own for name, scored in kept.items()}
         self.random = plain["random"]
@@ -217,15 +215,16 @@ def start(model: Any, state: FeedbackState) -> None:
     # Rank 0's: all must train with the same scales.
     state.survey = broadcast(state.survey)
     if state.survey is not None:
-        state.maker.proposer.boosting_weight = state.survey.boosting_weight
+        apply_survey(state)
     if not known:
         assert state.survey is not None
         logging.info(f"survey of the pool: {state.survey}")
         if not 1 / _LENGTH_TOLERANCE <= state.survey.length_ratio <= _LENGTH_TOLERANCE:
             way = "lower" if state.survey.length_ratio > 1 else "raise"
+            now = "" if state.survey.beta is None else f" (now {state.survey.beta:g})"
             logging.warning(
                 f"the best-rewarded texts have {state.survey.length_ratio:.2f} times the recogniser's length: "
-                f"{way} reward.beta (now {config.reward.beta}), or the model will learn to change its length."
+                f"{way} reward.beta{now}, or the model will learn to change its length."
             )
         if state.survey.signal_fraction == 0:
             raise TrainingError(

@@ -1,11 +1,11 @@
-"""A look at the pool before training: what the groups hold, and how strongly terms are boosted."""
+"""A look at the pool before training: what the groups hold, the LLM's weight, and how strongly terms are boosted."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from nemo_llm_feedback.errors import TrainingError
 from nemo_llm_feedback.groups import Audio, ScoredGroup
 from nemo_llm_feedback.normalize import text_length
 from nemo_llm_feedback.reference import encode, evaluation_mode
+from nemo_llm_feedback.scales import component_spread, from_spread
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.preparation import FeedbackState
@@ -31,9 +32,11 @@ class Survey:
         utterances: unlabeled rows looked at.
         signal_fraction: share of their groups whose rewards differ.
         members: mean group size.
-        spread: component → mean within-group standard deviation, in its unit.
+        spread: component → mean within-group standard deviation over judged members, in its unit; NaN = none has two.
         length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
         boosting_weight: of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
+        alpha, beta: of the reward: the run's, or with ``reward.alpha`` null those that the pool's spread gave, before
+            the strength of boosting was chosen; None for a reward that has none.
     """
 
     utterances: int
@@ -42,6 +45,8 @@ class Survey:
     spread: dict[str, float]
     length_ratio: float
     boosting_weight: float
+    alpha: float | None = None
+    beta: float | None = None
 
 
 def survey(model: Any, state: FeedbackState) -> Survey:
@@ -55,6 +60,8 @@ def survey(model: Any, state: FeedbackState) -> Survey:
     with torch.random.fork_rng(), evaluation_mode(model), torch.no_grad():
         torch.manual_seed(0)
         audio = _some_audio(model, state)
+        if state.config.reward.scaled_by_pool:
+            _set_scale(model, state, audio)
         state.maker.proposer.boosting_weight = _boosting_weight(model, state, audio)
         groups = [group for part in audio for group in _groups(model, state, part)]
     first = state.heads[0].name
@@ -65,17 +72,46 @@ def survey(model: Any, state: FeedbackState) -> Survey:
         utterances=len(groups),
         signal_fraction=sum(signal) / len(groups),
         members=sum(len(g.group) for g in groups) / len(groups),
-        spread={
-            name: sum(float(torch.tensor(g.parts[name]).std(correction=0).nan_to_num()) for g in groups) / len(groups)
-            for name in groups[0].parts
-        },
+        spread=component_spread(groups),
         length_ratio=_best_length(groups, [g.rewards[first] for g in groups])
         / max(1.0, _best_length(groups, [g.ref_logp[first] for g in groups])),
         boosting_weight=state.maker.proposer.boosting_weight,
+        alpha=state.config.reward.weights[0] if state.config.reward.weighed else None,
+        beta=state.config.reward.weights[1] if state.config.reward.weighed else None,
     )
     state.work_dir.mkdir(parents=True, exist_ok=True)
     (state.work_dir / "survey.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def apply_survey(state: FeedbackState) -> None:
+    """Gives the run what its survey, perhaps another rank's or an earlier process's, has set."""
+    found = state.survey
+    assert found is not None
+    state.maker.proposer.boosting_weight = found.boosting_weight
+    if found.alpha is None or found.beta is None or state.maker.reward is None:
+        return
+    if (found.alpha, found.beta) != state.config.reward.weights:
+        _weigh(state, found.alpha, found.beta)
+
+
+def _set_scale(model: Any, state: FeedbackState, audio: Sequence[Audio]) -> None:
+    """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
+    config = state.config.reward
+    spread = component_spread([group for part in audio for group in _groups(model, state, part)])
+    alpha, beta = from_spread(spread, factor=config.spread_factor, asr_weight=config.asr_weight)
+    beta = beta if config.beta is None else config.beta
+    logging.info(
+        f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: LLM "
+        f"{spread['llm']:.2f} nat, recogniser {spread['asr']:.2f} nat, reward.spread_factor={config.spread_factor:g}."
+    )
+    _weigh(state, alpha, beta)
+
+
+def _weigh(state: FeedbackState, alpha: float, beta: float) -> None:
+    reward: Any = state.maker.reward
+    state.maker.reward = reward.with_weights(alpha=alpha, beta=beta)
+    state.config = replace(state.config, reward=replace(state.config.reward, alpha=alpha, beta=beta))
 
 
 def fill_round(model: Any, state: FeedbackState, *, round: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from nemo_llm_feedback import preparation
 from nemo_llm_feedback.errors import FeedbackError, RewardError
 from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.training import watchman
 from nemo_llm_feedback.types import HypothesisGroup, RewardOutput, pad_groups
 
 # Each process is forked from a clean one that has imported this module.
@@ -154,7 +155,10 @@ def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
     from nemo_llm_feedback.composition import compose_config
     from nemo_llm_feedback.jobs.adapt import adapt
 
-    return {"log_dir": adapt(compose_config(arguments)).log_dir}
+    factors: list[float] = []
+    scale = watchman.scale_rates
+    watchman.scale_rates = lambda trainer, factor: (factors.append(factor), scale(trainer, factor))
+    return {"log_dir": adapt(compose_config(arguments)).log_dir, "factors": factors}
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -12,7 +12,7 @@ import yaml
 
 from nemo_llm_feedback.cli import conf_dir
 from nemo_llm_feedback.composition import compose_config
-from nemo_llm_feedback.config import OBJECTIVE_NAMES, SECTIONS, parse_run_config, read_terms
+from nemo_llm_feedback.config import OBJECTIVE_NAMES, SECTIONS, RewardConfig, parse_run_config, read_terms
 from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.objectives import OBJECTIVES, hyperparameters
 
@@ -31,7 +31,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def test_yaml_and_dataclasses_agree_on_every_default() -> None:
     shown = yaml.safe_load((conf_dir() / "adapt.yaml").read_text())
-    for section in ("feedback", "proposals", "context"):
+    for section in ("feedback", "proposals", "context", "parameters", "guards"):
         assert shown[section] == _defaults(SECTIONS[section]), section
     for section in ("objective", "reward", "llm"):
         defaults = _defaults(SECTIONS[section])
@@ -39,6 +39,11 @@ def test_yaml_and_dataclasses_agree_on_every_default() -> None:
             values = yaml.safe_load(file.read_text())
             # What a file is there to choose; distill leaks probability from the group without the mass anchor.
             fixed = {"name", "quantization", "settings", *(["mass_weight"] if file.stem == "distill" else [])}
+            if section == "reward" and "alpha" in values and values["alpha"] is not None:
+                # Written out where the pool does not set it.
+                own = RewardConfig(name=values["name"])
+                assert (values.pop("alpha"), values.pop("beta")) == own.weights
+                assert not own.scaled_by_pool
             assert {k: v for k, v in values.items() if k not in fixed} == {
                 k: defaults[k] for k in values if k not in fixed
             }, file

@@ -398,8 +398,9 @@ def test_the_learning_rate_with_the_best_held_out_reward_is_taken(
     monkeypatch.setattr(HeldOutWatch, "_gain", gain)
     monkeypatch.setattr(HeldOutWatch, "look", spied)
     more = ("parameters.lr_candidates=[1e-4,4e-4,2e-4]", "parameters.lr_trial_steps=2", "guards.max_kl=1e9")
+    chosen = ("model.optim.lr=null", *more)
     samples = ("trainer.max_steps=2", "guards.every=2", "proposals.samples=2")
-    result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *more, *samples)
+    result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *chosen, *samples)
     assert moved[0] < moved[1] < moved[2]
     lines = [json.loads(line) for line in (result.log_dir / "steps.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([2e-4, 2e-4])

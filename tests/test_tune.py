@@ -21,14 +21,13 @@ from nemo_llm_feedback.jobs.tune import (
     TuneOptions,
     best_point,
     choose,
-    component_spread,
-    from_spread,
     labelled_grid,
     tuned_text,
 )
 from nemo_llm_feedback.jobs.tune_plot import check_plot_path, write_plot
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.nbest import NBestSettings
+from nemo_llm_feedback.scales import component_spread, from_spread
 from nemo_llm_feedback.types import Context, Hypothesis, HypothesisGroup
 
 NAN = math.nan

@@ -16,7 +16,9 @@ from nemo.utils import logging
 
 from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
-REPLAY = {"speechocean762": 90, "librispeech": 90, "kathleen": 89}
+# Half of a batch is of the pool; what is replayed beside it does not repeat while the pool goes round 4 times.
+ROUNDS = 4
+REPLAY = {"speechocean762": 0.5, "librispeech": 0.25, "kathleen": 0.25}
 ROWS: dict[str, list[str]] = {
     "self_training": ["objective=self_training"],
     "self_training_rescored": ["objective=self_training", "objective.label=reward"],
@@ -56,6 +58,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--rows", nargs="*", default=["self_training", "feedback"], choices=list(rows))
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
+    made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, for a grid")
     made.add_argument("--split", default="dev", choices=("dev", "test"))
@@ -91,7 +94,7 @@ def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequenc
     overrides = [
         f"init_from_nemo_model={options.checkpoint}",
         f"model.train_ds.manifest_filepath={_training_rows(pool, options, replay=replay)}",
-        f"model.train_ds.batch_size={16 if replay else 8}",
+        f"model.train_ds.batch_size={round(8 * (1 + options.replay)) if replay else 8}",
         f"llm.model={options.llm}",
         f"reward.cache={options.out / 'llm_scores.sqlite'}",
         f"exp_manager.exp_dir={options.out / 'runs'}",
@@ -117,14 +120,14 @@ def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequenc
 
 
 def _training_rows(pool: Path, options: argparse.Namespace, *, replay: bool) -> Path:
-    """The pool's manifest, unlabeled, with transcribed general speech where it is replayed."""
-    target = options.out / ("pool_replay.json" if replay else "pool.json")
-    rows = [(pool.parent, row) for row in read_rows(pool)]
-    rng = random.Random(0)
-    source = options.data / "source"
-    for name, number in REPLAY.items() if replay else ():
+    """The pool's manifest, unlabeled, as often as it goes round, with as much transcribed general speech."""
+    target = options.out / (f"pool_replay_{options.replay:g}.json" if replay else "pool.json")
+    rows = ROUNDS * [(pool.parent, row) for row in read_rows(pool)]
+    total, rng, source = len(rows), random.Random(0), options.data / "source"
+    for name, share in REPLAY.items() if replay else ():
         general = [row for row in read_rows(source / f"{name}.json") if 1.0 < row["duration"] < 8.0]
-        rows += [(source, row) for row in rng.sample(general, number)]
+        wanted = round(options.replay * share * total)
+        rows += [(source, row) for row in rng.sample(general, min(len(general), wanted))]
     write_rows(target, rows)
     return target
 

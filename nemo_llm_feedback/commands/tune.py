@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", choices=("wer", "ewer"), help="what to lower (default: wer)")
     parser.add_argument("--folds", type=int, metavar="K", help="of the cross-validation (default: 5)")
     parser.add_argument(
-        "--factor", type=float, help="without transcripts: the LLM's say ÷ the recogniser's (default: 1)"
+        "--factor", type=float, help="without transcripts: the LLM's say ÷ the recogniser's (default: 2)"
     )
     parser.add_argument("--no-text", action="store_true", help="do not use the manifest's transcripts")
     parser.add_argument(

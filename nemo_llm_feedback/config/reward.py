@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_llm_feedback.config.faults import choice, non_negative
+from nemo_llm_feedback.config.faults import choice, non_negative, positive
 
 # Rewards that ask the LLM of the section ``llm``; those that read a context beside them; those whose value is
 # combined as alpha·value + asr_weight·log p_ref + beta·length.
 LLM_REWARDS = ("llm", "judge", "correction", "entity")
 CONTEXT_REWARDS = (*LLM_REWARDS, "remote")
 ANCHORED_REWARDS = ("judge", "correction", "entity", "rules")
+# Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
+SCALED_REWARDS = ("llm", "remote")
+DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
 GROUP_NORMALIZATIONS = ("none", "center", "z", "rank")
 _COMPONENT_KEYS = ("name", "weight", "normalize", "settings")
 
@@ -27,9 +30,12 @@ class RewardConfig:
         name: short name of the reward in the registry, or ``package.module:attribute`` from your own YAML. ``judge``,
             ``correction``, ``entity`` and ``rules`` stand in the LLM's place in the formula; a single rule,
             ``callable``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
-        alpha: weight of the LLM's log-probability, or of what stands in its place.
-        beta: bonus a word (a character in scripts written without spaces), in nats; 0 to 4·alpha did alike on two dev
-            sets (docs/results.md), and much more teaches insertions.
+        alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
+            ``llm`` and ``remote`` from the pool before the first step (``spread_factor``), all else is 1.
+        beta: bonus a word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
+            alike on two dev sets (docs/results.md), and much more teaches insertions.
+        spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
+            times that of asr_weight·logP_ref.
         normalize: ``sum``, ``token``, ``word`` or ``pmi`` form of the LLM term (``llm`` and ``remote``).
         asr_weight: weight of the frozen reference's log p; 1 in the one parameterisation, 0 for the ablation.
         cache: file or folder of LLM scores, which later runs may share; null = ``llm_scores.sqlite`` in the run's
@@ -39,8 +45,9 @@ class RewardConfig:
     """
 
     name: str = "llm"
-    alpha: float = 1.0
-    beta: float = 2.0
+    alpha: float | None = None
+    beta: float | None = None
+    spread_factor: float = 2.0
     normalize: str = "sum"
     asr_weight: float = 1.0
     cache: str | None = None
@@ -48,16 +55,32 @@ class RewardConfig:
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
-        faults = non_negative("reward", self, "alpha", "asr_weight")
+        faults = non_negative("reward", self, *(["alpha"] if self.alpha is not None else []), "asr_weight")
+        faults += positive("reward", self, "spread_factor")
         faults += choice("reward.normalize", self.normalize, ("sum", "token", "word", "pmi"))
-        formula = self.name in (*CONTEXT_REWARDS, *ANCHORED_REWARDS)
-        if formula and not (self.alpha or self.asr_weight or self.beta):
+        if self.weighed and not (any(self.weights) or self.asr_weight):
             faults.append(
                 "reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."
             )
         if not isinstance(self.settings, Mapping):
             return [*faults, f"reward.settings={self.settings!r} must be a section of keys."]
         return faults + (_composite_faults(self.settings) if self.name == "composite" else [])
+
+    @property
+    def weighed(self) -> bool:
+        """Whether alpha, asr_weight and beta play a part; some rewards are taken as they are."""
+        return self.name in (*CONTEXT_REWARDS, *ANCHORED_REWARDS)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(alpha, beta), with what stands for null where there is no pool to go by."""
+        alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
+        return alpha, BETA_PER_ALPHA * alpha if self.beta is None else self.beta
+
+    @property
+    def scaled_by_pool(self) -> bool:
+        """Whether ``adapt`` takes alpha from the spread of the pool's groups; nothing to weigh against = no."""
+        return self.alpha is None and self.name in SCALED_REWARDS and self.asr_weight > 0
 
     @property
     def names(self) -> tuple[str, ...]:

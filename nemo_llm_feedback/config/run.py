@@ -57,8 +57,6 @@ class RunConfig:
             faults.append(
                 f"feedback.augment is for distill and mwer, not for objective.name={self.objective.name}{own}."
             )
-        if self.parameters.lr_candidates and not self.guards.every:
-            faults.append("parameters.lr_candidates are judged by the guards' looks: set guards.every above 0.")
         if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:
             faults.append("feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.")
         return faults

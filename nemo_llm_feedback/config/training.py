@@ -18,8 +18,8 @@ class ParametersConfig:
             are merged on export; 0 = none.
         lora_alpha: LoRA's scale: the update is lora_alpha / lora_rank · B·A.
         ema_decay: a step's decay of the moving average of the weights that is validated and exported; 0 = none.
-        lr_candidates: peak learning rates of which the run takes the one with the best held-out reward after a short
-            trial, in place of ``model.optim.lr``; empty = no trial.
+        lr_candidates: where ``model.optim.lr`` is null: peak learning rates of which the run takes the one with the
+            best held-out reward after a short trial.
         lr_trial_steps: batches of a trial.
         recompute_encoder: keep no activations inside the encoder's layers, compute them again in the backward.
     """
@@ -29,7 +29,7 @@ class ParametersConfig:
     lora_rank: int = 0
     lora_alpha: int = 16
     ema_decay: float = 0.0
-    lr_candidates: tuple[float, ...] = ()
+    lr_candidates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
     lr_trial_steps: int = 12
     recompute_encoder: bool = False
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,15 @@ from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.config import RunConfig, parse_run_config
 from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
-from nemo_llm_feedback.jobs.inputs import labelled_rows, prepare_model, source, trainer_settings, with_sample_rate
-from nemo_llm_feedback.jobs.plan import plan_text
+from nemo_llm_feedback.jobs.inputs import (
+    labelled_rows,
+    prepare_model,
+    rates_to_try,
+    source,
+    trainer_settings,
+    with_sample_rate,
+)
+from nemo_llm_feedback.jobs.plan import plan_text, reward_line
 from nemo_llm_feedback.jobs.start import check_room, experiment, record_start
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
@@ -76,6 +83,7 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     config = parse_run_config(tree)
+    rates = rates_to_try(cfg, config)
     base = source(cfg)
     supported_class(read_config(base), origin=base)
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
@@ -92,13 +100,13 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     log_dir = Path(exp_manager(trainer, manager))
     model.set_trainer(trainer)
     with _own_folder(cfg, log_dir, trainer):
-        prepare_model(model, cfg, validation)
+        prepare_model(model, cfg, validation, rates=rates)
         model.setup_feedback(with_sample_rate(cfg, model), work_dir=log_dir)
-        logging.info(plan_text(model, config, source=base, log_dir=log_dir))
-        watchman = _watchman(model, config, guard)
+        logging.info(plan_text(model, config, source=base, log_dir=log_dir, rates=rates))
+        watchman = _watchman(model, config, guard, rates)
         before, after, pool = _train(model, config, cfg, watchman, validation=validation, log_dir=log_dir)
         target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
-        model._adaptation_facts = _facts(config, base, before, after, int(trainer.global_step))
+        model._adaptation_facts = _facts(model._feedback.config, base, before, after, int(trainer.global_step))
         model.save_to(str(target))
         changed = [(a, b) for _, a, b in pool if a != b]
         result = AdaptResult(target, log_dir, before, after, changed, watchman.reason, watchman.share, watchman.looks)
@@ -211,13 +219,8 @@ def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> Abstract
     return lock
 
 
-def _watchman(model: Any, config: RunConfig, guard: list[Row]) -> Watchman:
+def _watchman(model: Any, config: RunConfig, guard: list[Row], rates: tuple[float, ...]) -> Watchman:
     """Looks at held-out rows, or, of a pool too small or tarred, at rows that are also trained on."""
-    if config.parameters.lr_candidates and model.trainer.world_size > 1:
-        # A trial runs outside Lightning, which joins the gradients of several.
-        raise ConfigError(
-            "parameters.lr_candidates needs a run of one process: choose there, then set model.optim.lr."
-        )
     staged = model._feedback.staged
     rows = list(staged.held_out)
     if config.guards.every and not rows:
@@ -226,13 +229,10 @@ def _watchman(model: Any, config: RunConfig, guard: list[Row]) -> Watchman:
             f"no rows are held out (tarred audio, or too few for guards.held_out={config.guards.held_out}): "
             f"the guards look at {len(rows)} rows that are trained on."
         )
-    return Watchman(
-        config.guards,
-        rows,
-        guard,
-        start=snapshot(model),
-        parameters=config.parameters,
-    )
+    if rates and not rows:
+        raise ConfigError("no audio file can be read to judge a trial by (tarred audio): set model.optim.lr.")
+    parameters = replace(config.parameters, lr_candidates=rates)
+    return Watchman(config.guards, rows, guard, start=snapshot(model), parameters=parameters)
 
 
 def _pool_sample(model: Any, config: RunConfig) -> list[Row]:
@@ -269,6 +269,7 @@ def _facts(config: RunConfig, source: Path, before: Any, after: Any, steps: int)
         "base": source.name,
         "llm": public_name(str(config.llm.model)) if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
+        "reward": reward_line(config.reward) if config.needs_reward else None,
         "steps": steps,
         "context_sha256": digest,
         "before": {name: _plain(scores) for name, scores in before.items()},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_llm_feedback.config import RunConfig
 from nemo_llm_feedback.errors import CheckpointError, ConfigError, ManifestError
 from nemo_llm_feedback.manifests import Row, expand_paths, read_manifest, unreadable
 from nemo_llm_feedback.models import locate
@@ -71,9 +72,42 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
-def prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any]) -> None:
-    """Replaces the optimizer section as a whole (a merge would keep the old scheduler) and sets validation."""
+def rates_to_try(cfg: DictConfig, config: RunConfig) -> tuple[float, ...]:
+    """The learning rates among which a trial chooses: ``parameters.lr_candidates`` where ``model.optim.lr`` is null.
+
+    Raises:
+        ConfigError: neither a rate nor what a trial of some needs.
+    """
+    if cfg.model.optim.get("lr") is not None:
+        return ()
+    lacking = []
+    if not config.parameters.lr_candidates:
+        lacking.append("parameters.lr_candidates is empty")
+    if not config.guards.every:
+        lacking.append("guards.every=0 leaves no held-out look to judge by")
+    if not config.needs_reward:
+        lacking.append("plain self-training has no reward to judge by")
+    if any(group.get("lr") is not None for group in (cfg.model.get("optim_param_groups") or {}).values()):
+        lacking.append("model.optim_param_groups have rates of their own")
+    if lacking:
+        raise ConfigError(
+            f"model.optim.lr is null, so a short trial would choose it, but {'; '.join(lacking)}. Set model.optim.lr."
+        )
+    return config.parameters.lr_candidates
+
+
+def prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any], *, rates: Sequence[float] = ()) -> None:
+    """Replaces the optimizer section as a whole (a merge would keep the old scheduler) and sets validation.
+
+    Args:
+        model: to be trained.
+        cfg: of the run.
+        validation: name → rows; empty = none.
+        rates: of :func:`rates_to_try`; the first stands in until the trial.
+    """
     optim: Any = OmegaConf.to_container(cfg.model.optim, resolve=True)
+    if rates:
+        optim["lr"] = rates[0]
     if optim.get("sched") is None:
         optim.pop("sched", None)  # NeMo writes into the section when the key is there, also when it is null
     with open_dict(model.cfg):

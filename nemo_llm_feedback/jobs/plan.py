@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.config import SOURCE_NAMES, RunConfig
+from nemo_llm_feedback.config import SOURCE_NAMES, RewardConfig, RunConfig
 from nemo_llm_feedback.llm import estimate_memory, resolve_folder
 
 _MB = 2**20
 
 
-def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> str:
+def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rates: Sequence[float] = ()) -> str:
     """The plan as lines of text.
 
     Args:
@@ -19,6 +20,7 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
         config: of the run.
         source: the checkpoint.
         log_dir: folder of the run.
+        rates: among which a trial will choose; none where the rate is given.
     """
     state = model._feedback
     staged = state.staged
@@ -38,7 +40,9 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
-        f"  objective    {config.objective.name}",
+        f"  objective    {config.objective.name}; learning rate "
+        + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
+        *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
         f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
         f"frozen reference {state.reference.memory_bytes / _MB:.0f} MB; "
         f"joint at most {config.feedback.memory_budget_mb} MB",
@@ -51,6 +55,14 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path) -> 
         )
     lines.append(f"  run folder   {log_dir}")
     return "\n".join(lines)
+
+
+def reward_line(config: RewardConfig) -> str:
+    """The reward's name and weights, e.g. ``llm, alpha 1.4, beta 2.8``."""
+    if config.scaled_by_pool:
+        beta = "2·alpha" if config.beta is None else f"{config.beta:g}"
+        return f"{config.name}, alpha by the pool's spread (factor {config.spread_factor:g}), beta {beta}"
+    return f"{config.name}, alpha {config.weights[0]:g}, beta {config.weights[1]:g}" if config.weighed else config.name
 
 
 def _sources(config: RunConfig) -> dict[str, int]:

@@ -3,11 +3,9 @@
 With transcripts: a grid over stored scores, judged by k-fold cross-validation. The value that is reported for the
 choice is that of utterances which did not take part in choosing; the best cell of the grid flatters itself.
 
-Without: α makes the LLM's say in a group as large as the recogniser's, times a stated factor: the mean within-group
-standard deviation of α·LLM equals ``factor`` × that of w·ASR. β keeps the default's proportion to α, 2: measured as
-the slope of the LLM's score on length it came out near 15 nats a word and taught insertions (docs/results.md). An
-equal say is the cautious choice: on two dev sets transcripts chose 2 and 2.5 times as much, at the price of more
-entity false alarms.
+Without: α makes the LLM's say in a group so many times as large as the recogniser's (``scales.from_spread``), which is
+what ``adapt`` does by itself where ``reward.alpha`` is null. The default, 2, is the smaller of what transcripts chose
+on two dev sets; an equal say is more cautious, and costs fewer entity false alarms.
 """
 
 from __future__ import annotations
@@ -22,19 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_llm_feedback.config import RewardConfig
-from nemo_llm_feedback.errors import ConfigError, RewardError
+from nemo_llm_feedback.config.reward import BETA_PER_ALPHA
+from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.evaluation import score_rows
 from nemo_llm_feedback.groups import ScoredGroup
 from nemo_llm_feedback.jobs.agreement import best_member
 from nemo_llm_feedback.jobs.look import Look, LookOptions, baseline, open_look
 from nemo_llm_feedback.metrics import COLUMNS, CorpusScores, find_metric, oracle
 from nemo_llm_feedback.normalize import get_normalizer
+from nemo_llm_feedback.scales import component_spread, from_spread
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 METRICS = ("wer", "ewer", "false_alarms")
 _DEFAULT = RewardConfig()
-BETA_PER_ALPHA = _DEFAULT.beta / _DEFAULT.alpha
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class TuneOptions:
     betas: tuple[float, ...] = BETAS
     metric: str = "wer"
     folds: int = 5
-    factor: float = 1.0
+    factor: float = _DEFAULT.spread_factor
     use_text: bool = True
     seed: int = 0
 
@@ -173,38 +172,6 @@ def tune(options: LookOptions, choice: TuneOptions) -> Tuned:
     )
 
 
-# ---------------------------------------------------------------- without labels
-
-
-def component_spread(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Mean over groups of the within-group standard deviation of each component, over judged members.
-
-    Groups of a single judged member have no spread and are left out.
-    """
-    found = {}
-    for name in groups[0].parts:
-        rows = [[v for v in g.parts[name] if math.isfinite(v)] for g in groups]
-        stds = [float(np.std(row)) for row in rows if len(row) > 1]
-        found[name] = sum(stds) / len(stds) if stds else math.nan
-    return found
-
-
-def from_spread(spread: dict[str, float], *, factor: float, asr_weight: float) -> Point:
-    """(α, β) with std(α·LLM) = factor · std(w·ASR) within groups, β = 2·α; rounded to two digits.
-
-    Raises:
-        RewardError: no spread to go by.
-    """
-    llm, asr = spread.get("llm", math.nan), asr_weight * spread.get("asr", math.nan)
-    if not (llm > 0 and asr > 0):
-        raise RewardError(
-            "the groups have no spread to scale by (all members are scored alike, or reward.asr_weight=0): raise "
-            "proposals.beam or proposals.boosted, look at more rows, or give transcripts."
-        )
-    alpha = float(f"{factor * asr / llm:.2g}")
-    return alpha, float(f"{BETA_PER_ALPHA * alpha:.2g}")
-
-
 # ---------------------------------------------------------------- with labels
 
 
@@ -253,7 +220,8 @@ def labelled_grid(
     folds = min(choice.folds, len(rows))
     crossed, fold_choices = _cross_validate(tables, choice, folds)
     best = oracle([r.text for r in rows], [g.group.texts for g in groups], normalize=_normalizer(look)).best
-    default = [choose(g, alpha=_DEFAULT.alpha, beta=_DEFAULT.beta, asr_weight=asr_weight) for g in groups]
+    alpha, beta = _DEFAULT.weights
+    default = [choose(g, alpha=alpha, beta=beta, asr_weight=asr_weight) for g in groups]
     return Grid(
         points={point: _values(table) for point, table in tables.items()},
         cross_validated=_values(crossed) if crossed is not None else dict.fromkeys(METRICS, math.nan),
@@ -331,7 +299,7 @@ def tuned_text(found: Tuned) -> str:
                 f"No transcripts were used. α makes the mean within-group spread of α·LLM {factor:g} times that of",
                 f"the recogniser's score ({asr:.2f} nat); β = {BETA_PER_ALPHA:g}·α, the default's proportion.",
                 "This balances the two voices; it does not know which of them is right. On two dev sets transcripts",
-                "chose 2 to 2.5 times as much say for the LLM (--factor), with more entity false alarms.",
+                "chose a factor of 2 and of 2.9 (--factor); a smaller one costs fewer entity false alarms.",
                 "",
                 found.line,
             ]
@@ -350,7 +318,7 @@ def _grid_lines(grid: Grid, found: Tuned) -> list[str]:
     lines += ["", f"{'':34}{'WER':>7}{'EWER':>7}  false alarms per 100"]
     for name, values in (
         ("greedy", grid.greedy),
-        (f"default, α {_DEFAULT.alpha:g}, β {_DEFAULT.beta:g}", grid.default),
+        ("α {:g}, β {:g}".format(*_DEFAULT.weights), grid.default),
         (f"chosen, cross-validated ({grid.folds} folds)", grid.cross_validated),
         ("chosen, on its own rows", grid.points[found.alpha, found.beta]),
         ("oracle", grid.oracle),

@@ -200,9 +200,9 @@ class Rescorer:
                 f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "
                 "not on enable_rescoring."
             )
-        defaults = self.settings.reward or RewardConfig()
-        alpha = defaults.alpha if self.alpha is None else self.alpha
-        beta = self.beta if self.beta is not None else defaults.beta if output is not None else 0.0
+        own_alpha, own_beta = (self.settings.reward or RewardConfig()).weights
+        alpha = own_alpha if self.alpha is None else self.alpha
+        beta = self.beta if self.beta is not None else own_beta if output is not None else 0.0
         scored = []
         for b, group in enumerate(groups):
             row = []

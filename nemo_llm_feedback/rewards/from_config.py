@@ -55,13 +55,14 @@ def reward_from_config(config: RunConfig, scorer: Any) -> Reward:
     view = LLMView.of(config.llm) if config.llm is not None else None
     cache = open_cache(settings.cache)
     parts = _Parts(scorer, corrector, view, cache, not config.context.required, config.feedback.normalizer)
+    alpha, beta = settings.weights
     if settings.name in ("llm", "remote"):
         return _language_model(
             settings.name,
             parts,
             settings.settings,
-            alpha=settings.alpha,
-            beta=settings.beta,
+            alpha=alpha,
+            beta=beta,
             normalize=settings.normalize,
             asr_weight=settings.asr_weight,
         )
@@ -79,7 +80,7 @@ def reward_from_config(config: RunConfig, scorer: Any) -> Reward:
     bare = _bare(settings.name, parts, settings.settings)
     if settings.name not in ANCHORED_REWARDS:
         return bare
-    components = [Component(bare, settings.alpha), Component(build_reward("length"), settings.beta)]
+    components = [Component(bare, alpha), Component(build_reward("length"), beta)]
     if settings.asr_weight:
         components.append(Component(build_reward("asr"), settings.asr_weight))
     return CompositeReward(components, name=settings.name)

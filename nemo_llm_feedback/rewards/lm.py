@@ -8,6 +8,7 @@ w = 1), listed terms parroted anywhere (put distractors in the list; ``normalize
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -82,8 +83,7 @@ class LLMReward:
     ) -> None:
         if normalize not in NORMALIZATIONS:
             raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
-        if not all(map(math.isfinite, (alpha, beta, asr_weight))):
-            raise RewardError(f"alpha={alpha}, beta={beta} and asr_weight={asr_weight} must be finite numbers.")
+        _check_weights(alpha, beta, asr_weight)
         self._scorer = scorer
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
         self._normalize = normalize
@@ -92,6 +92,17 @@ class LLMReward:
         self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
         self.num_requested = 0
         self.num_scored = 0
+
+    def with_weights(self, *, alpha: float, beta: float) -> LLMReward:
+        """The same reward, LLM and cache, with other weights.
+
+        Raises:
+            RewardError: weights that are not finite.
+        """
+        _check_weights(alpha, beta, self._asr_weight)
+        other = copy.copy(self)
+        other._alpha, other._beta = alpha, beta
+        return other
 
     @property
     def hit_rate(self) -> float:
@@ -170,3 +181,8 @@ class LLMReward:
         self.num_requested += len(wanted)
         self.num_scored += num_lacking
         return scores
+
+
+def _check_weights(alpha: float, beta: float, asr_weight: float) -> None:
+    if not all(map(math.isfinite, (alpha, beta, asr_weight))):
+        raise RewardError(f"alpha={alpha}, beta={beta} and asr_weight={asr_weight} must be finite numbers.")

@@ -24,7 +24,7 @@ def choose_rate(
     """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
 
     A trial whose look breaks a guard is out, and so are the larger rates after it. The weights, the kept groups and
-    all random states are as before in the end. For a run of one process: nothing here joins the gradients of several.
+    all random states are as before in the end. Nothing here talks to other ranks: one of them chooses for all.
 
     Args:
         model: in its starting weights.

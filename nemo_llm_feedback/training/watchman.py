@@ -75,15 +75,20 @@ class Watchman(pl.Callback):
             self._choose_rate(trainer, pl_module)
 
     def _choose_rate(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """By rank 0 on its own rows: the others wait, as nothing in a trial joins gradients."""
         assert self._watch is not None
-        rate = choose_rate(
-            pl_module,
-            self._watch,
-            self._limits,
-            candidates=self._parameters.lr_candidates,
-            steps=self._parameters.lr_trial_steps,
-        )
+        with Together() as ranks:
+            if trainer.is_global_zero:
+                ranks.mine = choose_rate(
+                    pl_module,
+                    self._watch,
+                    self._limits,
+                    candidates=self._parameters.lr_candidates,
+                    steps=self._parameters.lr_trial_steps,
+                )
+        rate = ranks.all[0]
         scale_rates(trainer, rate / float(pl_module.cfg.optim.lr))
+        pl_module.cfg.optim.lr = rate
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Looks when it is time, once an optimizer step."""
