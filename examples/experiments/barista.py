@@ -12,24 +12,20 @@ on dev.
 
 from __future__ import annotations
 
-from bed import TestSet, parser, run_rows
+from bed import Bed, TestSet, parser, run_rows, source_replay
 
 
 def main() -> None:
     """Runs the rows that are not there yet and prints the tables."""
     options = parser(__doc__, steps=136).parse_args()
-    barista, menu = options.data / "barista", options.data / "barista" / "menu.json"
-    settings = [
-        "reward.alpha=2",
-        "reward.beta=4",
-        'context.description="an order at a coffee shop"',
-        f"context.terms_file={menu}",
-    ]
+    barista = options.data / "barista"
+    replay = source_replay(options.data)
+    bed = Bed(barista / "pool.json", "an order at a coffee shop", barista / "menu.json", replay)
     sets = [
-        TestSet(f"barista_{options.split}", barista / f"{options.split}.json", menu),
-        TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json"),
+        TestSet(f"barista_{options.split}", barista / f"{options.split}.json", bed.terms_file),
+        TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json", in_domain=False),
     ]
-    run_rows(options, pool=barista / "pool.json", settings=settings, sets=sets)
+    run_rows(options, bed, sets=sets)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,33 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inference import nemo_beam, rescored
 from nemo.utils import logging
 
 from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
 # Half of a batch is of the pool; what is replayed beside it does not repeat while the pool goes round 4 times.
 ROUNDS = 4
-REPLAY = {"speechocean762": 0.5, "librispeech": 0.25, "kathleen": 0.25}
+# Ordinary training on labels that were made before: NeMo's own step, and no looks, as none is unlabeled.
+LABELLED = ["objective=self_training", "feedback.weight=0", "guards.every=0"]
 ROWS: dict[str, list[str]] = {
     "self_training": ["objective=self_training"],
+    "self_training_boosted": LABELLED,
     "self_training_rescored": ["objective=self_training", "objective.label=reward"],
     "feedback": [],
     "feedback_mwer": ["objective=mwer"],
     "feedback_grpo": ["objective=grpo"],
     "feedback_no_context": ["context.terms_file=null", "context.required=false", 'context.description=""'],
     "feedback_shuffled": ["reward.name=examples.experiments.controls:shuffled"],
+    "feedback_defaults": [],
     "no_replay": [],
+    "supervised": LABELLED,
 }
+INFERENCE = ("beam", "boosted", "rescored", "feedback_rescored")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class TestSet:
         name: in the table and in the JSON file's name.
         manifest: of the set.
         terms_file: whose terms count as entities where the manifest has none.
+        in_domain: whether the rows without training are decoded on it, too.
     """
 
     __test__ = False
@@ -46,6 +53,41 @@ class TestSet:
     name: str
     manifest: Path
     terms_file: Path | None = None
+    in_domain: bool = True
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A domain: its pool and its context.
+
+    Attributes:
+        pool: the manifest, relative paths allowed; text in it is not read.
+        description: of the domain.
+        terms_file: its terms; None where rows have their own.
+        replay: manifest of transcribed general speech → its share of what is replayed.
+        label_file: the pool with its text, for the row `supervised`; None = it has none.
+    """
+
+    pool: Path
+    description: str
+    terms_file: Path | None = None
+    replay: Mapping[Path, float] = field(default_factory=dict)
+    label_file: Path | None = None
+
+    @property
+    def overrides(self) -> list[str]:
+        """For `adapt`."""
+        terms = [f"context.terms_file={self.terms_file}"] if self.terms_file else []
+        return [f'context.description="{self.description}"', *terms]
+
+    @property
+    def flags(self) -> list[str]:
+        """For `transcribe`."""
+        return [
+            "--description",
+            self.description,
+            *(["--terms-file", str(self.terms_file)] if self.terms_file else []),
+        ]
 
 
 def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(ROWS)) -> argparse.ArgumentParser:
@@ -56,6 +98,9 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--llm", type=Path, default=Path(__file__).parents[1] / "quickstart" / "lm")
     made.add_argument("--rows", nargs="*", default=["self_training", "feedback"], choices=list(rows))
+    made.add_argument("--inference", nargs="*", default=[], choices=INFERENCE, help="rows without training")
+    made.add_argument("--boosting-weight", type=float, default=1.0, help="of NeMo's phrase boosting")
+    made.add_argument("--alpha", type=float, default=2.0, help="weight of the LLM in rows with settings from dev")
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
@@ -65,27 +110,46 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     return made
 
 
-def run_rows(options: argparse.Namespace, *, pool: Path, settings: Sequence[str], sets: Sequence[TestSet]) -> None:
+def run_rows(options: argparse.Namespace, bed: Bed, *, sets: Sequence[TestSet]) -> None:
     """Adapts the rows whose checkpoint is not there yet, scores all of them and the base, prints and writes tables.
 
     Args:
         options: of ``parser``.
-        pool: the unlabeled manifest, relative paths allowed.
-        settings: overrides of every row of this test bed.
+        bed: the domain.
         sets: what is scored.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    adapted = [_adapt(name, options, pool, settings) for name in options.rows]
+    adapted = [_adapt(name, options, bed) for name in options.rows]
     logging.setLevel(logging.ERROR)
     for one in sets:
         scoring = make_scoring(terms_file=str(one.terms_file) if one.terms_file else None)
-        found = evaluate([str(options.checkpoint), *adapted], manifest=str(one.manifest), scoring=scoring)
+        ready = _predictions(options, bed, one) if one.in_domain else []
+        models = [str(options.checkpoint), *adapted]
+        found = evaluate(models, manifest=str(one.manifest), predictions=ready, scoring=scoring)
         print(f"\n{one.name}\n{evaluation_text(found)}", flush=True)
         target = options.out / f"{one.name}_seed{options.seed}.json"
         target.write_text(json.dumps(evaluation_json(found), indent=1) + "\n", encoding="utf-8")
 
 
-def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequence[str]) -> str:
+def _predictions(options: argparse.Namespace, bed: Bed, one: TestSet) -> list[str]:
+    """The transcripts of the rows without training on a set."""
+    weights = {"beam": 0.0, "boosted": options.boosting_weight}
+    ready = []
+    for name in options.inference:
+        target = options.out / f"{name}_{one.name}.json"
+        if name in weights:
+            terms = bed.terms_file
+            nemo_beam(options.checkpoint, one.manifest, target, terms_file=terms, weight=weights[name])
+        else:
+            adapted = options.out / f"feedback_seed{options.seed}.nemo"
+            model = adapted if name == "feedback_rescored" else options.checkpoint
+            judge = {"llm": options.llm, "alpha": options.alpha, "beta": 2 * options.alpha}
+            rescored(model, one.manifest, target, context=bed.flags, **judge)
+        ready.append(str(target))
+    return ready
+
+
+def _adapt(name: str, options: argparse.Namespace, bed: Bed) -> str:
     """The adapted checkpoint of a row, trained unless it is there."""
     target = options.out / f"{name}_seed{options.seed}.nemo"
     if target.is_file():
@@ -93,7 +157,7 @@ def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequenc
     replay = name != "no_replay"
     overrides = [
         f"init_from_nemo_model={options.checkpoint}",
-        f"model.train_ds.manifest_filepath={_training_rows(pool, options, replay=replay)}",
+        f"model.train_ds.manifest_filepath={_training_rows(name, bed, options, replay=replay)}",
         f"model.train_ds.batch_size={round(8 * (1 + options.replay)) if replay else 8}",
         f"llm.model={options.llm}",
         f"reward.cache={options.out / 'llm_scores.sqlite'}",
@@ -102,16 +166,11 @@ def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequenc
         f"output={target}",
         f"seed={options.seed}",
         f"trainer.max_steps={options.steps}",
-        f"feedback.refresh_every={max(1, options.steps // 4)}",
-        f"model.optim.lr={options.lr}",
-        "feedback.survey_utterances=24",
         "feedback.log_hypotheses_every=0",
-        "proposals.boosting_weights=[]",
-        f"guards.every={max(1, options.steps // 8)}",
         "+trainer.enable_progress_bar=false",
-        *settings,
+        *bed.overrides,
+        *(_tuned(options) if name != "feedback_defaults" else []),
         *ROWS[name],
-        *options.set,
     ]
     command = [sys.executable, "-m", "nemo_llm_feedback.cli", "adapt", "trainer=cpu", *overrides]
     with open(options.out / f"{name}_seed{options.seed}.log", "a", encoding="utf-8") as log:
@@ -119,17 +178,51 @@ def _adapt(name: str, options: argparse.Namespace, pool: Path, settings: Sequenc
     return str(target)
 
 
-def _training_rows(pool: Path, options: argparse.Namespace, *, replay: bool) -> Path:
-    """The pool's manifest, unlabeled, as often as it goes round, with as much transcribed general speech."""
-    target = options.out / (f"pool_replay_{options.replay:g}.json" if replay else "pool.json")
-    rows = ROUNDS * [(pool.parent, row) for row in read_rows(pool)]
-    total, rng, source = len(rows), random.Random(0), options.data / "source"
-    for name, share in REPLAY.items() if replay else ():
-        general = [row for row in read_rows(source / f"{name}.json") if 1.0 < row["duration"] < 8.0]
+def _tuned(options: argparse.Namespace) -> list[str]:
+    """Overrides of all rows but the one that is left to the defaults; chosen on dev, or to save time."""
+    return [
+        f"reward.alpha={options.alpha}",
+        f"model.optim.lr={options.lr}",
+        f"feedback.refresh_every={max(1, options.steps // 4)}",
+        "feedback.survey_utterances=24",
+        "proposals.boosting_weights=[]",
+        f"guards.every={max(1, options.steps // 8)}",
+        *options.set,
+    ]
+
+
+def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: bool) -> Path:
+    """The pool's manifest as often as it goes round, with as much transcribed general speech as is asked for."""
+    labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
+    target = options.out / f"pool{labels}{f'_replay_{options.replay:g}' if replay else ''}.json"
+    rows = ROUNDS * [(bed.pool.parent, row) for row in _pool(name, bed, options)]
+    total, rng = len(rows), random.Random(0)
+    for manifest, share in bed.replay.items() if replay else ():
+        general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
         wanted = round(options.replay * share * total)
-        rows += [(source, row) for row in rng.sample(general, min(len(general), wanted))]
+        rows += [(manifest.parent, row) for row in rng.sample(general, min(len(general), wanted))]
     write_rows(target, rows)
     return target
+
+
+def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The pool's rows: with their text for `supervised`, with NeMo's boosted beam's for its row, else without."""
+    if name == "supervised":
+        if bed.label_file is None:
+            raise SystemExit("the pool has no transcripts: leave out the row supervised.")
+        return read_rows(bed.label_file)
+    if name == "self_training_boosted":
+        target = options.out / f"pool_boosted_{options.boosting_weight:g}.json"
+        nemo_beam(options.checkpoint, bed.pool, target, terms_file=bed.terms_file, weight=options.boosting_weight)
+        rows = [{**row, "text": row.pop("pred_text")} for row in read_rows(target)]
+        return [row for row in rows if row["text"]]
+    return [{key: value for key, value in row.items() if key != "text"} for row in read_rows(bed.pool)]
+
+
+def source_replay(data: Path) -> dict[Path, float]:
+    """General speech of the shared base models' own training: half L2-accented short sentences, half two others."""
+    shares = {"speechocean762": 0.5, "librispeech": 0.25, "kathleen": 0.25}
+    return {data / "source" / f"{name}.json": share for name, share in shares.items()}
 
 
 def read_rows(manifest: Path) -> list[dict[str, Any]]:

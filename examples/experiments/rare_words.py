@@ -9,7 +9,7 @@ barista.py.
 
 from __future__ import annotations
 
-from bed import TestSet, parser, read_rows, run_rows, write_rows
+from bed import Bed, TestSet, parser, read_rows, run_rows, source_replay, write_rows
 
 
 def main() -> None:
@@ -20,13 +20,12 @@ def main() -> None:
     rare = options.data / "rare_words"
     pool = options.out / f"pool_{options.max_duration:g}s.json"
     short = [row for row in read_rows(rare / "pool.json") if row["duration"] <= options.max_duration]
-    write_rows(pool, [(rare, {key: value for key, value in row.items() if key != "text"}) for row in short])
-    settings = ["reward.alpha=1", 'context.description="a sentence read from a book"']
+    write_rows(pool, [(rare, row) for row in short])
     sets = [
         TestSet(f"rare_words_{options.split}", rare / f"{options.split}.json"),
-        TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json"),
+        TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json", in_domain=False),
     ]
-    run_rows(options, pool=pool, settings=settings, sets=sets)
+    run_rows(options, Bed(pool, "a sentence read from a book", replay=source_replay(options.data)), sets=sets)
 
 
 if __name__ == "__main__":

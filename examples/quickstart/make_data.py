@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from domain import CARRIERS, DISTRACTORS, FILLERS, TERMS
@@ -101,11 +101,11 @@ def fill(carrier: str, rng: random.Random, usage: Counter[str]) -> Sentence:
     return " ".join(text.split()), tuple(entities)
 
 
-def domain_sentences(rng: random.Random) -> dict[str, list[Sentence]]:
+def domain_sentences(rng: random.Random, sizes: Mapping[str, int] = SPLITS) -> dict[str, list[Sentence]]:
     """Return the sentences of each domain split; no sentence occurs twice anywhere."""
     taken: set[str] = set()
     splits: dict[str, list[Sentence]] = {}
-    for name, size in SPLITS.items():
+    for name, size in sizes.items():
         usage: Counter[str] = Counter()
         rows: list[Sentence] = []
         order: list[str] = []
@@ -137,7 +137,7 @@ def general_sentences(shared: Path, rng: random.Random) -> dict[str, list[Senten
     return splits
 
 
-def write_split(name: str, rows: list[Sentence], out: Path) -> float:
+def write_split(name: str, rows: list[Sentence], out: Path, *, seed: int = SEED) -> float:
     """Speak and write one split with its manifest (the pool's has no text); returns its duration in seconds."""
     voices = (UNSEEN_VOICE,) if name == "test_unseen_voice" else KNOWN_VOICES
     total = 0.0
@@ -145,7 +145,7 @@ def write_split(name: str, rows: list[Sentence], out: Path) -> float:
     for index, (text, entities) in enumerate(rows):
         voice = voices[index % len(voices)]
         file = f"audio/{name}/{index:03d}_{voice}.ogg"
-        samples = synthesise(text, voice=voice, rng=random.Random(f"{SEED}/{name}/{index}"))
+        samples = synthesise(text, voice=voice, rng=random.Random(f"{seed}/{name}/{index}"))
         duration = write_opus(out / file, samples)
         row: dict[str, object] = {"audio_filepath": file, "duration": duration}
         if name != "pool":
@@ -167,10 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/ and source/")
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder for manifests and audio")
+    parser.add_argument("--seed", type=int, default=SEED, help="of sentences and speech; another gives another set")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="SPLIT=ROWS", help="of the domain's splits")
     parser.add_argument("--check-only", action="store_true", help="check terms and sentences, write nothing")
     args = parser.parse_args()
-    rng = random.Random(SEED)
-    splits = domain_sentences(rng)
+    rng = random.Random(args.seed)
+    given = dict(item.split("=") for item in args.sizes)
+    splits = domain_sentences(rng, {name: int(given.get(name, size)) for name, size in SPLITS.items()})
     terms = sorted([term for kind in TERMS.values() for term in kind] + DISTRACTORS)
     found = check_unseen(terms, [text for rows in splits.values() for text, _ in rows], args.shared)
     print("unseen check passed:", json.dumps(found))
@@ -181,7 +184,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "terms.txt").write_text("\n".join(terms) + "\n")
     for name, rows in splits.items():
-        seconds = write_split(name, rows, args.out)
+        seconds = write_split(name, rows, args.out, seed=args.seed)
         mentions = Counter(term for _, entities in rows for term in entities)
         print(f"{name}: {len(rows)} rows, {seconds:.0f} s, {len(mentions)} terms, {sum(mentions.values())} mentions")
 
