@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -16,20 +16,40 @@ from nemo_llm_feedback.types import Context
 Batch = Sequence[Any]
 
 
+class Parts(NamedTuple):
+    """A batch by what its rows are for; None where there are none.
+
+    Attributes:
+        labelled: NeMo's batch of four of the rows whose text is learned; bit-equal to the input where these are all.
+        anchored: NeMo's batch of four of the rows with text on which the model shall stay what it is.
+        audio: the unlabeled rows.
+    """
+
+    labelled: Batch | None
+    anchored: Batch | None
+    audio: Audio | None
+
+
 class BatchReader:
     """Splits batches of NeMo's loaders into labelled and unlabeled rows.
 
     Args:
         run_context: the run's context.
         use_text: False: every row is unlabeled.
+        replay: what rows with text are for unless they say so themselves.
         rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
 
     Attributes:
+        anchors: whether any row may be anchored.
         seen: names of the unlabeled rows that batches have held; tarred rows show only here whether they can be read.
     """
 
-    def __init__(self, run_context: Context, *, use_text: bool, rows: Sequence[Row] = ()) -> None:
+    def __init__(
+        self, run_context: Context, *, use_text: bool, replay: str = "supervised", rows: Sequence[Row] = ()
+    ) -> None:
         self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
+        self._replay = replay
+        self.anchors = replay == "anchor" or any(row.replay == "anchor" for row in rows)
         self._collection: Any = None
         self.seen: set[str] = set()
         self._marks = 0
@@ -42,41 +62,68 @@ class BatchReader:
             self._collection = processor.collection
             self._marks = (processor.bos_id is not None) + (processor.eos_id is not None)
 
-    def split(self, batch: Batch) -> tuple[Batch | None, Audio | None]:
-        """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts).
-
-        Returns:
-            The labelled rows as NeMo's batch of four, bit-equal to the input when all rows are labelled, and the
-            unlabeled rows; None where there are none.
-        """
+    def split(self, batch: Batch) -> Parts:
+        """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts)."""
         signal, signal_len, tokens, tokens_len, ids = batch
         labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
+        learned, anchored = self._by_use(labelled, ids)
+        if bool(learned.all()):
+            return Parts((signal, signal_len, tokens, tokens_len), None, None)
+        four = (signal, signal_len, tokens, tokens_len)
+        return Parts(_rows(four, learned), _rows(four, anchored), self._audio(signal, signal_len, labelled, ids))
+
+    def _by_use(self, labelled: torch.Tensor, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] which rows with text are learned, and on which the model stays what it is."""
+        if not self.anchors:
+            return labelled, torch.zeros_like(labelled)
+        kept = [
+            bool(flag) and (self._replay_of(ids, b) or self._replay) == "anchor"
+            for b, flag in enumerate(labelled.tolist())
+        ]
+        anchored = torch.tensor(kept, device=labelled.device)
+        return labelled & ~anchored, anchored
+
+    def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, labelled: torch.Tensor, ids: Any) -> Audio | None:
         if bool(labelled.all()):
-            return (signal, signal_len, tokens, tokens_len), None
+            return None
         unlabeled = (~labelled).nonzero().flatten().tolist()
         named = [self._describe(ids, b) for b in unlabeled]
         self.seen.update(utterance for utterance, _ in named)
         longest = int(signal_len[unlabeled].max())
-        audio = Audio(
+        return Audio(
             signal[unlabeled][:, :longest],
             signal_len[unlabeled],
             tuple(utterance for utterance, _ in named),
             tuple(merge_context(self._run_context, own) for _, own in named),
         )
-        if not bool(labelled.any()):
-            return None, audio
-        kept = labelled.nonzero().flatten()
-        span, width = int(signal_len[kept].max()), int(tokens_len[kept].max())
-        return (signal[kept][:, :span], signal_len[kept], tokens[kept][:, :width], tokens_len[kept]), audio
+
+    def _replay_of(self, ids: Any, b: int) -> str:
+        """What the row's manifest line says its text is for; "" where it does not."""
+        if isinstance(ids, torch.Tensor):
+            return self._row(int(ids[b])).replay
+        cut = getattr(ids[b], "first_non_padding_cut", ids[b])
+        return str((cut.custom or {}).get("replay") or "")
+
+    def _row(self, index: int) -> Row:
+        return self._rows[self._collection[index].id if self._collection is not None else index]
 
     def _describe(self, ids: Any, b: int) -> tuple[str, Context]:
         if isinstance(ids, torch.Tensor):
-            index = int(ids[b])
-            row = self._rows[self._collection[index].id if self._collection is not None else index]
+            row = self._row(int(ids[b]))
             return row.utterance, row.context
         # Shorter rows of a batch come as the recording with padding appended.
         cut = getattr(ids[b], "first_non_padding_cut", ids[b])
         return _cut_name(cut), parse_context((cut.custom or {}).get("context"))
+
+
+def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:
+    """The masked rows of NeMo's batch of four, cut to their longest; None if there are none."""
+    if not bool(mask.any()):
+        return None
+    signal, signal_len, tokens, tokens_len = four
+    kept = mask.nonzero().flatten()
+    span, width = int(signal_len[kept].max()), int(tokens_len[kept].max())
+    return signal[kept][:, :span], signal_len[kept], tokens[kept][:, :width], tokens_len[kept]
 
 
 def _cut_name(cut: Any) -> str:

@@ -11,6 +11,7 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from torch import Tensor
 
+from nemo_llm_feedback.anchor import anchor_terms
 from nemo_llm_feedback.checkpoints import atomic_path, stock_config
 from nemo_llm_feedback.distributed import Report, Together, join_metrics, local_metrics, num_ranks, shares, touch_all
 from nemo_llm_feedback.errors import TrainingError
@@ -71,25 +72,29 @@ class LLMFeedbackMixin(_Base):
             start(self, self._feedback)
 
     def training_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
-        """Labelled rows through NeMo's own step, unlabeled rows through the feedback loss."""
+        """Labelled rows through NeMo's own step, unlabeled rows through the feedback loss, anchored rows held."""
         state = self._feedback
         if state is None:
             return super().training_step(batch, batch_nb)
-        if state.config.feedback.weight == 0:
+        if state.config.feedback.weight == 0 and not state.reader.anchors:
             return self._supervised_step(tuple(batch[:4]), batch_nb)
-        labelled, unlabeled = state.reader.split(batch)
-        if unlabeled is None and num_ranks() == 1:
+        labelled, anchored, unlabeled = state.reader.split(batch)
+        if unlabeled is None and anchored is None and num_ranks() == 1:
             return self._supervised_step(labelled, batch_nb)
         output: dict[str, Any] = {"log": {}}
         with Together() as ranks:
             terms: dict[str, Term] = {}
             metrics: dict[str, Any] = {}
             counts: dict[str, float] = {}
+            if anchored is not None:
+                terms, metrics = anchor_terms(self, state, anchored)
+                counts = dict.fromkeys(metrics, len(anchored[1]))
             if labelled is not None and (unlabeled is None or state.config.feedback.supervised_weight > 0):
                 output = {"log": {}, **self._supervised_step(labelled, batch_nb)}
                 terms["supervised"] = Term(output["loss"], len(labelled[1]), state.config.feedback.supervised_weight)
-            if unlabeled is not None:
-                found, metrics, counts = self.feedback_loss(unlabeled, batch_nb)
+            if unlabeled is not None and state.config.feedback.weight > 0:
+                found, own_metrics, own_counts = self.feedback_loss(unlabeled, batch_nb)
+                metrics, counts = metrics | own_metrics, counts | own_counts
                 weight = state.config.feedback.weight
                 terms |= {name: dataclasses.replace(term, weight=weight * term.weight) for name, term in found.items()}
             rows = len(unlabeled.utterances) if unlabeled is not None else 0
@@ -102,8 +107,9 @@ class LLMFeedbackMixin(_Base):
         metrics = join_metrics(ranks.all)
         if not any(report.rows for report in ranks.all):
             # A batch in which every row has text counts as NeMo counts it, whatever the weight of replay.
-            terms = {name: dataclasses.replace(term, weight=1.0) for name, term in terms.items()}
-        output["loss"] = total(terms, shares(ranks.mine, ranks.all))
+            terms = {n: dataclasses.replace(t, weight=1.0) if n == "supervised" else t for n, t in terms.items()}
+        # Where the feedback has no weight, a batch of unlabeled rows alone has no term.
+        output["loss"] = total(terms, shares(ranks.mine, ranks.all)) if terms else touch_all(self)
         if num_ranks() > 1:
             output["loss"] = output["loss"] + touch_all(self)
         # As NeMo's own steps do; exp_manager's checkpoints are ordered by it.

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.likelihood import Band, ctc_log_prob, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.likelihood import (
+    Band,
+    TransducerParts,
+    ctc_divergence,
+    ctc_log_prob,
+    rnnt_log_prob,
+    tdt_log_prob,
+    transducer_divergence,
+)
 from nemo_llm_feedback.sampling import sample_ctc, sample_transducer
 from nemo_llm_feedback.trie import PrefixTrie
 
@@ -91,6 +99,23 @@ class Head(ABC):
         """
 
     @abstractmethod
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """How far this head's outputs have moved from those of a reference along some audio.
+
+        Args:
+            encoded: [B, D, T] encoder output of the policy.
+            reference: the same kind of head, frozen.
+            ref_encoded: [B, D, T] the reference's encoder output of the same audio.
+            lengths: [B] frames.
+            trie: one text a row, along whose alignments a transducer is compared; not read by CTC.
+
+        Returns:
+            [B] KL(reference ‖ policy) summed along the audio, nats an utterance, with gradient.
+        """
+
+    @abstractmethod
     def beam(
         self,
         encoded: Tensor,
@@ -145,6 +170,15 @@ class CTCHead(Head):
     ) -> Tensor:
         """See :class:`Head`; budget and band are not needed here, the lattice is small and there is no joint."""
         return ctc_log_prob(self._log_probs(encoded), lengths, trie)
+
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """See :class:`Head`."""
+        assert isinstance(reference, CTCHead)
+        with torch.no_grad():
+            frozen = reference._log_probs(ref_encoded)
+        return ctc_divergence(self._log_probs(encoded), frozen, lengths)
 
     def beam(
         self,
@@ -228,6 +262,19 @@ class TransducerHead(Head):
             )
         return rnnt_log_prob(
             frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=memory_budget_mb, band=band
+        )
+
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """See :class:`Head`."""
+        assert isinstance(reference, TransducerHead)
+        return transducer_divergence(
+            TransducerParts(encoded.transpose(1, 2), self._decoder, self._joint),
+            TransducerParts(ref_encoded.transpose(1, 2), reference._decoder, reference._joint),
+            lengths,
+            trie,
+            durations=self.durations,
         )
 
     def beam(

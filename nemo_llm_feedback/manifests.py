@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_llm_feedback.config.learning import REPLAYS
 from nemo_llm_feedback.errors import ManifestError
 from nemo_llm_feedback.types import Context
 
@@ -35,6 +36,7 @@ class Row:
         offset: start in the file, seconds.
         text: transcript, ``""`` where there is none.
         context: the utterance's own context, not yet merged with the run's.
+        replay: the manifest key of that name: what the row's text is for, as ``feedback.replay``; "" = that setting.
         origin: ``manifest:line``, for messages.
         data: the whole line as it was.
     """
@@ -46,6 +48,7 @@ class Row:
     context: Context
     origin: str
     data: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    replay: str = ""
 
     @property
     def utterance(self) -> str:
@@ -289,8 +292,12 @@ def _parse_line(line: str, file: Path, number: int, *, use_text: bool, tarred: b
         context = parse_context(data.get("context"))
     except ValueError as error:
         return f"{origin}: {error}."
+    replay = data.get("replay") or ""
+    if replay not in ("", *REPLAYS) or (replay and not text):
+        return f"{origin}: `replay` must be one of {', '.join(REPLAYS)}, of a row with text (got {replay!r})."
     path = audio if tarred else str(_resolve(audio, file))
-    return Row(path, float(duration), float(offset), (text or "").strip() if use_text else "", context, origin, data)
+    text = (text or "").strip() if use_text else ""
+    return Row(path, float(duration), float(offset), text, context, origin, data, replay)
 
 
 def _resolve(audio: str, manifest: Path) -> Path:

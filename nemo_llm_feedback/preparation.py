@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.batches import BatchReader, training_config
 from nemo_llm_feedback.config import RunConfig, parse_run_config
+from nemo_llm_feedback.config.learning import AUGMENTED_OBJECTIVES
 from nemo_llm_feedback.distributed import Together, broadcast, gather, local_lengths, num_ranks
 from nemo_llm_feedback.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
 from nemo_llm_feedback.groups import GroupMaker, ScoredGroup
@@ -93,8 +94,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     config = parse_run_config(tree)
-    if config.feedback.augment and model.spec_augmentation is None:
-        raise ConfigError("feedback.augment needs a checkpoint with a spec_augment section; this one has none.")
+    config = _with_augmentation(config, model)
     if config.llm is not None and config.needs_llm:
         faults = check_llm_folder(config.llm)
         if faults:
@@ -134,7 +134,12 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
         world_size=model.world_size,
         seed=run_seed(),
     )
-    reader = BatchReader(config.context.load(), use_text=config.feedback.use_text, rows=staged.rows)
+    reader = BatchReader(
+        config.context.load(),
+        use_text=config.feedback.use_text,
+        replay=config.feedback.replay,
+        rows=staged.rows,
+    )
     model.setup_training_data(nemo_ds)
     reader.attach(model._train_dl)
     model._train_dl = resumable(
@@ -150,6 +155,17 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     return FeedbackState(
         config, staged, reader, reference, heads, weights, maker, folder, nemo_ds, keep_alive=keep_alive
     )
+
+
+def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
+    """Settles whether the audio that is learned from is augmented."""
+    masks = getattr(model, "spec_augmentation", None) is not None
+    if config.feedback.augment and not masks:
+        raise ConfigError("feedback.augment needs a checkpoint with a spec_augment section; this one has none.")
+    if config.feedback.augment is not None:
+        return config
+    augment = masks and config.objective.name in AUGMENTED_OBJECTIVES
+    return replace(config, feedback=replace(config.feedback, augment=augment))
 
 
 def _group_maker(head: Head, reference: FrozenReference, config: RunConfig) -> GroupMaker:

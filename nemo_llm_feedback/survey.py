@@ -180,7 +180,7 @@ def _some_audio(model: Any, state: FeedbackState) -> list[Audio]:
 def pool_audio(model: Any, state: FeedbackState) -> Iterator[Audio]:
     """The pool's unlabeled rows, by a loader of its own."""
     for batch in model._setup_dataloader_from_config(state.train_ds):
-        _, audio = state.reader.split([_to(item, model.device) for item in batch])
+        audio = state.reader.split([_to(item, model.device) for item in batch]).audio
         if audio is not None:
             yield audio
 

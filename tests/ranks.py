@@ -109,6 +109,8 @@ def train(
             "refresh_every": 1,
             "log_hypotheses_every": 0,
             "heads": more.get("heads", "auto"),
+            "replay": more.get("replay", "supervised"),
+            "augment": False,
         },
         "guards": {"every": 0},
         "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "max_members": 8, "max_symbols": 3},

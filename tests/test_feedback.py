@@ -58,7 +58,7 @@ def config(manifest: Path, **sections: Any) -> dict[str, Any]:
                 "num_workers": 0,
             }
         },
-        "feedback": {"survey_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0},
+        "feedback": {"survey_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0, "augment": False},
         "proposals": {"beam": 4, "boosted": 0, "samples": 6, "max_members": 8, "max_symbols": 3},
         "objective": {"name": "distill"},
         "reward": {"name": "length", "alpha": 1.0},  # tests put their own in its place
@@ -156,7 +156,7 @@ def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
     model.setup_feedback(settings, work_dir=tmp_path)
     fit(model, steps=60, lr=3e-3)
     groups = model._feedback.last_groups
-    audio = next(model._feedback.reader.split(batch)[1] for batch in model._train_dl)
+    audio = next(model._feedback.reader.split(batch).audio for batch in model._train_dl)
     with torch.no_grad(), evaluation_mode(model):
         encoded, lengths = encode(model, audio.signal, audio.signal_len)
         now = torch.softmax(model._group_logp(model._feedback.heads[0], encoded, lengths, groups), dim=1)
@@ -216,7 +216,7 @@ def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: 
     state.maker.reward = label_reward
     audio = None
     for batch in model._train_dl:
-        _, audio = state.reader.split(batch)
+        audio = state.reader.split(batch).audio
         break
     model._trainer = type("Stub", (), {"global_step": 0})()
     processed = model.preprocessor.forward
@@ -273,7 +273,7 @@ def test_a_banded_loss_is_within_the_tolerance(
         model.setup_feedback(settings, work_dir=tmp_path / str(tolerance))
         model._feedback.maker.reward = label_reward
         model._trainer = type("Stub", (), {"global_step": 0})()
-        _, audio = model._feedback.reader.split(next(iter(model._train_dl)))
+        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
         losses.append(float(total(model.feedback_loss(audio)[0])))
         assert bool(calls) == bool(tolerance)
     # The loss weighs log p's by shares that add up to one, each for the objective and its anchor.
@@ -295,7 +295,7 @@ def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clea
         model._trainer = type("Stub", (), {"global_step": 0})()
         hook = lambda module, args, output: masked.append(augment)  # noqa: E731, B023
         model.spec_augmentation.register_forward_hook(hook)
-        _, audio = model._feedback.reader.split(next(iter(model._train_dl)))
+        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
         torch.manual_seed(0)
         loss = total(model.feedback_loss(audio)[0])
         loss.backward()

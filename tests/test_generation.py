@@ -206,7 +206,7 @@ def maker(nemo_file, tmp_path_factory):
     )  # fmt: skip
     state = model._feedback
     batch = next(iter(model._train_dl))
-    _, audio = state.reader.split(batch)
+    audio = state.reader.split(batch).audio
     with torch.no_grad(), evaluation_mode(model):
         encoded, lengths = encode(model, audio.signal, audio.signal_len)
     return state.maker, audio, encoded, lengths

@@ -231,9 +231,10 @@ def test_batchnorm_statistics_stay_in_feedback_steps_unless_asked(trained: Any, 
 
 
 def test_two_accumulated_halves_are_one_batch(trained: Any) -> None:
-    whole = trained("trainer.max_steps=1", "model.train_ds.batch_size=4", kind="ctc_bpe", texts=[None] * 4)
+    clean = ("trainer.max_steps=1", "feedback.augment=false")
+    whole = trained(*clean, "model.train_ds.batch_size=4", kind="ctc_bpe", texts=[None] * 4)
     halves = trained(
-        "trainer.max_steps=1",
+        *clean,
         "model.train_ds.batch_size=2",
         "++trainer.accumulate_grad_batches=2",
         kind="ctc_bpe",
@@ -342,7 +343,13 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     unload = LLMScorer.unload
     monkeypatch.setattr(LLMScorer, "unload", lambda self: (unloads.append(self), unload(self))[1])
     monkeypatch.setattr(feedback.LLMFeedbackMixin, "_group_logp", watched)
-    more = ("llm.phase=cached", "feedback.refresh_every=2", "trainer.max_steps=4", "guards.every=0")
+    more = (
+        "feedback.augment=false",
+        "llm.phase=cached",
+        "feedback.refresh_every=2",
+        "trainer.max_steps=4",
+        "guards.every=0",
+    )
     run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *more)
     assert seen == [(step, len(POOL), False) for step in range(4)]
     assert len(unloads) == 2  # two rounds

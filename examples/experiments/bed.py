@@ -104,8 +104,10 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
+    made.add_argument("--anchor", action="store_true", help="general speech is not learned, but held where it was")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, for a grid")
+    made.add_argument("--curve", action="store_true", help="score the rows' sets during training, too: curves.py")
     made.add_argument("--split", default="dev", choices=("dev", "test"))
     return made
 
@@ -119,7 +121,8 @@ def run_rows(options: argparse.Namespace, bed: Bed, *, sets: Sequence[TestSet]) 
         sets: what is scored.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    adapted = [_adapt(name, options, bed) for name in options.rows]
+    watched = [one.manifest for one in sets] if options.curve else []
+    adapted = [_adapt(name, options, bed, watched) for name in options.rows]
     logging.setLevel(logging.ERROR)
     for one in sets:
         scoring = make_scoring(terms_file=str(one.terms_file) if one.terms_file else None)
@@ -149,7 +152,7 @@ def _predictions(options: argparse.Namespace, bed: Bed, one: TestSet) -> list[st
     return ready
 
 
-def _adapt(name: str, options: argparse.Namespace, bed: Bed) -> str:
+def _adapt(name: str, options: argparse.Namespace, bed: Bed, watched: Sequence[Path]) -> str:
     """The adapted checkpoint of a row, trained unless it is there."""
     target = options.out / f"{name}_seed{options.seed}.nemo"
     if target.is_file():
@@ -168,6 +171,8 @@ def _adapt(name: str, options: argparse.Namespace, bed: Bed) -> str:
         f"trainer.max_steps={options.steps}",
         "feedback.log_hypotheses_every=0",
         "+trainer.enable_progress_bar=false",
+        f"model.validation_ds.manifest_filepath=[{','.join(map(str, watched))}]",
+        f"trainer.val_check_interval={max(1, options.steps // 8)}",
         *bed.overrides,
         *(_tuned(options) if name != "feedback_defaults" else []),
         *ROWS[name],
@@ -194,15 +199,20 @@ def _tuned(options: argparse.Namespace) -> list[str]:
 def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: bool) -> Path:
     """The pool's manifest as often as it goes round, with as much transcribed general speech as is asked for."""
     labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
-    target = options.out / f"pool{labels}{f'_replay_{options.replay:g}' if replay else ''}.json"
+    target = options.out / f"pool{labels}{_kind(options) if replay else ''}.json"
     rows = ROUNDS * [(bed.pool.parent, row) for row in _pool(name, bed, options)]
     total, rng = len(rows), random.Random(0)
     for manifest, share in bed.replay.items() if replay else ():
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
         wanted = round(options.replay * share * total)
-        rows += [(manifest.parent, row) for row in rng.sample(general, min(len(general), wanted))]
+        use = {"replay": "anchor"} if options.anchor else {}
+        rows += [(manifest.parent, row | use) for row in rng.sample(general, min(len(general), wanted))]
     write_rows(target, rows)
     return target
+
+
+def _kind(options: argparse.Namespace) -> str:
+    return f"_{'anchor' if options.anchor else 'replay'}_{options.replay:g}"
 
 
 def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from nemo_llm_feedback.config.faults import choice, non_negative, positive
 
 OBJECTIVE_NAMES = ("distill", "mwer", "reinforce", "grpo", "dpo", "self_training")
+AUGMENTED_OBJECTIVES = ("distill", "mwer")
 SAMPLED_OBJECTIVES = ("reinforce",)
 HEADS = ("auto", "ctc", "transducer", "both")
+REPLAYS = ("supervised", "anchor")
 NORMALIZERS = ("none", "lower", "basic")
 
 
@@ -18,7 +20,12 @@ class FeedbackConfig:
 
     Attributes:
         weight: factor of the feedback loss; 0 leaves NeMo's own step untouched.
-        supervised_weight: factor of NeMo's own loss on the rows that have text (replay).
+        replay: what rows with text are for. ``supervised``: they are learned, by NeMo's own loss. ``anchor``: they are
+            general speech on which the model shall stay what it is: the KL divergence from the starting model's
+            outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). Their text
+            may come from the starting model; CTC does not read it, transducers are compared along its alignments. A
+            manifest row may say so for itself, under the key ``replay``.
+        supervised_weight: factor of the loss on the rows that have text, of either kind.
         heads: which head of the model learns: ``ctc``, ``transducer``, ``both`` (hybrids), ``auto`` = all it has.
         use_text: False treats every row of the training manifest as unlabeled and never reads its text.
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
@@ -27,13 +34,15 @@ class FeedbackConfig:
         survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
-            For ``distill`` and ``mwer``. Fewer errors on the target domain, somewhat more on others (docs/results.md).
+            For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
+            domain, somewhat more on others unless these are anchored (docs/results.md).
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
     """
 
     weight: float = 1.0
+    replay: str = "supervised"
     supervised_weight: float = 1.0
     heads: str = "auto"
     use_text: bool = True
@@ -42,7 +51,7 @@ class FeedbackConfig:
     refresh_every: int = 50
     survey_utterances: int = 64
     log_hypotheses_every: int = 50
-    augment: bool = False
+    augment: bool | None = None
     memory_budget_mb: int = 512
     band_tolerance: float = 0.0
 
@@ -53,6 +62,9 @@ class FeedbackConfig:
         )
         faults += positive("feedback", self, "refresh_every", "survey_utterances", "memory_budget_mb")
         faults += choice("feedback.heads", self.heads, HEADS)
+        faults += choice("feedback.replay", self.replay, REPLAYS)
+        if self.replay == "anchor" and self.weight == 0:
+            faults.append("feedback.replay=anchor with feedback.weight=0: nothing would be learned.")
         faults += choice("feedback.normalizer", self.normalizer, NORMALIZERS)
         faults += choice("feedback.on_bad_audio", self.on_bad_audio, ("error", "skip"))
         return faults

@@ -10,7 +10,12 @@ from typing import Any
 
 from nemo_llm_feedback.config.context import ContextConfig
 from nemo_llm_feedback.config.faults import listing
-from nemo_llm_feedback.config.learning import SAMPLED_OBJECTIVES, FeedbackConfig, ObjectiveConfig
+from nemo_llm_feedback.config.learning import (
+    AUGMENTED_OBJECTIVES,
+    SAMPLED_OBJECTIVES,
+    FeedbackConfig,
+    ObjectiveConfig,
+)
 from nemo_llm_feedback.config.llm import LLMConfig
 from nemo_llm_feedback.config.proposals import ProposalConfig
 from nemo_llm_feedback.config.reward import RewardConfig
@@ -52,7 +57,7 @@ class RunConfig:
                 "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
                 "proposals.samples=8."
             )
-        if self.feedback.augment and self.objective.name not in ("distill", "mwer"):
+        if self.feedback.augment and self.objective.name not in AUGMENTED_OBJECTIVES:
             own = ", which has objective.augment" if self.objective.name == "self_training" else ""
             faults.append(
                 f"feedback.augment is for distill and mwer, not for objective.name={self.objective.name}{own}."

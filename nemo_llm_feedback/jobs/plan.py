@@ -40,7 +40,8 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
-        f"  objective    {config.objective.name}; learning rate "
+        f"  objective    {config.objective.name}{' under SpecAugment' if state.config.feedback.augment else ''}; "
+        "learning rate "
         + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
         *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
         f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "

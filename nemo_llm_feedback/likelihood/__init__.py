@@ -2,6 +2,16 @@
 
 from nemo_llm_feedback.likelihood.band import Band, BandReport
 from nemo_llm_feedback.likelihood.ctc import ctc_log_prob
+from nemo_llm_feedback.likelihood.divergence import TransducerParts, ctc_divergence, transducer_divergence
 from nemo_llm_feedback.likelihood.transducer import rnnt_log_prob, tdt_log_prob
 
-__all__ = ["Band", "BandReport", "ctc_log_prob", "rnnt_log_prob", "tdt_log_prob"]
+__all__ = [
+    "Band",
+    "BandReport",
+    "TransducerParts",
+    "ctc_divergence",
+    "ctc_log_prob",
+    "rnnt_log_prob",
+    "tdt_log_prob",
+    "transducer_divergence",
+]
