@@ -155,10 +155,29 @@ def _predictions(options: argparse.Namespace, bed: Bed, one: TestSet) -> list[st
 def _adapt(name: str, options: argparse.Namespace, bed: Bed, watched: Sequence[Path]) -> str:
     """The adapted checkpoint of a row, trained unless it is there."""
     target = options.out / f"{name}_seed{options.seed}.nemo"
-    if target.is_file():
-        return str(target)
+    if not target.is_file():
+        overrides = row_overrides(name, options, bed, watched, target=target)
+        command = [sys.executable, "-m", "nemo_llm_feedback.cli", "adapt", *overrides]
+        with open(options.out / f"{name}_seed{options.seed}.log", "a", encoding="utf-8") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return str(target)
+
+
+def row_overrides(
+    name: str, options: argparse.Namespace, bed: Bed, watched: Sequence[Path], *, target: Path
+) -> list[str]:
+    """The arguments of `adapt` for a row; writes its training manifest.
+
+    Args:
+        name: of the row.
+        options: of ``parser``.
+        bed: the domain.
+        watched: labelled sets that are scored during training; nothing is chosen by them.
+        target: the adapted checkpoint.
+    """
     replay = name != "no_replay"
-    overrides = [
+    return [
+        "trainer=cpu",
         f"init_from_nemo_model={options.checkpoint}",
         f"model.train_ds.manifest_filepath={_training_rows(name, bed, options, replay=replay)}",
         f"model.train_ds.batch_size={round(8 * (1 + options.replay)) if replay else 8}",
@@ -177,10 +196,6 @@ def _adapt(name: str, options: argparse.Namespace, bed: Bed, watched: Sequence[P
         *(_tuned(options) if name != "feedback_defaults" else []),
         *ROWS[name],
     ]
-    command = [sys.executable, "-m", "nemo_llm_feedback.cli", "adapt", "trainer=cpu", *overrides]
-    with open(options.out / f"{name}_seed{options.seed}.log", "a", encoding="utf-8") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return str(target)
 
 
 def _tuned(options: argparse.Namespace) -> list[str]:

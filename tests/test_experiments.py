@@ -1,0 +1,79 @@
+"""The test beds: what each row trains on, and that its settings are settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_llm_feedback.composition import compose_config
+from nemo_llm_feedback.config import parse_run_config
+from nemo_llm_feedback.jobs.inputs import rates_to_try
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "experiments"
+
+
+@pytest.fixture
+def bed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module; the scripts import each other by their names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bed as module
+
+    yield module
+    for name in ("bed", "inference"):
+        sys.modules.pop(name, None)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """Options and a bed of two rows with a text that must not be read."""
+    pool = [{"audio_filepath": f"{i}.ogg", "duration": 2.0, "text": f"secret {i}"} for i in range(2)]
+    general = [{"audio_filepath": f"g{i}.ogg", "duration": 1.0 + i, "text": f"general {i}"} for i in range(12)]
+    pool_file = _write(tmp_path / "pool.json", pool)
+    replay = {_write(tmp_path / "general" / "a.json", general): 1.0}
+    terms = tmp_path / "menu.json"
+    terms.write_text('["soy latte"]')
+    options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--anchor"])
+    options.llm = tmp_path
+    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file)
+
+
+def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
+    options, domain = made
+    rows = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
+    pool, general = rows[:8], rows[8:]
+    assert not any("text" in row for row in pool)
+    assert len({row["audio_filepath"] for row in pool}) == 2
+    assert len(general) == len({row["audio_filepath"] for row in general})
+    assert len(general) == 6  # as many as are between 1 and 8 seconds, of the eight that are wanted
+    assert all(row["replay"] == "anchor" and row["text"].startswith("general") for row in general)
+    labelled = bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))
+    assert [row["text"] for row in labelled[:2]] == ["secret 0", "secret 1"]
+    assert len(labelled) == 8
+
+
+def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, domain = made
+    monkeypatch.setattr(bed, "_training_rows", lambda *args, **kwargs: "train.json")
+    for name in bed.ROWS:
+        cfg = compose_config(bed.row_overrides(name, options, domain, [Path("dev.json")], target=Path("a.nemo")))
+        config = parse_run_config(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+        tried = rates_to_try(cfg, config)
+        if name == "feedback_defaults":
+            assert tried
+            assert config.reward.scaled_by_pool
+            assert config.feedback.refresh_every == 50
+        else:
+            assert not tried
+            assert config.reward.weights == (2.0, 4.0) or not config.reward.weighed
+            assert config.feedback.refresh_every == 4
