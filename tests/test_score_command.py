@@ -283,6 +283,7 @@ def test_training_from_a_cache_does_not_load_the_llm(nemo_file, tiny_llm, manife
         settings = [
             *(f"init_from_nemo_model={nemo_file('ctc_char')}", f"model.train_ds.manifest_filepath={manifest}"),
             *(f"llm.model={tiny_llm}", "context.description=an order", "feedback.use_text=false", "guards.every=0"),
+            "model.optim.lr=1e-4",
             *(f"exp_manager.exp_dir={tmp_path / name}", "trainer=cpu", "trainer.max_steps=2", *more, *SMALL),
             *("+trainer.enable_progress_bar=false", "model.train_ds.batch_size=2", "feedback.refresh_every=50"),
         ]
