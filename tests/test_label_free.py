@@ -22,6 +22,7 @@ from nemo_llm_feedback.jobs.plan import reward_line
 from nemo_llm_feedback.records import read_steps
 from nemo_llm_feedback.scales import from_spread
 from nemo_llm_feedback.survey import Survey, apply_survey
+from nemo_llm_feedback.training.learning_rate import smallest_good
 
 STEP = "trainer.max_steps=1"
 
@@ -125,6 +126,15 @@ def test_a_rate_is_given_or_can_be_tried(tmp_path: Path) -> None:
         )
     for words in ("lr_candidates is empty", "guards.every=0", "no reward to judge by", "of their own", "Set model"):
         assert words in str(error.value)
+
+
+def test_a_smaller_rate_that_gains_nearly_as_much_is_taken() -> None:
+    nan = float("nan")
+    assert smallest_good({1e-5: 6.0, 1e-4: 18.0, 3e-4: 19.9}) == 1e-4
+    assert smallest_good({1e-5: 4.2, 1e-4: 8.8, 3e-4: 20.6}) == 3e-4
+    assert smallest_good({1e-4: 2.0, 2e-4: -5.0}) == 1e-4
+    assert smallest_good({1e-4: -2.0, 2e-4: 0.0, 3e-4: nan}) == 1e-4
+    assert smallest_good({1e-4: nan, 2e-4: 1.0}) == 2e-4
 
 
 def test_one_rank_chooses_the_learning_rate_for_all(
