@@ -85,6 +85,25 @@ def test_ten_steps_equal_five_and_five_resumed(
     assert len(json.loads((parts.log_dir / "run.json").read_text())["attempts"]) == 2
 
 
+def test_a_rate_and_weights_that_were_chosen_are_kept(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
+) -> None:
+    rates = ("model.optim.lr=null", "parameters.lr_candidates=[0.01,0.02]", "parameters.lr_trial_steps=1")
+    settings = [*SETTINGS, *rates, "exp_manager.resume_if_exists=true"]
+    found = {}
+    for name, stops in {"whole": (3,), "parts": (2, 3)}.items():
+        for stop in stops:
+            steps = f"trainer.max_steps={stop}"
+            found[name] = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / name, *settings, steps)
+    used = {
+        name: [line["lr"] for line in read_steps(r.log_dir / "steps.jsonl") if "lr" in line]
+        for name, r in found.items()
+    }
+    assert used["whole"] == used["parts"]
+    assert len(used["whole"]) == 3
+    same(found["whole"].nemo, found["parts"].nemo)
+
+
 def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:

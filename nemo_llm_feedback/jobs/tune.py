@@ -299,7 +299,7 @@ def tuned_text(found: Tuned) -> str:
                 f"No transcripts were used. α makes the mean within-group spread of α·LLM {factor:g} times that of",
                 f"the recogniser's score ({asr:.2f} nat); β = {BETA_PER_ALPHA:g}·α, the default's proportion.",
                 "This balances the two voices; it does not know which of them is right. On two dev sets transcripts",
-                "chose a factor of 2 and of 2.9 (--factor); a smaller one costs fewer entity false alarms.",
+                "chose a factor of 2 and of 2.5 (--factor); a smaller one costs fewer entity false alarms.",
                 "",
                 found.line,
             ]
