@@ -2,12 +2,14 @@
 
     python examples/experiments/barista.py DATA CHECKPOINT.nemo --out FOLDER [--rows feedback …] [--split test]
 
-DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). Every row has the same pool,
-updates, batch, optimizer, learning rate, rounds and, except `no_replay`, the same transcribed general speech as replay
-(269 sentences of the base's own training speech, drawn once by seed). LLM scores are kept in one file and shared by
-the rows; a row whose result exists is not run again, and one that was cut goes on. The LM is the quickstart's unless
---llm names another. `--split test` scores the rows' checkpoints on the test split: do that once, with settings fixed
-on dev.
+DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). Every row has the same pool, which
+goes round four times, updates, batch, optimizer, learning rate, rounds and, except `no_replay`, as many rows of
+general speech, drawn once by seed from the base's own training speech: learned by NeMo's own step or, with --anchor,
+holding the model where it was. `feedback_defaults` is the row for which nothing was chosen on labels. --inference
+adds rows without training. LLM scores are kept in one file and shared by the rows; a row whose result exists is not
+run again, and one that was cut goes on; the tables and JSON files hold the rows that are named. The LM is the
+quickstart's unless --llm names another. `--split test` scores the rows' checkpoints on the test split: do that once,
+with settings fixed on dev.
 """
 
 from __future__ import annotations
