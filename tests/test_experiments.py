@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from nemo_llm_feedback.composition import compose_config
 from nemo_llm_feedback.config import parse_run_config
 from nemo_llm_feedback.jobs.inputs import rates_to_try
+from nemo_llm_feedback.metrics import bootstrap, score_corpus
+from nemo_llm_feedback.normalize import get_normalizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "experiments"
 
@@ -77,3 +79,46 @@ def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypa
             assert not tried
             assert config.reward.weights == (2.0, 4.0) or not config.reward.weighed
             assert config.feedback.refresh_every == 4
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import table as module
+
+    yield module
+    sys.modules.pop("table", None)
+
+
+def _scores(hypotheses: list[str]) -> Any:
+    references = [f"one soy latte number {i} please" for i in range(40)]
+    assert len(references) == len(hypotheses)
+    return score_corpus(references, hypotheses, normalize=get_normalizer("basic"), entities=[["soy latte"]] * 40)
+
+
+def test_the_tables_interval_is_the_librarys_where_there_is_one_seed(table: Any) -> None:
+    scores = _scores([f"one soy latte number {i} please" if i % 3 else "one so let a number" for i in range(40)])
+    cell = table.Draws(40).cell([scores], "ewer")
+    known = bootstrap(scores, "ewer", samples=10_000, seed=1)
+    assert cell.value == pytest.approx(known.value)
+    assert [cell.low, cell.high] == pytest.approx([known.low, known.high], abs=2.5)
+
+
+def test_the_tables_changes_are_of_means_over_seeds_and_paired(table: Any) -> None:
+    right = [f"one soy latte number {i} please" for i in range(40)]
+    base = _scores(["one so let number", *right[1:20], *["one so let number"] * 20])
+    seeds = [_scores(["one so let number", *right[1:]]), _scores(right)]
+    found = table.cells({"base": [base], "same": [base], "ours": seeds}, "same")
+    assert found["same"]["ewer"].change == 0
+    assert found["same"]["ewer"].p_value == 1
+    ours = found["ours"]["ewer"]
+    assert ours.seeds == pytest.approx((2.5, 0.0))
+    assert ours.value == pytest.approx(1.25)
+    assert ours.change == pytest.approx(100 * (1.25 / 52.5 - 1))
+    assert ours.change_low < ours.change <= ours.change_high < -85
+    assert ours.p_value == pytest.approx(2e-4)
+    assert found["ours"]["ewer_against"].change == ours.change
+    printed = table.markdown(found, {"guard": {"ours": {"wer": found["ours"]["wer"]}}})
+    assert "| ours | 2 |" in printed
+    assert "**-97.6 %" in printed
