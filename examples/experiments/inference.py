@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from nemo_llm_feedback.manifests import Row, read_manifest
 BEAM = 8
 
 
-def nemo_beam(checkpoint: Path, manifest: Path, target: Path, *, terms_file: Path | None, weight: float) -> Path:
+def nemo_beam(
+    checkpoint: Path,
+    manifest: Path,
+    target: Path,
+    *,
+    terms_file: Path | None = None,
+    weight: float = 0.0,
+    set_beam: Callable[[Any], None] | None = None,
+) -> Path:
     """Decodes with stock NeMo's batched beam search and writes predictions, unless they are there.
 
     Args:
@@ -29,6 +37,7 @@ def nemo_beam(checkpoint: Path, manifest: Path, target: Path, *, terms_file: Pat
         target: JSON Lines with ``pred_text``.
         terms_file: boosted in every row; None = none.
         weight: ``boosting_tree_alpha``; 0 = a plain beam.
+        set_beam: sets the model's decoding instead of the boosted or plain beam.
     """
     if target.is_file():
         return target
@@ -43,7 +52,10 @@ def nemo_beam(checkpoint: Path, manifest: Path, target: Path, *, terms_file: Pat
         by_terms.setdefault(terms, []).append(i)
     texts = [""] * len(rows)
     for terms, members in by_terms.items():
-        _set_beam(model, terms, weight)
+        if set_beam is None:
+            _set_beam(model, terms, weight)
+        else:
+            set_beam(model)
         with torch.no_grad():
             found = model.transcribe([rows[i].audio for i in members], batch_size=16, verbose=False)
         for i, hypothesis in zip(members, found, strict=True):

@@ -1,0 +1,122 @@
+"""What each part of the groups and of the reward is worth: the reward's choice and the oracle, without training.
+
+    python examples/experiments/ablations.py CHECKPOINT.nemo dev.json --llm FOLDER --description "…" \
+        --terms-file menu.json --out FOLDER [--only SETTING …] [--add "other LM=llm.model=FOLDER" …]
+
+Every setting is a change of the first one, written as overrides of `adapt`. Groups are made and judged for each; LLM
+scores are kept in one file. A setting whose result is in --out is not run again. Run it on a dev set only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from nemo.utils import logging
+
+from nemo_llm_feedback.jobs.look import LookOptions
+from nemo_llm_feedback.jobs.score import ScoreReport, score
+
+SETTINGS = {
+    "as used": "",
+    "no ASR term": "reward.asr_weight=0",
+    "no LLM": "reward.alpha=0 reward.beta=0",
+    "no length term": "reward.beta=0",
+    "N: 2 + 2 + 1 swap": "proposals.beam=2 proposals.boosted=2 proposals.term_swap=1",
+    "N: 4 + 4 + 2 swaps": "proposals.beam=4 proposals.boosted=4 proposals.term_swap=2",
+    "N: 16 + 16 + 8 swaps": "proposals.beam=16 proposals.boosted=16 proposals.term_swap=8 proposals.max_members=48",
+    "source: beam alone": "proposals.beam=16 proposals.boosted=0 proposals.term_swap=0",
+    "source: samples alone": "proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.samples=16",
+    "source: beam and swaps": "proposals.beam=16 proposals.boosted=0",
+    "source: beam and boosted beam": "proposals.term_swap=0",
+    "source: all and 8 samples": "proposals.samples=8 proposals.max_members=32",
+    "LLM in 8 bit": "llm.quantization=int8",
+    "LLM in 16 bit": "llm.quantization=none llm.compute_dtype=bfloat16",
+    "LLM in 32 bit": "llm.quantization=none",
+    "reward: entity tokens weigh double": "reward=entity",
+    "reward: each part normalised (z)": "reward=composite "
+    "'reward.settings.components=[{name:llm,weight:2,normalize:z},{name:asr,weight:1,normalize:z}]'",
+    "reward: listed terms found, no LLM": "reward=rules reward.settings.repetition=0 reward.settings.empty=0 "
+    "reward.settings.edit_distance=0 reward.settings.entity_hits=10",
+}
+COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
+
+
+def main() -> None:
+    """Runs the settings that are not there yet and prints the table."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("checkpoint")
+    made.add_argument("manifest")
+    made.add_argument("--llm", required=True)
+    made.add_argument("--description", required=True)
+    made.add_argument("--terms-file")
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--alpha", type=float, default=2.0)
+    made.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING")
+    made.add_argument("--add", nargs="*", default=[], metavar="SETTING=OVERRIDES", help="further settings")
+    options = made.parse_args()
+    logging.setLevel(logging.ERROR)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: SETTINGS[name] for name in options.only} | dict(item.split("=", 1) for item in options.add)
+    print("| setting | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
+    done = options.out / "ablations.json"
+    found: dict[str, dict[str, Any]] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    for name, overrides in settings.items():
+        key = f"{name} ({overrides})"
+        if key not in found:
+            found[key] = _numbers(score(_look(options, overrides)))
+            done.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(
+            f"| {name} | " + " | ".join(f"{value:.{_digits(column)}f}" for column, value in found[key].items()) + " |"
+        )
+
+
+def _look(options: argparse.Namespace, overrides: str) -> LookOptions:
+    """A setting's flags; what a composite or a rule lacks is given by its own overrides."""
+    return LookOptions(
+        checkpoint=options.checkpoint,
+        manifest=options.manifest,
+        llm=options.llm,
+        description=options.description,
+        terms_file=options.terms_file,
+        cache=str(options.out / "llm_scores.sqlite"),
+        overrides=(
+            f"reward.alpha={options.alpha}",
+            f"reward.beta={2 * options.alpha}",
+            "proposals.boosting_weights=[]",
+            *shlex.split(overrides),
+        ),
+    )
+
+
+def _numbers(report: ScoreReport) -> dict[str, float]:
+    """Column → value; errors in %, shares in %."""
+    chosen, best = report.systems["best-rewarded"], report.systems["oracle"]
+    reward = report.preference["reward"]
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                sum(len(g.group.texts) for g in report.groups) / len(report.groups),
+                chosen.value("wer"),
+                chosen.value("ewer"),
+                chosen.value("false_alarms"),
+                best.value("wer"),
+                best.value("ewer"),
+                report.agreement["ewer"].spearman,
+                100 * reward.preferred / reward.rows,
+            ),
+            strict=True,
+        )
+    )
+
+
+def _digits(column: str) -> int:
+    return {"rank corr. EWER": 2, "prefers reference": 0, "false alarms": 0}.get(column, 1)
+
+
+if __name__ == "__main__":
+    main()
