@@ -47,7 +47,7 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     terms.write_text('["soy latte"]')
     options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--anchor"])
     options.llm = tmp_path
-    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file)
+    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", pool_file))
 
 
 def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
@@ -71,6 +71,8 @@ def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypa
         cfg = compose_config(bed.row_overrides(name, options, domain, [Path("dev.json")], target=Path("a.nemo")))
         config = parse_run_config(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
         tried = rates_to_try(cfg, config)
+        others = {"feedback_wrong_context": "a hospital", "feedback_no_context": ""}
+        assert config.context.description == others.get(name, "an order, at a shop")
         if name == "feedback_defaults":
             assert tried
             assert config.reward.scaled_by_pool

@@ -5,7 +5,8 @@
 DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). Every row has the same pool, which
 goes round four times, updates, batch, optimizer, learning rate, rounds and, except `no_replay`, as many rows of
 general speech, drawn once by seed from the base's own training speech: learned by NeMo's own step or, with --anchor,
-holding the model where it was. `feedback_defaults` is the row for which nothing was chosen on labels. --inference
+holding the model where it was. `feedback_defaults` is the row for which nothing was chosen on labels;
+`feedback_wrong_context` has the quickstart's hospital and its terms for a context. --inference
 adds rows without training. LLM scores are kept in one file and shared by the rows; a row whose result exists is not
 run again, and one that was cut goes on; the tables and JSON files hold the rows that are named. The LM is the
 quickstart's unless --llm names another. `--split test` scores the rows' checkpoints on the test split: do that once,
@@ -14,7 +15,11 @@ with settings fixed on dev.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bed import Bed, TestSet, parser, run_rows, source_replay
+
+HOSPITAL = Path(__file__).parents[1] / "quickstart" / "data" / "terms.txt"
 
 
 def main() -> None:
@@ -22,7 +27,8 @@ def main() -> None:
     options = parser(__doc__, steps=136).parse_args()
     barista = options.data / "barista"
     replay = source_replay(options.data)
-    bed = Bed(barista / "pool.json", "an order at a coffee shop", barista / "menu.json", replay)
+    wrong = ("a voice command in the stock room of a hospital", HOSPITAL)
+    bed = Bed(barista / "pool.json", "an order at a coffee shop", barista / "menu.json", replay, wrong=wrong)
     sets = [
         TestSet(f"barista_{options.split}", barista / f"{options.split}.json", bed.terms_file),
         TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json", in_domain=False),

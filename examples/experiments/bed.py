@@ -29,6 +29,7 @@ ROWS: dict[str, list[str]] = {
     "feedback_mwer": ["objective=mwer"],
     "feedback_grpo": ["objective=grpo"],
     "feedback_no_context": ["context.terms_file=null", "context.required=false", 'context.description=""'],
+    "feedback_wrong_context": [],
     "feedback_shuffled": ["reward.name=examples.experiments.controls:shuffled"],
     "feedback_defaults": [],
     "no_replay": [],
@@ -66,6 +67,7 @@ class Bed:
         terms_file: its terms; None where rows have their own.
         replay: manifest of transcribed general speech → its share of what is replayed.
         label_file: the pool with its text, for the row `supervised`; None = it has none.
+        wrong: description and terms of another domain, for the row `feedback_wrong_context`; None = no such row.
     """
 
     pool: Path
@@ -73,12 +75,17 @@ class Bed:
     terms_file: Path | None = None
     replay: Mapping[Path, float] = field(default_factory=dict)
     label_file: Path | None = None
+    wrong: tuple[str, Path] | None = None
 
-    @property
-    def overrides(self) -> list[str]:
-        """For `adapt`."""
-        terms = [f"context.terms_file={self.terms_file}"] if self.terms_file else []
-        return [f'context.description="{self.description}"', *terms]
+    def overrides(self, row: str) -> list[str]:
+        """The context of a row, for `adapt`."""
+        description, terms_file = self.description, self.terms_file
+        if row == "feedback_wrong_context":
+            if self.wrong is None:
+                raise SystemExit("the bed has no context of another domain: leave out the row feedback_wrong_context.")
+            description, terms_file = self.wrong
+        terms = [f"context.terms_file={terms_file}"] if terms_file else []
+        return [f'context.description="{description}"', *terms]
 
     @property
     def flags(self) -> list[str]:
@@ -192,7 +199,7 @@ def row_overrides(
         "+trainer.enable_progress_bar=false",
         f"model.validation_ds.manifest_filepath=[{','.join(map(str, watched))}]",
         f"trainer.val_check_interval={max(1, options.steps // 8)}",
-        *bed.overrides,
+        *bed.overrides(name),
         *(_tuned(options) if name != "feedback_defaults" else []),
         *ROWS[name],
     ]

@@ -34,7 +34,8 @@ def main() -> None:
         subprocess.run([*command, "--seed", str(SEED), "--sizes", *sizes], check=True)
     description = "a voice command in the stock room of a hospital"
     terms = data / "terms.txt"
-    bed = Bed(data / "pool.json", description, terms, {options.general: 1.0}, data / "pool_labels.json")
+    wrong = ("an order at a coffee shop", options.data / "barista" / "menu.json")
+    bed = Bed(data / "pool.json", description, terms, {options.general: 1.0}, data / "pool_labels.json", wrong)
     general = "general_dev" if options.split == "dev" else "general"
     sets = [
         TestSet(f"invented_{options.split}", data / f"{options.split}.json", terms),
