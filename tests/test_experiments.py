@@ -47,7 +47,7 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     terms.write_text('["soy latte"]')
     options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--anchor"])
     options.llm = tmp_path
-    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", pool_file))
+    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", terms))
 
 
 def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
