@@ -248,7 +248,8 @@ def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, An
         nemo_beam(options.checkpoint, bed.pool, target, terms_file=bed.terms_file, weight=options.boosting_weight)
         rows = [{**row, "text": row.pop("pred_text")} for row in read_rows(target)]
         return [row for row in rows if row["text"]]
-    return [{key: value for key, value in row.items() if key != "text"} for row in read_rows(bed.pool)]
+    labels = ("text", "entities")
+    return [{key: value for key, value in row.items() if key not in labels} for row in read_rows(bed.pool)]
 
 
 def source_replay(data: Path) -> dict[Path, float]:

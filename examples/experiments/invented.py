@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from bed import Bed, TestSet, parser, run_rows
+from bed import Bed, TestSet, parser, read_rows, run_rows, write_rows
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 SEED = 40961
@@ -26,24 +27,54 @@ def main() -> None:
     """Makes the data if need be, runs the rows that are not there yet and prints the tables."""
     made = parser(__doc__, steps=136)
     made.add_argument("--general", type=Path, required=True, help="the base's own training speech, with text")
+    made.add_argument("--test-seed", type=int, help="test sets of another draw, without sentences of pool and dev")
     options = made.parse_args()
+    if options.test_seed and options.split != "test":
+        made.error("--test-seed goes with --split test")
     data = options.out / "data"
-    if not (data / "general.json").is_file():
-        command = [sys.executable, str(QUICKSTART / "make_data.py"), "--shared", str(options.data), "--out", str(data)]
-        sizes = [f"{name}={rows}" for name, rows in SIZES.items()]
-        subprocess.run([*command, "--seed", str(SEED), "--sizes", *sizes], check=True)
+    make_data(options.data, data, seed=SEED, sizes=SIZES)
+    tests = fresh_tests(options.data, data, seed=options.test_seed) if options.test_seed else data
     description = "a voice command in the stock room of a hospital"
     terms = data / "terms.txt"
     wrong = ("an order at a coffee shop", options.data / "barista" / "menu.json")
     bed = Bed(data / "pool.json", description, terms, {options.general: 1.0}, data / "pool_labels.json", wrong)
+    draw = f"_{options.test_seed}" if options.test_seed else ""
     general = "general_dev" if options.split == "dev" else "general"
     sets = [
-        TestSet(f"invented_{options.split}", data / f"{options.split}.json", terms),
-        TestSet(general, data / f"{general}.json", in_domain=False),
+        TestSet(f"invented_{options.split}{draw}", tests / f"{options.split}.json", terms),
+        TestSet(f"{general}{draw}", tests / f"{general}.json", in_domain=False),
     ]
     if options.split == "test":
-        sets.insert(1, TestSet("invented_unseen_voice", data / "test_unseen_voice.json", terms))
+        sets.insert(1, TestSet(f"invented_unseen_voice{draw}", tests / "test_unseen_voice.json", terms))
     run_rows(options, bed, sets=sets)
+
+
+def make_data(shared: Path, out: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
+    """Speaks the sets, unless they are there."""
+    if not (out / "general.json").is_file():
+        command = [sys.executable, str(QUICKSTART / "make_data.py"), "--shared", str(shared), "--out", str(out)]
+        rows = [f"{name}={size}" for name, size in sizes.items()]
+        subprocess.run([*command, "--seed", str(seed), "--sizes", *rows], check=True)
+
+
+def fresh_tests(shared: Path, data: Path, *, seed: int) -> Path:
+    """Test sets of another seed, for settings that were fixed after the first ones had been opened.
+
+    Args:
+        shared: holds ``text/``.
+        data: pool and dev, whose sentences are left out; the new sets lie in a folder beside it.
+        seed: of the draw.
+
+    Returns:
+        The folder of the new sets.
+    """
+    fresh = data.parent / f"data_{seed}"
+    make_data(shared, fresh, seed=seed, sizes=SIZES | {"pool": 1, "dev": 1})
+    known = {row["text"] for name in ("pool_labels", "dev", "general_dev") for row in read_rows(data / f"{name}.json")}
+    for name in ("test", "test_unseen_voice", "general"):
+        rows = [row for row in read_rows(fresh / f"{name}.json") if row["text"] not in known]
+        write_rows(fresh / f"{name}.json", [(fresh, row) for row in rows])
+    return fresh
 
 
 if __name__ == "__main__":
