@@ -39,7 +39,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     """Options and a bed of two rows with a text that must not be read."""
-    pool = [{"audio_filepath": f"{i}.ogg", "duration": 2.0, "text": f"secret {i}"} for i in range(2)]
+    pool = [{"audio_filepath": f"{i}.ogg", "duration": 2, "text": f"secret {i}", "entities": ["x"]} for i in range(2)]
     general = [{"audio_filepath": f"g{i}.ogg", "duration": 1.0 + i, "text": f"general {i}"} for i in range(12)]
     pool_file = _write(tmp_path / "pool.json", pool)
     replay = {_write(tmp_path / "general" / "a.json", general): 1.0}
@@ -54,7 +54,7 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speec
     options, domain = made
     rows = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
     pool, general = rows[:8], rows[8:]
-    assert not any("text" in row for row in pool)
+    assert not any({"text", "entities"} & set(row) for row in pool)
     assert len({row["audio_filepath"] for row in pool}) == 2
     assert len(general) == len({row["audio_filepath"] for row in general})
     assert len(general) == 6  # as many as are between 1 and 8 seconds, of the eight that are wanted
@@ -124,3 +124,29 @@ def test_the_tables_changes_are_of_means_over_seeds_and_paired(table: Any) -> No
     printed = table.markdown(found, {"guard": {"ours": {"wer": found["ours"]["wer"]}}})
     assert "| ours | 2 |" in printed
     assert "**-97.6 %" in printed
+
+
+def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
+    bed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import invented
+
+    def sentences(name: str, *texts: str, folder: Path) -> None:
+        _write(folder / f"{name}.json", [{"audio_filepath": f"{t}.ogg", "duration": 1.0, "text": t} for t in texts])
+
+    data = tmp_path / "data"
+    for name in ("pool_labels", "dev", "general_dev"):
+        sentences(name, f"in {name}", folder=data)
+
+    def make(shared: Path, out: Path, *, seed: int, sizes: Any) -> None:
+        for name in ("test", "test_unseen_voice", "general"):
+            sentences(name, "in pool_labels", "in dev", "in general_dev", f"new {seed} {name}", folder=out)
+
+    monkeypatch.setattr(invented, "make_data", make)
+    fresh = invented.fresh_tests(tmp_path, data, seed=7)
+    monkeypatch.delitem(sys.modules, "invented")
+    assert fresh != data
+    for name in ("test", "test_unseen_voice", "general"):
+        (row,) = bed.read_rows(fresh / f"{name}.json")
+        assert row["text"] == f"new 7 {name}"
+        assert row["audio_filepath"] == str(fresh / f"new 7 {name}.ogg")
