@@ -57,6 +57,10 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speec
     assert not any({"text", "entities"} & set(row) for row in pool)
     assert len({row["audio_filepath"] for row in pool}) == 2
     assert len(general) == len({row["audio_filepath"] for row in general})
+    options.pool_rows = 1
+    part = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
+    assert [row["audio_filepath"] for row in part[:8]] == 8 * [pool[0]["audio_filepath"]]
+    assert len(part) == len(rows)
     assert len(general) == 6  # as many as are between 1 and 8 seconds, of the eight that are wanted
     assert all(row["replay"] == "anchor" and row["text"].startswith("general") for row in general)
     labelled = bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))

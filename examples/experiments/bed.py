@@ -108,6 +108,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--inference", nargs="*", default=[], choices=INFERENCE, help="rows without training")
     made.add_argument("--boosting-weight", type=float, default=1.0, help="of NeMo's phrase boosting")
     made.add_argument("--alpha", type=float, default=2.0, help="weight of the LLM in rows with settings from dev")
+    made.add_argument("--pool-rows", type=int, help="a part of the pool, spread evenly, for a learning curve")
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
@@ -222,7 +223,10 @@ def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: 
     """The pool's manifest as often as it goes round, with as much transcribed general speech as is asked for."""
     labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
     target = options.out / f"pool{labels}{_kind(options) if replay else ''}.json"
-    rows = ROUNDS * [(bed.pool.parent, row) for row in _pool(name, bed, options)]
+    pool = _pool(name, bed, options)
+    # A part of the pool goes round oftener, so that updates and general speech stay as they are.
+    rounds = round(ROUNDS * len(read_rows(bed.pool)) / len(pool)) if options.pool_rows else ROUNDS
+    rows = rounds * [(bed.pool.parent, row) for row in pool]
     total, rng = len(rows), random.Random(0)
     for manifest, share in bed.replay.items() if replay else ():
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
@@ -248,8 +252,11 @@ def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, An
         nemo_beam(options.checkpoint, bed.pool, target, terms_file=bed.terms_file, weight=options.boosting_weight)
         rows = [{**row, "text": row.pop("pred_text")} for row in read_rows(target)]
         return [row for row in rows if row["text"]]
-    labels = ("text", "entities")
-    return [{key: value for key, value in row.items() if key not in labels} for row in read_rows(bed.pool)]
+    rows, labels = read_rows(bed.pool), ("text", "entities")
+    if options.pool_rows:
+        part = min(options.pool_rows, len(rows))
+        rows = [rows[i * len(rows) // part] for i in range(part)]
+    return [{key: value for key, value in row.items() if key not in labels} for row in rows]
 
 
 def source_replay(data: Path) -> dict[Path, float]:
