@@ -52,6 +52,7 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
 
 def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
     options, domain = made
+    options.steps = 1
     rows = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
     pool, general = rows[:8], rows[8:]
     assert not any({"text", "entities"} & set(row) for row in pool)
@@ -66,6 +67,8 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speec
     labelled = bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))
     assert [row["text"] for row in labelled[:2]] == ["secret 0", "secret 1"]
     assert len(labelled) == 8
+    options.steps = 3
+    assert len(bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))) == 24
 
 
 def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,7 @@ from nemo.utils import logging
 
 from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
-# Half of a batch is of the pool; what is replayed beside it does not repeat while the pool goes round 4 times.
-ROUNDS = 4
+POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's own step, and no looks, as none is unlabeled.
 LABELLED = ["objective=self_training", "feedback.weight=0", "guards.every=0"]
 ROWS: dict[str, list[str]] = {
@@ -188,7 +187,7 @@ def row_overrides(
         "trainer=cpu",
         f"init_from_nemo_model={options.checkpoint}",
         f"model.train_ds.manifest_filepath={_training_rows(name, bed, options, replay=replay)}",
-        f"model.train_ds.batch_size={round(8 * (1 + options.replay)) if replay else 8}",
+        f"model.train_ds.batch_size={round(POOL_BATCH * (1 + options.replay)) if replay else POOL_BATCH}",
         f"llm.model={options.llm}",
         f"reward.cache={options.out / 'llm_scores.sqlite'}",
         f"exp_manager.exp_dir={options.out / 'runs'}",
@@ -220,13 +219,12 @@ def _tuned(options: argparse.Namespace) -> list[str]:
 
 
 def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: bool) -> Path:
-    """The pool's manifest as often as it goes round, with as much transcribed general speech as is asked for."""
+    """The pool's manifest as often as it goes round in all updates, with as much transcribed general speech as is asked
+    for: that does not repeat, if there is enough."""
     labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
     target = options.out / f"pool{labels}{_kind(options) if replay else ''}.json"
     pool = _pool(name, bed, options)
-    # A part of the pool goes round oftener, so that updates and general speech stay as they are.
-    rounds = round(ROUNDS * len(read_rows(bed.pool)) / len(pool)) if options.pool_rows else ROUNDS
-    rows = rounds * [(bed.pool.parent, row) for row in pool]
+    rows = max(1, round(options.steps * POOL_BATCH / len(pool))) * [(bed.pool.parent, row) for row in pool]
     total, rng = len(rows), random.Random(0)
     for manifest, share in bed.replay.items() if replay else ():
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]

@@ -20,12 +20,12 @@ from bed import Bed, TestSet, parser, read_rows, run_rows, write_rows
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 SEED = 40961
-SIZES = {"pool": 270, "dev": 90, "test": 150, "test_unseen_voice": 90}
+SIZES = {"pool": 540, "dev": 90, "test": 150, "test_unseen_voice": 90, "general_dev": 200, "general": 600}
 
 
 def main() -> None:
     """Makes the data if need be, runs the rows that are not there yet and prints the tables."""
-    made = parser(__doc__, steps=136)
+    made = parser(__doc__, steps=612)
     made.add_argument("--general", type=Path, required=True, help="the base's own training speech, with text")
     made.add_argument("--test-seed", type=int, help="test sets of another draw, without sentences of pool and dev")
     options = made.parse_args()

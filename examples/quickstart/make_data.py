@@ -120,7 +120,9 @@ def domain_sentences(rng: random.Random, sizes: Mapping[str, int] = SPLITS) -> d
     return splits
 
 
-def general_sentences(shared: Path, rng: random.Random) -> dict[str, list[Sentence]]:
+def general_sentences(
+    shared: Path, rng: random.Random, sizes: Mapping[str, int] = GENERAL_SPLITS
+) -> dict[str, list[Sentence]]:
     """Draw everyday commands of 4 to 10 words from the reserved text, each word common in the training texts."""
     counts = Counter(word for sentence in training_sentences(shared) for word in sentence.split())
     lines = sorted(set((shared / "text" / "reserved_commands.txt").read_text().splitlines()))
@@ -129,9 +131,9 @@ def general_sentences(shared: Path, rng: random.Random) -> dict[str, list[Senten
         for line in lines
         if 4 <= len(line.split()) <= 10 and all(counts[word] >= COMMON_WORD_COUNT for word in line.split())
     ]
-    chosen = rng.sample(fit, sum(GENERAL_SPLITS.values()))
+    chosen = rng.sample(fit, sum(sizes.values()))
     splits: dict[str, list[Sentence]] = {}
-    for name, size in GENERAL_SPLITS.items():
+    for name, size in sizes.items():
         splits[name] = [(text, ()) for text in chosen[:size]]
         chosen = chosen[size:]
     return splits
@@ -168,16 +170,17 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/ and source/")
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder for manifests and audio")
     parser.add_argument("--seed", type=int, default=SEED, help="of sentences and speech; another gives another set")
-    parser.add_argument("--sizes", nargs="+", default=[], metavar="SPLIT=ROWS", help="of the domain's splits")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="SPLIT=ROWS", help="of domain and general splits")
     parser.add_argument("--check-only", action="store_true", help="check terms and sentences, write nothing")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     given = dict(item.split("=") for item in args.sizes)
-    splits = domain_sentences(rng, {name: int(given.get(name, size)) for name, size in SPLITS.items()})
+    domain, general = ({k: int(given.get(k, v)) for k, v in sizes.items()} for sizes in (SPLITS, GENERAL_SPLITS))
+    splits = domain_sentences(rng, domain)
     terms = sorted([term for kind in TERMS.values() for term in kind] + DISTRACTORS)
     found = check_unseen(terms, [text for rows in splits.values() for text, _ in rows], args.shared)
     print("unseen check passed:", json.dumps(found))
-    splits |= general_sentences(args.shared, rng)
+    splits |= general_sentences(args.shared, rng, general)
     if args.check_only:
         return
     require_flite()
