@@ -219,8 +219,7 @@ def _tuned(options: argparse.Namespace) -> list[str]:
 
 
 def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: bool) -> Path:
-    """The pool's manifest as often as it goes round in all updates, with as much transcribed general speech as is asked
-    for: that does not repeat, if there is enough."""
+    """The pool as often as it goes round in all updates, with transcribed general speech that does not repeat."""
     labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
     target = options.out / f"pool{labels}{_kind(options) if replay else ''}.json"
     pool = _pool(name, bed, options)
