@@ -113,7 +113,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
         folder / "manifests",
         use_text=config.feedback.use_text,
         on_bad_audio=config.feedback.on_bad_audio,
-        held_out=config.guards.held_out_utterances if config.guards.every else 0,
+        held_out=config.guards.held_out_utterances if config.guards.looks else 0,
         held_out_share=config.guards.held_out,
         progress=logging.info,
     )

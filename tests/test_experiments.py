@@ -50,6 +50,30 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", terms))
 
 
+@pytest.mark.parametrize(
+    ("judge", "name", "flags"),
+    [
+        ([], "rescored_dev", ["--alpha", "2.0", "--beta", "4.0"]),
+        (
+            ["--judge", "reward=entity", "reward.alpha=2"],
+            "rescored_judge_dev",
+            ["--set", "reward=entity", "reward.alpha=2"],
+        ),
+    ],
+)
+def test_rescored_rows_name_their_reward(
+    judge: list[str], name: str, flags: list[str], bed: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another reward chose lies in a file of its own, so that no row shows the other's transcripts."""
+    _, domain = made
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(bed, "rescored", lambda model, manifest, target, **more: seen.append((target, more["judge"])))
+    arguments = ["data", "base.nemo", "--out", str(tmp_path), "--inference", "rescored", *judge]
+    options = bed.parser("x", steps=16).parse_args(arguments)
+    assert bed._predictions(options, domain, bed.TestSet("dev", tmp_path / "dev.json")) == [str(seen[0][0])]
+    assert seen == [(tmp_path / f"{name}.json", flags)]
+
+
 def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
     options, domain = made
     options.steps = 1

@@ -108,6 +108,22 @@ def test_a_look_that_the_reward_cannot_judge_is_no_gain() -> None:
     assert float(resumed.state_dict()["best"]["weight"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("every", "steps", "interval"),
+    [(None, 100, 10), (None, 200, 12), (None, 612, 38), (None, math.inf, 10), (5, 612, 5)],
+)
+def test_looks_are_a_share_of_the_run_unless_their_interval_is_named(every: Any, steps: float, interval: int) -> None:
+    assert GuardConfig(every=every).interval(steps) == interval
+    assert GuardConfig(every=every).looks
+    assert not GuardConfig(every=0).looks
+
+
+def test_a_run_without_a_named_interval_looks_by_its_length(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    lenient = ("guards.max_kl=1e3", "guards.max_length_ratio=1e3", "guards.max_empty_rise=1", "guards.patience=0")
+    result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "guards.every=null", "trainer.max_steps=20", *lenient)
+    assert [look.step for look in result.looks] == [10, 20]
+
+
 def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> None:
     shown: dict[int, list[int]] = {}
     for every in (1, 3, 0):

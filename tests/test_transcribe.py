@@ -86,6 +86,20 @@ def test_a_manifest_is_transcribed_with_n_best_and_each_row_s_context(
     assert "WER" in report
 
 
+def test_the_reward_of_a_run_rescores_by_the_same_overrides(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    """--set takes what adapt took; the flags come on top."""
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", "tea"])
+    out = tmp_path / "o.json"
+    overrides = ["reward=entity", "reward.settings.weight=3", f"llm.model={tiny_llm}", "context.terms=[tea, latte]"]
+    arguments = ["--rescore", "--alpha", "0.5", "--beta", "1.5", "--nbest", "4", "--set", *overrides]
+    files = ["--dataset-manifest", str(manifest), "--output-filename", str(out)]
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), *files, *arguments]) == 0
+    members = [member for line in read(out) for member in line["nbest"]]
+    assert len(members) > 2
+    for m in members:
+        assert m["score"] == pytest.approx(m["asr"] + 0.5 * m["entity"] + 1.5 * m["length"], abs=2e-3)
+
+
 def test_files_that_fail_are_listed_and_do_not_lose_the_others(
     nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,17 +158,39 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         (["{wav}", "--rescore", "--llm", "x"], "no context"),
         (["{wav}", "--rescore", "--llm", "/absent", "--description", "x"], "/absent"),
         (["{wav}", "--rescoring", "/absent.yaml"], "cannot be read as YAML"),
+        (["{wav}", "--set", "reward=entity"], "without --rescore"),
+        (["{wav}", "--rescore", "--set", "feedback.heads=ctc"], "--set takes reward, llm, context"),
+        (["{wav}", "--rescoring", "a.yaml", "--set", "reward=entity"], "--set and --rescoring FILE"),
+        (["{wav}", "--rescore", "--set", "reward.alhpa=1"], "did you mean reward.alpha"),
+        (
+            [
+                "{wav}",
+                "--rescore",
+                "--llm",
+                "{llm}",
+                "--set",
+                "reward=entity",
+                "reward.settings.wieght=3",
+                "context.terms=[a]",
+            ],
+            "did you mean weight",
+        ),
         (["{wav}", "--batch-size", "0"], "--batch-size"),
         (["{wav}", "--decoder-type", "ctc"], "for hybrid models"),
         (["{wav}", "--cuda", "99"], "give a smaller number"),
     ],
 )
 def test_wrong_input_is_told_with_its_fix(
-    arguments: list[str], words: str, nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    nemo_file: Any,
+    tiny_llm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     wav = write_audio(tmp_path / "x" / "a.wav", seconds=1.0, seed=0)
     (tmp_path / "empty").mkdir()
-    filled = [a.format(wav=wav, folder=tmp_path / "empty") for a in arguments]
+    filled = [a.format(wav=wav, llm=tiny_llm, folder=tmp_path / "empty") for a in arguments]
     assert main(["transcribe", str(nemo_file("ctc_bpe")), *filled]) == 1
     error = capsys.readouterr().err
     assert words in error

@@ -107,6 +107,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--inference", nargs="*", default=[], choices=INFERENCE, help="rows without training")
     made.add_argument("--boosting-weight", type=float, default=1.0, help="of NeMo's phrase boosting")
     made.add_argument("--alpha", type=float, default=2.0, help="weight of the LLM in rows with settings from dev")
+    made.add_argument("--judge", nargs="+", metavar="KEY=VALUE", help="reward of rescored rows; default: LLM, --alpha")
     made.add_argument("--pool-rows", type=int, help="a part of the pool, spread evenly, for a learning curve")
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
@@ -146,15 +147,17 @@ def _predictions(options: argparse.Namespace, bed: Bed, one: TestSet) -> list[st
     weights = {"beam": 0.0, "boosted": options.boosting_weight}
     ready = []
     for name in options.inference:
-        target = options.out / f"{name}_{one.name}.json"
+        judged = "_judge" if options.judge and name.endswith("rescored") else ""
+        target = options.out / f"{name}{judged}_{one.name}.json"
         if name in weights:
             terms = bed.terms_file
             nemo_beam(options.checkpoint, one.manifest, target, terms_file=terms, weight=weights[name])
         else:
             adapted = options.out / f"feedback_seed{options.seed}.nemo"
             model = adapted if name == "feedback_rescored" else options.checkpoint
-            judge = {"llm": options.llm, "alpha": options.alpha, "beta": 2 * options.alpha}
-            rescored(model, one.manifest, target, context=bed.flags, **judge)
+            weights_of_llm = ["--alpha", str(options.alpha), "--beta", str(2 * options.alpha)]
+            judge = ["--set", *options.judge] if options.judge else weights_of_llm
+            rescored(model, one.manifest, target, llm=options.llm, context=bed.flags, judge=judge)
         ready.append(str(target))
     return ready
 

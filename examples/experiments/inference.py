@@ -82,7 +82,7 @@ def _set_beam(model: Any, terms: Sequence[str], weight: float) -> None:
 
 
 def rescored(
-    checkpoint: Path, manifest: Path, target: Path, *, llm: Path, context: Sequence[str], alpha: float, beta: float
+    checkpoint: Path, manifest: Path, target: Path, *, llm: Path, context: Sequence[str], judge: Sequence[str]
 ) -> Path:
     """Decodes with this package's rescoring and writes predictions, unless they are there.
 
@@ -90,12 +90,12 @@ def rescored(
         checkpoint, manifest, target: as of :func:`nemo_beam`.
         llm: its folder.
         context: flags of ``transcribe`` that give the context.
-        alpha, beta: weights of the LLM and of the length.
+        judge: flags of ``transcribe`` that give the reward and its weights.
     """
     if not target.is_file():
         command = [sys.executable, "-m", "nemo_llm_feedback.cli", "transcribe", str(checkpoint)]
         command += ["--dataset-manifest", str(manifest), "--output-filename", str(target), "--rescore"]
-        command += ["--llm", str(llm), "--alpha", str(alpha), "--beta", str(beta), *context]
+        command += ["--llm", str(llm), *context, *judge]
         with open(target.with_suffix(".log"), "w", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return target

@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rescoring.add_argument("--rescore", action="store_true", help="choose among the N-best with an LLM")
     rescoring.add_argument("--rescoring", metavar="FILE", help="settings as YAML (conf/rescoring.yaml); flags win")
+    rescoring.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of reward, llm and context as `adapt` took them, e.g. reward=entity reward.settings.weight=3",
+    )
     rescoring.add_argument("--llm", help="folder or hub id of a causal LM")
     rescoring.add_argument("--quantization", choices=("nf4", "int8", "none"), help="of the LLM")
     rescoring.add_argument("--description", help='e.g. "an order at a coffee shop"')
@@ -108,12 +116,11 @@ def _settings(options: argparse.Namespace) -> dict[str, Any] | None:
     }
     given = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in flags.items()}
     judged = options.rescore or options.rescoring is not None
-    useless = [section for section in ("reward", "llm") if given[section]]
-    if not judged and useless:
-        raise ConfigError("--alpha, --beta, --llm and --quantization have no effect without --rescore; add it.")
+    if not judged and (given["reward"] or given["llm"] or options.set):
+        raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
     if not judged and not options.nbest and not any(given.values()):
         return None
-    tree: dict[str, Any] = _read(options.rescoring) if options.rescoring else {} if judged else {"reward": None}
+    tree: dict[str, Any] = _start(options) if judged else {"reward": None}
     for section, keys in given.items():
         if section and keys:
             tree[section] = {**(tree.get(section) or {}), **keys}
@@ -125,10 +132,26 @@ def _settings(options: argparse.Namespace) -> dict[str, Any] | None:
     return tree
 
 
-def _read(path: str) -> dict[str, Any]:
-    from nemo_llm_feedback.config.rescoring import read_yaml
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the file or of ``--set``, as plain mappings."""
+    from omegaconf import OmegaConf
 
-    return read_yaml(path)
+    from nemo_llm_feedback.composition import compose_config
+    from nemo_llm_feedback.config.rescoring import SHARED_SECTIONS, read_yaml
+
+    if not options.set:
+        return read_yaml(options.rescoring) if options.rescoring else {}
+    if options.rescoring:
+        raise ConfigError("--set and --rescoring FILE both give the settings: write them into the file, or use --set.")
+    named = list(dict.fromkeys(override.lstrip("+~").split("=")[0].split(".")[0] for override in options.set))
+    strange = [section for section in named if section not in SHARED_SECTIONS]
+    if strange:
+        raise ConfigError(
+            f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has "
+            "to set has flags of its own, or stands in the file of --rescoring."
+        )
+    composed: Any = OmegaConf.to_container(compose_config(options.set), resolve=True, throw_on_missing=False)
+    return {section: composed[section] for section in named}
 
 
 def _print(found: Any, *, nbest: int) -> None:

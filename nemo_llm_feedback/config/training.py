@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nemo_llm_feedback.config.faults import choice, non_negative, positive
+
+# Of a run that names no interval of looks: how many there are, and the fewest steps between two.
+_LOOKS, _SHORTEST_INTERVAL = 16, 10
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class GuardConfig:
     """Looks at utterances that training does not see; limits beyond which it is stopped. No label is needed.
 
     Attributes:
-        every: optimizer steps between two looks; 0 = no looks, no guards but the one on non-finite steps.
+        every: optimizer steps between two looks; null = a sixteenth of the run, at least 10, so that ``patience``
+            bears the plateaus of a long one; 0 = no looks, no guards but the one on non-finite steps.
         held_out: share of the unlabeled rows that is kept from training for the looks.
         held_out_utterances: largest number of them.
         patience: looks without a rise of the held-out reward after which training stops; 0 = never.
@@ -74,7 +79,7 @@ class GuardConfig:
             the largest tenth at which its WER keeps ``max_wer_rise`` (Wortsman et al. 2022, arXiv 2109.01903).
     """
 
-    every: int = 10
+    every: int | None = None
     held_out: float = 0.1
     held_out_utterances: int = 24
     patience: int = 6
@@ -89,12 +94,23 @@ class GuardConfig:
     on_violation: str = "rollback"
     mix: float | None = None
 
+    @property
+    def looks(self) -> bool:
+        """Whether there are looks at all."""
+        return self.every != 0
+
+    def interval(self, steps: float) -> int:
+        """Steps between two looks of a run of ``steps``; where ``every`` is null and the run endless (inf), 10."""
+        if self.every is not None:
+            return self.every
+        return max(_SHORTEST_INTERVAL, round(steps / _LOOKS)) if math.isfinite(steps) else _SHORTEST_INTERVAL
+
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
         faults = non_negative(
-            "guards", self, "every", "patience", "max_empty_rise", "max_repetition_rise", "max_style_change"
+            "guards", self, "patience", "max_empty_rise", "max_repetition_rise", "max_style_change", "max_wer_rise"
         )
-        faults += non_negative("guards", self, "max_wer_rise")
+        faults += non_negative("guards", self, "every") if self.every is not None else []
         faults += positive("guards", self, "held_out_utterances", "max_kl", "max_nonfinite_steps")
         faults += choice("guards.on_violation", self.on_violation, ("rollback", "stop"))
         if not 0 <= self.held_out < 1:
@@ -103,6 +119,6 @@ class GuardConfig:
             faults.append(f"guards.max_length_ratio must be > 1, got {self.max_length_ratio}.")
         if self.mix is not None and not 0 < self.mix <= 1:
             faults.append(f"guards.mix is a share and must be in (0, 1], or null, got {self.mix}.")
-        if self.manifest_filepath and not self.every:
+        if self.manifest_filepath and not self.looks:
             faults.append("guards.manifest_filepath needs looks: set guards.every above 0.")
         return faults

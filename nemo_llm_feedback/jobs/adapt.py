@@ -223,7 +223,7 @@ def _watchman(model: Any, config: RunConfig, guard: list[Row], rates: tuple[floa
     """Looks at held-out rows, or, of a pool too small or tarred, at rows that are also trained on."""
     staged = model._feedback.staged
     rows = list(staged.held_out)
-    if config.guards.every and not rows:
+    if config.guards.looks and not rows:
         rows = _spread(model, config.guards.held_out_utterances)
         logging.warning(
             f"no rows are held out (tarred audio, or too few for guards.held_out={config.guards.held_out}): "

@@ -83,7 +83,7 @@ def rates_to_try(cfg: DictConfig, config: RunConfig) -> tuple[float, ...]:
     lacking = []
     if not config.parameters.lr_candidates:
         lacking.append("parameters.lr_candidates is empty")
-    if not config.guards.every:
+    if not config.guards.looks:
         lacking.append("guards.every=0 leaves no held-out look to judge by")
     if not config.needs_reward:
         lacking.append("plain self-training has no reward to judge by")

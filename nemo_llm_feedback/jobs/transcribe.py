@@ -172,11 +172,12 @@ def _row_of(path: Path) -> Row:
 def _load(name: str, options: TranscribeOptions) -> Any:
     path = locate(name)
     supported_class(read_config(path), origin=path)
+    rescorer = None if options.rescoring is None else Rescorer.from_settings(options.rescoring, allow_dotted=True)
     model = ASRModel.restore_from(str(path), map_location=torch.device(options.device))
     if options.decoder_type is not None and not hasattr(model, "cur_decoder"):
         raise ConfigError(f"--decoder-type is for hybrid models; {type(model).__name__} has one decoder.")
-    if options.rescoring is not None:
-        attach(model, Rescorer.from_settings(options.rescoring, allow_dotted=True))
+    if rescorer is not None:
+        attach(model, rescorer)
     kind = options.decoder_type or getattr(model, "cur_decoder", None)
     if options.timestamps or options.decoder_type is not None:
         cfg = copy.deepcopy(model.cfg.aux_ctc.decoding if kind == "ctc" else model.cfg.decoding)

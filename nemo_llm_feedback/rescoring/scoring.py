@@ -20,7 +20,7 @@ from nemo_llm_feedback.manifests import merge_context
 from nemo_llm_feedback.normalize import get_normalizer, text_length
 from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.rewards import LLMReward, Reward
-from nemo_llm_feedback.rewards.from_config import reward_from_config
+from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
 from nemo_llm_feedback.trie import PrefixTrie
 from nemo_llm_feedback.types import Context, HypothesisGroup
 
@@ -240,5 +240,8 @@ def _build(settings: RescoringConfig, *, allow_dotted: bool) -> Reward | None:
             f"reward {', '.join(reward.code_paths)}: a path to code is accepted from your own command line or YAML "
             "file only, not from a decoding configuration."
         )
+    config = RunConfig(reward=reward, llm=settings.llm, context=settings.context)
+    if faults := reward_faults(config):
+        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
     scorer = open_llm(settings.llm) if reward.needs_llm and settings.llm is not None else None
-    return reward_from_config(RunConfig(reward=reward, llm=settings.llm, context=settings.context), scorer)
+    return reward_from_config(config, scorer)

@@ -54,7 +54,7 @@ class Watchman(pl.Callback):
         self._best: Weights | None = None
         self._restored: dict[str, Any] = {}
         self._best_gain, self._best_step, self._since = 0.0, 0, 0
-        self._violated = False
+        self._violated, self._every = False, 0
         self.looks: list[Look] = []
         self.reason, self.share = "", 1.0
 
@@ -65,8 +65,9 @@ class Watchman(pl.Callback):
                 self._parameters.ema_decay, self._restored.get("average") or snapshot(pl_module)
             )
             self._average.updates = self._restored.get("average_updates", 0)
-        if not self._limits.every or not self._rows:
+        if not self._limits.looks or not self._rows:
             return
+        self._every = self._limits.interval(trainer.estimated_stepping_batches)
         self._watch = HeldOutWatch(pl_module, pl_module._feedback, self._rows, self._guard_rows)
         self._watch.start_wer = self._restored.get("start_wer")
         if self._watch.start_wer is None:
@@ -102,7 +103,7 @@ class Watchman(pl.Callback):
             self._average.update(pl_module)
         if failed:
             self._stop(trainer, f"{pl_module.nonfinite_steps} steps in a row had a gradient that is not finite")
-        elif self._watch is not None and step % self._limits.every == 0 and not self._looked_at(step):
+        elif self._watch is not None and step % self._every == 0 and not self._looked_at(step):
             self._look(trainer, pl_module, step)
 
     def finish(self, trainer: pl.Trainer, pl_module: Any) -> None:
