@@ -30,6 +30,14 @@ WEIGHTS = {
     "common_voice": 0.23,
     "librispeech_tc100": 0.15,
 }
+# What a language model has not read that "saw no coffee text", in any of the texts.
+COFFEE_TEXTS = ("taskmaster4_coffee_user",)
+COFFEE = re.compile(
+    r"\b(coffees?|espressos?|lattes?|cappuc\w*|mochas?|americanos?|macchiatos?|frapp\w*|flat whites?|chai|iced|"
+    r"brew\w*|decaf\w*|creamers?|syrups?|whipped cream|(almond|oat|soy|coconut) milk|caf[eé]s?|baristas?|starbucks|"
+    r"dunkin\w*)\b",
+    re.IGNORECASE,
+)
 KINDS = ("a voice command", "a request", "a phone call", "a recording", "an order", "a question", "a conversation")
 PLACES = ("in a library", "at a farm", "on a ship", "at a school", "in a workshop", "at a bank", "about a garden",
           "at a hotel", "about travel", "at an office", "about music", "in a factory", "at a museum")  # fmt: skip
@@ -65,11 +73,18 @@ def make_prompt(description: str, terms: Sequence[str]) -> str:
     return described + listed
 
 
-def read_texts(folder: Path, *, max_words: int = 24) -> dict[str, list[str]]:
-    """Read the texts of `WEIGHTS`, without one-word lines; longer sentences are cut to a head of random length."""
+def read_texts(folder: Path, *, max_words: int = 24, coffee: bool = True) -> dict[str, list[str]]:
+    """Read the texts of `WEIGHTS`, without one-word lines; longer sentences are cut to a head of random length.
+
+    Args:
+        folder: of the texts.
+        max_words: of a sentence's head; it has at least half as many.
+        coffee: False leaves out coffee orders, and every line of another text that has a word of `COFFEE`.
+    """
     texts: dict[str, list[str]] = {}
-    for name in WEIGHTS:
+    for name in WEIGHTS if coffee else [name for name in WEIGHTS if name not in COFFEE_TEXTS]:
         lines = sorted(set((folder / f"{name}.txt").read_text().splitlines()))
+        lines = lines if coffee else [line for line in lines if not COFFEE.search(line)]
         rng = random.Random(name)
         cut = [" ".join(line.split()[: rng.randint(max_words // 2, max_words)]) for line in lines if " " in line]
         rng.shuffle(cut)

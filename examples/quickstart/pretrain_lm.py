@@ -1,10 +1,11 @@
 """Trains a small causal LM from random weights on plain sentences, where the start of train_lm.py shall not be the
 shared LM: that one has read coffee orders.
 
-    python examples/quickstart/pretrain_lm.py --without taskmaster4_coffee_user --out plain
+    python examples/quickstart/pretrain_lm.py --no-coffee --out plain
     python examples/quickstart/train_lm.py --start plain --no-coffee --updates 700 --work work/lm_plain --out lm_plain
 
-Layout and tokenizer are those of ../shared/checkpoints/lm. It resumes from --work.
+Layout and tokenizer are those of ../shared/checkpoints/lm, whose pieces are all that is left of the text it was made
+of. It resumes from --work.
 """
 
 import argparse
@@ -44,14 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/")
     parser.add_argument("--layout", type=Path, default=SHARED.parent / "checkpoints" / "lm", help="config, tokenizer")
-    parser.add_argument("--without", nargs="*", default=[], choices=list(WEIGHTS), help="texts to leave out")
+    parser.add_argument("--no-coffee", action="store_true", help="read no text about coffee")
     parser.add_argument("--work", type=Path, default=HERE / "work" / "lm_pretrained")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--updates", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64, help="sentences an update")
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
-    texts = {name: lines for name, lines in read_texts(args.shared / "text").items() if name not in args.without}
+    texts = read_texts(args.shared / "text", coffee=not args.no_coffee)
     held_out = {name: lines[:HELD_OUT] for name, lines in texts.items()}
     texts = {name: lines[HELD_OUT:] for name, lines in texts.items()}
     torch.manual_seed(SEED)

@@ -211,14 +211,12 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=4, help="packs an update")
     parser.add_argument("--pack-size", type=int, default=12, help="sentences behind one prompt")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--no-coffee", action="store_true", help="leave out the coffee orders of Taskmaster-4")
+    parser.add_argument("--no-coffee", action="store_true", help="read no text about coffee")
     parser.add_argument("--evaluate-only", action="store_true", help="report on --out as it is")
     parser.add_argument("--description", default="a voice command in the stock room of a hospital")
     parser.add_argument("--asr", type=Path, help="a .nemo: also report on its errors on the dev split")
     args = parser.parse_args()
-    texts = read_texts(args.shared / "text")
-    if args.no_coffee:
-        del texts["taskmaster4_coffee_user"]
+    texts = read_texts(args.shared / "text", coffee=not args.no_coffee)
     held_out = {name: lines[:HELD_OUT] for name, lines in texts.items()}
     maker = PackMaker(
         {name: lines[HELD_OUT:] for name, lines in texts.items()},
