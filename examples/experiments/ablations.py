@@ -24,6 +24,7 @@ SETTINGS = {
     "as used": "",
     "no ASR term": "reward.asr_weight=0",
     "no LLM": "reward.alpha=0 reward.beta=0",
+    "LLM not shown the terms": f"llm.template={Path(__file__).with_name('no_terms.txt')}",
     "no length term": "reward.beta=0",
     "N: 2 + 2 + 1 swap": "proposals.beam=2 proposals.boosted=2 proposals.term_swap=1",
     "N: 4 + 4 + 2 swaps": "proposals.beam=4 proposals.boosted=4 proposals.term_swap=2",
