@@ -86,6 +86,23 @@ def test_nf4_on_cpu_is_packed_and_scores_equal_naive_scoring(architecture, tmp_p
     assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_cpu_with_bfloat16_instructions_computes_in_the_dtype_that_was_asked_for(llama, monkeypatch):
+    """bitsandbytes takes its bfloat16 kernel there whatever the compute dtype, 0.002 nat a token away (issue 8)."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load_llm(config(llama, quantization="nf4", compute_dtype="float32"))._model
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert layers
+    for layer in layers:
+        x = torch.randn(3, layer.in_features)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        with torch.no_grad():
+            assert torch.allclose(layer(x), torch.nn.functional.linear(x, weight.float()), atol=1e-5)
+        assert not layer.support_avx512bf16_for_cpu
+
+
 def test_int8_on_cpu_is_packed_and_scores_equal_naive_scoring(llama):
     from bitsandbytes.nn import Linear8bitLt
 

@@ -177,3 +177,7 @@ def _freeze(model: nn.Module, dtype: torch.dtype) -> None:
             # A stored 4-bit checkpoint brings the compute dtype of the machine that made it.
             module.compute_dtype = dtype  # type: ignore[assignment]
             module.compute_type_is_set = True  # type: ignore[assignment]
+            if dtype == torch.float32:
+                # On CPUs with AVX512-BF16 bitsandbytes computes in bfloat16 whatever the compute dtype: scores would
+                # be a hundred times less exact than those of other machines.
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
