@@ -21,7 +21,7 @@ class Parts(NamedTuple):
 
     Attributes:
         labelled: NeMo's batch of four of the rows whose text is learned; bit-equal to the input where these are all.
-        anchored: NeMo's batch of four of the rows with text on which the model shall stay what it is.
+        anchored: NeMo's batch of four of the rows on which the model shall stay what it is; a text may be empty.
         audio: the unlabeled rows.
     """
 
@@ -69,36 +69,37 @@ class BatchReader:
         learned, anchored = self._by_use(labelled, ids)
         if bool(learned.all()):
             return Parts((signal, signal_len, tokens, tokens_len), None, None)
-        four = (signal, signal_len, tokens, tokens_len)
-        return Parts(_rows(four, learned), _rows(four, anchored), self._audio(signal, signal_len, labelled, ids))
+        four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
+        unlabeled = ~(learned | anchored)
+        return Parts(_rows(four, learned), _rows(four, anchored), self._audio(signal, signal_len, unlabeled, ids))
 
     def _by_use(self, labelled: torch.Tensor, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B] which rows with text are learned, and on which the model stays what it is."""
+        """[B] which rows with text are learned, and on which rows the model stays what it is."""
         if not self.anchors:
             return labelled, torch.zeros_like(labelled)
         kept = [
-            bool(flag) and (self._replay_of(ids, b) or self._replay) == "anchor"
+            (self._replay_of(ids, b) or (self._replay if flag else "")) == "anchor"
             for b, flag in enumerate(labelled.tolist())
         ]
         anchored = torch.tensor(kept, device=labelled.device)
         return labelled & ~anchored, anchored
 
-    def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, labelled: torch.Tensor, ids: Any) -> Audio | None:
-        if bool(labelled.all()):
+    def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, chosen: torch.Tensor, ids: Any) -> Audio | None:
+        if not bool(chosen.any()):
             return None
-        unlabeled = (~labelled).nonzero().flatten().tolist()
-        named = [self._describe(ids, b) for b in unlabeled]
+        rows = chosen.nonzero().flatten().tolist()
+        named = [self._describe(ids, b) for b in rows]
         self.seen.update(utterance for utterance, _ in named)
-        longest = int(signal_len[unlabeled].max())
+        longest = int(signal_len[rows].max())
         return Audio(
-            signal[unlabeled][:, :longest],
-            signal_len[unlabeled],
+            signal[rows][:, :longest],
+            signal_len[rows],
             tuple(utterance for utterance, _ in named),
             tuple(merge_context(self._run_context, own) for _, own in named),
         )
 
     def _replay_of(self, ids: Any, b: int) -> str:
-        """What the row's manifest line says its text is for; "" where it does not."""
+        """What the row's manifest line says the row is for; "" where it does not."""
         if isinstance(ids, torch.Tensor):
             return self._row(int(ids[b])).replay
         cut = getattr(ids[b], "first_non_padding_cut", ids[b])

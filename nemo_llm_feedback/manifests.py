@@ -36,7 +36,8 @@ class Row:
         offset: start in the file, seconds.
         text: transcript, ``""`` where there is none.
         context: the utterance's own context, not yet merged with the run's.
-        replay: the manifest key of that name: what the row's text is for, as ``feedback.replay``; "" = that setting.
+        replay: the manifest key of that name: what the row is for, as ``feedback.replay``; "" = that setting where the
+            row has text. A row with ``anchor`` needs none.
         origin: ``manifest:line``, for messages.
         data: the whole line as it was.
     """
@@ -54,6 +55,11 @@ class Row:
     def utterance(self) -> str:
         """A name that is stable over epochs and runs: the audio file and the segment's start and length."""
         return f"{self.audio}@{self.offset:.3f}+{self.duration:.3f}"
+
+    @property
+    def unlabeled(self) -> bool:
+        """Whether the row is learned from feedback: it has no text, nor does it hold the model where it was."""
+        return not self.text and self.replay != "anchor"
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,14 @@ class Staged:
         """Rows with a transcript."""
         return sum(bool(row.text) for row in self.rows)
 
-    def hours(self, *, labelled: bool) -> float:
-        """Hours of audio of the labelled or the unlabeled rows."""
-        return sum(row.duration for row in self.rows if bool(row.text) == labelled) / 3600
+    @property
+    def num_unlabeled(self) -> int:
+        """Rows that are learned from feedback."""
+        return sum(row.unlabeled for row in self.rows)
+
+    def hours(self, *, unlabeled: bool) -> float:
+        """Hours of audio of the rows that are learned from feedback, or of all others."""
+        return sum(row.duration for row in self.rows if row.unlabeled == unlabeled) / 3600
 
 
 def parse_context(value: Any) -> Context:
@@ -205,10 +216,10 @@ def stage(
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
     # A pool that is listed several times, to be seen oftener than what is replayed beside it, is held out once.
-    distinct = {row.utterance: row for row in kept if not row.text}
+    distinct = {row.utterance: row for row in kept if row.unlabeled}
     held = () if tarred else _spread(list(distinct.values()), held_out_share, held_out)
     out = {row.utterance for row in held}
-    kept = [row for row in kept if row.text or row.utterance not in out]
+    kept = [row for row in kept if not row.unlabeled or row.utterance not in out]
     staged_path = _write_copies(manifest_filepath, kept, folder)
     return Staged(staged_path, tuple(kept), held, tuple(too_long), tuple(too_short), tuple(bad.values()))
 
@@ -293,8 +304,8 @@ def _parse_line(line: str, file: Path, number: int, *, use_text: bool, tarred: b
     except ValueError as error:
         return f"{origin}: {error}."
     replay = data.get("replay") or ""
-    if replay not in ("", *REPLAYS) or (replay and not text):
-        return f"{origin}: `replay` must be one of {', '.join(REPLAYS)}, of a row with text (got {replay!r})."
+    if replay not in ("", *REPLAYS) or (replay == "supervised" and not text):
+        return f"{origin}: `replay` must be anchor or, for a row with text, supervised (got {replay!r})."
     path = audio if tarred else str(_resolve(audio, file))
     text = (text or "").strip() if use_text else ""
     return Row(path, float(duration), float(offset), text, context, origin, data, replay)

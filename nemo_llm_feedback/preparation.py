@@ -268,13 +268,14 @@ def _cache_line(loaded: bool, reward: Any) -> str:
 
 def _check_rows(staged: Staged, config: RunConfig) -> None:
     """Refuses a training set that has nothing to learn from, and lists what was left out."""
-    if staged.num_labelled == len(staged.rows) and config.feedback.weight > 0:
+    if staged.num_unlabeled == 0 and config.feedback.weight > 0:
         raise ManifestError(
-            f"all {len(staged.rows)} rows of the training manifest have text, so none is unlabeled. "
-            "Set feedback.use_text=false to learn from their audio alone, or add rows without text."
+            f"all {len(staged.rows)} rows of the training manifest have text or hold the model where it was, so none "
+            "is unlabeled. Set feedback.use_text=false to learn from the audio of rows with text alone, or add rows "
+            "without."
         )
     if config.needs_context:
-        bare = [r for r in staged.rows if not r.text and not (config.context.load() or r.context)]
+        bare = [r for r in staged.rows if r.unlabeled and not (config.context.load() or r.context)]
         if bare:
             raise ConfigError(
                 f"{len(bare)} unlabeled rows have no context, e.g. {bare[0].origin}; set context.description."

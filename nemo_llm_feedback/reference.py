@@ -88,6 +88,30 @@ def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = Fa
     return encoded, encoded_len
 
 
+def encode_both(
+    model: Any, reference: FrozenReference, signal: Tensor, signal_len: Tensor, *, augment: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same features through the policy's encoder, with gradient, and the reference's, without.
+
+    Args:
+        model: the policy, in eval mode.
+        reference: of the same architecture.
+        signal: [B, S] waveform samples in [−1, 1].
+        signal_len: [B] samples.
+        augment: masks parts of the features by the model's SpecAugment, the same for both.
+
+    Returns:
+        [B, D, T] the policy's output, [B, D, T] the reference's, [B] frames.
+    """
+    features, features_len = model.preprocessor(input_signal=signal, length=signal_len)
+    if augment:
+        features = model.spec_augmentation(input_spec=features, length=features_len)
+    encoded, lengths = model.encoder(audio_signal=features, length=features_len)
+    with torch.no_grad():
+        frozen, _ = reference.encoder(audio_signal=features, length=features_len)
+    return encoded, frozen, lengths
+
+
 class FrozenReference:
     """A frozen copy of the model as it is now; not a module, so nothing of it reaches a state dict or an optimizer.
 

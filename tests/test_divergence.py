@@ -202,8 +202,57 @@ def test_a_pool_without_weight_leaves_labelled_and_anchored_rows(nemo_file: Any,
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" not in k)
 
 
+@pytest.mark.parametrize("use_text", [True, False])
+@pytest.mark.parametrize(("kind", "lhotse"), [("ctc_bpe", False), ("ctc_bpe", True), ("rnnt_char", False), ("tdt_bpe", False)])
+def test_an_anchored_row_needs_no_text(
+    kind: str, lhotse: bool, use_text: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_llm_feedback.preparation.make_reward", lambda config, scorer: judge)
+    manifest = write_manifest(tmp_path / "m.json", [None, None, "tea"], seconds=1.0, replay=["anchor", None, "anchor"])
+    train_ds = config(manifest)["model"]["train_ds"] | {"batch_size": 3}
+    train_ds |= {"use_lhotse": True, "use_bucketing": False} if lhotse else {}
+    feedback = config(manifest)["feedback"] | {"use_text": use_text}
+    settings = config(manifest, feedback=feedback) | {"model": {"train_ds": train_ds}}
+    model = restore(nemo_file(kind), map_location="cpu")
+    model.setup_feedback(settings, work_dir=tmp_path / "work")
+    state = model._feedback
+    assert [row.unlabeled for row in state.staged.rows] == [False, True, False]
+    parts = state.reader.split(next(iter(model._train_dl)))
+    assert parts.labelled is None
+    assert len(parts.audio.utterances) == 1
+    assert sorted(parts.anchored[3].tolist())[0] == 0  # no text; the other has one unless it is not read
+    assert (max(parts.anchored[3].tolist()) > 0) is use_text
+    written: list[list[tuple[int, ...]]] = []
+    greedy = state.reference.heads[0].greedy
+    monkeypatch.setattr(
+        state.reference.heads[0], "greedy", lambda *args, **more: written.append(greedy(*args, **more)) or written[-1]
+    )
+    terms, _ = anchor_terms(model, state, parts.anchored)
+    assert [len(texts) for texts in written] == [1 if use_text else 2]
+    assert all(abs(float(term.value.detach())) < 1e-4 for term in terms.values())  # nothing has moved yet
+    fit(model, steps=2)
+
+
+def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["anchor", None])
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    feedback = config(manifest)["feedback"] | {"anchor_augment": True}
+    model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / "work")
+    state, seen = model._feedback, []
+    masks = model.spec_augmentation
+    masks.register_forward_hook(lambda module, given, out: seen.append(out))
+    batch = (torch.randn(1, 16000) * 0.1, torch.tensor([16000]), torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
+    terms, metrics = anchor_terms(model, state, batch)
+    assert len(seen) == 1, "one draw of masks for the two"
+    assert metrics["anchor_kl"] == pytest.approx(0.0, abs=1e-4)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1.1)
+    assert anchor_terms(model, state, batch)[1]["anchor_kl"] > 1e-3
+
+
 def test_a_faulty_use_of_text_is_told(tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path / "m.json", ["tea", None], replay=["keep", "anchor"])
+    manifest = write_manifest(tmp_path / "m.json", ["tea", None], replay=["keep", "supervised"])
     with pytest.raises(ManifestError, match=r"2 fault\(s\)") as error:
         read_manifest(str(manifest))
-    assert "`replay` must be one of supervised, anchor, of a row with text (got 'keep')" in str(error.value)
+    assert "`replay` must be anchor or, for a row with text, supervised (got 'keep')" in str(error.value)

@@ -74,20 +74,26 @@ def test_rescored_rows_name_their_reward(
     assert seen == [(tmp_path / f"{name}.json", flags)]
 
 
-def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(bed: Any, made: Any) -> None:
+def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(
+    bed: Any, made: Any, tmp_path: Path
+) -> None:
     options, domain = made
     options.steps = 1
     rows = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
     pool, general = rows[:8], rows[8:]
     assert not any({"text", "entities"} & set(row) for row in pool)
     assert len({row["audio_filepath"] for row in pool}) == 2
-    assert len(general) == len({row["audio_filepath"] for row in general})
+    assert len(general) == 8
+    assert len({row["audio_filepath"] for row in general}) == 6  # all that have 1 to 8 seconds, before one comes again
     options.pool_rows = 1
     part = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
     assert [row["audio_filepath"] for row in part[:8]] == 8 * [pool[0]["audio_filepath"]]
     assert len(part) == len(rows)
-    assert len(general) == 6  # as many as are between 1 and 8 seconds, of the eight that are wanted
-    assert all(row["replay"] == "anchor" and row["text"].startswith("general") for row in general)
+    assert all(row["replay"] == "anchor" and "text" not in row for row in general)
+    other = _write(tmp_path / "other.json", [{"audio_filepath": "o.ogg", "duration": 2, "text": "o"}])
+    options.general_speech = [f"{other}=0.5"]
+    general = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))[8:]
+    assert [row["audio_filepath"] for row in general] == 4 * [str(tmp_path / "o.ogg")]
     labelled = bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))
     assert [row["text"] for row in labelled[:2]] == ["secret 0", "secret 1"]
     assert len(labelled) == 8

@@ -30,7 +30,7 @@ def test_text_present_absent_empty_and_null(tmp_path: Path) -> None:
     lines = [json.loads(x) for x in Path(staged.manifest_filepath).read_text().splitlines()]
     assert [line["text"] for line in lines] == ["hi", "", "", ""]
     assert staged.num_labelled == 1
-    assert staged.hours(labelled=False) == pytest.approx(3 / 3600)
+    assert staged.hours(unlabeled=True) == pytest.approx(3 / 3600)
 
 
 def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def main() -> None:
     sets = [
         TestSet(f"barista_{options.split}", barista / f"{options.split}.json", bed.terms_file),
         TestSet(f"guard_{options.split}", options.data / "guard" / "accented.json", in_domain=False),
+        TestSet(f"books_{options.split}", options.data / "rare_words" / "dev.json", in_domain=False),
     ]
     run_rows(options, bed, sets=sets)
 

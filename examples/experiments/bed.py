@@ -113,6 +113,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
     made.add_argument("--anchor", action="store_true", help="general speech is not learned, but held where it was")
+    made.add_argument("--general-speech", nargs="+", metavar="MANIFEST=SHARE", help="in place of the bed's own")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, for a grid")
     made.add_argument("--curve", action="store_true", help="score the rows' sets during training, too: curves.py")
@@ -228,13 +229,34 @@ def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: 
     pool = _pool(name, bed, options)
     rows = max(1, round(options.steps * POOL_BATCH / len(pool))) * [(bed.pool.parent, row) for row in pool]
     total, rng = len(rows), random.Random(0)
-    for manifest, share in bed.replay.items() if replay else ():
+    for manifest, share in _general_speech(bed, options).items() if replay else ():
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
         wanted = round(options.replay * share * total)
-        use = {"replay": "anchor"} if options.anchor else {}
-        rows += [(manifest.parent, row | use) for row in rng.sample(general, min(len(general), wanted))]
+        if options.anchor:
+            general = [_bare(row) | {"replay": "anchor"} for row in general]
+        rows += [(manifest.parent, row) for row in _drawn(general, wanted, rng)]
     write_rows(target, rows)
     return target
+
+
+def _general_speech(bed: Bed, options: argparse.Namespace) -> Mapping[Path, float]:
+    if not options.general_speech:
+        return bed.replay
+    given = (item.rsplit("=", 1) for item in options.general_speech)
+    return {Path(manifest): float(share) for manifest, share in given}
+
+
+def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what tells its text."""
+    return {key: value for key, value in row.items() if key not in ("text", "entities", "context")}
+
+
+def _drawn(rows: list[dict[str, Any]], wanted: int, rng: random.Random) -> list[dict[str, Any]]:
+    """So many rows by chance, none again before all have come."""
+    drawn: list[dict[str, Any]] = []
+    while rows and len(drawn) < wanted:
+        drawn += rng.sample(rows, min(len(rows), wanted - len(drawn)))
+    return drawn
 
 
 def _kind(options: argparse.Namespace) -> str:
@@ -252,11 +274,11 @@ def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, An
         nemo_beam(options.checkpoint, bed.pool, target, terms_file=bed.terms_file, weight=options.boosting_weight)
         rows = [{**row, "text": row.pop("pred_text")} for row in read_rows(target)]
         return [row for row in rows if row["text"]]
-    rows, labels = read_rows(bed.pool), ("text", "entities")
+    rows = read_rows(bed.pool)
     if options.pool_rows:
         part = min(options.pool_rows, len(rows))
         rows = [rows[i * len(rows) // part] for i in range(part)]
-    return [{key: value for key, value in row.items() if key not in labels} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("text", "entities")} for row in rows]
 
 
 def source_replay(data: Path) -> dict[Path, float]:

@@ -17,6 +17,9 @@ import random
 import re
 import tarfile
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,15 +35,33 @@ from speech import KNOWN_VOICES, SAMPLE_RATE, require_flite, synthesise
 SHARES = "slurp_lm=0.25 nlu_ed_commands=0.2 snips_commands=0.15 taskmaster4_coffee_user=0.1 common_voice=0.3"
 
 
-def general_sentences(args: argparse.Namespace, *, terms: list[str]) -> list[str]:
-    """Draw about `args.sentences` distinct sentences of 2 to 12 words: none reserved, none with a domain term."""
-    rng = random.Random(args.seed)
-    taken: set[str] = set()
-    for path in sorted((args.shared / "text").glob("reserved_*.txt")):
-        taken.update(path.read_text().splitlines())
+# The sentences that base.nemo has heard: seed, number and shares of its runs (README.md).
+BASE_DRAWS = (
+    (7, 4500, SHARES),
+    (8, 8000, "slurp_lm=0.4 nlu_ed_commands=0.35 snips_commands=0.1 taskmaster4_coffee_user=0.03 common_voice=0.12"),
+)
+
+
+def general_sentences(
+    shared: Path, *, seed: int, number: int, shares: Sequence[str], terms: Sequence[str], taken: Iterable[str] = ()
+) -> list[str]:
+    """Draw about `number` distinct sentences of 2 to 12 words: none reserved, none with a domain term.
+
+    Args:
+        shared: folder with `text/`.
+        seed: of the draw.
+        number: of sentences; fewer where a text has no more.
+        shares: `TEXT=SHARE` each, how much of the draw comes from which text.
+        terms: of the domain.
+        taken: further sentences that shall not be drawn.
+    """
+    rng = random.Random(seed)
+    out = set(taken)
+    for path in sorted((shared / "text").glob("reserved_*.txt")):
+        out.update(path.read_text().splitlines())
     chosen: list[str] = []
-    for name, share in (item.split("=") for item in args.shares):
-        lines = sorted(set((args.shared / "text" / f"{name}.txt").read_text().splitlines()) - taken)
+    for name, share in (item.split("=") for item in shares):
+        lines = sorted(set((shared / "text" / f"{name}.txt").read_text().splitlines()) - out)
         fit = [
             line
             for line in lines
@@ -48,32 +69,58 @@ def general_sentences(args: argparse.Namespace, *, terms: list[str]) -> list[str
             and 2 <= len(line.split()) <= 12
             and not any(f" {term} " in f" {line} " for term in terms)
         ]
-        drawn = rng.sample(fit, min(len(fit), round(args.sentences * float(share))))
+        drawn = rng.sample(fit, min(len(fit), round(number * float(share))))
         chosen += drawn
-        taken.update(drawn)
+        out.update(drawn)
     rng.shuffle(chosen)
     return chosen
 
 
-def speak(sentences: list[str], args: argparse.Namespace) -> Path:
-    """Speak the sentences in turn by `args.voices` (16-bit WAV) and write their manifest; spoken ones are kept."""
+def speak(sentences: list[str], folder: Path, *, name: str, seed: int, voices: Sequence[str]) -> Path:
+    """Speak the sentences in turn by the voices (16-bit WAV) and write their manifest; spoken ones are kept.
+
+    Args:
+        sentences: to speak.
+        folder: for `wav/` and the manifest.
+        name: of the manifest, and of the files where it is not `train`.
+        seed: of the variation.
+        voices: of flite, taken in turn.
+    """
     require_flite()
-    (args.work / "wav").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, text in enumerate(sentences):
-        voice = args.voices[index % len(args.voices)]
-        path = args.work / "wav" / f"{index:05d}_{voice}.wav"
+    (folder / "wav").mkdir(parents=True, exist_ok=True)
+    prefix = "" if name == "train" else f"{name}_"
+
+    def row(index: int) -> str:
+        text, voice = sentences[index], voices[index % len(voices)]
+        path = folder / "wav" / f"{prefix}{index:05d}_{voice}.wav"
         if not path.exists():
-            samples = synthesise(text, voice=voice, rng=random.Random(f"{args.seed}/{index}"))
-            partial = path.with_suffix(".part")
-            sf.write(partial, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-            partial.rename(path)
-        row = {"audio_filepath": str(path.resolve()), "duration": sf.info(path).duration, "text": text}
-        lines.append(json.dumps(row))
-    manifest = args.work / "train.json"
+            samples = synthesise(text, voice=voice, rng=random.Random(f"{seed}/{prefix}{index}"))
+            part = path.with_suffix(".part")
+            sf.write(part, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+            part.rename(path)
+        duration = sf.info(path).duration
+        return json.dumps({"audio_filepath": str(path.resolve()), "duration": duration, "text": text})
+
+    first = [row(index) for index in range(min(1, len(sentences)))]  # soundfile makes its C types, one thread alone
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        lines = first + list(pool.map(row, range(len(first), len(sentences))))
+    manifest = folder / f"{name}.json"
     manifest.write_text("\n".join(lines) + "\n")
     hours = sum(json.loads(line)["duration"] for line in lines) / 3600
-    print(f"spoken: {len(lines)} sentences, {hours:.2f} h", flush=True)
+    print(f"spoken: {name}, {len(lines)} sentences, {hours:.2f} h", flush=True)
+    return manifest
+
+
+def speak_all(args: argparse.Namespace) -> Path:
+    """The training speech of the run and, with `--aside`, speech like it that no base has heard; gives the former."""
+    terms = (args.data / "terms.txt").read_text().splitlines()
+    draw = partial(general_sentences, args.shared, terms=terms)
+    train = draw(seed=args.seed, number=args.sentences, shares=args.shares)
+    manifest = speak(train, args.work, name="train", seed=args.seed, voices=args.voices)
+    if args.aside:
+        heard = [text for seed, number, shares in BASE_DRAWS for text in draw(seed=seed, number=number, shares=shares.split(" "))]
+        aside = draw(seed=args.seed, number=args.aside, shares=args.shares, taken=[*heard, *train])
+        speak(aside, args.work, name="aside", seed=args.seed, voices=args.voices)
     return manifest
 
 
@@ -98,6 +145,9 @@ def train(model: ASRModel, manifest: Path, args: argparse.Namespace) -> None:
         "shuffle": True,
         "num_workers": 0,
     }
+    if args.bucketing:
+        # Half of a batch drawn by chance is padding.
+        data |= {"use_lhotse": True, "use_bucketing": True, "num_buckets": 12, "bucket_buffer_size": 6000}
     optim = {
         "name": "adamw",
         "lr": args.lr,
@@ -108,6 +158,7 @@ def train(model: ASRModel, manifest: Path, args: argparse.Namespace) -> None:
     saver = ModelCheckpoint(args.work / "ckpt", save_last=True, every_n_train_steps=100, save_top_k=0)
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=args.precision,
         max_steps=args.steps,
         max_time={"minutes": args.minutes},
         callbacks=[saver],
@@ -166,20 +217,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "base.nemo")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--sentences", type=int, default=4500)
+    parser.add_argument("--aside", type=int, default=0, help="sentences spoken like the others and not trained on")
     parser.add_argument("--shares", nargs="+", default=SHARES.split(" "), metavar="TEXT=SHARE")
     parser.add_argument("--voices", nargs="+", default=list(KNOWN_VOICES), help="taken in turn")
     parser.add_argument("--also", nargs="*", type=Path, default=[], help="more manifests to train on")
     parser.add_argument("--speak-only", action="store_true", help="make the speech and stop")
     parser.add_argument("--steps", type=int, default=1200, help="updates in all; the schedule ends there")
     parser.add_argument("--minutes", type=int, default=60, help="stop after this many minutes of training")
+    parser.add_argument("--bucketing", action="store_true", help="sentences of like length in a batch")
+    parser.add_argument("--precision", default="32-true", help="Lightning's, e.g. bf16-mixed")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--no-augment", action="store_true", help="train without SpecAugment")
     parser.add_argument("--freeze-subsampling", action="store_true", help="leave the strided convolutions as they are")
     args = parser.parse_args()
     pl.seed_everything(args.seed)
-    terms = (args.data / "terms.txt").read_text().splitlines()
-    manifest = speak(general_sentences(args, terms=terms), args)
+    manifest = speak_all(args)
     if args.speak_only:
         return
     model = ASRModel.restore_from(args.base, map_location="cpu")

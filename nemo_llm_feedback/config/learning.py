@@ -52,6 +52,7 @@ class FeedbackConfig:
     survey_utterances: int = 64
     log_hypotheses_every: int = 50
     augment: bool | None = None
+    anchor_augment: bool = False
     memory_budget_mb: int = 512
     band_tolerance: float = 0.0
 

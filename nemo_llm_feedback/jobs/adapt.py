@@ -242,7 +242,7 @@ def _pool_sample(model: Any, config: RunConfig) -> list[Row]:
 
 def _spread(model: Any, most: int) -> list[Row]:
     """Unlabeled rows with audio files, evenly spaced over the pool."""
-    rows = [row for row in model._feedback.staged.rows if not row.text and Path(row.audio).is_file()]
+    rows = [row for row in model._feedback.staged.rows if row.unlabeled and Path(row.audio).is_file()]
     return rows[:: max(1, len(rows) // most)][:most]
 
 

@@ -24,7 +24,7 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
     """
     state = model._feedback
     staged = state.staged
-    labelled = staged.num_labelled
+    held = sum(row.replay == "anchor" for row in staged.rows if not row.text)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sources = ", ".join(f"{n} {name}" for name, n in _sources(config).items())
@@ -33,8 +33,8 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
         "plan",
         f"  checkpoint   {source.name}: {type(model).__mro__[2].__name__}, {parameters / 1e6:.1f} M parameters, "
         f"heads {' + '.join(h.name for h in state.heads)}",
-        f"  pool         {len(staged.rows) - labelled} unlabeled rows ({staged.hours(labelled=False):.2f} h), "
-        f"{labelled} labelled ({staged.hours(labelled=True):.2f} h)",
+        f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
+        f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
         f"  left out     {len(staged.too_long)} too long, {len(staged.too_short)} too short, "
         f"{len(staged.bad_audio)} unreadable",
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
