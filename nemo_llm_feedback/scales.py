@@ -30,21 +30,24 @@ def component_spread(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return found
 
 
-def from_spread(spread: dict[str, float], *, factor: float, asr_weight: float) -> tuple[float, float]:
+def from_spread(
+    spread: dict[str, float], *, factor: float, asr_weight: float, part: str = "llm"
+) -> tuple[float, float]:
     """(α, β) with std(α·LLM) = factor · std(w·ASR) within groups, β = 2·α; rounded to two digits.
 
     β is not measured as the slope of the LLM's score on length: that came out near 15 nats a word, for words of
     garbage, and taught insertions (docs/results.md).
 
     Args:
-        spread: of :func:`component_spread`, with ``llm`` and ``asr``.
+        spread: of :func:`component_spread`, with ``part`` and ``asr``.
         factor: how many times the recogniser's say the LLM gets.
         asr_weight: w.
+        part: what α weighs: ``llm``, or what stands in its place.
 
     Raises:
         RewardError: no spread to go by.
     """
-    llm, asr = spread.get("llm", math.nan), asr_weight * spread.get("asr", math.nan)
+    llm, asr = spread.get(part, math.nan), asr_weight * spread.get("asr", math.nan)
     if not (llm > 0 and asr > 0):
         raise RewardError(
             "the groups have no spread to scale reward.alpha by (all members are scored alike, or "

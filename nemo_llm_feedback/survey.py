@@ -99,11 +99,12 @@ def _set_scale(model: Any, state: FeedbackState, audio: Sequence[Audio]) -> None
     """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
     config = state.config.reward
     spread = component_spread([group for part in audio for group in _groups(model, state, part)])
-    alpha, beta = from_spread(spread, factor=config.spread_factor, asr_weight=config.asr_weight)
+    part = config.weighed_part
+    alpha, beta = from_spread(spread, factor=config.spread_factor, asr_weight=config.asr_weight, part=part)
     beta = beta if config.beta is None else config.beta
     logging.info(
-        f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: LLM "
-        f"{spread['llm']:.2f} nat, recogniser {spread['asr']:.2f} nat, reward.spread_factor={config.spread_factor:g}."
+        f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: {part} "
+        f"{spread[part]:.2f} nat, recogniser {spread['asr']:.2f} nat, reward.spread_factor={config.spread_factor:g}."
     )
     _weigh(state, alpha, beta)
 

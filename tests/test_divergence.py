@@ -203,7 +203,9 @@ def test_a_pool_without_weight_leaves_labelled_and_anchored_rows(nemo_file: Any,
 
 
 @pytest.mark.parametrize("use_text", [True, False])
-@pytest.mark.parametrize(("kind", "lhotse"), [("ctc_bpe", False), ("ctc_bpe", True), ("rnnt_char", False), ("tdt_bpe", False)])
+@pytest.mark.parametrize(
+    ("kind", "lhotse"), [("ctc_bpe", False), ("ctc_bpe", True), ("rnnt_char", False), ("tdt_bpe", False)]
+)
 def test_an_anchored_row_needs_no_text(
     kind: str, lhotse: bool, use_text: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +243,12 @@ def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_p
     state, seen = model._feedback, []
     masks = model.spec_augmentation
     masks.register_forward_hook(lambda module, given, out: seen.append(out))
-    batch = (torch.randn(1, 16000) * 0.1, torch.tensor([16000]), torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
+    batch = (
+        torch.randn(1, 16000) * 0.1,
+        torch.tensor([16000]),
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.tensor([0]),
+    )
     terms, metrics = anchor_terms(model, state, batch)
     assert len(seen) == 1, "one draw of masks for the two"
     assert metrics["anchor_kl"] == pytest.approx(0.0, abs=1e-4)

@@ -58,6 +58,22 @@ def test_the_spread_of_the_pool_weighs_the_llm(
     assert f"alpha {wanted[0]:g}, beta {wanted[1]:g}" in result.nemo.with_suffix(".md").read_text()
 
 
+def test_the_spread_of_the_pool_weighs_listed_terms_too(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """`reward=entity` stands in the LLM's place and is scaled by its own spread, length bonus included."""
+    entity = ("reward=entity", "reward.settings.weight=3", "context.terms=[latte,mocha]")
+    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *entity, STEP)
+    survey = json.loads((result.log_dir / "survey.json").read_text())
+    spread = survey["spread"]
+    wanted = from_spread(spread, factor=RewardConfig.spread_factor, asr_weight=1.0, part="entity")
+    assert (survey["alpha"], survey["beta"]) == wanted == (wanted[0], pytest.approx(2 * wanted[0], rel=0.06))
+    assert wanted[0] * spread["entity"] == pytest.approx(2 * spread["asr"], rel=0.06)
+    given = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "given", *entity, "reward.alpha=2", STEP)
+    survey = json.loads((given.log_dir / "survey.json").read_text())
+    assert (survey["alpha"], survey["beta"]) == (2.0, 4.0)
+
+
 @pytest.mark.parametrize(
     ("given", "alpha", "beta"),
     [(("reward.alpha=0.5",), 0.5, 1.0), (("reward.beta=7",), None, 7.0), (("reward.asr_weight=0",), 1.0, 2.0)],
@@ -101,7 +117,8 @@ def test_where_there_is_no_pool_null_is_one_and_two() -> None:
     assert RewardConfig(alpha=3.0, beta=0.0).weights == (3.0, 0.0)
     assert RewardConfig().scaled_by_pool
     assert RewardConfig(name="remote").scaled_by_pool
-    assert not any(RewardConfig(name=name).scaled_by_pool for name in ("judge", "entity", "rules", "composite"))
+    assert RewardConfig(name="entity").scaled_by_pool
+    assert not any(RewardConfig(name=name).scaled_by_pool for name in ("judge", "rules", "composite"))
     assert "reward.spread_factor must be > 0" in RewardConfig(spread_factor=0.0).validate()[0]
     assert reward_line(RewardConfig(name="composite")) == "composite"
     assert reward_line(RewardConfig(spread_factor=3)) == "llm, alpha by the pool's spread (factor 3), beta 2·alpha"

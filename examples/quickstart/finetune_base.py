@@ -118,7 +118,11 @@ def speak_all(args: argparse.Namespace) -> Path:
     train = draw(seed=args.seed, number=args.sentences, shares=args.shares)
     manifest = speak(train, args.work, name="train", seed=args.seed, voices=args.voices)
     if args.aside:
-        heard = [text for seed, number, shares in BASE_DRAWS for text in draw(seed=seed, number=number, shares=shares.split(" "))]
+        heard = [
+            text
+            for seed, number, shares in BASE_DRAWS
+            for text in draw(seed=seed, number=number, shares=shares.split(" "))
+        ]
         aside = draw(seed=args.seed, number=args.aside, shares=args.shares, taken=[*heard, *train])
         speak(aside, args.work, name="aside", seed=args.seed, voices=args.voices)
     return manifest

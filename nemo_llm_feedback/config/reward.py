@@ -16,7 +16,7 @@ LLM_REWARDS = ("llm", "judge", "correction", "entity")
 CONTEXT_REWARDS = (*LLM_REWARDS, "remote")
 ANCHORED_REWARDS = ("judge", "correction", "entity", "rules")
 # Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
-SCALED_REWARDS = ("llm", "remote")
+SCALED_REWARDS = ("llm", "remote", "entity")
 DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
 GROUP_NORMALIZATIONS = ("none", "center", "z", "rank")
 _COMPONENT_KEYS = ("name", "weight", "normalize", "settings")
@@ -31,7 +31,7 @@ class RewardConfig:
             ``correction``, ``entity`` and ``rules`` stand in the LLM's place in the formula; a single rule,
             ``callable``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
         alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
-            ``llm`` and ``remote`` from the pool before the first step (``spread_factor``), all else is 1.
+            ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
         beta: bonus a word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
             alike on two dev sets (docs/results.md), and much more teaches insertions.
         spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
@@ -81,6 +81,11 @@ class RewardConfig:
     def scaled_by_pool(self) -> bool:
         """Whether ``adapt`` takes alpha from the spread of the pool's groups; nothing to weigh against = no."""
         return self.alpha is None and self.name in SCALED_REWARDS and self.asr_weight > 0
+
+    @property
+    def weighed_part(self) -> str:
+        """The part of the reward that alpha weighs, by its name in the reward's output."""
+        return "llm" if self.name == "remote" else self.name
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,17 @@ class CompositeReward:
         unknown = [c.normalize for c in components if c.normalize not in GROUP_NORMALIZATIONS]
         if unknown:
             raise RewardError(f"normalize={unknown[0]!r} is not one of {', '.join(GROUP_NORMALIZATIONS)}.")
+
+    def with_weights(self, *, alpha: float, beta: float) -> CompositeReward:
+        """The same reward with other weights of its first component and of ``length``: the form of those rewards that
+        stand in the LLM's place.
+
+        Raises:
+            RewardError: weights that are not finite, or all 0.
+        """
+        weights = {self.components[0].reward.name: alpha, "length": beta}
+        changed = [replace(c, weight=weights.get(c.reward.name, c.weight)) for c in self.components]
+        return CompositeReward(changed, name=self.name)
 
     @property
     def hit_rate(self) -> float:
