@@ -160,8 +160,9 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
 def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
     """Settles whether the audio that is learned from is augmented."""
     masks = getattr(model, "spec_augmentation", None) is not None
-    if config.feedback.augment and not masks:
-        raise ConfigError("feedback.augment needs a checkpoint with a spec_augment section; this one has none.")
+    asked = [key for key in ("augment", "anchor_augment") if getattr(config.feedback, key)]
+    if asked and not masks:
+        raise ConfigError(f"feedback.{asked[0]} needs a checkpoint with a spec_augment section; this one has none.")
     if config.feedback.augment is not None:
         return config
     augment = masks and config.objective.name in AUGMENTED_OBJECTIVES

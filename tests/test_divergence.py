@@ -258,6 +258,16 @@ def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_p
     assert anchor_terms(model, state, batch)[1]["anchor_kl"] > 1e-3
 
 
+@pytest.mark.parametrize("key", ["augment", "anchor_augment"])
+def test_masks_that_the_checkpoint_lacks_are_refused_before_any_work(key: str, nemo_file: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["anchor", None])
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    model.spec_augmentation = None
+    feedback = config(manifest)["feedback"] | {key: True}
+    with pytest.raises(ConfigError, match=rf"feedback.{key} needs a checkpoint with a spec_augment section"):
+        model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / "work")
+
+
 def test_a_faulty_use_of_text_is_told(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", ["tea", None], replay=["keep", "supervised"])
     with pytest.raises(ManifestError, match=r"2 fault\(s\)") as error:

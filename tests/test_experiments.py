@@ -104,12 +104,14 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speec
 def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options, domain = made
     monkeypatch.setattr(bed, "_training_rows", lambda *args, **kwargs: "train.json")
+    options.held_weight, options.held_augment = 2.0, True
     for name in bed.ROWS:
         cfg = compose_config(bed.row_overrides(name, options, domain, [Path("dev.json")], target=Path("a.nemo")))
         config = parse_run_config(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
         tried = rates_to_try(cfg, config)
         others = {"feedback_wrong_context": "a hospital", "feedback_no_context": ""}
         assert config.context.description == others.get(name, "an order, at a shop")
+        assert (config.feedback.supervised_weight, config.feedback.anchor_augment) == (2.0, True)
         if name == "feedback_defaults":
             assert tried
             assert config.reward.scaled_by_pool

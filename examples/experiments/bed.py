@@ -114,6 +114,8 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
     made.add_argument("--anchor", action="store_true", help="general speech is not learned, but held where it was")
     made.add_argument("--general-speech", nargs="+", metavar="MANIFEST=SHARE", help="in place of the bed's own")
+    made.add_argument("--held-weight", type=float, default=1.0, help="of general speech in the loss")
+    made.add_argument("--held-augment", action="store_true", help="it is held under SpecAugment")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, for a grid")
     made.add_argument("--curve", action="store_true", help="score the rows' sets during training, too: curves.py")
@@ -204,6 +206,8 @@ def row_overrides(
         f"model.validation_ds.manifest_filepath=[{','.join(map(str, watched))}]",
         f"trainer.val_check_interval={max(1, options.steps // 8)}",
         *bed.overrides(name),
+        f"feedback.supervised_weight={options.held_weight}",
+        f"feedback.anchor_augment={str(options.held_augment).lower()}",
         *(_tuned(options) if name != "feedback_defaults" else []),
         *ROWS[name],
     ]

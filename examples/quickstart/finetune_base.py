@@ -152,6 +152,7 @@ def train(model: ASRModel, manifest: Path, args: argparse.Namespace) -> None:
     if args.bucketing:
         # Half of a batch drawn by chance is padding.
         data |= {"use_lhotse": True, "use_bucketing": True, "num_buckets": 12, "bucket_buffer_size": 6000}
+        data |= {"concurrent_bucketing": False}  # its thread would keep the process from ending
     optim = {
         "name": "adamw",
         "lr": args.lr,

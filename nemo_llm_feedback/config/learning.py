@@ -22,10 +22,10 @@ class FeedbackConfig:
         weight: factor of the feedback loss; 0 leaves NeMo's own step untouched.
         replay: what rows with text are for. ``supervised``: they are learned, by NeMo's own loss. ``anchor``: they are
             general speech on which the model shall stay what it is: the KL divergence from the starting model's
-            outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). Their text
-            may come from the starting model; CTC does not read it, transducers are compared along its alignments. A
-            manifest row may say so for itself, under the key ``replay``.
-        supervised_weight: factor of the loss on the rows that have text, of either kind.
+            outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). A manifest
+            row may say so for itself, under the key ``replay``; with ``anchor`` it needs no text: CTC does not read
+            it, and transducers are then compared along the alignments of what the starting model writes.
+        supervised_weight: factor of the loss on the rows that are learned from their text or hold the model.
         heads: which head of the model learns: ``ctc``, ``transducer``, ``both`` (hybrids), ``auto`` = all it has.
         use_text: False treats every row of the training manifest as unlabeled and never reads its text.
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
@@ -36,6 +36,8 @@ class FeedbackConfig:
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
             domain, somewhat more on others unless these are anchored (docs/results.md).
+        anchor_augment: compare the two models on anchored rows under the checkpoint's SpecAugment, the same for both,
+            so that they are held on more than the audio as it is.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
