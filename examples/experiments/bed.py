@@ -31,6 +31,7 @@ ROWS: dict[str, list[str]] = {
     "feedback_wrong_context": [],
     "feedback_shuffled": ["reward.name=examples.experiments.controls:shuffled"],
     "feedback_defaults": [],
+    "feedback_defaults_entity": ["reward=entity", "reward.settings.weight=3"],
     "no_replay": [],
     "supervised": LABELLED,
 }
@@ -208,7 +209,7 @@ def row_overrides(
         *bed.overrides(name),
         f"feedback.supervised_weight={options.held_weight}",
         f"feedback.anchor_augment={str(options.held_augment).lower()}",
-        *(_tuned(options) if name != "feedback_defaults" else []),
+        *([] if name.startswith("feedback_defaults") else _tuned(options)),
         *ROWS[name],
     ]
 
