@@ -1,4 +1,4 @@
-"""Real coffee orders: every trained row of the table in docs/results.md, from scratch, with one command.
+"""Real coffee orders: every trained row of the tables in docs/results/barista.md, from scratch, with one command.
 
     python examples/experiments/barista.py DATA CHECKPOINT.nemo --out FOLDER [--rows feedback …] [--split test]
 

@@ -1,4 +1,4 @@
-"""Rare words of LibriSpeech with a list of about 100 context words an utterance: the rows of docs/results.md.
+"""Rare words of LibriSpeech with a list of about 100 context words an utterance: rows of docs/results/rare_words.md.
 
     python examples/experiments/rare_words.py DATA CHECKPOINT.nemo --out FOLDER [--rows feedback …] [--split test]
 

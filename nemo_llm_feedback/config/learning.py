@@ -35,7 +35,7 @@ class FeedbackConfig:
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
-            domain, somewhat more on others unless these are anchored (docs/results.md).
+            domain, somewhat more on others unless these are anchored (docs/results/barista.md).
         anchor_augment: compare the two models on anchored rows under the checkpoint's SpecAugment, the same for both,
             so that they are held on more than the audio as it is.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
