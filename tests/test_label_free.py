@@ -14,7 +14,7 @@ from test_adapt import MIXED, arguments, run
 from tiny import write_manifest
 
 from nemo_llm_feedback.composition import compose_config
-from nemo_llm_feedback.config import RewardConfig, parse_run_config
+from nemo_llm_feedback.config import GuardConfig, RewardConfig, parse_run_config
 from nemo_llm_feedback.errors import ConfigError
 from nemo_llm_feedback.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.jobs.inputs import rates_to_try
@@ -22,7 +22,7 @@ from nemo_llm_feedback.jobs.plan import reward_line
 from nemo_llm_feedback.records import read_steps
 from nemo_llm_feedback.scales import from_spread
 from nemo_llm_feedback.survey import Survey, apply_survey
-from nemo_llm_feedback.training.learning_rate import smallest_good
+from nemo_llm_feedback.training.learning_rate import choose_rate, smallest_good
 
 STEP = "trainer.max_steps=1"
 
@@ -152,6 +152,28 @@ def test_a_smaller_rate_that_gains_nearly_as_much_is_taken() -> None:
     assert smallest_good({1e-4: 2.0, 2e-4: -5.0}) == 1e-4
     assert smallest_good({1e-4: -2.0, 2e-4: 0.0, 3e-4: nan}) == 1e-4
     assert smallest_good({1e-4: nan, 2e-4: 1.0}) == 2e-4
+
+
+@pytest.mark.parametrize(("gains", "told"), [([-3.0, -1.0], 1), ([-3.0, 2.0], 0)])
+def test_a_trial_in_which_nothing_gains_is_told(
+    gains: list[float], told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On bed (c) every rate lost at first and 1e-5 was taken, with which nothing was learned (issue 8)."""
+    module = "nemo_llm_feedback.training.learning_rate"
+    for name in ("snapshot", "put_back", "_train"):
+        monkeypatch.setattr(f"{module}.{name}", lambda *args: None)
+    monkeypatch.setattr(f"{module}.violations", lambda look, limits: [])
+    monkeypatch.setattr(f"{module}.pool_audio", lambda model, state: iter("abc"))
+    warnings: list[str] = []
+    monkeypatch.setattr(f"{module}.logging.warning", warnings.append)
+    looks = iter(gains)
+    watch: Any = SimpleNamespace(look=lambda model, *, step: SimpleNamespace(gain=next(looks)))
+    generator = SimpleNamespace(get_state=lambda: 0, set_state=lambda state: None)
+    maker = SimpleNamespace(generator=generator, kept={})
+    model = SimpleNamespace(_feedback=SimpleNamespace(maker=maker, filled_round=0))
+    rate = choose_rate(model, watch, GuardConfig(), candidates=[1e-5, 1e-4], steps=2)
+    assert rate == (1e-5 if told else 1e-4)
+    assert ["in 2 steps" in text and "1e-05" in text for text in warnings] == [True] * told
 
 
 def test_one_rank_chooses_the_learning_rate_for_all(

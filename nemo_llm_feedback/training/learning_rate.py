@@ -65,7 +65,23 @@ def choose_rate(
     state.maker.generator.set_state(sampler)
     model.nonfinite_steps = 0
     logging.info(f"learning rate {best:g} is taken.")
+    if not any(gain > 0 for gain in gains.values()):
+        logging.warning(nothing_gained(best, steps=len(batches)))
     return best
+
+
+def nothing_gained(rate: float, *, steps: int) -> str:
+    """What to tell of a trial that says nothing: the run would learn next to nothing, and look as if it could not.
+
+    Args:
+        rate: the one that is taken.
+        steps: of the trial.
+    """
+    return (
+        f"no learning rate raised the held-out reward in {steps} steps, so the trial says nothing and the smallest, "
+        f"{rate:g}, is taken: the run may learn next to nothing. Some pools lose before they gain: give "
+        "model.optim.lr (3e-4 or 1e-4 for small models, 1e-5 for released ones), or raise parameters.lr_trial_steps."
+    )
 
 
 def smallest_good(gains: Mapping[float, float]) -> float:
