@@ -26,7 +26,7 @@ def bed(monkeypatch: pytest.MonkeyPatch) -> Any:
     import bed as module
 
     yield module
-    for name in ("bed", "inference"):
+    for name in ("bed", "inference", "settings"):
         sys.modules.pop(name, None)
 
 
@@ -118,7 +118,8 @@ def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypa
             assert config.feedback.refresh_every == 50
         else:
             assert not tried
-            assert config.reward.weights == (2.0, 4.0) or not config.reward.weighed
+            weights = {"feedback_no_llm": (0.0, 0.0), "feedback_no_length_term": (2.0, 0.0)}.get(name, (2.0, 4.0))
+            assert config.reward.weights == weights or not config.reward.weighed
             assert config.feedback.refresh_every == 4
 
 
@@ -189,3 +190,14 @@ def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
         (row,) = bed.read_rows(fresh / f"{name}.json")
         assert row["text"] == f"new 7 {name}"
         assert row["audio_filepath"] == str(fresh / f"new 7 {name}.ogg")
+
+
+def test_every_ablation_has_a_row_whose_settings_come_last(bed: Any, made: Any, tmp_path: Path) -> None:
+    """Over those that all rows have: `reward.asr_weight=0` and so on must be what trains."""
+    options, domain = made
+    rows = [name for name in bed.ROWS if name.startswith(("feedback_n_", "feedback_source_", "feedback_reward_"))]
+    assert len(rows) == 11
+    for name in [*rows, "feedback_no_asr_term", "feedback_no_length_term", "feedback_llm_in_16_bit"]:
+        overrides = bed.row_overrides(name, options, domain, [], target=tmp_path / "a.nemo")
+        assert overrides[-len(bed.ROWS[name]) :] == bed.ROWS[name], name
+        assert bed.ROWS[name]

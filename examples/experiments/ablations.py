@@ -16,33 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo.utils import logging
+from settings import SETTINGS
 
 from nemo_llm_feedback.jobs.look import LookOptions
 from nemo_llm_feedback.jobs.score import ScoreReport, score
 
-SETTINGS = {
-    "as used": "",
-    "no ASR term": "reward.asr_weight=0",
-    "no LLM": "reward.alpha=0 reward.beta=0",
-    "LLM not shown the terms": f"llm.template={Path(__file__).with_name('no_terms.txt')}",
-    "no length term": "reward.beta=0",
-    "N: 2 + 2 + 1 swap": "proposals.beam=2 proposals.boosted=2 proposals.term_swap=1",
-    "N: 4 + 4 + 2 swaps": "proposals.beam=4 proposals.boosted=4 proposals.term_swap=2",
-    "N: 16 + 16 + 8 swaps": "proposals.beam=16 proposals.boosted=16 proposals.term_swap=8 proposals.max_members=48",
-    "source: beam alone": "proposals.beam=16 proposals.boosted=0 proposals.term_swap=0",
-    "source: samples alone": "proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.samples=16",
-    "source: beam and swaps": "proposals.beam=16 proposals.boosted=0",
-    "source: beam and boosted beam": "proposals.term_swap=0",
-    "source: all and 8 samples": "proposals.samples=8 proposals.max_members=32",
-    "LLM in 8 bit": "llm.quantization=int8",
-    "LLM in 16 bit": "llm.quantization=none llm.compute_dtype=bfloat16",
-    "LLM in 32 bit": "llm.quantization=none",
-    "reward: entity tokens weigh double": "reward=entity",
-    "reward: each part normalised (z)": "reward=composite "
-    "'reward.settings.components=[{name:llm,weight:2,normalize:z},{name:asr,weight:1,normalize:z}]'",
-    "reward: listed terms found, no LLM": "reward=rules reward.settings.repetition=0 reward.settings.empty=0 "
-    "reward.settings.edit_distance=0 reward.settings.entity_hits=10",
-}
 COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from inference import nemo_beam, rescored
 from nemo.utils import logging
+from settings import ablation_rows
 
 from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
@@ -34,6 +35,7 @@ ROWS: dict[str, list[str]] = {
     "feedback_defaults_entity": ["reward=entity", "reward.settings.weight=3"],
     "no_replay": [],
     "supervised": LABELLED,
+    **ablation_rows(),
 }
 INFERENCE = ("beam", "boosted", "rescored", "feedback_rescored")
 
@@ -104,7 +106,14 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("checkpoint", type=Path)
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--llm", type=Path, default=Path(__file__).parents[1] / "quickstart" / "lm")
-    made.add_argument("--rows", nargs="*", default=["self_training", "feedback"], choices=list(rows))
+    made.add_argument(
+        "--rows",
+        nargs="*",
+        default=["self_training", "feedback"],
+        choices=list(rows),
+        metavar="ROW",
+        help=f"of {', '.join(rows)}",
+    )
     made.add_argument("--inference", nargs="*", default=[], choices=INFERENCE, help="rows without training")
     made.add_argument("--boosting-weight", type=float, default=1.0, help="of NeMo's phrase boosting")
     made.add_argument("--alpha", type=float, default=2.0, help="weight of the LLM in rows with settings from dev")

@@ -23,7 +23,8 @@ class ParametersConfig:
         lora_alpha: LoRA's scale: the update is lora_alpha / lora_rank · B·A.
         ema_decay: a step's decay of the moving average of the weights that is validated and exported; 0 = none.
         lr_candidates: where ``model.optim.lr`` is null: peak learning rates of which the run takes, after a
-            short trial of each, the smallest with at least 0.8 of the best held-out gain.
+            short trial of each, the smallest with at least 0.8 of the greatest fall of the run's loss on held-out
+            utterances.
         lr_trial_steps: batches of a trial.
         recompute_encoder: keep no activations inside the encoder's layers, compute them again in the backward.
     """

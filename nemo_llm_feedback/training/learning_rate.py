@@ -1,4 +1,4 @@
-"""The learning rate, chosen without a label: short trials from the same start, judged by the held-out reward."""
+"""The learning rate, chosen without a label: short trials from the same start, judged by the loss held out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from nemo_llm_feedback.config import GuardConfig
 from nemo_llm_feedback.losses import total
 from nemo_llm_feedback.survey import pool_audio
 from nemo_llm_feedback.training.guards import violations
+from nemo_llm_feedback.training.held_out_loss import HeldOutLoss
 from nemo_llm_feedback.training.looks import HeldOutWatch
 from nemo_llm_feedback.training.weights import put_back, snapshot
 
 # A short trial flatters large rates (short-horizon bias, Wu et al. 2018, arXiv 1803.02021): a smaller rate that gains
-# nearly as much is taken. With TDT on barista the gains were 18.0 at 1e-4 and 19.9 at 3e-4 (docs/results.md).
+# nearly as much is taken.
 _NEARLY = 0.8
 
 
@@ -28,8 +29,10 @@ def choose_rate(
 ) -> float:
     """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
 
-    A trial whose look breaks a guard is out, and so are the larger rates after it. The weights, the kept groups and
-    all random states are as before in the end. Nothing here talks to other ranks: one of them chooses for all.
+    A trial is judged by how far the run's own loss falls on held-out utterances, on groups that the starting model
+    proposes: greedy transcripts may get worse before they get better, and a dozen steps then tell nothing. A trial
+    whose look breaks a guard is out, and so are the larger rates after it. The weights, the kept groups and all random
+    states are as before in the end. Nothing here talks to other ranks: one of them chooses for all.
 
     Args:
         model: in its starting weights.
@@ -39,38 +42,42 @@ def choose_rate(
         steps: batches of a trial, at a constant rate.
 
     Returns:
-        The smallest candidate with at least 0.8 of the highest held-out gain; the smallest where none gained anything.
+        The smallest candidate with at least 0.8 of the greatest fall; the smallest where the loss fell with none.
     """
     start, tried = snapshot(model), sorted(candidates)
     state = model._feedback
     sampler, kept = state.maker.generator.get_state(), (state.maker.kept, state.filled_round)
-    gains: dict[float, float] = {}
+    falls: dict[float, float] = {}
     with torch.random.fork_rng():
+        held_out = HeldOutLoss(model, state, watch.audio)
+        before = held_out(model)
         batches = list(itertools.islice(pool_audio(model, state), steps))
         for rate in tried:
             put_back(model, start)
             _train(model, batches, rate)
             look = watch.look(model, step=len(batches))
             beyond = violations(look, limits)
+            fall = before - held_out(model)
             logging.info(
-                f"learning rate {rate:g}: held-out gain {look.gain:+.2f}; {'; '.join(beyond) or 'all guards pass'}"
+                f"learning rate {rate:g}: the held-out loss falls by {fall:.3f} of {before:.3f}, held-out gain "
+                f"{look.gain:+.2f}; {'; '.join(beyond) or 'all guards pass'}"
             )
             if beyond:
                 break
-            gains[rate] = look.gain
-    best = smallest_good(gains) if gains else tried[0]
+            falls[rate] = fall
+    best = smallest_good(falls) if falls else tried[0]
     put_back(model, start)
     # A trial's policy proposed its groups; the run starts from its own.
     state.maker.kept, state.filled_round = kept
     state.maker.generator.set_state(sampler)
     model.nonfinite_steps = 0
     logging.info(f"learning rate {best:g} is taken.")
-    if not any(gain > 0 for gain in gains.values()):
-        logging.warning(nothing_gained(best, steps=len(batches)))
+    if not any(fall > 0 for fall in falls.values()):
+        logging.warning(nothing_learned(best, steps=len(batches)))
     return best
 
 
-def nothing_gained(rate: float, *, steps: int) -> str:
+def nothing_learned(rate: float, *, steps: int) -> str:
     """What to tell of a trial that says nothing: the run would learn next to nothing, and look as if it could not.
 
     Args:
@@ -78,20 +85,20 @@ def nothing_gained(rate: float, *, steps: int) -> str:
         steps: of the trial.
     """
     return (
-        f"no learning rate raised the held-out reward in {steps} steps, so the trial says nothing and the smallest, "
-        f"{rate:g}, is taken: the run may learn next to nothing. Some pools lose before they gain: give "
-        "model.optim.lr (3e-4 or 1e-4 for small models, 1e-5 for released ones), or raise parameters.lr_trial_steps."
+        f"no learning rate lowered the held-out loss in {steps} steps within the guards, so the trial says nothing "
+        f"and the smallest, {rate:g}, is taken: the run may learn next to nothing. Add smaller ones to "
+        "parameters.lr_candidates, raise parameters.lr_trial_steps, or give model.optim.lr."
     )
 
 
-def smallest_good(gains: Mapping[float, float]) -> float:
-    """The smallest rate with nearly the highest gain; the smallest of all where none gained anything.
+def smallest_good(falls: Mapping[float, float]) -> float:
+    """The smallest rate with nearly the greatest fall of the loss; the smallest of all where it fell with none.
 
     Args:
-        gains: rate → held-out gain in nats an utterance, NaN = not judged; at least one.
+        falls: rate → fall of the held-out loss, NaN = not judged; at least one.
     """
-    most = max((gain for gain in gains.values() if gain > 0), default=math.inf)
-    return min((rate for rate, gain in gains.items() if gain >= _NEARLY * most), default=min(gains))
+    most = max((fall for fall in falls.values() if fall > 0), default=math.inf)
+    return min((rate for rate, fall in falls.items() if fall >= _NEARLY * most), default=min(falls))
 
 
 def scale_rates(trainer: pl.Trainer, factor: float) -> None:

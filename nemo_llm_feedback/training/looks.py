@@ -31,6 +31,7 @@ class HeldOutWatch:
         guard_rows: labelled rows whose WER is watched; may be empty.
 
     Attributes:
+        audio: the held-out utterances.
         start_wer: the guard set's WER in % under the starting model, measured by the first look, or put back by a
             resumed run.
         rewarded: whether there is a reward to judge transcripts by (plain self-training has none).
@@ -40,9 +41,9 @@ class HeldOutWatch:
         self._state, self._guard_rows = state, guard_rows
         self._max_symbols = decoding_max_symbols(model)
         self._normalize = get_normalizer(state.config.feedback.normalizer)
-        self._audio = _load(model, rows, state.config.context.load())
+        self.audio = _load(model, rows, state.config.context.load())
         self._reference = state.reference.heads[0]
-        self._start: list[tuple[Labels, float]] = [pair for audio in self._audio for pair in self._starting(audio)]
+        self._start: list[tuple[Labels, float]] = [pair for audio in self.audio for pair in self._starting(audio)]
         self.start_wer: float | None = None
         self.rewarded = state.config.needs_reward
 
@@ -57,7 +58,7 @@ class HeldOutWatch:
         head = self._state.heads[0]
         now: list[tuple[Labels, float, float]] = []
         with evaluation_mode(model):
-            for audio in self._audio:
+            for audio in self.audio:
                 encoded, lengths = encode(model, audio.signal, audio.signal_len)
                 labels = head.greedy(encoded, lengths, max_symbols=self._max_symbols)
                 policy = self._log_prob(head, encoded, lengths, labels)
@@ -106,8 +107,8 @@ class HeldOutWatch:
         reward = self._state.maker.reward
         if reward is None:
             return float("nan")
-        contexts = [c for audio in self._audio for c in audio.contexts]
-        names = [u for audio in self._audio for u in audio.utterances]
+        contexts = [c for audio in self.audio for c in audio.contexts]
+        names = [u for audio in self.audio for u in audio.utterances]
         groups, unchanged = [], 0
         for b, (new, old) in enumerate(zip(now, start, strict=True)):
             texts = self._normalize(new), self._normalize(old)
