@@ -227,6 +227,7 @@ def _tuned(options: argparse.Namespace) -> list[str]:
     """Overrides of all rows but the one that is left to the defaults; chosen on dev, or to save time."""
     return [
         f"reward.alpha={options.alpha}",
+        f"reward.beta={2 * options.alpha}",
         f"model.optim.lr={options.lr}",
         f"feedback.refresh_every={max(1, options.steps // 4)}",
         "feedback.survey_utterances=24",
