@@ -90,6 +90,7 @@ def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
         "objective": "Objective",
         "reward": "Reward",
         "steps": "Optimizer steps",
+        "averaged": "Mean of the weights of so many runs",
         "context_sha256": "SHA-256 of description and terms",
         "plugin": "Made with",
     }

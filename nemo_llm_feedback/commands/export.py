@@ -1,4 +1,4 @@
-"""``nemo-llm-feedback export``: turn a training checkpoint into a plain .nemo."""
+"""``nemo-llm-feedback export``: turn a training checkpoint, or the average of several, into a plain .nemo."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 
 from nemo_llm_feedback.commands import quiet_nemo
 
-HELP = "turn a training checkpoint into a plain .nemo"
+HELP = "turn a training checkpoint, or the average of several, into a plain .nemo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    parser.add_argument("checkpoint", help="a Lightning .ckpt of a run, or a .nemo")
+    parser.add_argument(
+        "checkpoint",
+        nargs="+",
+        help="a Lightning .ckpt of a run, or a .nemo; several, of runs from one base: the mean of their weights",
+    )
     parser.add_argument("--base", help=".nemo that the .ckpt was trained from, if it has moved since")
-    parser.add_argument("--output", help="where to write; default: beside the checkpoint")
+    parser.add_argument("--output", help="where to write; default: beside the checkpoint; needed for several")
     parser.add_argument(
         "--manifest", help="labelled rows: before/after for the model card, which is written beside it"
     )

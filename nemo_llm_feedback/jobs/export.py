@@ -1,22 +1,24 @@
-"""Turns a training checkpoint into a plain ``.nemo`` with a model card beside it."""
+"""Turns a training checkpoint, or the average of several, into a plain ``.nemo`` with a model card beside it."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_llm_feedback import __version__
 from nemo_llm_feedback.checkpoints import read_config, supported_class
 from nemo_llm_feedback.errors import CheckpointError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
 from nemo_llm_feedback.feedback import CHECKPOINT_KEY
+from nemo_llm_feedback.jobs.average import WeightAverage
 from nemo_llm_feedback.jobs.inputs import labelled_rows
-from nemo_llm_feedback.lora import inject
+from nemo_llm_feedback.lora import has_lora, inject
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
 from nemo_llm_feedback.model_card import write_model_card
@@ -27,19 +29,20 @@ _NORMALIZER = "basic"
 
 
 def export(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Sequence[str | Path],
     *,
     base: str | Path | None = None,
     output: str | Path | None = None,
     manifest: str | Path | None = None,
 ) -> Path:
-    """Writes the plain ``.nemo`` of a checkpoint and its model card.
+    """Writes the plain ``.nemo`` of a checkpoint, or of the average of several, and its model card.
 
     Args:
-        checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target).
+        checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target); several,
+            of runs that started from one base: the mean of their weights.
         base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of
             this plugin names its own; it is needed where that file has moved.
-        output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None.
+        output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None. Needed for several.
         manifest: labelled rows on which base and export are scored for the card; None = the card has what the
             checkpoint says of itself, which a ``.ckpt`` does not.
 
@@ -47,28 +50,51 @@ def export(
         The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
 
     Raises:
-        CheckpointError: unusable files, a missing base, or weights of another model.
+        CheckpointError: unusable files, a missing base, weights of another model, or several without an output.
         ManifestError: the manifest cannot be read or has rows without text.
     """
-    source = Path(checkpoint).expanduser()
-    if not source.is_file():
-        raise CheckpointError(f"{checkpoint}: no such file.")
-    target = Path(output).expanduser() if output else source.with_suffix(".nemo")
+    given = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
+    sources = [Path(name).expanduser() for name in given]
+    missing = [str(source) for source in sources if not source.is_file()]
+    if missing or not sources:
+        raise CheckpointError(f"{', '.join(missing) or 'no checkpoint'}: no such file.")
+    if len(sources) > 1 and not output:
+        raise CheckpointError("an average of several checkpoints needs a name: add --output AVERAGE.nemo.")
+    target = Path(output).expanduser() if output else sources[0].with_suffix(".nemo")
     rows = labelled_rows(str(manifest)) if manifest else {}
-    if source.suffix == ".nemo":
-        config = read_config(source)
-        supported_class(config, origin=source)
-        if rows and not base:
-            raise CheckpointError(f"{checkpoint} is scored against its base: add --base BASE.nemo.")
-        model, facts = restore(source, map_location="cpu"), dict(config.get("adaptation") or {})
-    else:
-        model, base, facts = _trained(source, base)
-        model._adaptation_facts = facts
+    if rows and not base and any(source.suffix == ".nemo" for source in sources):
+        raise CheckpointError(f"{', '.join(map(str, sources))} is scored against its base: add --base BASE.nemo.")
+    model, base, facts = _opened(sources[0], base) if len(sources) == 1 else _averaged(sources, base)
+    model._adaptation_facts = facts
     model.save_to(str(target))
-    if rows or target != source or not target.with_suffix(".md").is_file():
+    if rows or target not in sources or not target.with_suffix(".md").is_file():
         before = _scores(restore(str(base), map_location="cpu"), rows) if rows else {}
         write_model_card(target, facts=facts, before=before, after=_scores(model, rows), normalizer=_NORMALIZER)
     return target
+
+
+def _opened(source: Path, base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
+    """The model of a file, its base, and what is known of how it was made."""
+    if source.suffix != ".nemo":
+        return _trained(source, base)
+    config = read_config(source)
+    supported_class(config, origin=source)
+    plain: Any = OmegaConf.to_container(config.adaptation) if config.get("adaptation") else {}
+    return restore(source, map_location="cpu"), base, plain
+
+
+def _averaged(sources: Sequence[Path], base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
+    """The mean of several files' weights in a model of the first one's kind, its base, and what is known of it."""
+    average = WeightAverage()
+    holder, found = None, base
+    for source in sources:
+        model, own, facts = _opened(source, base)
+        average.add(str(source), model, facts)
+        found = found or own
+        # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
+        holder = holder or (restore(str(own), map_location="cpu") if has_lora(model) else model)
+    average.write_into(holder)
+    return holder, found, average.facts()
 
 
 def _trained(source: Path, base: str | Path | None) -> tuple[Any, str | Path, dict[str, Any]]:

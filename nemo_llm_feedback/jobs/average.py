@@ -1,0 +1,79 @@
+"""The average of several runs' weights: one model of the base's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.errors import CheckpointError
+from nemo_llm_feedback.heads import heads_of
+from nemo_llm_feedback.lora import merged
+
+
+class WeightAverage:
+    """Takes in models that one base was fine-tuned to, and holds the mean of their weights (Wortsman et al. 2022,
+    arXiv 2203.05482: "model soups").
+
+    Only runs from one base can be averaged: their weights lie near each other, those of models that were trained
+    apart do not, and their mean recognises nothing.
+    """
+
+    def __init__(self) -> None:
+        self._mean: dict[str, Tensor] = {}
+        self._first: tuple[str, type, list[str]] | None = None
+        self._facts: list[Mapping[str, Any]] = []
+
+    @torch.no_grad()
+    def add(self, name: str, model: Any, facts: Mapping[str, Any]) -> None:
+        """Takes a model's weights in; those of LoRA as merged.
+
+        Args:
+            name: of the model's file, for errors.
+            model: restored on the CPU.
+            facts: what its file says of its adaptation; ``base`` is compared.
+
+        Raises:
+            CheckpointError: another class, other output symbols, other shapes or another base than the first one's.
+        """
+        with merged(model):
+            weights = model.state_dict()
+        found = (name, type(model), _symbols(model))
+        first = self._first = self._first or found
+        if found[1:] != first[1:]:
+            raise CheckpointError(f"{name} and {first[0]} have not the same class and output symbols: {_ONE_BASE}")
+        bases = {str(known["base"]) for known in (*self._facts, facts) if known.get("base")}
+        if len(bases) > 1:
+            raise CheckpointError(f"{name} comes from another base ({', '.join(sorted(bases))}): {_ONE_BASE}")
+        self._facts.append(facts)
+        if not self._mean:
+            self._mean = {key: value.clone() for key, value in weights.items()}
+            return
+        if {key: value.shape for key, value in weights.items()} != {k: v.shape for k, v in self._mean.items()}:
+            raise CheckpointError(f"{name} and {first[0]} have weights of other names or shapes: {_ONE_BASE}")
+        for key, value in weights.items():
+            if value.is_floating_point():
+                self._mean[key] += (value - self._mean[key]) / len(self._facts)
+
+    def write_into(self, model: Any) -> None:
+        """Gives a model of the same class, without LoRA, the mean weights."""
+        model.load_state_dict(self._mean, strict=True)
+
+    def facts(self) -> dict[str, Any]:
+        """What all runs agree on, how many they were, and none of their error rates, which are not the average's."""
+        shared = {
+            key: value
+            for key, value in self._facts[0].items()
+            if key not in ("before", "after") and all(facts.get(key) == value for facts in self._facts)
+        }
+        return shared | {"averaged": len(self._facts)}
+
+
+_ONE_BASE = "average runs that started from one checkpoint."
+
+
+def _symbols(model: Any) -> list[str]:
+    """What the outputs stand for, in order: BPE pieces or characters."""
+    return list(heads_of(model)[0].vocabulary.labels)
