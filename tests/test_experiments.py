@@ -192,6 +192,15 @@ def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
         assert row["audio_filepath"] == str(fresh / f"new 7 {name}.ogg")
 
 
+def test_settings_given_reach_every_row(bed: Any, made: Any, tmp_path: Path) -> None:
+    """A row that is left to the defaults takes what is set by hand, too; else a grid would run it unchanged, unsaid."""
+    options, domain = made
+    options.set = ["model.optim.lr=1e-3"]
+    for name in bed.ROWS:
+        overrides = bed.row_overrides(name, options, domain, [], target=tmp_path / "a.nemo")
+        assert [item for item in overrides if item.startswith("model.optim.lr=")][-1:] == options.set, name
+
+
 def test_every_ablation_has_a_row_whose_settings_come_last(bed: Any, made: Any, tmp_path: Path) -> None:
     """Over those that all rows have: `reward.asr_weight=0` and so on must be what trains."""
     options, domain = made

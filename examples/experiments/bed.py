@@ -127,7 +127,9 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--held-weight", type=float, default=1.0, help="of general speech in the loss")
     made.add_argument("--held-augment", action="store_true", help="it is held under SpecAugment")
     made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, for a grid")
+    made.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every row, that of the defaults, too"
+    )
     made.add_argument("--curve", action="store_true", help="score the rows' sets during training, too: curves.py")
     made.add_argument("--split", default="dev", choices=("dev", "test"))
     return made
@@ -219,6 +221,7 @@ def row_overrides(
         f"feedback.supervised_weight={options.held_weight}",
         f"feedback.anchor_augment={str(options.held_augment).lower()}",
         *([] if name.startswith("feedback_defaults") else _tuned(options)),
+        *options.set,
         *ROWS[name],
     ]
 
@@ -233,7 +236,6 @@ def _tuned(options: argparse.Namespace) -> list[str]:
         "feedback.survey_utterances=24",
         "proposals.boosting_weights=[]",
         f"guards.every={max(1, options.steps // 8)}",
-        *options.set,
     ]
 
 
