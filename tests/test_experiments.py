@@ -193,7 +193,7 @@ def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
 
 
 def test_settings_given_reach_every_row(bed: Any, made: Any, tmp_path: Path) -> None:
-    """A row that is left to the defaults takes what is set by hand, too; else a grid would run it unchanged, unsaid."""
+    """The row that is left to the defaults takes what is set by hand, too; a grid would run it unchanged, unsaid."""
     options, domain = made
     options.set = ["model.optim.lr=1e-3"]
     for name in bed.ROWS:
