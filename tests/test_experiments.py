@@ -192,9 +192,10 @@ def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
         assert row["audio_filepath"] == str(fresh / f"new 7 {name}.ogg")
 
 
-def test_settings_given_reach_every_row(bed: Any, made: Any, tmp_path: Path) -> None:
+def test_settings_given_reach_every_row(bed: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row that is left to the defaults takes what is set by hand, too; a grid would run it unchanged, unsaid."""
     options, domain = made
+    monkeypatch.setattr(bed, "_training_rows", lambda *args, **kwargs: "train.json")
     options.set = ["model.optim.lr=1e-3"]
     for name in bed.ROWS:
         overrides = bed.row_overrides(name, options, domain, [], target=tmp_path / "a.nemo")
