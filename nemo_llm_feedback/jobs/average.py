@@ -33,7 +33,7 @@ class WeightAverage:
         Args:
             name: of the model's file, for errors.
             model: restored on the CPU.
-            facts: what its file says of its adaptation; ``base`` is compared.
+            facts: what its file says of its adaptation; ``base``, a file's name, is compared where it is there.
 
         Raises:
             CheckpointError: another class, other output symbols, other shapes or another base than the first one's.

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_llm_feedback import __version__
-from nemo_llm_feedback.checkpoints import read_config, supported_class
+from nemo_llm_feedback.checkpoints import read_config
 from nemo_llm_feedback.errors import CheckpointError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
 from nemo_llm_feedback.feedback import CHECKPOINT_KEY
@@ -77,10 +77,9 @@ def _opened(source: Path, base: str | Path | None) -> tuple[Any, str | Path | No
     """The model of a file, its base, and what is known of how it was made."""
     if source.suffix != ".nemo":
         return _trained(source, base)
-    config = read_config(source)
-    supported_class(config, origin=source)
-    plain: Any = OmegaConf.to_container(config.adaptation) if config.get("adaptation") else {}
-    return restore(source, map_location="cpu"), base, plain
+    model, said = restore(source, map_location="cpu"), read_config(source).get("adaptation")
+    facts: Any = OmegaConf.to_container(said) if said else {}
+    return model, base, facts
 
 
 def _averaged(sources: Sequence[Path], base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
