@@ -115,7 +115,8 @@ def speak_all(args: argparse.Namespace) -> Path:
     """The training speech of the run and, with `--aside`, speech like it that no base has heard; gives the former."""
     terms = (args.data / "terms.txt").read_text().splitlines()
     draw = partial(general_sentences, args.shared, terms=terms)
-    train = draw(seed=args.seed, number=args.sentences, shares=args.shares)
+    without = [json.loads(line)["text"] for path in args.without for line in path.read_text().splitlines()]
+    train = draw(seed=args.seed, number=args.sentences, shares=args.shares, taken=without)
     manifest = speak(train, args.work, name="train", seed=args.seed, voices=args.voices)
     if args.aside:
         heard = [
@@ -123,7 +124,7 @@ def speak_all(args: argparse.Namespace) -> Path:
             for seed, number, shares in BASE_DRAWS
             for text in draw(seed=seed, number=number, shares=shares.split(" "))
         ]
-        aside = draw(seed=args.seed, number=args.aside, shares=args.shares, taken=[*heard, *train])
+        aside = draw(seed=args.seed, number=args.aside, shares=args.shares, taken=[*without, *heard, *train])
         speak(aside, args.work, name="aside", seed=args.seed, voices=args.voices)
     return manifest
 
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--aside", type=int, default=0, help="sentences spoken like the others and not trained on")
     parser.add_argument("--shares", nargs="+", default=SHARES.split(" "), metavar="TEXT=SHARE")
     parser.add_argument("--voices", nargs="+", default=list(KNOWN_VOICES), help="taken in turn")
+    parser.add_argument("--without", nargs="*", type=Path, default=[], help="manifests whose sentences are not spoken")
     parser.add_argument("--also", nargs="*", type=Path, default=[], help="more manifests to train on")
     parser.add_argument("--speak-only", action="store_true", help="make the speech and stop")
     parser.add_argument("--steps", type=int, default=1200, help="updates in all; the schedule ends there")
