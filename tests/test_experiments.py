@@ -211,3 +211,26 @@ def test_every_ablation_has_a_row_whose_settings_come_last(bed: Any, made: Any, 
         overrides = bed.row_overrides(name, options, domain, [], target=tmp_path / "a.nemo")
         assert overrides[-len(bed.ROWS[name]) :] == bed.ROWS[name], name
         assert bed.ROWS[name]
+
+
+def test_the_picture_of_pool_size_starts_at_the_base_and_takes_the_rows_of_its_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import pool_size
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pool_size.py", "out.png", "8=large", "2=small", "--sets", "dev"])
+    cell = {"value": 50.0, "low": 40.0, "high": 60.0}
+    for folder, value in (("small", 30.0), ("large", 20.0)):
+        here = cell | {"value": value, "low": value - 5, "high": value + 5}
+        systems = {"start": {"wer": cell, "ewer": cell}, "feedback_seed1": {"wer": here, "ewer": here}}
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dev_seed1.json").write_text(json.dumps({"base": "start", "systems": systems}))
+    pool_size.main()
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    found = pool_size.points(
+        {8: tmp_path / "large", 2: tmp_path / "small"}, "dev_seed1.json", metric="ewer", system="feedback_seed1"
+    )
+    assert found == [(0, 50.0, 40.0, 60.0), (2, 30.0, 25.0, 35.0), (8, 20.0, 15.0, 25.0)]
+    sys.modules.pop("pool_size")
