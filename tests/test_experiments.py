@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -234,3 +235,29 @@ def test_the_picture_of_pool_size_starts_at_the_base_and_takes_the_rows_of_its_s
     )
     assert found == [(0, 50.0, 40.0, 60.0), (2, 30.0, 25.0, 35.0), (8, 20.0, 15.0, 25.0)]
     sys.modules.pop("pool_size")
+
+
+def test_the_bases_sentences_leave_out_those_of_manifests_reserved_ones_and_the_domains_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "quickstart"))
+    import finetune_base
+
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "commands.txt").write_text("play a song\nstop the music\ncall doctor bexalone\nturn it off\n")
+    (tmp_path / "text" / "reserved_commands.txt").write_text("stop the music\n")
+    draw = {"seed": 1, "number": 10, "shares": ["commands=1.0"], "terms": ["bexalone"]}
+    assert sorted(finetune_base.general_sentences(tmp_path, **draw)) == ["play a song", "turn it off"]
+    spoken: dict[str, list[str]] = {}
+    monkeypatch.setattr(finetune_base, "speak", lambda texts, *_, name, **__: spoken.setdefault(name, texts))
+    monkeypatch.setattr(finetune_base, "BASE_DRAWS", ())
+    (tmp_path / "terms.txt").write_text("bexalone\n")
+    heard = _write(tmp_path / "heard.json", [{"audio_filepath": "a.wav", "duration": 1.0, "text": "turn it off"}])
+    args = argparse.Namespace(
+        data=tmp_path, shared=tmp_path, work=tmp_path, without=[heard], seed=1, sentences=10, aside=10
+    )
+    args.shares, args.voices = ["commands=1.0"], ["slt"]
+    finetune_base.speak_all(args)
+    assert spoken == {"train": ["play a song"], "aside": []}
+    for name in ("finetune_base", "make_data", "speech"):
+        sys.modules.pop(name, None)

@@ -6,8 +6,7 @@ DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.m
 goes round four times, updates, batch, optimizer, learning rate, rounds and, except `no_replay`, as many rows of
 general speech, drawn once by seed from the base's own training speech: learned by NeMo's own step or, with --anchor,
 holding the model where it was. `feedback_defaults` is the row for which nothing was chosen on labels but
-what --set gives it;
-`feedback_wrong_context` has the quickstart's hospital and its terms for a context. --inference
+what --set gives it; `feedback_wrong_context` has the quickstart's hospital and its terms for a context. --inference
 adds rows without training. LLM scores are kept in one file and shared by the rows; a row whose result exists is not
 run again, and one that was cut goes on; the tables and JSON files hold the rows that are named. The LM is the
 quickstart's unless --llm names another. `--split test` scores the rows' checkpoints on the test split: do that once,
