@@ -91,6 +91,7 @@ def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
         "reward": "Reward",
         "steps": "Optimizer steps",
         "averaged": "Mean of the weights of so many runs",
+        "base_share": "Share of the base's weights in it",
         "context_sha256": "SHA-256 of description and terms",
         "plugin": "Made with",
     }

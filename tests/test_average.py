@@ -12,7 +12,7 @@ from tiny import build_nemo, write_manifest
 
 from nemo_llm_feedback.checkpoints import read_config
 from nemo_llm_feedback.cli import main
-from nemo_llm_feedback.errors import CheckpointError
+from nemo_llm_feedback.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.jobs.export import export
 from nemo_llm_feedback.models import restore
 
@@ -66,6 +66,40 @@ def test_runs_that_do_not_belong_together_are_refused(nemo_file: Any, tokenizer_
         export([one, tmp_path / "absent.nemo"], output=out)
     with pytest.raises(CheckpointError, match="--output"):
         export([one, one])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: Any, tmp_path: Path) -> None:
+    base = nemo_file("hybrid_rnnt_bpe")
+    runs = [_moved(base, tmp_path / f"{seed}.nemo", seed) for seed in range(2 if several else 1)]
+    out = tmp_path / "out.nemo"
+    flags = ["--base-share", "0.25", "--output", str(out)]
+    assert main(["export", *map(str, runs), *flags, "--base", str(base)]) == 0
+    each, start, got = [weights(path) for path in runs], weights(base), weights(out)
+    for name, value in got.items():
+        if value.is_floating_point():
+            mean = torch.stack([own[name] for own in each]).mean(dim=0)
+            torch.testing.assert_close(value, 0.75 * mean + 0.25 * start[name])
+    wanted = {"base": base.name, "steps": 10, "base_share": 0.25}
+    assert dict(read_config(out).adaptation) == wanted | ({"averaged": 2} if several else {})
+    assert "Share of the base's weights in it: `0.25`" in out.with_suffix(".md").read_text()
+
+
+def test_a_share_of_the_base_needs_the_right_base(nemo_file: Any, tmp_path: Path) -> None:
+    run_file, out = _moved(nemo_file("ctc_char"), tmp_path / "one.nemo", 1), tmp_path / "out.nemo"
+    nameless = _moved(nemo_file("ctc_char"), tmp_path / "two.nemo", 1, base=None)
+    with pytest.raises(CheckpointError, match=r"is mixed with its base: add --base"):
+        export(run_file, output=out, base_share=0.5)
+    with pytest.raises(CheckpointError, match=r"started from ctc_char\.nemo, not from .*: give that file"):
+        export(run_file, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+    with pytest.raises(CheckpointError, match="not the same class and output symbols"):
+        export(nameless, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+    with pytest.raises(CheckpointError, match="--output"):
+        export(run_file, base=nemo_file("ctc_char"), base_share=0.5)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="from 0 to below 1"):
+            export(run_file, output=out, base=nemo_file("ctc_char"), base_share=share)
     assert not out.exists()
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_llm_feedback import __version__
 from nemo_llm_feedback.checkpoints import read_config
-from nemo_llm_feedback.errors import CheckpointError
+from nemo_llm_feedback.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
 from nemo_llm_feedback.feedback import CHECKPOINT_KEY
 from nemo_llm_feedback.jobs.average import WeightAverage
@@ -34,6 +34,7 @@ def export(
     base: str | Path | None = None,
     output: str | Path | None = None,
     manifest: str | Path | None = None,
+    base_share: float = 0.0,
 ) -> Path:
     """Writes the plain ``.nemo`` of a checkpoint, or of the average of several, and its model card.
 
@@ -45,12 +46,16 @@ def export(
         output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None. Needed for several.
         manifest: labelled rows on which base and export are scored for the card; None = the card has what the
             checkpoint says of itself, which a ``.ckpt`` does not.
+        base_share: 0 ≤ share < 1, how far the weights go back towards the base's: less of what was learned, less of
+            what was lost of other speech. Needs an output, and ``base`` unless a ``.ckpt`` names it.
 
     Returns:
         The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
 
     Raises:
-        CheckpointError: unusable files, a missing base, weights of another model, or several without an output.
+        CheckpointError: unusable files, a missing base, weights of another model, or several or a share of the base
+            without an output.
+        ConfigError: the share is out of range.
         ManifestError: the manifest cannot be read or has rows without text.
     """
     given = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
@@ -58,13 +63,17 @@ def export(
     missing = [str(source) for source in sources if not source.is_file()]
     if missing or not sources:
         raise CheckpointError(f"{', '.join(missing) or 'no checkpoint'}: no such file.")
-    if len(sources) > 1 and not output:
-        raise CheckpointError("an average of several checkpoints needs a name: add --output AVERAGE.nemo.")
+    if not 0 <= base_share < 1:
+        raise ConfigError(f"--base-share {base_share:g}: give a share of the base from 0 to below 1.")
+    mean = len(sources) > 1 or base_share > 0
+    if mean and not output:
+        raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
     target = Path(output).expanduser() if output else sources[0].with_suffix(".nemo")
     rows = labelled_rows(str(manifest)) if manifest else {}
-    if rows and not base and any(source.suffix == ".nemo" for source in sources):
-        raise CheckpointError(f"{', '.join(map(str, sources))} is scored against its base: add --base BASE.nemo.")
-    model, base, facts = _opened(sources[0], base) if len(sources) == 1 else _averaged(sources, base)
+    if (rows or base_share) and not base and any(source.suffix == ".nemo" for source in sources):
+        what = "is mixed with" if base_share else "is scored against"
+        raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
+    model, base, facts = _averaged(sources, base, base_share) if mean else _opened(sources[0], base)
     model._adaptation_facts = facts
     model.save_to(str(target))
     if rows or target not in sources or not target.with_suffix(".md").is_file():
@@ -82,8 +91,11 @@ def _opened(source: Path, base: str | Path | None) -> tuple[Any, str | Path | No
     return model, base, facts
 
 
-def _averaged(sources: Sequence[Path], base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
-    """The mean of several files' weights in a model of the first one's kind, its base, and what is known of it."""
+def _averaged(
+    sources: Sequence[Path], base: str | Path | None, base_share: float
+) -> tuple[Any, str | Path | None, dict[str, Any]]:
+    """The mean of files' weights, with a share of the base's, in a model of the first one's kind; its base, and what
+    is known of it."""
     average = WeightAverage()
     holder, found = None, base
     for source in sources:
@@ -92,6 +104,8 @@ def _averaged(sources: Sequence[Path], base: str | Path | None) -> tuple[Any, st
         found = found or own
         # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
         holder = holder or (restore(str(own), map_location="cpu") if has_lora(model) else model)
+    if base_share:
+        average.mix(str(found), restore(str(found), map_location="cpu"), base_share)
     average.write_into(holder)
     return holder, found, average.facts()
 
