@@ -41,7 +41,7 @@ def main() -> None:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4, label=label)
         axis.set(title=f"{title} (%)", xlabel="updates")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     options.target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.target, dpi=110)
     print(options.target)
