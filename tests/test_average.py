@@ -86,6 +86,18 @@ def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: An
     assert "Share of the base's weights in it: `0.25`" in out.with_suffix(".md").read_text()
 
 
+def test_the_base_of_a_share_may_be_a_pretrained_name(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo.collections.asr.models import ASRModel
+
+    base = nemo_file("ctc_char")
+    run_file = _moved(base, tmp_path / "one.nemo", 1)
+    monkeypatch.setattr(ASRModel, "from_pretrained", lambda name, return_model_file: str(base))
+    export(run_file, output=tmp_path / "out.nemo", base="nvidia/a_pretrained_one", base_share=0.5)
+    assert read_config(tmp_path / "out.nemo").adaptation.base_share == 0.5
+
+
 def test_a_share_of_the_base_needs_the_right_base(nemo_file: Any, tmp_path: Path) -> None:
     run_file, out = _moved(nemo_file("ctc_char"), tmp_path / "one.nemo", 1), tmp_path / "out.nemo"
     nameless = _moved(nemo_file("ctc_char"), tmp_path / "two.nemo", 1, base=None)
@@ -114,3 +126,7 @@ def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, ti
     assert any(not torch.equal(each[0][name], each[1][name]) for name in mean)
     for name, value in mean.items():
         torch.testing.assert_close(value, torch.stack([own[name].float() for own in each]).mean(dim=0).to(value.dtype))
+    export(files[0], output=tmp_path / "half.nemo", base_share=0.5)  # a .ckpt names its base
+    start, half = weights(base), weights(tmp_path / "half.nemo")
+    for name, value in half.items():
+        torch.testing.assert_close(value, ((each[0][name].float() + start[name].float()) / 2).to(value.dtype))

@@ -22,7 +22,7 @@ from nemo_llm_feedback.lora import has_lora, inject
 from nemo_llm_feedback.manifests import Row
 from nemo_llm_feedback.metrics import CorpusScores
 from nemo_llm_feedback.model_card import write_model_card
-from nemo_llm_feedback.models import restore
+from nemo_llm_feedback.models import locate, restore
 from nemo_llm_feedback.types import Context
 
 _NORMALIZER = "basic"
@@ -105,7 +105,8 @@ def _averaged(
         # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
         holder = holder or (restore(str(own), map_location="cpu") if has_lora(model) else model)
     if base_share:
-        average.mix(str(found), restore(str(found), map_location="cpu"), base_share)
+        start = locate(str(found))  # runs name the file, and a pretrained name is not its file's
+        average.mix(str(start), restore(start, map_location="cpu"), base_share)
     average.write_into(holder)
     return holder, found, average.facts()
 
