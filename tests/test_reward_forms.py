@@ -234,6 +234,32 @@ def test_entity_weighs_the_terms_tokens(scorer):
         EntityReward(scorer)([group("a", context=Context())])
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_entity_shared_price_leaves_the_choice_among_terms_to_the_recogniser(scorer, relative):
+    members = group("a latte", "a oat milk", "a latte with latte", "a letter")
+    each = EntityReward(scorer, weight=3.0, relative=relative)([members])
+    out = EntityReward(scorer, weight=3.0, relative=relative, shared_price=True)([members])
+    texts = [*members.texts, *CONTEXT.terms]
+    scores = score_terms(scorer, [(CONTEXT, CONTEXT.terms, texts)])[0]
+    bare = score_terms(scorer, [(Context(CONTEXT.description), CONTEXT.terms, texts)])[0]
+    alone = zip(scores[len(members.texts) :], bare[len(members.texts) :], strict=True)
+    worth = [one.inside + 2 * (one.inside - (without.inside if relative else 0.0)) for one, without in alone]
+    price = sum(worth) / len(worth)
+    counted = [n * price for n in (1, 1, 2, 0)]
+    outside = [one.total - one.inside for one in scores[: len(members.texts)]]
+    assert_rows(out.values, [[o + c for o, c in zip(outside, counted, strict=True)]], atol=1e-3, rtol=0)
+    assert_rows(out.parts["entity_terms"], [counted], atol=1e-3, rtol=0)
+    apart = each.values[0, 0] - each.values[0, 1]  # by their own tokens the two names differ, by the shared price not
+    assert abs(apart - (outside[0] - outside[1])) > 0.1
+    assert out.values[0, 0] - out.values[0, 1] == pytest.approx(outside[0] - outside[1], abs=1e-3)
+
+
+def test_entity_shared_price_without_terms_is_the_plain_score(scorer):
+    members = group("a latte", "a letter", context=Context("orders at a coffee bar"))
+    plain = [score.logp for score in scorer.score([(members.context, members.texts)])[0]]
+    assert_rows(EntityReward(scorer, shared_price=True)([members]).values, [plain], atol=1e-3, rtol=0)
+
+
 def test_entity_rules():
     context = Context(terms=("cappuccino", "oat milk", "Latte", "tea", "拿铁"))
     members = group(

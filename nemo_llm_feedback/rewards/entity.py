@@ -5,6 +5,12 @@ term. Log-probabilities are ≤ 0, so plain weighting (``relative: false``) make
 default T is therefore what the list does for these tokens, log p(token | context) − log p(token | context without
 terms): above 0 where the list makes them likelier, below where it does not.
 
+Names have prices, then: a small LLM spells one listed name with ten nats less than another of which it knows as
+little, and puts it where the other was said. With ``shared_price`` every mention of a listed term counts the same, the
+mean over the list of what each would count alone. That is a class of words whose members are equally likely (Brown et
+al., Class-based n-gram models of natural language, 1992, eq. 3, with P(w | class) = 1/K): the LLM says where a name
+fits, the recogniser which.
+
 ``entity_hits`` counts the listed terms that a member mentions. ``entity_false_alarms`` counts, negatively, those
 mentions that nothing in the recogniser's own best transcript looks or sounds like. Without a transcript a false alarm
 cannot be known, only suspected: the definition is ours.
@@ -13,8 +19,9 @@ cannot be known, only suspected: the definition is ours.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_llm_feedback.errors import RewardError
 from nemo_llm_feedback.llm.queries import score_terms
@@ -29,6 +36,14 @@ if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer
 
 
+class _Spelled(NamedTuple):
+    """The log-probability of a text, in nats: outside and inside its mentions, and inside for an LLM without list."""
+
+    outside: float
+    inside: float
+    baseline: float
+
+
 @register("entity")
 class EntityReward:
     """The LLM's log-probability with another weight on the tokens of listed terms.
@@ -37,6 +52,8 @@ class EntityReward:
         scorer: the LLM.
         weight: of those tokens; 1 is the plain log-probability.
         relative: weigh what the term list changes for them instead of their whole log-probability.
+        shared_price: every mention counts the mean over the listed terms, not what its own tokens cost. For terms that
+            the LLM knows equally little; of a menu it may well know which item is likely.
         cache: store of the sums, or its path; in memory by default.
         view: how groups are shown to the LLM; as they are by default.
         allow_no_context: score groups that have no context instead of refusing.
@@ -53,6 +70,7 @@ class EntityReward:
         *,
         weight: float = 2.0,
         relative: bool = True,
+        shared_price: bool = False,
         cache: ScoreCache | str | None = None,
         view: View | None = None,
         allow_no_context: bool = False,
@@ -60,31 +78,55 @@ class EntityReward:
         if not weight >= 0:
             raise RewardError(f"reward.settings.weight={weight} must be ≥ 0; 1 weighs all tokens alike.")
         self._scorer, self._view = scorer, view
-        self._weight, self._relative = weight, relative
+        self._weight, self._relative, self._shared_price = weight, relative, shared_price
         self._needs_context = scorer.uses_context and not allow_no_context
         self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
-        """Returns values [B, N] in nats, and the parts ``entity`` (the same) and ``entity_terms`` (T, in nats).
+        """Returns values [B, N] in nats, and the parts ``entity`` (the same) and ``entity_terms``, in nats.
+
+        ``entity_terms`` is T or, with a shared price, what the mentions count in place of their own tokens.
 
         Raises:
             RewardError: a group has no context.
         """
         check_contexts(groups, needed=self._needs_context)
         shown = [self._view(group) for group in groups] if self._view else list(groups)
-        pairs = list(dict.fromkeys((group.context, text) for group in shown for text in group.texts))
+        asked = [(group.context, text) for group in shown for text in group.texts]
+        if self._shared_price:
+            asked += [(group.context, term) for group in shown for term in group.context.terms]
+        found = self._find(list(dict.fromkeys(asked)))
+        values, terms = [], []
+        for group in shown:
+            rows = [found[group.context, text] for text in group.texts]
+            if self._shared_price:
+                price = self._price([found[group.context, term] for term in group.context.terms])
+                part = [price * len(find_terms(text, group.context.terms)) for text in group.texts]
+                values.append([row.outside + counted for row, counted in zip(rows, part, strict=True)])
+            else:
+                part = [row.inside - row.baseline for row in rows]
+                values.append([row.outside + self._worth(row) for row in rows])
+            terms.append(part)
+        padded = pad_groups(values)
+        return RewardOutput(padded, {self.name: padded, "entity_terms": pad_groups(terms)})
+
+    def _worth(self, row: _Spelled) -> float:
+        """What the mentions of a text count, in nats."""
+        return row.inside + (self._weight - 1) * (row.inside - row.baseline)
+
+    def _price(self, alone: Sequence[_Spelled]) -> float:
+        """What a mention of any listed term counts, in nats: the mean over those that the LLM can score."""
+        worth = [value for value in map(self._worth, alone) if math.isfinite(value)]
+        return sum(worth) / len(worth) if worth else 0.0
+
+    def _find(self, pairs: list[tuple[Context, str]]) -> dict[tuple[Context, str], _Spelled]:
         name = f"entity:{self._scorer.identity}"
         kinds = ("total", "inside", *(["baseline"] if self._relative else []))
         keys = {pair: [score_key(f"{name}:{kind}", *pair) for kind in kinds] for pair in pairs}
-        found = look_up(self.cache, keys, self._ask)
-        values, terms = [], []
-        for group in shown:
-            rows = [[value for value, _ in found[group.context, text]] for text in group.texts]
-            inside = [row[1] - (row[2] if self._relative else 0.0) for row in rows]
-            terms.append(inside)
-            values.append([row[0] + (self._weight - 1) * t for row, t in zip(rows, inside, strict=True)])
-        padded = pad_groups(values)
-        return RewardOutput(padded, {self.name: padded, "entity_terms": pad_groups(terms)})
+        scores = {pair: [value for value, _ in row] for pair, row in look_up(self.cache, keys, self._ask).items()}
+        return {
+            pair: _Spelled(row[0] - row[1], row[1], row[2] if self._relative else 0.0) for pair, row in scores.items()
+        }
 
     def _ask(self, pairs: list[tuple[Context, str]]) -> list[list[CachedScore]]:
         texts: dict[Context, list[str]] = {}
