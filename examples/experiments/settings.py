@@ -24,6 +24,8 @@ SETTINGS = {
     "LLM in 16 bit": "llm.quantization=none llm.compute_dtype=bfloat16",
     "LLM in 32 bit": "llm.quantization=none",
     "reward: entity tokens weigh double": "reward=entity",
+    "reward: one price for all listed terms": "reward=entity reward.settings.weight=3 "
+    "reward.settings.shared_price=true",
     "reward: each part normalised (z)": "reward=composite "
     "'reward.settings.components=[{name:llm,weight:2,normalize:z},{name:asr,weight:1,normalize:z}]'",
     "reward: listed terms found, no LLM": "reward=rules reward.settings.repetition=0 reward.settings.empty=0 "
