@@ -207,7 +207,7 @@ def test_every_ablation_has_a_row_whose_settings_come_last(bed: Any, made: Any, 
     """Over those that all rows have: `reward.asr_weight=0` and so on must be what trains."""
     options, domain = made
     rows = [name for name in bed.ROWS if name.startswith(("feedback_n_", "feedback_source_", "feedback_reward_"))]
-    assert len(rows) == 11
+    assert len(rows) == 12
     for name in [*rows, "feedback_no_asr_term", "feedback_no_length_term", "feedback_llm_in_16_bit"]:
         overrides = bed.row_overrides(name, options, domain, [], target=tmp_path / "a.nemo")
         assert overrides[-len(bed.ROWS[name]) :] == bed.ROWS[name], name
