@@ -101,7 +101,8 @@ class EntityReward:
             rows = [found[group.context, text] for text in group.texts]
             if self._shared_price:
                 price = self._price([found[group.context, term] for term in group.context.terms])
-                part = [price * len(find_terms(text, group.context.terms)) for text in group.texts]
+                mentions = [len(find_terms(text, group.context.terms)) for text in group.texts]
+                part = [n * price if n else 0.0 for n in mentions]
                 values.append([row.outside + counted for row, counted in zip(rows, part, strict=True)])
             else:
                 part = [row.inside - row.baseline for row in rows]
@@ -115,9 +116,9 @@ class EntityReward:
         return row.inside + (self._weight - 1) * (row.inside - row.baseline)
 
     def _price(self, alone: Sequence[_Spelled]) -> float:
-        """What a mention of any listed term counts, in nats: the mean over those that the LLM can score."""
+        """What a mention of any listed term counts, in nats: the mean over those that the LLM can score, else NaN."""
         worth = [value for value in map(self._worth, alone) if math.isfinite(value)]
-        return sum(worth) / len(worth) if worth else 0.0
+        return sum(worth) / len(worth) if worth else math.nan
 
     def _find(self, pairs: list[tuple[Context, str]]) -> dict[tuple[Context, str], _Spelled]:
         name = f"entity:{self._scorer.identity}"
