@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/core/version.py").read_text())[1]
 
 setup(
     name="nemo_llm_feedback",
@@ -21,7 +21,7 @@ setup(
     package_data={
         "nemo_llm_feedback.conf": ["*.yaml", "*/*.yaml"],
         "nemo_llm_feedback": ["py.typed"],
-        "nemo_llm_feedback.report": ["templates/*"],
+        "nemo_llm_feedback.evaluation.report": ["templates/*"],
     },
     install_requires=[
         "nemo_toolkit[asr]>=3.0,<3.1",
@@ -52,5 +52,5 @@ setup(
         "tenacity>=9.0",
     ],
     extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
-    entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli:main"]},
+    entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
 )

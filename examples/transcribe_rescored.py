@@ -13,11 +13,11 @@ import sys
 from nemo.collections.asr.models import ASRModel
 from nemo.utils import logging as nemo_logging
 
-from nemo_llm_feedback.config import LLMConfig
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.rescoring import enable_rescoring
 from nemo_llm_feedback.rewards import LLMReward
-from nemo_llm_feedback.types import Context
 
 
 def main(checkpoint: str, llm: str, description: str, *audio: str) -> None:

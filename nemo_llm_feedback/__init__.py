@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from nemo_llm_feedback.core.version import __version__
+
 __all__ = ["__version__", "restore"]
 
 
 def __getattr__(name: str) -> object:
     if name == "restore":
-        from nemo_llm_feedback.models import restore
+        from nemo_llm_feedback.training.models import restore
 
         return restore
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,7 +40,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BPE tokenizer in NeMo's layout."""
-    from tiny import make_tokenizer
+    from helpers.tiny import make_tokenizer
 
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
@@ -48,7 +48,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nemo_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[[str], Path]:
     """``nemo_file(kind)`` gives a stock ``.nemo`` of a tiny model, built once a session."""
-    from tiny import build_nemo
+    from helpers.tiny import build_nemo
 
     folder = tmp_path_factory.mktemp("nemo")
     built: dict[str, Path] = {}
@@ -64,6 +64,6 @@ def nemo_file(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random causal LM."""
-    from tiny_llm import make_tiny_llm
+    from helpers.tiny_llm import make_tiny_llm
 
     return make_tiny_llm(tmp_path_factory.mktemp("llm"))

@@ -1,78 +1,85 @@
-"""Imports go downward only, and heavy libraries stay in the rooms that are meant for them."""
+"""The shape of the package: ten rooms, imports that go downward only, no circle, heavy libraries in few places."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "nemo_llm_feedback"
 
-# One layer a line, lowest first; a module may import from its own layer and those below.
-LAYERS = [
-    {"errors", "types", "config", "normalize"},
-    {"trie", "likelihood", "group_math", "objectives", "error_counts", "entities", "metrics", "tables", "sampling"},
-    {"llm", "prompts", "rewards", "manifests", "checkpoints", "records", "comparison", "predictions"},
-    {
-        "heads",
-        "lora",
-        "reference",
-        "swaps",
-        "proposals",
-        "groups",
-        "scales",
-        "batches",
-        "losses",
-        "supervision",
-        "distributed",
-        "loaders",
-        "resuming",
-    },
-    {"preparation", "survey", "anchor", "feedback", "rescoring"},
-    {"models"},
-    {"evaluation", "nbest", "training", "report", "model_card"},
-    {"composition", "jobs", "commands", "cli", "run"},
-]
-TORCH_ONLY = {"trie", "likelihood", "group_math", "objectives"}
-ALLOWED_TRANSFORMERS = {"llm", "rewards"}
+# Highest first: a module imports from its own room and from those below it.
+ROOMS = ["cli", "training", "rescoring", "evaluation", "hypotheses", "rewards", "llm", "asr", "data", "core"]
+MOST_FLOORS = 8
+TORCH_ONLY = ("core.trie", "asr.likelihood", "training.objectives", "training.group_math")
+TRANSFORMERS = ("llm",)
+LAZY = "the Python API imports NeMo on first use; no room imports it"
 
 
-def _modules() -> list[Path]:
-    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-
-
-def _room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+@cache
+def _modules() -> dict[str, Path]:
+    """Dotted name under the package → file; ``core`` for the file ``core/__init__.py``."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def _layer(room: str) -> int:
-    return next(k for k, layer in enumerate(LAYERS) if room in layer)
+@cache
+def _imports(name: str) -> frozenset[str]:
+    """Everything that a module imports, also inside functions; ours as dotted names under the package."""
+    found = set()
+    for node in ast.walk(ast.parse(_modules()[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {_room(p) for p in _modules()} == set().union(*LAYERS)
+def _ours(name: str) -> set[str]:
+    """The package's modules that a module imports, without the packages that it lies in itself."""
+    found = {i.removeprefix("nemo_llm_feedback.") for i in _imports(name) if i.startswith("nemo_llm_feedback.")}
+    return {i for i in found if i in _modules() and i != name and not name.startswith(f"{i}.")}
 
 
-@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_downward(path: Path) -> None:
-    room = _room(path)
-    for name in _imports(path):
-        parts = name.split(".")
-        if parts[0] == "nemo_llm_feedback" and len(parts) > 1:
-            # conf_dir is the one name that composition borrows from the light-weight cli.
-            assert _layer(parts[1]) <= _layer(room), f"{room} imports {parts[1]} from above"
-        if parts[0] == "nemo":
-            assert room not in TORCH_ONLY
-        if parts[0] in ("transformers", "bitsandbytes", "accelerate"):
-            assert room in ALLOWED_TRANSFORMERS, f"{room} imports {parts[0]}"
+def _room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_the_package_has_ten_rooms_and_nothing_beside_them() -> None:
+    flat = {name for name in _modules() if "." not in name and _modules()[name].name != "__init__.py"}
+    assert flat == set()
+    assert {_room(name) for name in _modules() if name} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [n for n in _modules() if n])
+def test_imports_go_downward(name: str) -> None:
+    for other in _ours(name):
+        assert ROOMS.index(_room(other)) >= ROOMS.index(_room(name)), f"{name} imports {other} from above"
+    assert "nemo_llm_feedback" not in _imports(name), LAZY
+
+
+def test_no_circle_between_modules() -> None:
+    TopologicalSorter({name: _ours(name) for name in _modules()}).prepare()
+
+
+def test_no_circle_between_rooms_and_few_floors() -> None:
+    rooms = {room: {_room(o) for n in _modules() if _room(n) == room for o in _ours(n)} - {room} for room in ROOMS}
+    floor: dict[str, int] = {}
+    for room in TopologicalSorter(rooms).static_order():
+        floor[room] = 1 + max((floor[below] for below in rooms[room]), default=0)
+    assert max(floor.values()) <= MOST_FLOORS, floor
+
+
+@pytest.mark.parametrize("name", [n for n in _modules() if n])
+def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
+    top = {i.split(".")[0] for i in _imports(name)}
+    if name.startswith(TORCH_ONLY):
+        assert "nemo" not in top
+    if not name.startswith(TRANSFORMERS):
+        assert not top & {"transformers", "bitsandbytes", "accelerate"}

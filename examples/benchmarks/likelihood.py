@@ -34,8 +34,8 @@ from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.utils import logging as nemo_logging
 from torch import Tensor
 
-from nemo_llm_feedback.likelihood import Band, BandReport, ctc_log_prob, rnnt_log_prob, tdt_log_prob
-from nemo_llm_feedback.trie import PrefixTrie
+from nemo_llm_feedback.asr.likelihood import Band, BandReport, ctc_log_prob, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.core.trie import PrefixTrie
 
 SHAPES = {"full": FULL, "small": SMALL, "tiny": TINY}
 Hyps = tuple[Sequence[Labels], Sequence[int]]  # label sequences and the row of each

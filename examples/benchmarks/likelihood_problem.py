@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.likelihood.prediction import prefix_outputs
-from nemo_llm_feedback.trie import PrefixTrie
+from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
+from nemo_llm_feedback.core.trie import PrefixTrie
 
 WIDTH = 0.2  # frames
 DURATIONS = (0, 1, 2, 3, 4)

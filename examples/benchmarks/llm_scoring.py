@@ -41,7 +41,7 @@ import psutil
 import torch
 from torch import nn
 
-from nemo_llm_feedback.config import LLMConfig
+from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.llm.engine import Engine, Sharing
 
 Ids = tuple[int, ...]

@@ -23,11 +23,11 @@ import torch
 from nemo.utils import logging as nemo_logging
 from rapidfuzz.distance import Levenshtein
 
-from nemo_llm_feedback.evaluation import audio_batches
-from nemo_llm_feedback.manifests import read_manifest
-from nemo_llm_feedback.models import restore
-from nemo_llm_feedback.reference import FrozenReference
-from nemo_llm_feedback.trie import PrefixTrie
+from nemo_llm_feedback.asr.reference import FrozenReference
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.data.audio import audio_batches
+from nemo_llm_feedback.data.manifests import read_manifest
+from nemo_llm_feedback.training.models import restore
 
 BEAM, BINS = 8, 20
 Labels = tuple[int, ...]

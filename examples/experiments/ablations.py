@@ -18,8 +18,8 @@ from typing import Any
 from nemo.utils import logging
 from settings import SETTINGS
 
-from nemo_llm_feedback.jobs.look import LookOptions
-from nemo_llm_feedback.jobs.score import ScoreReport, score
+from nemo_llm_feedback.cli.jobs.nbest_probe import LookOptions
+from nemo_llm_feedback.cli.jobs.score import ScoreReport, score
 
 COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
 

@@ -16,7 +16,7 @@ from inference import nemo_beam, rescored
 from nemo.utils import logging
 from settings import ablation_rows
 
-from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
 POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's own step, and no looks, as none is unlabeled.
@@ -182,7 +182,7 @@ def _adapt(name: str, options: argparse.Namespace, bed: Bed, watched: Sequence[P
     target = options.out / f"{name}_seed{options.seed}.nemo"
     if not target.is_file():
         overrides = row_overrides(name, options, bed, watched, target=target)
-        command = [sys.executable, "-m", "nemo_llm_feedback.cli", "adapt", *overrides]
+        command = [sys.executable, "-m", "nemo_llm_feedback.cli.main", "adapt", *overrides]
         with open(options.out / f"{name}_seed{options.seed}.log", "a", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return str(target)

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from nemo_llm_feedback.records import RESULT_FILE, read_steps
+from nemo_llm_feedback.core.run_folder import RESULT_FILE, read_steps
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from nemo.collections.asr.models import ASRModel
 from nemo.utils import logging
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.config import ContextConfig
-from nemo_llm_feedback.manifests import Row, read_manifest
+from nemo_llm_feedback.core.config import ContextConfig
+from nemo_llm_feedback.data.manifests import Row, read_manifest
 
 BEAM = 8
 
@@ -93,7 +93,7 @@ def rescored(
         judge: flags of ``transcribe`` that give the reward and its weights.
     """
     if not target.is_file():
-        command = [sys.executable, "-m", "nemo_llm_feedback.cli", "transcribe", str(checkpoint)]
+        command = [sys.executable, "-m", "nemo_llm_feedback.cli.main", "transcribe", str(checkpoint)]
         command += ["--dataset-manifest", str(manifest), "--output-filename", str(target), "--rescore"]
         command += ["--llm", str(llm), *context, *judge]
         with open(target.with_suffix(".log"), "w", encoding="utf-8") as log:

@@ -26,8 +26,8 @@ from nemo.collections.asr.parts.submodules.ngram_lm import DEFAULT_TOKEN_OFFSET
 from nemo.utils import logging
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.config import read_terms
-from nemo_llm_feedback.jobs.evaluate import evaluate, evaluation_text, make_scoring
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_text, make_scoring
+from nemo_llm_feedback.core.config import read_terms
 
 IRSTLM = Path("/usr/lib/irstlm")  # where Debian puts it; its scripts look for themselves under this folder
 

@@ -15,18 +15,18 @@ from dataclasses import replace
 
 from nemo.utils import logging as nemo_logging
 
-from nemo_llm_feedback.config import LLMConfig, ProposalConfig, read_terms
-from nemo_llm_feedback.evaluation import score_rows
-from nemo_llm_feedback.groups import ScoredGroup
-from nemo_llm_feedback.jobs.tune import choose
+from nemo_llm_feedback.cli.jobs.tune import choose
+from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig, read_terms
+from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.evaluation.metrics import oracle
+from nemo_llm_feedback.evaluation.scoring import score_rows
+from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_groups
 from nemo_llm_feedback.llm import load_llm
-from nemo_llm_feedback.manifests import Row, read_manifest
-from nemo_llm_feedback.metrics import oracle
-from nemo_llm_feedback.models import restore
-from nemo_llm_feedback.nbest import NBestSettings, scored_groups
-from nemo_llm_feedback.normalize import get_normalizer
 from nemo_llm_feedback.rewards import LLMReward
-from nemo_llm_feedback.types import Context
+from nemo_llm_feedback.training.models import restore
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from nemo.utils import logging
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.jobs.evaluate import evaluate, make_scoring, system_names
-from nemo_llm_feedback.metrics import CorpusScores, find_metric
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, make_scoring, system_names
+from nemo_llm_feedback.evaluation.metrics import CorpusScores, find_metric
 
 SAMPLES = 10_000
 METRICS = ("wer", "cer", "ewer", "entity_recall", "false_alarms")

@@ -18,10 +18,11 @@ from typing import Any
 from nemo.collections.asr.models import ASRModel
 from nemo.utils import logging
 
-from nemo_llm_feedback.evaluation import score_rows, transcribe_rows
-from nemo_llm_feedback.manifests import read_manifest
-from nemo_llm_feedback.models import restore
-from nemo_llm_feedback.types import Context
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import read_manifest
+from nemo_llm_feedback.evaluation.scoring import score_rows
+from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.training.models import restore
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import logging
 import time
 from pathlib import Path
 
-from nemo_llm_feedback.composition import compose_config
+from nemo_llm_feedback.core.config.compose import compose_config
 
 HERE = Path(__file__).parent
 METRICS = ("wer", "ewer", "entity_recall", "false_alarms")
@@ -37,14 +37,15 @@ def main() -> None:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
-    from nemo_llm_feedback.config import ProposalConfig, parse_run_config
-    from nemo_llm_feedback.evaluation import propose_rows, score_rows, transcribe_rows
-    from nemo_llm_feedback.jobs.adapt import adapt
-    from nemo_llm_feedback.manifests import read_manifest
-    from nemo_llm_feedback.metrics import oracle
-    from nemo_llm_feedback.models import restore
-    from nemo_llm_feedback.normalize import get_normalizer
-    from nemo_llm_feedback.tables import build_table
+    from nemo_llm_feedback.cli.jobs.adapt import adapt
+    from nemo_llm_feedback.core.config import ProposalConfig, parse_run_config
+    from nemo_llm_feedback.core.text import get_normalizer
+    from nemo_llm_feedback.data.manifests import read_manifest
+    from nemo_llm_feedback.evaluation.metrics import oracle
+    from nemo_llm_feedback.evaluation.scoring import score_rows
+    from nemo_llm_feedback.evaluation.tables import build_table
+    from nemo_llm_feedback.evaluation.transcribe import propose_rows, transcribe_rows
+    from nemo_llm_feedback.training.models import restore
 
     fixed = [f"quickstart_dir={HERE}", *options.overrides]
     context = parse_run_config(compose_config(fixed, config_name="quickstart")).context.load()

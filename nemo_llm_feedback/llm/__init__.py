@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_llm_feedback.llm.folder import check_llm_folder, estimate_memory, resolve_folder
 
 if TYPE_CHECKING:
-    from nemo_llm_feedback.config import LLMConfig
+    from nemo_llm_feedback.core.config import LLMConfig
     from nemo_llm_feedback.llm.scorer import LLMScorer, TextScore
 
 __all__ = ["LLMScorer", "TextScore", "check_llm_folder", "estimate_memory", "load_llm", "open_llm", "resolve_folder"]

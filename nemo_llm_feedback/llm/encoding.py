@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.prompts import Template
-from nemo_llm_feedback.types import Context
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm.prompts import Template
 
 logger = logging.getLogger(__name__)
 

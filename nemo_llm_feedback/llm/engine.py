@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.llm.head import Head, chosen_logp
 from nemo_llm_feedback.llm.packing import Ids, PackedBatch, Row, batch_rows, plan_rows
 from nemo_llm_feedback.llm.prefix import Prefix, PrefixStore, joined_cache

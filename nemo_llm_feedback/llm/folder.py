@@ -12,9 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.config import LLMConfig
-from nemo_llm_feedback.errors import LLMError
-from nemo_llm_feedback.prompts import read_template
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.llm.prompts import read_template
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # neither pickles nor code are fetched

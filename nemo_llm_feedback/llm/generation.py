@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rapidfuzz import fuzz
 
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm.prompts import Template
 from nemo_llm_feedback.llm.view import LLMView, restored
-from nemo_llm_feedback.prompts import Template
-from nemo_llm_feedback.types import Context
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm.scorer import LLMScorer

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_llm_feedback.config import LLMConfig
-from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.llm.folder import fingerprint, is_pinned, resolve_folder
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.trie import PrefixTrie
+from nemo_llm_feedback.core.trie import PrefixTrie
 
 Ids = tuple[int, ...]
 _PADDING = 1.05  # widest batch, as a multiple of its real tokens

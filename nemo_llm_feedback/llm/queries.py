@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm.prompts import Template
 from nemo_llm_feedback.llm.term_ranking import find_terms
-from nemo_llm_feedback.prompts import Template
-from nemo_llm_feedback.types import Context
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm.scorer import LLMScorer

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from nemo_llm_feedback.config import LLMConfig
-from nemo_llm_feedback.errors import LLMError
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.engine import ROW_NODES, Engine, Ids, Sharing
 from nemo_llm_feedback.llm.loading import LLMFiles, load_model, open_files
-from nemo_llm_feedback.prompts import read_template
-from nemo_llm_feedback.types import Context
+from nemo_llm_feedback.llm.prompts import read_template
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz, process
 
-from nemo_llm_feedback.normalize import UNSPACED, basic
+from nemo_llm_feedback.core.text import UNSPACED, basic
 
 DISTRACTOR_SHARE = 0.25
 _UNIT = re.compile(rf"{UNSPACED.pattern}|[^\s{UNSPACED.pattern[1:-1]}]+")

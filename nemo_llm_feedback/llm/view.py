@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_llm_feedback.config import LLMConfig
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.text import UNSPACED
+from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm.term_ranking import find_terms, rank_terms
-from nemo_llm_feedback.normalize import UNSPACED
-from nemo_llm_feedback.types import Context, HypothesisGroup
 
 _PRONOUN = re.compile(r"\bi\b(?=$|\s|'(?:m|d|ll|ve|s)\b)")
 

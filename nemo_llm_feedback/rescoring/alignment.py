@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.errors import DecodingError
-from nemo_llm_feedback.heads import Labels
-from nemo_llm_feedback.likelihood.prediction import prefix_outputs
-from nemo_llm_feedback.trie import PrefixTrie
+from nemo_llm_feedback.asr.heads import Labels
+from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
+from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.core.trie import PrefixTrie
 
 # In the place of −inf, so that differences of sums stay numbers; far below any sum of real log-probabilities.
 _NEVER = -1e9

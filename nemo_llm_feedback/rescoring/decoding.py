@@ -17,10 +17,10 @@ from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding,
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
-from nemo_llm_feedback.errors import DecodingError
-from nemo_llm_feedback.heads import CTCHead, Head, Labels
-from nemo_llm_feedback.proposals import Proposer
-from nemo_llm_feedback.reference import evaluation_mode
+from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels
+from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.rescoring.alignment import align_ctc, align_transducer, plain_ids
 from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
 

@@ -9,9 +9,9 @@ from nemo.collections.asr import models as nemo_models
 from nemo.core import ModelPT
 from nemo.utils import logging
 
-from nemo_llm_feedback.checkpoints import SUPPORTED
-from nemo_llm_feedback.config.rescoring import RescoringConfig
-from nemo_llm_feedback.errors import CheckpointError
+from nemo_llm_feedback.asr.checkpoints import SUPPORTED
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig
+from nemo_llm_feedback.core.errors import CheckpointError
 from nemo_llm_feedback.rescoring.model import (
     RescoringMixin,
     attach,

@@ -18,15 +18,15 @@ from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_o
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_llm_feedback.checkpoints import supported_class
-from nemo_llm_feedback.config.rescoring import RescoringConfig, parse_rescoring_config
-from nemo_llm_feedback.errors import ConfigError
-from nemo_llm_feedback.heads import heads_of
+from nemo_llm_feedback.asr.checkpoints import supported_class
+from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.rescoring.decoding import adopt
 from nemo_llm_feedback.rescoring.scoring import Rescorer
 from nemo_llm_feedback.rescoring.strategies import nbest_config, wants_nbest, wants_timestamps
 from nemo_llm_feedback.rewards import Reward
-from nemo_llm_feedback.types import Context
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base

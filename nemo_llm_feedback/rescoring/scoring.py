@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.config import ProposalConfig, RewardConfig, RunConfig
-from nemo_llm_feedback.config.rescoring import RescoringConfig
-from nemo_llm_feedback.errors import ConfigError, RewardError
-from nemo_llm_feedback.heads import Head, Labels
+from nemo_llm_feedback.asr.heads import Head, Labels
+from nemo_llm_feedback.core.config import ProposalConfig, RewardConfig, RunConfig
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig
+from nemo_llm_feedback.core.errors import ConfigError, RewardError
+from nemo_llm_feedback.core.text import get_normalizer, text_length
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.core.types import Context, HypothesisGroup
+from nemo_llm_feedback.data.manifests import merge_context
+from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.llm import open_llm
-from nemo_llm_feedback.manifests import merge_context
-from nemo_llm_feedback.normalize import get_normalizer, text_length
-from nemo_llm_feedback.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.rewards import LLMReward, Reward
 from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
-from nemo_llm_feedback.trie import PrefixTrie
-from nemo_llm_feedback.types import Context, HypothesisGroup
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.config.faults import listing
-from nemo_llm_feedback.errors import ConfigError
+from nemo_llm_feedback.core.config.faults import listing
+from nemo_llm_feedback.core.errors import ConfigError
 
 DEFAULT_NBEST = 8
 """Beam size where a greedy strategy is replaced by a beam and no size was asked for."""

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from nemo_llm_feedback.errors import RewardError
-from nemo_llm_feedback.types import HypothesisGroup, RewardOutput
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 
 
 @runtime_checkable

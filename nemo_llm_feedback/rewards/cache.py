@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from nemo_llm_feedback.errors import RewardError
-from nemo_llm_feedback.types import Context
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import Context
 
 CachedScore = tuple[float, int]
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.config.reward import GROUP_NORMALIZATIONS
-from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.core.config.reward import GROUP_NORMALIZATIONS
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register
-from nemo_llm_feedback.types import HypothesisGroup, RewardOutput
 
 _STD_FLOOR = 1e-6
 _SHARED = ("asr", "length")  # parts that a reward with an ASR and a length term of its own would give twice

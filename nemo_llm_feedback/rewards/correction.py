@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nemo_llm_feedback.normalize import get_normalizer
+from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.lookup import check_contexts, look_up
 from nemo_llm_feedback.rewards.rules import word_distance
-from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
 
 logger = logging.getLogger(__name__)
 

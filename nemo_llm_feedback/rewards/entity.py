@@ -23,14 +23,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.queries import score_terms
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.lookup import View, check_contexts, look_up
 from nemo_llm_feedback.rewards.rules import GroupRuleReward, anchor_text
-from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer

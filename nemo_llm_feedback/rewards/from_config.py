@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm_feedback.config import RunConfig
-from nemo_llm_feedback.config.reward import ANCHORED_REWARDS
-from nemo_llm_feedback.errors import ConfigError, LLMError, RewardError
+from nemo_llm_feedback.core.config import RunConfig
+from nemo_llm_feedback.core.config.reward import ANCHORED_REWARDS
+from nemo_llm_feedback.core.errors import ConfigError, LLMError, RewardError
+from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
-from nemo_llm_feedback.prompts import read_template
 from nemo_llm_feedback.rewards.base import Reward, build_reward, find_factory, import_object
 from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.judge import JUDGE_MODES
-from nemo_llm_feedback.rewards.remote_config import parse_remote
+from nemo_llm_feedback.rewards.remote.config import parse_remote
 
 # Arguments that come from other settings, so that reward.settings may not name them.
 _GIVEN = ("scorer", "corrector", "cache", "view", "allow_no_context", "normalizer", "alpha", "beta", "asr_weight")

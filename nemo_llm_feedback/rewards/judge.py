@@ -13,12 +13,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_llm_feedback.errors import LLMError, RewardError
-from nemo_llm_feedback.prompts import ANSWERS, read_template
+from nemo_llm_feedback.core.errors import LLMError, RewardError
+from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.lookup import View, by_context, check_contexts, look_up
-from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer

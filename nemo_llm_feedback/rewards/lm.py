@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nemo_llm_feedback.errors import RewardError
-from nemo_llm_feedback.normalize import text_length
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.text import text_length
+from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
-from nemo_llm_feedback.types import Context, HypothesisGroup, RewardOutput, pad_groups
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
 _NO_CONTEXT = Context()

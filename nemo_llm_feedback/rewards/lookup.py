@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from nemo_llm_feedback.errors import RewardError
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
-from nemo_llm_feedback.types import Context, HypothesisGroup
 
 Item = TypeVar("Item", bound=Hashable)
 View = Callable[[HypothesisGroup], HypothesisGroup]

@@ -14,11 +14,11 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from nemo_llm_feedback.errors import RewardError
-from nemo_llm_feedback.normalize import UNSPACED, text_length
-from nemo_llm_feedback.prompts import BASE_TEMPLATE, Template
+from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.text import UNSPACED, text_length
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm.prompts import BASE_TEMPLATE, Template
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.types import HypothesisGroup, RewardOutput, pad_groups
 
 Judge = Callable[..., Sequence[float | None]]
 

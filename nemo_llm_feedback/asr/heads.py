@@ -1,0 +1,383 @@
+"""The heads of a NeMo model behind one interface: exact log p(y | x), beam search, greedy and exact sampling.
+
+A :class:`Head` borrows the model's modules and owns none, so it can stay in a plain holder outside the module tree.
+Two kinds of model use it: the policy that learns, and the frozen reference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.asr.likelihood import (
+    Band,
+    TransducerParts,
+    ctc_divergence,
+    ctc_log_prob,
+    rnnt_log_prob,
+    tdt_log_prob,
+    transducer_divergence,
+)
+from nemo_llm_feedback.asr.sampling import sample_ctc, sample_transducer
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.trie import PrefixTrie
+
+Labels = tuple[int, ...]
+
+# NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
+_CERTAIN, _IMPOSSIBLE = 0.0, -1e4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Text ↔ label ids of a checkpoint, for BPE and character models alike.
+
+    Attributes:
+        tokenizer: NeMo's tokenizer, or None for a character model.
+        labels: the label of every id, without blank.
+    """
+
+    tokenizer: Any
+    labels: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of labels without blank."""
+        return len(self.labels)
+
+    @property
+    def cased(self) -> bool:
+        """Whether any label has an upper-case letter."""
+        return any(label != label.lower() for label in self.labels)
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """Label ids of a text; characters the model lacks are left out (character models) or unknown (BPE)."""
+        text = text if self.cased else text.lower()
+        if self.tokenizer is not None:
+            return list(self.tokenizer.text_to_ids(text))
+        ids = {label: i for i, label in enumerate(self.labels)}
+        return [ids[c] for c in text if c in ids]
+
+    def ids_to_text(self, ids: Sequence[int]) -> str:
+        """The text of label ids."""
+        if self.tokenizer is not None:
+            return str(self.tokenizer.ids_to_text(list(ids))) if ids else ""
+        return "".join(self.labels[i] for i in ids)
+
+
+class Head(ABC):
+    """One output head of a model.
+
+    Attributes:
+        name: ``ctc`` or ``transducer``.
+        vocabulary: its labels.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+
+    @abstractmethod
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
+        """log p(y | x) of every hypothesis of the trie, the marginal over alignments.
+
+        Args:
+            encoded: [B, D, T] encoder output.
+            lengths: [B] frames.
+            trie: the H hypotheses.
+            memory_budget_mb: bound of the joint's working memory (transducers).
+            band: leaves out cells that hold next to no probability (transducers in eval mode); None = exact.
+
+        Returns:
+            [H] natural log, float32, with gradient; −inf where the audio is too short.
+        """
+
+    @abstractmethod
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """How far this head's outputs have moved from those of a reference along some audio.
+
+        Args:
+            encoded: [B, D, T] encoder output of the policy.
+            reference: the same kind of head, frozen.
+            ref_encoded: [B, D, T] the reference's encoder output of the same audio.
+            lengths: [B] frames.
+            trie: one text a row, along whose alignments a transducer is compared; not read by CTC.
+
+        Returns:
+            [B] KL(reference ‖ policy) summed along the audio, nats an utterance, with gradient.
+        """
+
+    @abstractmethod
+    def beam(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        *,
+        size: int,
+        max_symbols: int,
+        tree: Any = None,
+        tree_weight: float = 0.0,
+    ) -> list[list[Labels]]:
+        """Label sequences of NeMo's batched beam search, best first.
+
+        Args:
+            encoded: [B, D, T] encoder output, no gradient needed.
+            lengths: [B] frames.
+            size: beam size = largest number of sequences.
+            max_symbols: largest number of labels in one frame (transducers).
+            tree: NeMo's ``GPUBoostingTreeModel`` for phrase boosting, or None.
+            tree_weight: weight of the tree.
+        """
+
+    @abstractmethod
+    def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
+        """The greedy label sequence of every row; arguments as in :meth:`beam`."""
+
+    @abstractmethod
+    def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
+        """``size`` exact samples from p(y | x) a row (transducers may return fewer: incomplete paths are rejected)."""
+
+
+class CTCHead(Head):
+    """The CTC head of a CTC or hybrid model.
+
+    Args:
+        decoder: NeMo's ``ConvASRDecoder``.
+        vocabulary: its labels; blank is the id after the last one.
+    """
+
+    name = "ctc"
+
+    def __init__(self, decoder: Any, vocabulary: Vocabulary) -> None:
+        self._decoder = decoder
+        self.vocabulary = vocabulary
+
+    def _log_probs(self, encoded: Tensor) -> Tensor:
+        """[B, T, V+1] log-probabilities in float32 whatever the autocast, or in float64 for a model in float64."""
+        log_probs = self._decoder(encoder_output=encoded)
+        return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
+        """See :class:`Head`; budget and band are not needed here, the lattice is small and there is no joint."""
+        return ctc_log_prob(self._log_probs(encoded), lengths, trie)
+
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """See :class:`Head`."""
+        assert isinstance(reference, CTCHead)
+        with torch.no_grad():
+            frozen = reference._log_probs(ref_encoded)
+        return ctc_divergence(self._log_probs(encoded), frozen, lengths)
+
+    def beam(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        *,
+        size: int,
+        max_symbols: int,
+        tree: Any = None,
+        tree_weight: float = 0.0,
+    ) -> list[list[Labels]]:
+        """See :class:`Head`; NeMo's ``beam_batch`` without word insertion bonus and with padding made neutral."""
+        from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
+
+        with torch.no_grad():
+            log_probs = self._log_probs(encoded)
+            padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
+            neutral = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
+            neutral[-1] = _CERTAIN
+            log_probs = torch.where(padded[..., None], neutral, log_probs)
+            search = BatchedBeamCTCComputer(
+                blank_index=self.vocabulary.vocab_size,
+                beam_size=size,
+                return_best_hypothesis=False,
+                fusion_models=[tree] if tree is not None else None,
+                fusion_models_alpha=[tree_weight] if tree is not None else None,
+                beam_beta=0.0,
+                allow_cuda_graphs=False,
+            )
+            found = search(log_probs, lengths).to_nbest_hyps_list(score_norm=False)
+        return _labels_of(found[: len(lengths)])
+
+    def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
+        """See :class:`Head`: the best label of every frame, repeats merged, blanks removed."""
+        with torch.no_grad():
+            best = self._log_probs(encoded).argmax(-1)
+        blank = self.vocabulary.vocab_size
+        rows = (
+            torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best.cpu(), lengths.tolist(), strict=True)
+        )
+        return [tuple(label for label in row if label != blank) for row in rows]
+
+    def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
+        """See :class:`Head`."""
+        with torch.no_grad():
+            return sample_ctc(self._log_probs(encoded), lengths, size=size, generator=generator)
+
+
+class TransducerHead(Head):
+    """The RNN-T or TDT head of a transducer or hybrid model.
+
+    Args:
+        decoder: NeMo's prediction network.
+        joint: NeMo's joint network.
+        vocabulary: its labels; blank is the id after the last one.
+        durations: TDT's durations in frames; empty for RNN-T.
+    """
+
+    name = "transducer"
+
+    def __init__(self, decoder: Any, joint: Any, vocabulary: Vocabulary, *, durations: Sequence[int] = ()) -> None:
+        self._decoder, self._joint = decoder, joint
+        self.vocabulary = vocabulary
+        self.durations = tuple(int(d) for d in durations)
+
+    def log_prob(
+        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
+    ) -> Tensor:
+        """See :class:`Head`."""
+        frames = encoded.transpose(1, 2)
+        if self.durations:
+            return tdt_log_prob(
+                frames,
+                lengths,
+                trie,
+                self._decoder,
+                self._joint,
+                durations=self.durations,
+                memory_budget_mb=memory_budget_mb,
+                band=band,
+            )
+        return rnnt_log_prob(
+            frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=memory_budget_mb, band=band
+        )
+
+    def divergence(
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+    ) -> Tensor:
+        """See :class:`Head`."""
+        assert isinstance(reference, TransducerHead)
+        return transducer_divergence(
+            TransducerParts(encoded.transpose(1, 2), self._decoder, self._joint),
+            TransducerParts(ref_encoded.transpose(1, 2), reference._decoder, reference._joint),
+            lengths,
+            trie,
+            durations=self.durations,
+        )
+
+    def beam(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        *,
+        size: int,
+        max_symbols: int,
+        tree: Any = None,
+        tree_weight: float = 0.0,
+    ) -> list[list[Labels]]:
+        """See :class:`Head`; NeMo's ``malsd_batch`` with the defaults of its decoding configuration."""
+        from nemo.collections.asr.parts.submodules.rnnt_beam_decoding import BeamBatchedRNNTInfer
+        from nemo.collections.asr.parts.submodules.tdt_beam_decoding import BeamBatchedTDTInfer
+        from nemo.collections.asr.parts.utils.batched_beam_decoding_utils import BlankLMScoreMode, PruningMode
+
+        settings = {
+            "decoder_model": self._decoder,
+            "joint_model": self._joint,
+            "blank_index": self.vocabulary.vocab_size,
+            "beam_size": size,
+            "search_type": "malsd_batch",
+            "max_symbols_per_step": max_symbols,
+            "fusion_models": [tree] if tree is not None else None,
+            "fusion_models_alpha": [tree_weight] if tree is not None else None,
+            "blank_lm_score_mode": BlankLMScoreMode.LM_WEIGHTED_FULL,
+            "pruning_mode": PruningMode.LATE,
+            "allow_cuda_graphs": False,
+            "return_best_hypothesis": False,
+        }
+        if self.durations:
+            search: Any = BeamBatchedTDTInfer(durations=list(self.durations), **settings)
+        else:
+            search = BeamBatchedRNNTInfer(**settings)
+        (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
+        return _labels_of(found)
+
+    def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
+        """See :class:`Head`; NeMo's batched greedy search."""
+        from nemo.collections.asr.parts.submodules.rnnt_greedy_decoding import (
+            GreedyBatchedRNNTInfer,
+            GreedyBatchedTDTInfer,
+        )
+
+        settings = {
+            "decoder_model": self._decoder,
+            "joint_model": self._joint,
+            "blank_index": self.vocabulary.vocab_size,
+            "max_symbols_per_step": max_symbols,
+            "use_cuda_graph_decoder": False,
+        }
+        if self.durations:
+            search: Any = GreedyBatchedTDTInfer(durations=list(self.durations), **settings)
+        else:
+            search = GreedyBatchedRNNTInfer(**settings)
+        (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
+        return [tuple(int(i) for i in hyp.y_sequence) for hyp in found]
+
+    def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
+        """See :class:`Head`."""
+        with torch.no_grad():
+            return sample_transducer(
+                encoded.transpose(1, 2),
+                lengths,
+                self._decoder,
+                self._joint,
+                size=size,
+                durations=self.durations,
+                generator=generator,
+            )
+
+
+def _labels_of(found: Sequence[Any]) -> list[list[Labels]]:
+    """Plain integers from NeMo's n-best containers, whose sequences are numpy arrays or inference tensors."""
+    return [[tuple(int(i) for i in hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
+
+
+def heads_of(model: Any, *, which: str = "auto") -> list[Head]:
+    """The heads of a NeMo CTC, transducer or hybrid model, the one that ``transcribe`` uses first.
+
+    Args:
+        model: a model of one of the supported classes.
+        which: ``auto`` or ``both`` = all it has; ``ctc`` or ``transducer`` = that one.
+
+    Raises:
+        ConfigError: the model lacks the head asked for.
+    """
+    heads: list[Head] = []
+    if hasattr(model, "joint"):
+        tdt = model.joint.num_extra_outputs > 0
+        vocabulary = _vocabulary(model, model.joint.vocabulary)
+        durations = tuple(model.cfg.loss.tdt_kwargs.durations) if tdt else ()
+        heads.append(TransducerHead(model.decoder, model.joint, vocabulary, durations=durations))
+    ctc_decoder = getattr(model, "ctc_decoder", None) if heads else model.decoder
+    if ctc_decoder is not None:
+        heads.append(CTCHead(ctc_decoder, _vocabulary(model, ctc_decoder.vocabulary)))
+    chosen = [head for head in heads if which in ("auto", "both", head.name)]
+    if not chosen or (which == "both" and len(heads) < 2):
+        has = " and ".join(head.name for head in heads)
+        raise ConfigError(f"feedback.heads={which}: {type(model).__name__} has only {has}; use feedback.heads=auto.")
+    return chosen
+
+
+def _vocabulary(model: Any, labels: Sequence[str]) -> Vocabulary:
+    return Vocabulary(tokenizer=getattr(model, "tokenizer", None), labels=tuple(labels))

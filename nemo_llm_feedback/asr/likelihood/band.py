@@ -1,0 +1,228 @@
+"""A banded transducer lattice: cells (frame, node) that hold next to no probability are never given to the joint.
+
+Which cells these are is not known before the joint is evaluated, so an upper bound takes its place. Let S be blank and
+the labels that occur in an utterance's hypotheses. A softmax over S alone,
+
+    q(v | t, k) = exp z_v(t, k) / Σ_{s in S} exp z_s(t, k)  ≥  p(v | t, k)      for v in S,
+
+needs |S| of the V rows of the joint's last layer. With q on every arc the lattice gives an upper bound of log p(h) and
+of the probability of every cell. Then
+
+1. the cells whose visits add up to no more than a small mass are left out, the rest is evaluated in full;
+2. the lattice over evaluated cells alone is a lower bound, and the one with p on evaluated and q on all other cells an
+   upper bound of log p(h): where they are further apart than the tolerance, step 1 is repeated with the better bounds.
+
+So the error is not estimated but bounded, for these weights and this audio, without an earlier pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_llm_feedback.asr.likelihood.joint import JointSetting, evaluate, joint_logits
+from nemo_llm_feedback.asr.likelihood.lattice import ArcScores, lattice_log_prob
+from nemo_llm_feedback.core.errors import ConfigError
+
+_INF = float("inf")
+
+
+@dataclass(frozen=True, eq=False)
+class BandReport:
+    """What the band left out in one call.
+
+    Attributes:
+        lost: [H] nat, ≥ 0: log p(h) exceeds the returned value by no more than this (up to the rounding of the
+            logits); 0 for hypotheses without any path. Each is ≤ the tolerance.
+        evaluated: cells that the joint evaluated in full.
+        cells: cells of the exact computation.
+        rounds: times that cells were chosen.
+    """
+
+    lost: Tensor
+    evaluated: int
+    cells: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """Switches the banded lattice on.
+
+    Attributes:
+        tolerance: the most that log p of a hypothesis may lose, in nat, > 0.
+        report: is called with what was lost, once a call of the likelihood.
+    """
+
+    tolerance: float = 1e-3
+    report: Callable[[BandReport], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ConfigError(f"band tolerance {self.tolerance} must be > 0 nat; leave the band out for exact values.")
+
+
+def check_joint(setting: JointSetting) -> None:
+    """Raises a ConfigError where the joint cannot be bounded."""
+    if setting.joint.training:
+        raise ConfigError("the band needs the joint in eval mode: random masks would differ between its two passes.")
+    net = getattr(setting.joint, "joint_net", None)
+    if not (isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Linear)):
+        raise ConfigError("the band needs a joint whose joint_net ends in a Linear layer; leave the band out.")
+
+
+@torch.no_grad()
+def banded_scores(
+    encoder: Tensor, *, prediction: Tensor, setting: JointSetting, durations: tuple[int, ...], band: Band
+) -> ArcScores:
+    """Scores of the arcs out of the cells that matter, −inf for all others.
+
+    Args:
+        encoder: [B, T, J] encoder output after ``joint.project_encoder``.
+        prediction: [K, J] prediction-network output of each node after ``joint.project_prednet``.
+        setting: the rest of the call.
+        durations: frames of each duration; none for RNN-T.
+        band: tolerance, and where to report.
+
+    Returns:
+        The scores, without gradient, for ``arc_scores(evaluated=…)``.
+
+    Raises:
+        ConfigError: the joint is in train mode or does not end in a Linear layer.
+    """
+    check_joint(setting)
+    trie = setting.trie
+    lengths = torch.tensor(setting.lengths, device=encoder.device)
+    every = setting.all_cells(encoder.shape[1])
+    done = torch.zeros_like(every)
+    scores = _upper_bounds(setting, encoder, prediction)
+
+    def score(of: ArcScores) -> Tensor:
+        return lattice_log_prob(of, trie=trie, lengths=lengths, durations=durations)
+
+    rounds = 0
+    while True:
+        with torch.enable_grad():
+            free = ArcScores(*(part.detach().requires_grad_() for part in scores))
+            upper = score(free)
+        kept = _only(scores, done, setting)
+        lost = _gap(upper.detach(), score(kept))
+        loose = ~(lost <= band.tolerance)  # a NaN is loose
+        needed = every & ~done & _rows_of(loose, setting)
+        if not bool(needed.any()):
+            break
+        if rounds < _MAX_ROUNDS:
+            spare = band.tolerance * _SPARE * 0.1**rounds
+            needed &= _visited(_visits(upper, free, setting), needed, setting, spare=spare)
+        evaluate(setting, encoder, prediction, cells=needed, into=scores)
+        done |= needed
+        rounds += 1
+    if band.report is not None:
+        band.report(BandReport(lost, int(done.sum()), int(every.sum()), rounds))
+    return kept
+
+
+# Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth
+# of the last), and rounds after which an utterance that is not within the tolerance is evaluated whole.
+_SPARE, _MAX_ROUNDS = 0.5, 4
+
+
+def _upper_bounds(setting: JointSetting, encoder: Tensor, prediction: Tensor) -> ArcScores:
+    """log q of every arc: normalised over blank and the labels of the utterance's own hypotheses."""
+    scores = setting.empty_scores(encoder)
+    trie, blank, wide = setting.trie, setting.blank, scores.blank.dtype
+    extra = torch.arange(blank, blank + 1 + setting.num_durations, device=encoder.device)  # blank, then durations
+    for row, start, stop in trie.spans:
+        labels = trie.token[start + 1 : stop].unique()
+        parent = trie.parent[start + 1 : stop] - start
+        column = torch.searchsorted(labels, trie.token[start + 1 : stop])
+        nodes = slice(start, stop)
+        step = max(1, _wider(setting, encoder.shape[-1], len(labels)) // (stop - start))
+        with _only_outputs(setting, torch.cat([labels, extra])):
+            for first in range(0, setting.lengths[row], step):
+                frames = slice(first, min(first + step, setting.lengths[row]))
+                logits = joint_logits(setting, encoder[row : row + 1, frames], prediction[None, nodes])[0].to(wide)
+                log_q = logits[..., : len(labels) + 1].log_softmax(-1)
+                scores.blank[frames, nodes] = log_q[..., -1]
+                scores.label[frames, start + 1 : stop] = log_q[:, parent, column]
+                if setting.num_durations:
+                    share = logits[..., len(labels) + 1 :].log_softmax(-1)
+                    scores.durations[:, frames, nodes] = share.permute(2, 0, 1)
+    return scores
+
+
+def _wider(setting: JointSetting, hidden: int, num_labels: int) -> int:
+    """Cells of a chunk when few outputs and no gradients are held, in the memory of ``setting.cells`` full ones."""
+    return 2 * setting.cells * (hidden + setting.joint.num_classes_with_blank) // (hidden + num_labels + 1)
+
+
+@contextmanager
+def _only_outputs(setting: JointSetting, outputs: Tensor) -> Iterator[None]:
+    """Inside, the joint computes only these of its outputs."""
+    joint: Any = setting.joint
+    net = joint.joint_net
+    last = net[-1]
+    net[-1] = _Rows(last, outputs)
+    try:
+        yield
+    finally:
+        net[-1] = last
+
+
+class _Rows(nn.Module):
+    """Some output rows of a linear layer."""
+
+    def __init__(self, linear: nn.Linear, rows: Tensor) -> None:
+        super().__init__()
+        self._weight = linear.weight.detach()[rows]
+        self._bias = None if linear.bias is None else linear.bias.detach()[rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+def _only(scores: ArcScores, done: Tensor, setting: JointSetting) -> ArcScores:
+    """The scores with −inf for arcs out of cells that were not evaluated."""
+    parent = setting.trie.parent.clamp_min(0)
+    return ArcScores(
+        scores.blank.masked_fill(~done, -_INF),
+        scores.label.masked_fill(~done[:, parent], -_INF),
+        scores.durations,  # every path takes a blank or label arc beside them
+    )
+
+
+def _gap(upper: Tensor, lower: Tensor) -> Tensor:
+    """upper − lower, 0 where both are −inf, never below 0 by rounding."""
+    return torch.where(upper == -_INF, torch.zeros_like(upper), upper - lower).clamp_min(0.0)
+
+
+def _visits(log_prob: Tensor, scores: ArcScores, setting: JointSetting) -> Tensor:
+    """[T, K] expected visits of each cell, summed over hypotheses: the flow out of it."""
+    possible = log_prob.isfinite().to(log_prob.dtype)
+    blank, label = torch.autograd.grad(log_prob, (scores.blank, scores.label), possible)
+    return blank.index_add(1, setting.trie.parent.clamp_min(0), label)
+
+
+def _rows_of(loose: Tensor, setting: JointSetting) -> Tensor:
+    """[K] whether a node's utterance has a loose hypothesis."""
+    trie = setting.trie
+    rows = torch.zeros(len(setting.lengths), dtype=torch.bool, device=loose.device)
+    rows[trie.utterance[trie.leaf[loose]]] = True
+    return rows[trie.utterance]
+
+
+def _visited(visits: Tensor, among: Tensor, setting: JointSetting, *, spare: float) -> Tensor:
+    """[T, K] the cells but for the least visited ones that add up to ``spare`` in each utterance."""
+    visits = visits.masked_fill(~among, 0.0)
+    needed = torch.zeros_like(among)
+    for _, start, stop in setting.trie.spans:
+        part = visits[:, start:stop]
+        ordered = part.reshape(-1).sort().values
+        left_out = int((ordered.cumsum(0) <= spare).sum())
+        needed[:, start:stop] = part >= ordered[min(left_out, len(ordered) - 1)]
+    return needed

@@ -1,0 +1,88 @@
+"""LoRA on the encoder by PEFT: put in before training, merged into plain weights on export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_llm_feedback.core.config import ParametersConfig
+from nemo_llm_feedback.core.errors import ConfigError
+
+
+def choose_parameters(model: Any, config: ParametersConfig) -> None:
+    """Freezes what shall not learn, and puts LoRA into the encoder where it is asked for.
+
+    Args:
+        model: a NeMo model; changed in place.
+        config: what learns.
+
+    Raises:
+        ConfigError: PEFT is not installed, or the encoder has no linear layer.
+    """
+    if config.freeze_encoder:
+        model.encoder.requires_grad_(False)
+    if config.lora_rank:
+        inject(model, rank=config.lora_rank, alpha=config.lora_alpha)
+
+
+def inject(model: Any, *, rank: int, alpha: int) -> None:
+    """Puts LoRA on every linear layer of the encoder and freezes the encoder's own weights.
+
+    Args:
+        model: a NeMo model; changed in place.
+        rank: of the update.
+        alpha: the update is alpha / rank · B·A.
+
+    Raises:
+        ConfigError: PEFT is not installed, or the encoder has no linear layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"parameters.lora_rank needs PEFT ({error}): pip install peft.") from None
+    names = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ConfigError("parameters.lora_rank: the encoder has no linear layer; use parameters.lora_rank=0.")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model.encoder)
+
+
+def has_lora(model: Any) -> bool:
+    """Whether :func:`inject` was called on the model."""
+    return any(name.endswith(".base_layer.weight") for name, _ in model.encoder.named_parameters())
+
+
+def merged_state_dict(model: Any) -> dict[str, Tensor]:
+    """The state dict under the stock names, with every update added to the weight it belongs to."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    plain: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        owner, _, leaf = key.rpartition(".base_layer.")
+        if not owner:
+            plain[key] = value
+            continue
+        update = layers[owner].get_delta_weight("default") if leaf == "weight" else 0
+        plain[f"{owner}.{leaf}"] = (value + update).to(value.dtype)
+    return plain
+
+
+@contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """While inside, ``model.state_dict()`` is the merged one; for saving."""
+    if not has_lora(model):
+        yield
+        return
+    with torch.no_grad():
+        plain = merged_state_dict(model)
+    model.state_dict = lambda *args, **kwargs: plain
+    try:
+        yield
+    finally:
+        del model.state_dict

@@ -1,0 +1,151 @@
+"""Encoding in eval mode, and the frozen reference: a copy of the starting model outside the module tree."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemo_llm_feedback.asr.heads import Head, heads_of
+
+_PARTS = ("preprocessor", "encoder", "decoder", "joint", "ctc_decoder")
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode with gradient: no SpecAugment, dither, dropout or batch statistics; every flag is restored after.
+
+    NeMo's ``train(mode)`` would flip modules that a user froze, so the flags are kept one by one.
+    """
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
+    """BatchNorm layers in eval mode, so that a pseudo-labelled step leaves their statistics alone."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if active else []
+    flags = [(layer, layer.training) for layer in layers]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer, training in flags:
+            layer.training = training
+
+
+@contextmanager
+def recomputed_layers(encoder: Any, *, active: bool) -> Iterator[None]:
+    """While inside, the encoder's layers keep no activations and run again in the backward: memory of one layer.
+
+    Exact, since the layers are in eval mode both times: no dropout, no batch statistics.
+    """
+    layers = list(getattr(encoder, "layers", ())) if active else []
+    for layer in layers:
+        forward = functools.partial(_evaluated, layer, layer.forward)
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _evaluated(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The second run happens in the backward, when the model is in train mode again."""
+    with evaluation_mode(layer):
+        return forward(*args, **kwargs)
+
+
+def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = False) -> tuple[Tensor, Tensor]:
+    """Runs preprocessor and encoder.
+
+    Args:
+        parts: a NeMo model or the frozen reference; in eval mode.
+        signal: [B, S] waveform samples in [−1, 1].
+        signal_len: [B] samples.
+        augment: masks parts of the features by the model's SpecAugment.
+
+    Returns:
+        [B, D, T] encoder output and [B] frames.
+    """
+    features, features_len = parts.preprocessor(input_signal=signal, length=signal_len)
+    if augment:
+        features = parts.spec_augmentation(input_spec=features, length=features_len)
+    encoded, encoded_len = parts.encoder(audio_signal=features, length=features_len)
+    return encoded, encoded_len
+
+
+def encode_both(
+    model: Any, reference: FrozenReference, signal: Tensor, signal_len: Tensor, *, augment: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same features through the policy's encoder, with gradient, and the reference's, without.
+
+    Args:
+        model: the policy, in eval mode.
+        reference: of the same architecture.
+        signal: [B, S] waveform samples in [−1, 1].
+        signal_len: [B] samples.
+        augment: masks parts of the features by the model's SpecAugment, the same for both.
+
+    Returns:
+        [B, D, T] the policy's output, [B, D, T] the reference's, [B] frames.
+    """
+    features, features_len = model.preprocessor(input_signal=signal, length=signal_len)
+    if augment:
+        features = model.spec_augmentation(input_spec=features, length=features_len)
+    encoded, lengths = model.encoder(audio_signal=features, length=features_len)
+    with torch.no_grad():
+        frozen, _ = reference.encoder(audio_signal=features, length=features_len)
+    return encoded, frozen, lengths
+
+
+class FrozenReference:
+    """A frozen copy of the model as it is now; not a module, so nothing of it reaches a state dict or an optimizer.
+
+    Args:
+        model: the policy before its first update (and before a resumed checkpoint is loaded).
+        which: the heads to score with, as in :func:`nemo_llm_feedback.asr.heads.heads_of`.
+    """
+
+    def __init__(self, model: Any, *, which: str) -> None:
+        # One deepcopy call: parts that refer to each other (fused joint → decoding → decoder) stay consistent.
+        parts = copy.deepcopy({name: getattr(model, name) for name in _PARTS if hasattr(model, name)})
+        for part in parts.values():
+            part.eval().requires_grad_(False)
+        self._parts = parts
+        self.preprocessor, self.encoder = parts["preprocessor"], parts["encoder"]
+        self.cfg = model.cfg
+        self.tokenizer = getattr(model, "tokenizer", None)
+        for name in ("decoder", "joint", "ctc_decoder"):
+            if name in parts:
+                setattr(self, name, parts[name])
+        self.heads: list[Head] = heads_of(self, which=which)
+
+    def to(self, device: torch.device) -> FrozenReference:
+        """Moves the copy to a device; returns itself."""
+        for part in self._parts.values():
+            part.to(device)
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the copy's parameters."""
+        return sum(p.numel() * p.element_size() for part in self._parts.values() for p in part.parameters())
+
+    @torch.no_grad()
+    def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`encode`; without gradient."""
+        return encode(self, signal, signal_len)

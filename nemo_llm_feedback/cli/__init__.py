@@ -1,0 +1,1 @@
+"""The command ``nemo-llm-feedback``: faces in ``commands``, work in ``jobs``."""

@@ -1,0 +1,288 @@
+"""The evaluate job: several checkpoints or ready transcripts, one manifest, one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_llm_feedback.core.config import ProposalConfig, read_terms
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
+from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
+from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap
+from nemo_llm_feedback.evaluation.predictions import read_predictions, rows_of_predictions
+from nemo_llm_feedback.evaluation.tables import Table, align, column_title
+
+_MAX_LINES = 20
+_BROKEN_DOWN = ("wer", "ewer", "entity_recall", "false_alarms")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        comparison: scores of all systems on the same utterances.
+        left_out: ``utterance: system: reason`` of the rows that a system failed on; left out of all systems.
+        total: rows of the manifest, those left out included.
+    """
+
+    comparison: Comparison
+    left_out: tuple[str, ...]
+    total: int
+
+
+def evaluate(
+    models: Sequence[str] = (),
+    *,
+    manifest: str | None = None,
+    predictions: Sequence[str] = (),
+    scoring: Scoring | None = None,
+    head: str = "auto",
+    batch_size: int = 16,
+    oracle: int = 0,
+    device: str = "cpu",
+) -> Evaluation:
+    """Transcribes a manifest greedily with every model, reads ready transcripts, and scores all of them.
+
+    Args:
+        models: ``.nemo`` files; changes are relative to the first system.
+        manifest: with ``text`` and, optionally, entities and ``context``; None takes the rows and their ``text`` from
+            the first predictions file.
+        predictions: JSON Lines files with ``pred_text``.
+        scoring: how to score; the defaults of `Scoring` if None.
+        head: ``ctc``, ``transducer`` or ``auto``.
+        batch_size: rows a batch.
+        oracle: beam size of the N-best whose oracle is scored (with terms also of the boosted beam); 0 = none.
+        device: of the models, ``cpu`` or ``cuda:0`` …
+
+    Raises:
+        CheckpointError, ManifestError, ConfigError: unusable input, before any model is loaded; or a model that fails
+            on every row.
+    """
+    scoring = scoring or Scoring()
+    names = system_names([*models, *predictions])
+    rows = _rows(models, manifest, predictions, scoring)
+    ready = [read_predictions(path, rows, name=names[str(path)]) for path in predictions]
+    if not models:
+        return Evaluation(compare(rows, ready, scoring), (), len(rows))
+    broken = unreadable(rows)
+    bad = {id(row): reason for row, reason in broken}
+    if len(bad) == len(rows):
+        raise ManifestError(f"no audio of {manifest} can be read, e.g. {broken[0][1]}")
+    failed = {i: bad[id(row)] for i, row in enumerate(rows) if id(row) in bad}
+    # Every fault of the manifest shows before the first model is loaded.
+    compare(rows, [System("references", tuple(row.text for row in rows))], scoring)
+    usable = [i for i in range(len(rows)) if i not in failed]
+    systems = []
+    for path in models:
+        name, given = names[str(path)], [rows[i] for i in usable]
+        system, failures = _decode(path, given, name, scoring, head, batch_size, oracle, device)
+        failed |= {usable[k]: f"{given[k].origin}: {name}: {why}" for k, why in failures.items()}
+        systems.append(_spread(system, usable, len(rows)))
+    kept = [i for i in range(len(rows)) if i not in failed]
+    chosen = [_select(system, kept) for system in [*systems, *ready]]
+    comparison = compare([rows[i] for i in kept], chosen, scoring)
+    return Evaluation(comparison, tuple(failed[i] for i in sorted(failed)), len(rows))
+
+
+def make_scoring(
+    *,
+    normalizer: str = "basic",
+    description: str = "",
+    terms: Sequence[str] = (),
+    terms_file: str | None = None,
+    **settings: Any,
+) -> Scoring:
+    """The scoring of command-line flags; ``settings`` are further fields of `Scoring`.
+
+    Raises:
+        ConfigError: unknown normalisation, or a terms file that cannot be read.
+    """
+    get_normalizer(normalizer)
+    listed = [*terms, *(read_terms(terms_file) if terms_file else [])]
+    return Scoring(normalizer=normalizer, context=Context(description, tuple(dict.fromkeys(listed))), **settings)
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """The tables, and everything that was left out, for a terminal."""
+    comparison = evaluation.comparison
+    lines = [comparison.table().to_text(), *_statements(evaluation)]
+    if comparison.oracles or any(s.rtfx is not None for s in comparison.systems):
+        lines += ["", *_extras(comparison)]
+    breakdowns = {"entity type": comparison.by_type, **comparison.by_group}
+    lines += [_breakdown(comparison, key, groups) for key, groups in breakdowns.items() if groups]
+    return "\n".join(lines)
+
+
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    """All numbers in full precision."""
+    comparison = evaluation.comparison
+
+    def plain(table: Table) -> Any:
+        return json.loads(table.to_json())["systems"]
+
+    out: dict[str, Any] = json.loads(comparison.table().to_json())
+    out |= {
+        "manifest_rows": evaluation.total,
+        "left_out": list(evaluation.left_out),
+        "missing_entities": _missing(comparison),
+        "normalizer": comparison.scoring.normalizer,
+        "false_alarm_terms": {"number": comparison.terms, "from": comparison.terms_from},
+        "rtfx": {s.name: s.rtfx for s in comparison.systems},
+        "oracle": plain(comparison.table(comparison.oracles)) if comparison.oracles else {},
+        "by_type": {name: plain(comparison.table(scores)) for name, scores in comparison.by_type.items()},
+        "by_group": {
+            key: {value: plain(comparison.table(scores)) for value, scores in groups.items()}
+            for key, groups in comparison.by_group.items()
+        },
+    }
+    return out
+
+
+def system_names(paths: Sequence[str]) -> dict[str, str]:
+    """A short, different name for each file: its stem, with as many parent folders as it takes.
+
+    Raises:
+        ConfigError: a file is given twice.
+    """
+    parts = {str(path): Path(path).expanduser().absolute().with_suffix("").parts for path in paths}
+    if len(set(parts.values())) < len(paths):
+        raise ConfigError(f"every system needs a file of its own, got {', '.join(map(str, paths))}.")
+    depth = dict.fromkeys(parts, 1)
+    while True:
+        names = {path: "/".join(parts[path][-depth[path] :]) for path in parts}
+        clashes = [path for path, name in names.items() if list(names.values()).count(name) > 1]
+        if not clashes:
+            return names
+        depth.update({path: depth[path] + 1 for path in clashes})
+
+
+def _rows(models: Sequence[str], manifest: str | None, predictions: Sequence[str], scoring: Scoring) -> list[Row]:
+    if not models and not predictions:
+        raise ConfigError("nothing to evaluate: give .nemo files, or transcripts with --predictions FILE.")
+    if models:
+        from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+
+        for path in models:
+            supported_class(read_config(path), origin=path)
+    if manifest:
+        return read_manifest(manifest)
+    if models:
+        raise ConfigError("models need audio: give --manifest FILE.")
+    rows = rows_of_predictions(predictions[0])
+    strangers = []
+    for path in predictions[1:]:
+        others = {(row.audio, row.offset): row.text for row in rows_of_predictions(path)}
+        strangers += [
+            f"{path}: {row.audio}" for row in rows if others.get((row.audio, row.offset), row.text) != row.text
+        ]
+    if strangers:
+        raise ManifestError(
+            f"{len(strangers)} reference(s) differ between the predictions, e.g. {strangers[0]}; give --manifest FILE."
+        )
+    return rows
+
+
+def _decode(
+    path: str, rows: list[Row], name: str, scoring: Scoring, head: str, batch_size: int, oracle: int, device: str
+) -> tuple[System, dict[int, str]]:
+    from nemo.collections.asr.models import ASRModel
+
+    from nemo_llm_feedback.evaluation.transcribe import decode_rows
+
+    model = ASRModel.restore_from(path, map_location=device)
+    config = None
+    if oracle:
+        boosted = oracle if scoring.context.terms or any(row.context.terms for row in rows) else 0
+        config = ProposalConfig(beam=oracle, boosted=boosted, term_swap=0, max_members=2 * oracle + 1)
+    decoded = decode_rows(
+        model,
+        rows,
+        head=head,
+        batch_size=batch_size,
+        nbest=config,
+        run_context=scoring.context,
+        on_batch=lambda done: _progress(name, done, len(rows)),
+    )
+    if len(decoded.failures) == len(rows):
+        raise ManifestError(f"{name} failed on all {len(rows)} rows, e.g. {next(iter(decoded.failures.values()))}")
+    nbest = tuple(tuple(Member(text, {"asr": logp}) for text, logp in members) for members in decoded.nbest)
+    return System(name, decoded.texts, nbest, decoded.rtfx), decoded.failures
+
+
+def _progress(name: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{name}: {done}/{total} utterances", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _spread(system: System, indices: Sequence[int], size: int) -> System:
+    """The system over all rows; rows that it was not given are empty, and left out later."""
+    texts, nbest = [""] * size, [()] * size  # type: list[str], list[tuple[Member, ...]]
+    for k, i in enumerate(indices):
+        texts[i] = system.texts[k]
+        nbest[i] = system.nbest[k] if system.nbest else ()
+    return System(system.name, tuple(texts), tuple(nbest) if system.nbest else (), system.rtfx)
+
+
+def _select(system: System, kept: Sequence[int]) -> System:
+    nbest = tuple(system.nbest[i] for i in kept) if system.nbest else ()
+    return System(system.name, tuple(system.texts[i] for i in kept), nbest, system.rtfx)
+
+
+def _statements(evaluation: Evaluation) -> list[str]:
+    comparison = evaluation.comparison
+    normalizer = comparison.scoring.normalizer
+    lines = [f"Text normalisation: {normalizer} ({NORMALIZER_WORDS[normalizer]})."]
+    if comparison.terms:
+        lines.append(f"False alarms: {comparison.terms} different terms, {comparison.terms_from}.")
+    missing = _missing(comparison)
+    if missing:
+        lines.append(f"{len(missing)} entities are not in their reference and are left out:")
+        lines += [f"  {item}" for item in missing[:_MAX_LINES]]
+    if evaluation.left_out:
+        count = len(evaluation.left_out)
+        lines.append(f"{count} of {evaluation.total} utterances failed and are left out of ALL systems:")
+        lines += [f"  {item}" for item in evaluation.left_out[:_MAX_LINES]]
+        lines += [f"  … and {count - _MAX_LINES} more"] if count > _MAX_LINES else []
+    return lines
+
+
+def _missing(comparison: Comparison) -> list[str]:
+    first = comparison.scores[comparison.base]
+    return [f"{comparison.rows[m.utterance].origin}: '{m.entity}'" for m in first.missing]
+
+
+def _extras(comparison: Comparison) -> list[str]:
+    lines = []
+    for system in comparison.systems:
+        parts = []
+        if system.rtfx is not None:
+            parts.append(f"RTFx {system.rtfx:.1f}")
+        if system.name in comparison.oracles:
+            best = comparison.oracles[system.name]
+            for metric in ("wer", *(["ewer"] if "ewer" in comparison.metrics else [])):
+                cell = bootstrap(best, metric, samples=comparison.scoring.samples, seed=comparison.scoring.seed)
+                parts.append(f"oracle {metric.upper()} {cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]")
+            parts.append(f"mean N {sum(map(len, system.nbest)) / len(system.nbest):.1f}")
+        lines += [f"{system.name}: " + ", ".join(parts)] if parts else []
+    return lines
+
+
+def _breakdown(comparison: Comparison, key: str, groups: Mapping[str, Mapping[str, CorpusScores]]) -> str:
+    """One table of value × system; a type's table has no WER, which would be the same in every line."""
+    by_type = key == "entity type"
+    metrics = [m for m in _BROKEN_DOWN if m in comparison.metrics and not (by_type and m == "wer")]
+    grid = [[key, "mentions" if by_type else "utterances", "system", *map(column_title, metrics)]]
+    for value, scores in groups.items():
+        first = next(iter(scores.values()))
+        size = int(first.column("entities").sum()) if by_type else len(first.references)
+        for k, (system, cells) in enumerate(comparison.table(scores, metrics=metrics).rows.items()):
+            grid.append([value if k == 0 else "", str(size) if k == 0 else "", system, *map(str, cells)])
+    return "\n" + align(grid)

@@ -1,0 +1,161 @@
+"""Turns a training checkpoint, or the average of several, into a plain ``.nemo`` with a model card beside it."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.lora import has_lora, inject
+from nemo_llm_feedback.cli.jobs.average import WeightAverage
+from nemo_llm_feedback.cli.jobs.inputs import labelled_rows
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.version import __version__
+from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.evaluation.metrics import CorpusScores
+from nemo_llm_feedback.evaluation.model_card import write_model_card
+from nemo_llm_feedback.evaluation.scoring import score_rows
+from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
+from nemo_llm_feedback.training.models import locate, restore
+
+_NORMALIZER = "basic"
+
+
+def export(
+    checkpoint: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    manifest: str | Path | None = None,
+    base_share: float = 0.0,
+) -> Path:
+    """Writes the plain ``.nemo`` of a checkpoint, or of the average of several, and its model card.
+
+    Args:
+        checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target); several,
+            of runs that started from one base: the mean of their weights.
+        base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of
+            this plugin names its own; it is needed where that file has moved.
+        output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None. Needed for several.
+        manifest: labelled rows on which base and export are scored for the card; None = the card has what the
+            checkpoint says of itself, which a ``.ckpt`` does not.
+        base_share: 0 ≤ share < 1, how far the weights go back towards the base's: less of what was learned, less of
+            what was lost of other speech. Needs an output, and ``base`` unless a ``.ckpt`` names it.
+
+    Returns:
+        The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
+
+    Raises:
+        CheckpointError: unusable files, a missing base, weights of another model, or several or a share of the base
+            without an output.
+        ConfigError: the share is out of range.
+        ManifestError: the manifest cannot be read or has rows without text.
+    """
+    given = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
+    sources = [Path(name).expanduser() for name in given]
+    missing = [str(source) for source in sources if not source.is_file()]
+    if missing or not sources:
+        raise CheckpointError(f"{', '.join(missing) or 'no checkpoint'}: no such file.")
+    if not 0 <= base_share < 1:
+        raise ConfigError(f"--base-share {base_share:g}: give a share of the base from 0 to below 1.")
+    mean = len(sources) > 1 or base_share > 0
+    if mean and not output:
+        raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
+    target = Path(output).expanduser() if output else sources[0].with_suffix(".nemo")
+    rows = labelled_rows(str(manifest)) if manifest else {}
+    if (rows or base_share) and not base and any(source.suffix == ".nemo" for source in sources):
+        what = "is mixed with" if base_share else "is scored against"
+        raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
+    model, base, facts = _averaged(sources, base, base_share) if mean else _opened(sources[0], base)
+    model._adaptation_facts = facts
+    model.save_to(str(target))
+    if rows or target not in sources or not target.with_suffix(".md").is_file():
+        before = _scores(restore(str(base), map_location="cpu"), rows) if rows else {}
+        write_model_card(target, facts=facts, before=before, after=_scores(model, rows), normalizer=_NORMALIZER)
+    return target
+
+
+def _opened(source: Path, base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
+    """The model of a file, its base, and what is known of how it was made."""
+    if source.suffix != ".nemo":
+        return _trained(source, base)
+    model, said = restore(source, map_location="cpu"), read_config(source).get("adaptation")
+    facts: Any = OmegaConf.to_container(said) if said else {}
+    return model, base, facts
+
+
+def _averaged(
+    sources: Sequence[Path], base: str | Path | None, base_share: float
+) -> tuple[Any, str | Path | None, dict[str, Any]]:
+    """The mean of files' weights, with a share of the base's, in a model of the first one's kind; its base, and what
+    is known of it."""
+    average = WeightAverage()
+    holder, found = None, base
+    for source in sources:
+        model, own, facts = _opened(source, base)
+        average.add(str(source), model, facts)
+        found = found or own
+        # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
+        holder = holder or (restore(str(own), map_location="cpu") if has_lora(model) else model)
+    if base_share:
+        start = locate(str(found))  # runs name the file, and a pretrained name is not its file's
+        average.mix(str(start), restore(start, map_location="cpu"), base_share)
+    average.write_into(holder)
+    return holder, found, average.facts()
+
+
+def _trained(source: Path, base: str | Path | None) -> tuple[Any, str | Path, dict[str, Any]]:
+    """The model of a Lightning checkpoint, its base, and what is known of how it was made."""
+    content = _read_lightning(source)
+    base = base or content.get(CHECKPOINT_KEY, {}).get("base")
+    if not base:
+        raise CheckpointError(f"{source} does not name its base: add --base BASE.nemo, what it was trained from.")
+    model, weights = restore(base, map_location="cpu"), content["state_dict"]
+    if any(".lora_" in name for name in weights):
+        inject(model, **content[CHECKPOINT_KEY]["lora"])
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit {base}: {str(error).splitlines()[0]}") from None
+    facts = {"plugin": f"nemo_llm_feedback {__version__}", "base": Path(base).name}
+    return model, base, facts | {"steps": int(content.get("global_step", 0))}
+
+
+def _scores(model: Any, rows: dict[str, list[Row]]) -> dict[str, CorpusScores]:
+    """Set → scores of greedy transcripts."""
+    return {
+        name: score_rows(own, transcribe_rows(model, own), run_context=Context(), normalizer=_NORMALIZER)
+        for name, own in rows.items()
+    }
+
+
+def _read_lightning(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, read as tensors and plain data: a file from elsewhere cannot run code here."""
+    try:
+        with torch.serialization.safe_globals(_plain_config_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise CheckpointError(f"{path} has no state_dict: it is no Lightning checkpoint.")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read as a Lightning checkpoint ({str(error)[:300]}).") from None
+    return content
+
+
+def _plain_config_types() -> list[Any]:
+    """What NeMo's hyper-parameters are stored as: OmegaConf's containers, which hold data only."""
+    import typing
+    from collections import defaultdict
+
+    from omegaconf import base, nodes
+
+    containers = [DictConfig, ListConfig, base.ContainerMetadata, base.Metadata, defaultdict, dict, list, int]
+    scalars = [nodes.AnyNode, nodes.StringNode, nodes.IntegerNode, nodes.FloatNode, nodes.BooleanNode]
+    return [*containers, *scalars, typing.Any]

@@ -1,0 +1,70 @@
+"""The plan that a run states before it starts: rows, hours, model, LLM and estimated memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
+from nemo_llm_feedback.llm import estimate_memory, resolve_folder
+
+_MB = 2**20
+
+
+def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rates: Sequence[float] = ()) -> str:
+    """The plan as lines of text.
+
+    Args:
+        model: prepared by ``setup_feedback``.
+        config: of the run.
+        source: the checkpoint.
+        log_dir: folder of the run.
+        rates: among which a trial will choose; none where the rate is given.
+    """
+    state = model._feedback
+    staged = state.staged
+    held = sum(row.replay == "anchor" for row in staged.rows if not row.text)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sources = ", ".join(f"{n} {name}" for name, n in _sources(config).items())
+    context = config.context.load()
+    lines = [
+        "plan",
+        f"  checkpoint   {source.name}: {type(model).__mro__[2].__name__}, {parameters / 1e6:.1f} M parameters, "
+        f"heads {' + '.join(h.name for h in state.heads)}",
+        f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
+        f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
+        f"  left out     {len(staged.too_long)} too long, {len(staged.too_short)} too short, "
+        f"{len(staged.bad_audio)} unreadable",
+        f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
+        f"  groups       {sources}; at most {config.proposals.max_members} members, "
+        f"new every {config.feedback.refresh_every} steps",
+        f"  objective    {config.objective.name}{' under SpecAugment' if state.config.feedback.augment else ''}; "
+        "learning rate "
+        + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
+        *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
+        f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
+        f"frozen reference {state.reference.memory_bytes / _MB:.0f} MB; "
+        f"joint at most {config.feedback.memory_budget_mb} MB",
+    ]
+    if config.llm is not None and config.needs_llm:
+        folder = resolve_folder(config.llm)
+        size = estimate_memory(folder, config.llm, compute_bytes=2 if model.device.type == "cuda" else 4)
+        lines.append(
+            f"  LLM          {config.llm.model} ({config.llm.quantization}), about {size / _MB:.0f} MB (estimate)"
+        )
+    lines.append(f"  run folder   {log_dir}")
+    return "\n".join(lines)
+
+
+def reward_line(config: RewardConfig) -> str:
+    """The reward's name and weights, e.g. ``llm, alpha 1.4, beta 2.8``."""
+    if config.scaled_by_pool:
+        beta = "2·alpha" if config.beta is None else f"{config.beta:g}"
+        return f"{config.name}, alpha by the pool's spread (factor {config.spread_factor:g}), beta {beta}"
+    return f"{config.name}, alpha {config.weights[0]:g}, beta {config.weights[1]:g}" if config.weighed else config.name
+
+
+def _sources(config: RunConfig) -> dict[str, int]:
+    return {name: n for name in SOURCE_NAMES if (n := getattr(config.proposals, name))}

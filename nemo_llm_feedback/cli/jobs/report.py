@@ -1,0 +1,36 @@
+"""The report job: writes the page of a run again, from what the run folder keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.run_folder import STEPS_FILE
+from nemo_llm_feedback.evaluation.report import load_report, unfinished_report, write_report
+from nemo_llm_feedback.evaluation.report.data import DATA_NAME
+
+
+def report(run_dir: str | Path, *, output: str | Path | None = None, audio: bool = True) -> Path:
+    """Writes ``report.html`` of a run folder; of a run that goes on, its curves so far.
+
+    Args:
+        run_dir: folder of an ``adapt`` run.
+        output: where to write; ``report.html`` in that folder if None.
+        audio: put audio into the page.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ManifestError: no such folder, or none of a run.
+    """
+    folder = Path(run_dir).expanduser()
+    if not folder.is_dir():
+        raise ManifestError(f"{run_dir}: no such folder; give the folder of an `adapt` run.")
+    if (folder / DATA_NAME).is_file():
+        # A run folder may have moved since.
+        data = dataclasses.replace(load_report(folder), steps_file=str(folder / STEPS_FILE))
+    else:
+        data = unfinished_report(folder)
+    return write_report(data, output or folder / "report.html", audio=audio)

@@ -1,0 +1,149 @@
+"""The runs of a folder side by side: settings that differ, steps, state, results. Reads their files only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, SETTINGS_FILE, STEPS_FILE, in_use, read_steps
+
+# Where a run writes does not make it another run.
+_PLACES = ("exp_manager.", "output")
+_SCORES = ("wer", "ewer")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        folder: relative to the folder asked for.
+        state: ``finished``, ``running`` or ``interrupted``.
+        steps: optimizer steps taken.
+        max_steps: asked for.
+        attempts: how often it was started.
+        started: of the first attempt, UTC.
+        settings: key → value of those that differ between the runs.
+        before, after: validation set → score → per cent.
+        held_out_gain: the largest gain in reward on held-out utterances; None without looks.
+        ended: why it ended early; empty if it did not.
+        nemo: the adapted checkpoint; None without.
+    """
+
+    folder: str
+    state: str
+    steps: int
+    max_steps: int | None
+    attempts: int
+    started: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: dict[str, dict[str, float]] = field(default_factory=dict)
+    held_out_gain: float | None = None
+    ended: str = ""
+    nemo: str | None = None
+
+
+def list_runs(folder: str | Path) -> list[Run]:
+    """All runs in a folder and below it, oldest first.
+
+    Args:
+        folder: an ``exp_manager.exp_dir``, or a folder of such.
+
+    Raises:
+        ConfigError: no such folder, or no run in it.
+    """
+    top = Path(folder).expanduser()
+    if not top.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give the exp_manager.exp_dir of your runs.")
+    # exp_manager moves the files of an earlier attempt into run_0, run_1 …; a kill may have left them there.
+    places = {path.parent for path in top.rglob(SETTINGS_FILE)}
+    places = {path.parent if path.name.startswith("run_") and path.parent in places else path for path in places}
+    if not places:
+        raise ConfigError(f"{folder} holds no run: {SETTINGS_FILE} is in none of its folders.")
+    settings = {path: _flat(_read_yaml(path / SETTINGS_FILE)) for path in places}
+    keys = sorted({key for own in settings.values() for key in own if not key.startswith(_PLACES)})
+    differing = [key for key in keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
+    runs = [_run(top, path, own, differing) for path, own in settings.items()]
+    return sorted(runs, key=lambda run: (run.started, run.folder))
+
+
+def runs_table(runs: list[Run]) -> str:
+    """The runs as text: a line each, then the settings that differ."""
+    sets = list(dict.fromkeys(name for run in runs for name in (*run.before, *run.after)))
+    columns = [
+        (name, score) for name in sets for score in _SCORES if any(score in run.before.get(name, {}) for run in runs)
+    ]
+    gains = any(run.held_out_gain is not None for run in runs)
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    head = ["run", "state", "steps", *(["held-out gain"] if gains else [])]
+    head += [f"{name} {score} %" for name, score in columns] + keys
+    rows = [head]
+    for run in runs:
+        row = [run.folder, run.state, f"{run.steps}/{run.max_steps}" if run.max_steps else str(run.steps)]
+        if gains:
+            row.append("" if run.held_out_gain is None else f"{run.held_out_gain:+.2f}")
+        row += [_change(run, name, score) for name, score in columns]
+        rows.append(row + [_short(run.settings.get(key)) for key in keys])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{run.folder} ended early: {run.ended}" for run in runs if run.ended]
+    if any(run.state == "interrupted" for run in runs):
+        lines.append("an interrupted run goes on when its command is given again")
+    return "\n".join(lines)
+
+
+def runs_json(runs: list[Run]) -> str:
+    """The runs as a JSON list."""
+    return json.dumps([asdict(run) for run in runs], indent=1, ensure_ascii=False)
+
+
+def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) -> Run:
+    steps = read_steps(path / STEPS_FILE)
+    result = _read_json(path / RESULT_FILE)
+    attempts = _read_json(path / RUN_FILE).get("attempts", [])
+    gains = [line["held_out/gain"] for line in steps if "held_out/gain" in line]
+    return Run(
+        folder=str(path.relative_to(top)),
+        state="finished" if result else ("running" if in_use(path) else "interrupted"),
+        steps=max((int(line["step"]) for line in steps), default=0),
+        max_steps=settings.get("trainer.max_steps"),
+        attempts=len(attempts),
+        started=attempts[0]["started"] if attempts else "",
+        settings={key: settings.get(key) for key in differing},
+        before=result.get("before", {}),
+        after=result.get("after", {}),
+        held_out_gain=max(gains) if gains else None,
+        ended=result.get("ended", ""),
+        nemo=result.get("nemo"),
+    )
+
+
+def _change(run: Run, name: str, score: str) -> str:
+    before, after = run.before.get(name, {}).get(score), run.after.get(name, {}).get(score)
+    return "" if before is None or after is None else f"{before:.2f} → {after:.2f}"
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 40 else "…" + text[-39:]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists are values."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

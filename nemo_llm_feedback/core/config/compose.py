@@ -1,0 +1,62 @@
+"""Composes a run's configuration with Hydra, from the shipped folder and, before it, one of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_llm_feedback.core.config import SECTIONS, check_keys
+from nemo_llm_feedback.core.errors import ConfigError
+
+# Sections that NeMo owns: they take any key, as in NeMo's own scripts.
+_OPEN = ("model", "trainer", "exp_manager")
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped configurations: inside the package when installed, beside it in a checkout."""
+    inside = Path(__file__).parents[2] / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "conf"
+
+
+def compose_config(
+    overrides: Sequence[str], *, config_name: str = "adapt", config_dir: str | None = None
+) -> DictConfig:
+    """Composes the configuration of ``adapt``.
+
+    Args:
+        overrides: Hydra overrides, ``key=value``; NeMo's sections accept new keys without ``+``.
+        config_name: the configuration to start from.
+        config_dir: a folder of the user's, searched before the shipped one.
+
+    Raises:
+        ConfigError: an override or a configuration that Hydra cannot use, or an unknown key of ours.
+    """
+    folder = Path(config_dir).expanduser().absolute() if config_dir else conf_dir()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder.")
+    search = [f"hydra.searchpath=[file://{conf_dir()}]"] if config_dir else []
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base=None):
+            groups = {entry.name for base in (folder, conf_dir()) for entry in base.iterdir() if entry.is_dir()}
+            cfg = compose(config_name, overrides=search + [_open(o, groups) for o in overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    OmegaConf.set_struct(cfg, False)
+    check_keys({name: cfg.get(name) for name in SECTIONS})
+    return cfg
+
+
+def _open(override: str, groups: set[str]) -> str:
+    """Lets keys be set that the YAML does not show: NeMo's by right, ours are checked by name afterwards."""
+    key = override.split("=", 1)[0]
+    if override[:1] in "+~" or key in groups or "=" not in override:
+        return override
+    section = key.split(".", 1)[0]
+    return f"++{override}" if "." in key and section in (*_OPEN, *SECTIONS) else override

@@ -1,0 +1,148 @@
+"""Settings of the reward."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_llm_feedback.core.config.faults import choice, non_negative, positive
+
+# Rewards that ask the LLM of the section ``llm``; those that read a context beside them; those whose value is
+# combined as alpha·value + asr_weight·log p_ref + beta·length.
+LLM_REWARDS = ("llm", "judge", "correction", "entity")
+CONTEXT_REWARDS = (*LLM_REWARDS, "remote")
+ANCHORED_REWARDS = ("judge", "correction", "entity", "rules")
+# Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
+SCALED_REWARDS = ("llm", "remote", "entity")
+DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
+GROUP_NORMALIZATIONS = ("none", "center", "z", "rank")
+_COMPONENT_KEYS = ("name", "weight", "normalize", "settings")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """R(h) = alpha·logP_LLM(h | context) + logP_ref(h | audio) + beta·length(h), the one form used everywhere.
+
+    Attributes:
+        name: short name of the reward in the registry, or ``package.module:attribute`` from your own YAML. ``judge``,
+            ``correction``, ``entity`` and ``rules`` stand in the LLM's place in the formula; a single rule,
+            ``callable``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
+        alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
+            ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
+        beta: bonus a word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
+            alike on two dev sets (docs/results.md), and much more teaches insertions.
+        spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
+            times that of asr_weight·logP_ref.
+        normalize: ``sum``, ``token``, ``word`` or ``pmi`` form of the LLM term (``llm`` and ``remote``).
+        asr_weight: weight of the frozen reference's log p; 1 in the one parameterisation, 0 for the ablation.
+        cache: file or folder of LLM scores, which later runs may share; null = ``llm_scores.sqlite`` in the run's
+            folder (where there is no run: memory), ``:memory:`` = memory only.
+        settings: extra keyword arguments of a reward other than ``llm``; for ``composite`` its ``components``, a list
+            of ``{name, weight, normalize, settings}``.
+    """
+
+    name: str = "llm"
+    alpha: float | None = None
+    beta: float | None = None
+    spread_factor: float = 2.0
+    normalize: str = "sum"
+    asr_weight: float = 1.0
+    cache: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> list[str]:
+        """Returns every fault of this section as a sentence."""
+        faults = non_negative("reward", self, *(["alpha"] if self.alpha is not None else []), "asr_weight")
+        faults += positive("reward", self, "spread_factor")
+        faults += choice("reward.normalize", self.normalize, ("sum", "token", "word", "pmi"))
+        if self.weighed and not (any(self.weights) or self.asr_weight):
+            faults.append(
+                "reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."
+            )
+        if not isinstance(self.settings, Mapping):
+            return [*faults, f"reward.settings={self.settings!r} must be a section of keys."]
+        return faults + (_composite_faults(self.settings) if self.name == "composite" else [])
+
+    @property
+    def weighed(self) -> bool:
+        """Whether alpha, asr_weight and beta play a part; some rewards are taken as they are."""
+        return self.name in (*CONTEXT_REWARDS, *ANCHORED_REWARDS)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(alpha, beta), with what stands for null where there is no pool to go by."""
+        alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
+        return alpha, BETA_PER_ALPHA * alpha if self.beta is None else self.beta
+
+    @property
+    def scaled_by_pool(self) -> bool:
+        """Whether ``adapt`` takes alpha from the spread of the pool's groups; nothing to weigh against = no."""
+        return self.alpha is None and self.name in SCALED_REWARDS and self.asr_weight > 0
+
+    @property
+    def weighed_part(self) -> str:
+        """The part of the reward that alpha weighs, by its name in the reward's output."""
+        return "llm" if self.name == "remote" else self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards that take part: this one, or the components of a composite."""
+        if self.name != "composite":
+            return (self.name,)
+        items = self.settings.get("components")
+        named = items if isinstance(items, (list, tuple)) else ()
+        return tuple(str(item.get("name")) for item in named if isinstance(item, Mapping))
+
+    @property
+    def code_paths(self) -> tuple[str, ...]:
+        """The paths to code that building this reward would import; none may come from a checkpoint."""
+        items = self.settings.get("components") if self.name == "composite" else [vars(self)]
+        named = [item for item in items if isinstance(item, Mapping)] if isinstance(items, (list, tuple)) else []
+        functions = [
+            str(settings["function"])
+            for item in named
+            if item.get("name") == "callable" and "function" in (settings := item.get("settings") or {})
+        ]
+        return (*(name for name in self.names if ":" in name or "." in name), *functions)
+
+    @property
+    def needs_llm(self) -> bool:
+        """Whether the reward asks the LLM of the section ``llm``."""
+        return any(name in LLM_REWARDS for name in self.names)
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the reward shows a context to an LLM, here or on a server."""
+        return any(name in CONTEXT_REWARDS for name in self.names)
+
+
+def _composite_faults(settings: Mapping[str, Any]) -> list[str]:
+    where = "reward.settings.components"
+    items = settings.get("components")
+    faults = [f"unknown key reward.settings.{key} of composite: it has components." for key in settings]
+    faults = [fault for fault in faults if ".components " not in fault]
+    if not isinstance(items, (list, tuple)) or not items:
+        return [*faults, f"{where} must be a list of {{name, weight, normalize, settings}}, at least one."]
+    weights = []
+    for n, item in enumerate(items):
+        if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
+            faults.append(f"{where}[{n}]={item!r} must have a name, e.g. {{name: llm, weight: 1.0}}.")
+            continue
+        for key in set(map(str, item)) - set(_COMPONENT_KEYS):
+            near = difflib.get_close_matches(key, _COMPONENT_KEYS, n=1, cutoff=0.0)[0]
+            faults.append(f"unknown key {where}[{n}].{key}; did you mean {near}?")
+        if item["name"] == "composite":
+            faults.append(f"{where}[{n}] is a composite itself: list its components here.")
+        if not isinstance(item.get("settings") or {}, Mapping):
+            faults.append(f"{where}[{n}].settings={item['settings']!r} must be a section of keys.")
+        faults += choice(f"{where}[{n}].normalize", item.get("normalize", "none"), GROUP_NORMALIZATIONS)
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            faults.append(f"{where}[{n}].weight={weight!r} must be a finite number.")
+        weights.append(weight)
+    if weights and not any(weights):
+        faults.append(f"{where} have weight 0 all of them: there would be no reward.")
+    return faults

@@ -1,0 +1,103 @@
+"""The frozen records that pass between the rooms: contexts, hypotheses, groups and rewards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known about the domain or the utterance: a description in words, a list of terms that may occur, and
+    the utterances before this one, oldest first."""
+
+    description: str = ""
+    terms: tuple[str, ...] = ()
+    previous: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.description.strip() or self.terms or self.previous)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One candidate transcript of one utterance.
+
+    Attributes:
+        text: the transcript after the run's text normalisation; what rewards see.
+        tokens: label ids of the ASR vocabulary, without blank; what the likelihood scores.
+        source: the proposer that supplied it: ``greedy``, ``beam``, ``boosted`` or ``samples``.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    source: str = "beam"
+
+
+@dataclass(frozen=True)
+class HypothesisGroup:
+    """The hypotheses of one utterance, with what a reward may look at.
+
+    Attributes:
+        utterance: a name that is stable over epochs (audio path and offset); cache key and log line.
+        hypotheses: the members, at least one.
+        context: the utterance's own context merged over the run's.
+        ref_logp: log p(member | audio) under the frozen reference ASR model, natural log, one value a member
+            (−inf where the audio is too short for it); empty when no reference was asked for.
+    """
+
+    utterance: str
+    hypotheses: tuple[Hypothesis, ...]
+    context: Context = field(default_factory=Context)
+    ref_logp: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.hypotheses)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The members' transcripts, in the group's order."""
+        return tuple(h.text for h in self.hypotheses)
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of a batch of groups.
+
+    Attributes:
+        values: [B, N] reward of hypothesis n of group b, higher is better; NaN where the reward cannot judge and on
+            the padding of groups with fewer than N members. Float32 on the CPU.
+        parts: component name → [B, N] unweighted component (``llm``, ``asr``, ``length`` …), NaN as in ``values``.
+    """
+
+    values: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def pad_groups(rows: list[list[float]], *, fill: float = math.nan) -> Tensor:
+    """Stacks ragged rows of floats into a [B, N] float32 tensor, N the longest row, padded with ``fill``."""
+    width = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), width), fill, dtype=torch.float32)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = torch.tensor(row, dtype=torch.float32)
+    return out
+
+
+@dataclass(frozen=True)
+class Audio:
+    """The audio of a batch's unlabeled rows.
+
+    Attributes:
+        signal: [B, S] waveform samples.
+        signal_len: [B] samples.
+        utterances: B names.
+        contexts: B contexts, merged over the run's.
+    """
+
+    signal: Tensor
+    signal_len: Tensor
+    utterances: tuple[str, ...]
+    contexts: tuple[Context, ...]

@@ -1,0 +1,1 @@
+"""Manifests, training batches and audio files."""

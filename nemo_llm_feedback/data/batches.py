@@ -1,0 +1,178 @@
+"""NeMo's training batches: which rows are unlabeled, which utterances they are, and their contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.data.manifests import Row, merge_context, parse_context
+
+Batch = Sequence[Any]
+
+
+class Parts(NamedTuple):
+    """A batch by what its rows are for; None where there are none.
+
+    Attributes:
+        labelled: NeMo's batch of four of the rows whose text is learned; bit-equal to the input where these are all.
+        anchored: NeMo's batch of four of the rows on which the model shall stay what it is; a text may be empty.
+        audio: the unlabeled rows.
+    """
+
+    labelled: Batch | None
+    anchored: Batch | None
+    audio: Audio | None
+
+
+class BatchReader:
+    """Splits batches of NeMo's loaders into labelled and unlabeled rows.
+
+    Args:
+        run_context: the run's context.
+        use_text: False: every row is unlabeled.
+        replay: what rows with text are for unless they say so themselves.
+        rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
+
+    Attributes:
+        anchors: whether any row may be anchored.
+        seen: names of the unlabeled rows that batches have held; tarred rows show only here whether they can be read.
+    """
+
+    def __init__(
+        self, run_context: Context, *, use_text: bool, replay: str = "supervised", rows: Sequence[Row] = ()
+    ) -> None:
+        self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
+        self._replay = replay
+        self.anchors = replay == "anchor" or any(row.replay == "anchor" for row in rows)
+        self._collection: Any = None
+        self.seen: set[str] = set()
+        self._marks = 0
+
+    def attach(self, dataloader: Any) -> None:
+        """Remembers the classic dataset's collection, which maps sample ids to manifest rows (filters renumber), and
+        how many start and end marks it adds to every target, also to an empty one."""
+        processor = getattr(getattr(dataloader, "dataset", None), "manifest_processor", None)
+        if processor is not None:
+            self._collection = processor.collection
+            self._marks = (processor.bos_id is not None) + (processor.eos_id is not None)
+
+    def split(self, batch: Batch) -> Parts:
+        """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts)."""
+        signal, signal_len, tokens, tokens_len, ids = batch
+        labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
+        learned, anchored = self._by_use(labelled, ids)
+        if bool(learned.all()):
+            return Parts((signal, signal_len, tokens, tokens_len), None, None)
+        four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
+        unlabeled = ~(learned | anchored)
+        return Parts(_rows(four, learned), _rows(four, anchored), self._audio(signal, signal_len, unlabeled, ids))
+
+    def _by_use(self, labelled: torch.Tensor, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] which rows with text are learned, and on which rows the model stays what it is."""
+        if not self.anchors:
+            return labelled, torch.zeros_like(labelled)
+        kept = [
+            (self._replay_of(ids, b) or (self._replay if flag else "")) == "anchor"
+            for b, flag in enumerate(labelled.tolist())
+        ]
+        anchored = torch.tensor(kept, device=labelled.device)
+        return labelled & ~anchored, anchored
+
+    def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, chosen: torch.Tensor, ids: Any) -> Audio | None:
+        if not bool(chosen.any()):
+            return None
+        rows = chosen.nonzero().flatten().tolist()
+        named = [self._describe(ids, b) for b in rows]
+        self.seen.update(utterance for utterance, _ in named)
+        longest = int(signal_len[rows].max())
+        return Audio(
+            signal[rows][:, :longest],
+            signal_len[rows],
+            tuple(utterance for utterance, _ in named),
+            tuple(merge_context(self._run_context, own) for _, own in named),
+        )
+
+    def _replay_of(self, ids: Any, b: int) -> str:
+        """What the row's manifest line says the row is for; "" where it does not."""
+        if isinstance(ids, torch.Tensor):
+            return self._row(int(ids[b])).replay
+        cut = getattr(ids[b], "first_non_padding_cut", ids[b])
+        return str((cut.custom or {}).get("replay") or "")
+
+    def _row(self, index: int) -> Row:
+        return self._rows[self._collection[index].id if self._collection is not None else index]
+
+    def _describe(self, ids: Any, b: int) -> tuple[str, Context]:
+        if isinstance(ids, torch.Tensor):
+            row = self._row(int(ids[b]))
+            return row.utterance, row.context
+        # Shorter rows of a batch come as the recording with padding appended.
+        cut = getattr(ids[b], "first_non_padding_cut", ids[b])
+        return _cut_name(cut), parse_context((cut.custom or {}).get("context"))
+
+
+def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:
+    """The masked rows of NeMo's batch of four, cut to their longest; None if there are none."""
+    if not bool(mask.any()):
+        return None
+    signal, signal_len, tokens, tokens_len = four
+    kept = mask.nonzero().flatten()
+    span, width = int(signal_len[kept].max()), int(tokens_len[kept].max())
+    return signal[kept][:, :span], signal_len[kept], tokens[kept][:, :width], tokens_len[kept]
+
+
+def _cut_name(cut: Any) -> str:
+    """A name that is stable over epochs; Lhotse's own id of a file is its stem, which folders may share."""
+    sources = cut.recording.sources if cut.has_recording else []
+    if sources and sources[0].type == "file":
+        return f"{sources[0].source}@{cut.start:.3f}+{cut.duration:.3f}"
+    shard = (cut.custom or {}).get("shard_id", "")
+    return f"{shard}/{cut.id}@{cut.start:.3f}+{cut.duration:.3f}"
+
+
+def training_config(
+    config: Any, *, manifest_filepath: Any, global_rank: int, world_size: int, seed: int
+) -> DictConfig:
+    """NeMo's ``train_ds`` with the staged manifests, set so that batches tell which rows they hold.
+
+    Args:
+        config: the user's ``train_ds``.
+        manifest_filepath: of the staged copies.
+        global_rank, world_size: of this process.
+        seed: of the run, for Lhotse's samplers, which would shuffle differently on every rank that shares them.
+
+    Raises:
+        ConfigError: a combination in which rows cannot be told apart or would be dropped silently; names the fix.
+    """
+    faults = []
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config)
+    lhotse = bool(config.get("use_lhotse"))
+    if lhotse and (config.get("min_tps") is not None or config.get("max_tps") is not None):
+        faults.append("model.train_ds.min_tps/max_tps count tokens, which unlabeled rows lack: remove them.")
+    for key in ("is_concat", "shard_manifests", "use_dali"):
+        if not lhotse and config.get(key):
+            faults.append(
+                f"model.train_ds.{key} of the classic loader hides which rows a batch holds: set use_lhotse=true."
+            )
+    tarred = config.get("tarred_audio_filepaths")
+    if not lhotse and tarred is not None and not isinstance(tarred, str) and len(tarred) > 1:
+        faults.append("bucketed tarred audio needs the Lhotse loader: set model.train_ds.use_lhotse=true.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    with open_dict(config):
+        config.manifest_filepath = manifest_filepath
+        if lhotse:
+            # NeMo's switch for batches that carry their cuts; it also takes the ranks from here.
+            config.do_transcribe = True
+            config.global_rank, config.world_size = global_rank, world_size
+            if config.get("shard_seed") is None and tarred is None and not config.get("force_iterable_dataset"):
+                # A stream keeps NeMo's: each rank and worker must shuffle its own, anew at every pass.
+                config.shard_seed = seed
+        else:
+            config.return_sample_id = True
+    return config

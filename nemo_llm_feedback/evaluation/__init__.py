@@ -1,0 +1,1 @@
+"""Transcripts, error rates, tables, model cards and reports."""

@@ -1,0 +1,280 @@
+"""Several systems on the same utterances: scores overall, by entity type and by group, for tables and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import MAX_LISTED, Row, merge_context
+from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities, typed_spans
+from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
+from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
+from nemo_llm_feedback.evaluation.tables import Table, build_table, table_metrics
+
+NO_GROUP = "(none)"
+"""Value of a group key in rows that lack it."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One hypothesis of an N-best list with its score parts (``total``, ``asr``, ``llm`` …), where known."""
+
+    text: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class System:
+    """What one system made of the rows.
+
+    Attributes:
+        name: shown in tables; unique.
+        texts: one transcript a row.
+        nbest: one N-best list a row, empty for rows without; or empty where there is none at all.
+        rtfx: seconds of audio transcribed in a second of wall time, loading of audio included; None if not measured.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    nbest: tuple[tuple[Member, ...], ...] = ()
+    rtfx: float | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How transcripts are scored.
+
+    Attributes:
+        normalizer: text normalisation of both sides, see `normalize.NORMALIZERS`.
+        context: of the run; its terms, with each row's own, are the list for false alarms. Without any term that list
+            is all entity strings of the manifest.
+        entities_key: manifest key of the entities.
+        bias_key: manifest key of each utterance's word list for the B-WER mode; None = no B-WER.
+        group_by: manifest keys whose values make groups.
+        missing_entities: ``error`` refuses entities that their reference lacks, ``skip`` leaves them out, listed.
+        samples, seed: of the bootstrap.
+    """
+
+    normalizer: str = "basic"
+    context: Context = field(default_factory=Context)
+    entities_key: str = "entities"
+    bias_key: str | None = None
+    group_by: tuple[str, ...] = ()
+    missing_entities: str = "error"
+    samples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Systems scored on the same rows.
+
+    Attributes:
+        rows: the U utterances that all systems transcribed.
+        systems: in the order given; the first is the base of changes and tests.
+        scoring: how.
+        scores: system → counts.
+        oracles: system → counts of the member of each N-best with fewest word errors; only of systems that have an
+            N-best of every row.
+        by_type: entity type → system → counts in which only entities and terms of that type count as such.
+        by_group: group key → value → system → counts.
+        spans: [U] entity mentions in the normalised references.
+        terms: number of different terms on the list for false alarms; ``terms_from`` says where it is from.
+    """
+
+    rows: tuple[Row, ...]
+    systems: tuple[System, ...]
+    scoring: Scoring
+    scores: dict[str, CorpusScores]
+    oracles: dict[str, CorpusScores]
+    by_type: dict[str, dict[str, CorpusScores]]
+    by_group: dict[str, dict[str, dict[str, CorpusScores]]]
+    spans: tuple[tuple[Span, ...], ...]
+    terms: int
+    terms_from: str
+
+    @property
+    def base(self) -> str:
+        """Name of the first system."""
+        return self.systems[0].name
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that are defined here, in the order of tables."""
+        return table_metrics(next(iter(self.scores.values())))
+
+    def table(self, scores: Mapping[str, CorpusScores] | None = None, *, metrics: Sequence[str] = ()) -> Table:
+        """The table of some scores, all systems' by default, relative to the base where there are several systems."""
+        chosen = scores if scores is not None else self.scores
+        return build_table(
+            chosen,
+            metrics=list(metrics) or self.metrics,
+            base=self.base if len(chosen) > 1 and self.base in chosen else None,
+            samples=self.scoring.samples,
+            seed=self.scoring.seed,
+        )
+
+
+def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) -> Comparison:
+    """Scores all systems on the same rows.
+
+    Args:
+        rows: with text.
+        systems: at least one, each with one text a row.
+        scoring: how.
+
+    Raises:
+        ManifestError: no rows, rows without reference, entities of unknown form or not in their reference.
+        ConfigError: no system, two of one name, or a key that no row has.
+    """
+    _check(rows, systems, scoring)
+    normalize = get_normalizer(scoring.normalizer)
+    entities = row_entities(rows, scoring)
+    terms, source = _term_lists(rows, entities, scoring.context)
+    bias = [_bias_words(row, scoring.bias_key) for row in rows] if scoring.bias_key else None
+    references = [row.text for row in rows]
+    plain = [[e.entity for e in row] for row in entities] if any(entities) else None
+
+    def score(texts: Sequence[str]) -> CorpusScores:
+        return score_corpus(
+            references, texts, normalize=normalize, entities=plain, terms=terms, bias_words=bias
+        )  # fmt: skip
+
+    scores = {system.name: score(system.texts) for system in systems}
+    first = scores[systems[0].name]
+    if first.missing and scoring.missing_entities == "error":
+        listed = [f"{rows[m.utterance].origin}: '{m.entity}' in '{rows[m.utterance].text}'" for m in first.missing]
+        raise ManifestError(
+            _listed(f"{len(listed)} entities are not in their reference (`missing_entities=skip` leaves them out; "
+                    f"normalisation: {scoring.normalizer}):", listed)
+        )  # fmt: skip
+    oracles = {
+        s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize).hypotheses)
+        for s in systems
+        if s.nbest and all(s.nbest)
+    }
+    spans = tuple(
+        typed_spans(row.text, ref, listed, lambda text: " ".join(normalize(text).split()))
+        for row, ref, listed in zip(rows, first.references, entities, strict=True)
+    )
+    return Comparison(
+        rows=tuple(rows),
+        systems=tuple(systems),
+        scoring=scoring,
+        scores=scores,
+        oracles=oracles,
+        by_type=_by_type(references, systems, entities, terms, normalize),
+        by_group={key: _by_group(rows, scores, key) for key in scoring.group_by},
+        spans=spans,
+        terms=len({term for row in terms or () for term in row}),
+        terms_from=source,
+    )
+
+
+def row_entities(rows: Sequence[Row], scoring: Scoring) -> list[list[TypedEntity]]:
+    """The entities of each row.
+
+    Raises:
+        ManifestError: entities of unknown form, all of them listed.
+    """
+    out, faults = [], []
+    for row in rows:
+        try:
+            out.append(parse_entities(row.data.get(scoring.entities_key)))
+        except ValueError as error:
+            faults.append(f"{row.origin}: `{scoring.entities_key}`: {error}")
+    if faults:
+        raise ManifestError(_listed(f"{len(faults)} row(s) have entities that cannot be read:", faults))
+    return out
+
+
+def _check(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) -> None:
+    if not rows:
+        raise ManifestError("no utterances to score: the manifest is empty, or every utterance was left out.")
+    bare = [row.origin for row in rows if not row.text]
+    if len(bare) == len(rows):
+        raise ManifestError(
+            f"none of the {len(rows)} rows has a reference: error rates need `text` in every row of the manifest."
+        )
+    if bare:
+        raise ManifestError(_listed(f"{len(bare)} of {len(rows)} rows have no reference `text`:", bare))
+    names = [system.name for system in systems]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"systems need different names, and at least one system: got {', '.join(names) or 'none'}.")
+    keys = [*scoring.group_by, *([scoring.bias_key] if scoring.bias_key else [])]
+    if scoring.entities_key != "entities":
+        keys.append(scoring.entities_key)
+    known = dict.fromkeys(key for row in rows for key in row.data)
+    faults = [key for key in keys if key not in known]
+    if faults:
+        raise ConfigError(f"no row of the manifest has the key {', '.join(faults)}; there are: {', '.join(known)}.")
+
+
+def _term_lists(
+    rows: Sequence[Row], entities: Sequence[Sequence[TypedEntity]], context: Context
+) -> tuple[list[tuple[str, ...]] | None, str]:
+    """The list for false alarms of each row, and where it is from."""
+    lists = [merge_context(context, row.context).terms for row in rows]
+    if any(lists):
+        return lists, "the context's terms"
+    found = [text for row, listed in zip(rows, entities, strict=True) for text in _strings(row, listed)]
+    pool = tuple(dict.fromkeys(found))
+    return ([pool] * len(rows), "all entities of the manifest") if pool else (None, "")
+
+
+def _strings(row: Row, entities: Sequence[TypedEntity]) -> list[str]:
+    words = row.text.split()
+    return [e.entity if isinstance(e.entity, str) else " ".join(words[slice(*e.entity)]) for e in entities]
+
+
+def _bias_words(row: Row, key: str) -> list[str]:
+    """The single words of an utterance's list; the published scorer knows no phrases."""
+    try:
+        listed = parse_entities(row.data.get(key))
+    except ValueError as error:
+        raise ManifestError(f"{row.origin}: `{key}`: {error}") from None
+    return [word for text in _strings(row, listed) for word in text.split()]
+
+
+def _by_type(
+    references: Sequence[str],
+    systems: Sequence[System],
+    entities: Sequence[Sequence[TypedEntity]],
+    terms: Sequence[Sequence[str]] | None,
+    normalize: Callable[[str], str],
+) -> dict[str, dict[str, CorpusScores]]:
+    """A type's terms are those of the list that the manifest has as an entity of that type somewhere."""
+    out = {}
+    for name in sorted({e.type for row in entities for e in row} - {""}):
+        own = [[e.entity for e in row if e.type == name] for row in entities]
+        known = {
+            normalize(e if isinstance(e, str) else " ".join(reference.split()[slice(*e)]))
+            for reference, row in zip(references, own, strict=True)
+            for e in row
+        }
+        listed = None if terms is None else [[t for t in row if normalize(t) in known] for row in terms]
+        out[name] = {
+            s.name: score_corpus(references, s.texts, normalize=normalize, entities=own, terms=listed) for s in systems
+        }
+    return out
+
+
+def _by_group(
+    rows: Sequence[Row], scores: Mapping[str, CorpusScores], key: str
+) -> dict[str, dict[str, CorpusScores]]:  # fmt: skip
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        value = row.data.get(key)
+        members.setdefault(NO_GROUP if value in (None, "") else str(value), []).append(i)
+    return {
+        value: {name: system.select(indices) for name, system in scores.items()}
+        for value, indices in sorted(members.items())
+    }
+
+
+def _listed(head: str, items: Sequence[str]) -> str:
+    more = f"\n  … and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return head + "".join(f"\n  {item}" for item in items[:MAX_LISTED]) + more

@@ -1,0 +1,140 @@
+"""Entities of a manifest: strings or word spans, with an optional type, and where they stand in the reference.
+
+The manifest key holds a list whose items are strings, word spans ``[start, end)`` counted from 0, or objects
+``{"text": …}``, ``{"span": [start, end]}`` or ``{"start": …, "end": …}`` with an optional ``type``; or an object that
+maps each type to a string or a list of such items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.evaluation.error_counts import occurrences
+
+Entity = str | Sequence[int]
+"""An entity string, or the half-open span [start, end) of its words in the reference, counted from 0."""
+
+
+@dataclass(frozen=True)
+class TypedEntity:
+    """One entity as the manifest lists it; ``type`` is ``""`` where none is given."""
+
+    entity: Entity
+    type: str = ""
+
+
+@dataclass(frozen=True)
+class MissingEntity:
+    """An entity that the manifest lists but that is not in its reference after normalisation."""
+
+    utterance: int
+    entity: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Words [start, end) of a normalised reference that are an entity mention; ``types`` sorted, without ``""``."""
+
+    start: int
+    end: int
+    types: tuple[str, ...] = ()
+
+
+def parse_entities(value: Any, *, type: str = "") -> list[TypedEntity]:
+    """The entities of one manifest row, in the order of the manifest.
+
+    Args:
+        value: of the manifest's key, in one of the forms of the module's docstring; None, ``""`` and ``[]`` are none.
+        type: of items that name none.
+
+    Raises:
+        ValueError: another form; the message says which item.
+    """
+    if value is None or value in ("", []):
+        return []
+    if isinstance(value, str):
+        return [TypedEntity(value, type)]
+    if isinstance(value, Mapping):
+        if {"text", "span", "start"} & set(value):
+            return [_parse_object(value, type)]
+        return [e for name, items in value.items() for e in parse_entities(items, type=str(name))]
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{value!r} is neither a string nor a span [start, end)")
+    if all(isinstance(edge, int) and not isinstance(edge, bool) for edge in value):
+        return [TypedEntity(tuple(value), type)]
+    return [e for item in value for e in parse_entities(item, type=type)]
+
+
+def locate_all(
+    raw: Sequence[str],
+    refs: Sequence[str],
+    entities: Sequence[Sequence[Entity]] | None,
+    clean: Callable[[str], str],
+) -> tuple[list[set[tuple[int, int]]], list[MissingEntity]]:
+    """The word spans of all entity mentions of each utterance, and the entities that have none.
+
+    Args:
+        raw: references as given, which spans refer to.
+        refs: the same, normalised.
+        entities: of each utterance; None = no utterance has any.
+        clean: the normalisation.
+
+    Raises:
+        ManifestError: a span outside its reference, or of another form.
+    """
+    spans: list[set[tuple[int, int]]] = [set() for _ in refs]
+    missing = []
+    for u, listed in enumerate(entities or ()):
+        for entity in listed:
+            found = locate(raw[u], refs[u], entity, clean, utterance=u)
+            spans[u] |= found
+            if not found:
+                missing.append(MissingEntity(u, entity if isinstance(entity, str) else str(list(entity))))
+    return spans, missing
+
+
+def locate(
+    raw: str, ref: str, entity: Entity, clean: Callable[[str], str], *, utterance: int = 0
+) -> set[tuple[int, int]]:
+    """The spans of one entity in a normalised reference; every occurrence of a string is a mention."""
+    if isinstance(entity, str):
+        found = set(occurrences(ref.split(), clean(entity).split()))
+    else:
+        found = {_map_span(raw, entity, utterance, clean)}
+    return {(start, end) for start, end in found if end > start}
+
+
+def typed_spans(raw: str, ref: str, entities: Sequence[TypedEntity], clean: Callable[[str], str]) -> tuple[Span, ...]:
+    """The entity mentions of one reference with all types that each has, in order."""
+    types: dict[tuple[int, int], set[str]] = {}
+    for item in entities:
+        for span in locate(raw, ref, item.entity, clean):
+            types.setdefault(span, set()).update({item.type} - {""})
+    return tuple(Span(*span, tuple(sorted(names))) for span, names in sorted(types.items()))
+
+
+def _parse_object(value: Mapping[str, Any], type: str) -> TypedEntity:
+    name = str(value.get("type") or type)
+    if isinstance(value.get("text"), str):
+        return TypedEntity(value["text"], name)
+    span: Any = value["span"] if "span" in value else [value.get("start"), value.get("end")]
+    if not isinstance(span, Sequence) or len(span) != 2 or not all(isinstance(edge, int) for edge in span):
+        raise ValueError(f"{dict(value)!r} has neither a `text` nor a word span [start, end)")
+    return TypedEntity(tuple(span), name)
+
+
+def _map_span(text: str, span: Sequence[int], utterance: int, clean: Callable[[str], str]) -> tuple[int, int]:
+    """A word span of the text as given → the span after normalisation, which may drop or split words."""
+    words = text.split()
+    if not isinstance(span, Sequence) or not all(isinstance(edge, int) for edge in span):
+        raise ManifestError(f"utterance {utterance}: entity {span!r} is neither a string nor a span [start, end)")
+    if len(span) != 2 or not 0 <= span[0] < span[1] <= len(words):
+        raise ManifestError(
+            f"utterance {utterance}: entity span {list(span)} is not [start, end) with 0 <= start < end <= "
+            f"{len(words)}, the words of '{text}'"
+        )
+    start, end = (len(clean(" ".join(words[:edge])).split()) for edge in span)
+    return start, end

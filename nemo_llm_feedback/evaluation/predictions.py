@@ -1,0 +1,132 @@
+"""Ready transcripts: JSON Lines with ``audio_filepath`` and ``pred_text``, as NeMo's scripts write them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.data.manifests import MAX_LISTED, Row, parse_context
+from nemo_llm_feedback.evaluation.comparison import Member, System
+
+Line = tuple[int, dict[str, Any]]
+
+
+def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> System:
+    """The transcripts of one file in the order of the rows.
+
+    An utterance is the same where ``offset`` and the audio path are, the path as written or made absolute from here or
+    from the file's folder. ``nbest`` may hold strings, or objects with ``text`` and numbers (or a mapping of numbers).
+
+    Args:
+        path: of the predictions.
+        rows: the utterances.
+        name: of the system.
+
+    Raises:
+        ManifestError: unreadable lines, repeated utterances, or another set of utterances than the rows; all listed.
+    """
+    lines = _read_lines(path)
+    index: dict[tuple[str, float], int] = {}
+    faults = []
+    for k, (number, data) in enumerate(lines):
+        keys = _keys(data, Path(path))
+        if any(key in index for key in keys):
+            faults.append(f"{path}:{number}: {data.get('audio_filepath')} occurs twice.")
+        index.update(dict.fromkeys(keys, k))
+    found = [next((index[key] for key in _row_keys(row) if key in index), None) for row in rows]
+    faults += [f"{row.origin}: {row.audio} is not in it." for row, k in zip(rows, found, strict=True) if k is None]
+    strangers = sorted(set(range(len(lines))) - {k for k in found if k is not None})
+    if not faults:
+        faults += [f"{path}:{lines[k][0]}: {lines[k][1].get('audio_filepath')} is no row." for k in strangers]
+    if faults:
+        more = f"\n  … and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+        listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
+        raise ManifestError(
+            f"{path} and the {len(rows)} rows to score are not the same set ({len(faults)} fault(s)); systems are "
+            f"compared on the same utterances only:{listed}{more}"
+        )
+    chosen = [lines[k][1] for k in found if k is not None]
+    nbest = tuple(_nbest(data, path) for data in chosen)
+    return System(name, tuple(data["pred_text"] for data in chosen), nbest if all(nbest) else ())
+
+
+def rows_of_predictions(path: str | Path) -> list[Row]:
+    """The rows that a predictions file holds itself: its ``text`` is the reference; a ``duration`` is not needed."""
+    rows = []
+    for number, data in _read_lines(path):
+        audio = _absolute(str(data.get("audio_filepath") or data.get("audio_filename")), Path(path).parent)
+        try:
+            context = parse_context(data.get("context"))
+        except ValueError as error:
+            raise ManifestError(f"{path}:{number}: {error}.") from None
+        text, duration = data.get("text") or "", float(data.get("duration") or 0.0)
+        rows.append(Row(audio, duration, _offset(data), str(text).strip(), context, f"{path}:{number}", data))
+    return rows
+
+
+def _read_lines(path: str | Path) -> list[Line]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read ({error}).") from None
+    lines: list[Line] = []
+    faults = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            faults.append(f"{path}:{number}: not JSON ({error}).")
+            continue
+        if not isinstance(data, dict) or not (data.get("audio_filepath") or data.get("audio_filename")):
+            faults.append(f"{path}:{number}: lacks `audio_filepath`.")
+        elif not isinstance(data.get("pred_text"), str):
+            faults.append(f"{path}:{number}: lacks `pred_text`, the transcript ('' where nothing was heard).")
+        else:
+            lines.append((number, data))
+    if not lines and not faults:
+        faults.append(f"{path}: has no line in it.")
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
+        raise ManifestError(f"{len(faults)} fault(s) in the predictions; correct these lines:{listed}")
+    return lines
+
+
+def _nbest(data: Mapping[str, Any], path: str | Path) -> tuple[Member, ...]:
+    members = []
+    for item in data.get("nbest") or ():
+        if isinstance(item, str):
+            members.append(Member(item))
+        elif isinstance(item, Mapping) and isinstance(item.get("text", item.get("pred_text")), str):
+            nested = {k: v for part in item.values() if isinstance(part, Mapping) for k, v in part.items()}
+            members.append(Member(item.get("text", item.get("pred_text")), _numbers({**item, **nested})))
+        else:
+            raise ManifestError(f"{path}: `nbest` holds {item!r}; a member is a string or an object with `text`.")
+    return tuple(members)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def _keys(data: Mapping[str, Any], file: Path) -> set[tuple[str, float]]:
+    audio = str(data.get("audio_filepath") or data.get("audio_filename"))
+    return {(name, _offset(data)) for name in (audio, _absolute(audio, Path.cwd()), _absolute(audio, file.parent))}
+
+
+def _row_keys(row: Row) -> list[tuple[str, float]]:
+    raw = row.data.get("audio_filepath") or row.data.get("audio_filename") or row.audio
+    return [(_absolute(row.audio, Path.cwd()), round(row.offset, 3)), (str(raw), round(row.offset, 3))]
+
+
+def _absolute(audio: str, folder: Path) -> str:
+    return os.path.normpath(os.path.abspath(folder / Path(audio).expanduser()))
+
+
+def _offset(data: Mapping[str, Any]) -> float:
+    return round(float(data.get("offset") or 0.0), 3)

@@ -1,0 +1,125 @@
+"""By which scores a transcript changed: both texts judged by the run's reward, and the adapted model's N-best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.data.audio import AudioBatch, audio_batches
+from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.evaluation.comparison import Member
+from nemo_llm_feedback.evaluation.report.data import Change
+from nemo_llm_feedback.evaluation.report.words import changed_words
+from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+
+MAX_NBEST = 50
+_BATCH = 8
+
+
+@torch.no_grad()
+def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> list[Change]:
+    """The rows whose normalised transcript changed, with the score parts of both texts.
+
+    The acoustic part is log p(text | audio) under the frozen base, in nats, for both, so that the scores say what the
+    run's reward thinks of the change. The most changed also get an N-best, see :func:`own_nbest`.
+
+    Args:
+        model: after a run with feedback (its reference and reward are still there).
+        rows: that were transcribed.
+        before, after: one transcript a row.
+
+    Raises:
+        RewardError, LLMError: the reward stopped working.
+    """
+    state = model._feedback
+    normalize = get_normalizer(state.config.feedback.normalizer)
+    pairs = [(row, b, a) for row, b, a in zip(rows, before, after, strict=True) if normalize(b) != normalize(a)]
+    if not pairs:
+        return []
+    state.reference.to(model.device)
+    chosen = [row for row, _, _ in pairs]
+    rate = int(model.cfg.preprocessor.sample_rate)
+    scores: list[dict[str, tuple[float, float]]] = [{} for _ in pairs]
+    run_context = state.config.context.load()
+    with evaluation_mode(model):
+        for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
+            contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
+            texts = [pairs[i][1:] for i in batch.indices]
+            for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
+                scores[i] = judged
+    nbest = own_nbest(model, chosen, [b for _, b, _ in pairs], [a for _, _, a in pairs])
+    return [Change(row, b, a, scores[i], nbest[i]) for i, (row, b, a) in enumerate(pairs)]
+
+
+@torch.no_grad()
+def own_nbest(
+    model: Any, rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
+) -> tuple[tuple[Member, ...], ...]:
+    """The adapted model's N-best with the reward and its parts, for the `MAX_NBEST` most changed rows.
+
+    Args:
+        model, rows, before, after: as in :func:`judged_changes`.
+
+    Returns:
+        One N-best a row, best reward first; empty for the other rows.
+    """
+    state = model._feedback
+    normalize = get_normalizer(state.config.feedback.normalizer)
+    changed = [changed_words(normalize(b), normalize(a)) for b, a in zip(before, after, strict=True)]
+    wanted = sorted((i for i, words in enumerate(changed) if words), key=lambda i: -changed[i])[:MAX_NBEST]
+    chosen = [rows[i] for i in wanted]
+    nbest: list[tuple[Member, ...]] = [() for _ in rows]
+    state.reference.to(model.device)
+    rate, run_context = int(model.cfg.preprocessor.sample_rate), state.config.context.load()
+    with evaluation_mode(model):
+        for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
+            contexts = tuple(merge_context(run_context, chosen[k].context) for k in batch.indices)
+            names = tuple(chosen[k].utterance for k in batch.indices)
+            audio = Audio(batch.signal, batch.signal_len, names, contexts)
+            groups = state.maker.make(audio, *encode(model, audio.signal, audio.signal_len))
+            for k, scored in zip(batch.indices, groups, strict=True):
+                nbest[wanted[k]] = _members(scored, head=state.heads[0].name, rewarded=state.maker.reward is not None)
+    return tuple(nbest)
+
+
+def _judge(
+    state: Any, rows: Sequence[Row], batch: AudioBatch, texts: Sequence[tuple[str, str]], contexts: Sequence[Context]
+) -> list[dict[str, tuple[float, float]]]:
+    """Score part → its value for the two texts, for each row of the batch."""
+    head, normalize = state.reference.heads[0], get_normalizer(state.config.feedback.normalizer)
+    labels = [tuple(head.vocabulary.text_to_ids(text)) for pair in texts for text in pair]
+    trie = PrefixTrie.build([list(ids) for ids in labels], [b for b in range(len(texts)) for _ in range(2)])
+    encoded, lengths = state.reference.encode(batch.signal, batch.signal_len)
+    budget = state.config.feedback.memory_budget_mb
+    logp = head.log_prob(encoded, lengths, trie.to(encoded.device), memory_budget_mb=budget).view(-1, 2).tolist()
+    if state.maker.reward is None:
+        return [{"asr": (pair[0], pair[1])} for pair in logp]
+    groups = [
+        HypothesisGroup(
+            rows[i].utterance,
+            tuple(Hypothesis(normalize(text), labels[2 * b + k], "greedy") for k, text in enumerate(texts[b])),
+            contexts[b],
+            tuple(logp[b]),
+        )
+        for b, i in enumerate(batch.indices)
+    ]
+    output = state.maker.reward(groups)
+    columns = {"reward": output.values, **output.parts}
+    return [
+        {name: (float(values[b, 0]), float(values[b, 1])) for name, values in columns.items()}
+        for b in range(len(groups))
+    ]
+
+
+def _members(scored: ScoredGroup, *, head: str, rewarded: bool) -> tuple[Member, ...]:
+    """The members, best reward first, and those that the reward could not judge last; without a reward by log p."""
+    columns = {"reward": scored.rewards[head], **scored.parts} if rewarded else {"asr": scored.ref_logp[head]}
+    first = next(iter(columns.values()))
+    order = sorted(range(len(scored.group)), key=lambda n: (first[n] != first[n], -first[n]))
+    return tuple(Member(scored.group.texts[n], {name: values[n] for name, values in columns.items()}) for n in order)

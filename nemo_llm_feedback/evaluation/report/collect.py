@@ -1,0 +1,218 @@
+"""Report data from an evaluation, from a finished adaptation, or from the folder of a run that did not finish."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.version import __version__
+from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
+from nemo_llm_feedback.evaluation.metrics import CorpusScores
+from nemo_llm_feedback.evaluation.report.data import Change, ReportData
+
+_PACKAGES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes", "jiwer", "kaldialign", "numpy")
+_NAMES = r"(?:api[_-]?key|token|secret|password|passwd|credentials?)"
+_SECRET = re.compile(rf"(?:^|[._-]){_NAMES}$", re.IGNORECASE)
+_FACTS = {"base": "Base", "llm": "Language model", "objective": "Objective", "steps": "Steps"}
+_ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
+_GROUP_KEYS = ("domain", "speaker", "voice")
+_MAX_GROUPS = 20
+
+
+def evaluation_report(
+    comparison: Comparison, *, left_out: Sequence[str] = (), title: str = "Evaluation"
+) -> ReportData:
+    """The report of one evaluation.
+
+    Args:
+        comparison: of the systems.
+        left_out: what a system failed on, one sentence a row.
+        title: of the page.
+    """
+    names = [system.name for system in comparison.systems]
+    audio = sum(row.duration for row in comparison.rows)
+    facts = {"Systems": ", ".join(names), "Utterances": str(len(comparison.rows))}
+    facts |= {"Audio": _hours(audio)} if audio else {}
+    speeds = [f"{s.name} {s.rtfx:.0f}×" for s in comparison.systems if s.rtfx is not None]
+    facts |= {"Speed (RTFx)": ", ".join(speeds)} if speeds else {}
+    notes = [f"Left out of all systems: {item}" for item in left_out]
+    return ReportData(
+        title=title,
+        subtitle=" against ".join(names[:2]) if len(names) == 2 else ", ".join(names),
+        created=_now(),
+        sets={"evaluation set": comparison},
+        facts=facts,
+        versions=package_versions(),
+        commands=(current_command(),),
+        notes=tuple(notes),
+    )
+
+
+def adaptation_report(
+    *,
+    log_dir: str | Path,
+    rows: Mapping[str, Sequence[Row]],
+    before: Mapping[str, CorpusScores],
+    after: Mapping[str, CorpusScores],
+    context: Context,
+    normalizer: str,
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    nbest: Mapping[str, Sequence[tuple[Member, ...]]] | None = None,
+    changes: Sequence[Change] = (),
+    surveyed: int = 0,
+) -> ReportData:
+    """The report of a finished adaptation.
+
+    Args:
+        log_dir: folder of the run, with ``steps.jsonl`` where it was logged.
+        rows: validation set → its rows; empty without validation.
+        before, after: validation set → scores of the base and of the adapted model over these rows.
+        context: of the run; its terms are the list for false alarms.
+        normalizer: text normalisation of the run.
+        facts: ``base``, ``llm``, ``objective``, ``steps`` and whatever else is worth a line; nested values are left
+            out, None too.
+        settings: the composed configuration as plain containers; values of secret keys are hidden.
+        nbest: validation set → the adapted model's N-best of each row, empty where none was made.
+        changes: utterances without reference whose transcript changed.
+        surveyed: utterances without reference that were compared.
+    """
+    sets = {}
+    for name, own in rows.items():
+        scoring = Scoring(
+            normalizer=normalizer, context=context, missing_entities="skip", group_by=tuple(_group_keys(own))
+        )
+        adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
+        sets[name] = compare(own, [System("base", before[name].hypotheses), adapted], scoring)
+    shown = {
+        _FACTS.get(key, key.replace("_", " ")): str(value)
+        for key, value in facts.items()
+        if isinstance(value, (str, int, float)) and key not in _ELSEWHERE
+    }
+    base = str(facts.get("base") or "the base model")
+    return ReportData(
+        title="Adaptation",
+        subtitle=f"{base}, adapted to {context.description or 'unlabeled audio'}",
+        created=_now(),
+        sets=sets,
+        changes=tuple(changes),
+        surveyed=surveyed,
+        facts=shown,
+        settings=settings_text(settings),
+        versions=package_versions(),
+        commands=(current_command(),),
+        steps_file=str(Path(log_dir) / STEPS_FILE),
+    )
+
+
+def unfinished_report(run_dir: str | Path) -> ReportData:
+    """The report of a run folder that has training curves only: the run is going on or was stopped.
+
+    Raises:
+        ManifestError: the folder has no curves either.
+    """
+    folder = Path(run_dir)
+    if not (folder / STEPS_FILE).is_file():
+        raise ManifestError(
+            f"{run_dir} has neither report_data.json nor {STEPS_FILE}: give the folder of an `adapt` run "
+            "(with its date, e.g. runs/adapted/2026-01-31_12-00-00)."
+        )
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if (folder / RUN_FILE).is_file() else {}
+    return ReportData(
+        title="Adaptation in progress",
+        subtitle=folder.name,
+        created=_now(),
+        facts={"Run folder": folder.name},
+        settings=_saved_settings(folder / SETTINGS_FILE),
+        versions=run.get("versions") or package_versions(),
+        commands=(_command(run["command"]),) if run.get("command") else (),
+        notes=("The run has not finished, so there is no comparison yet; the curves are up to the last logged step.",),
+        steps_file=str(folder / STEPS_FILE),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this package, Python and the libraries that numbers depend on; absent ones are left out."""
+    out = {"nemo_llm_feedback": __version__, "Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # bitsandbytes, for one, is not needed to evaluate
+    return out
+
+
+def current_command() -> str:
+    """The command line of this process, with secrets hidden."""
+    return _command(sys.argv)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """A command line that a shell takes, with secrets hidden."""
+    name = Path(arguments[0]).name
+    shown = ["nemo-llm-feedback" if name == "cli.py" else name]
+    for before, argument in itertools.pairwise(arguments):
+        key, equals, _ = argument.partition("=")
+        if equals and _SECRET.search(key):
+            shown.append(f"{key}=(hidden)")
+        else:
+            shown.append("(hidden)" if before.startswith("-") and _SECRET.search(before) else argument)
+    return shlex.join(shown)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, with secrets hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(_hide(settings))) if settings else ""
+
+
+def _saved_settings(path: Path) -> str:
+    """The settings that a run keeps in its folder, as YAML with secrets hidden; empty where it keeps none."""
+    if not path.is_file():
+        return ""
+    found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return settings_text(found)
+
+
+def _hide(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {
+            str(key): "(hidden)"
+            if value and _SECRET.search(str(key)) and not isinstance(value, Mapping)
+            else _hide(value)
+            for key, value in node.items()
+        }
+    if isinstance(node, (list, tuple)):
+        return [_hide(item) for item in node]
+    return node if isinstance(node, (str, int, float, bool)) or node is None else str(node)
+
+
+def _group_keys(rows: Sequence[Row]) -> list[str]:
+    """Keys such as the speaker's that make a few groups of these rows."""
+    return [
+        key
+        for key in _GROUP_KEYS
+        if 2 <= len({str(row.data.get(key)) for row in rows if key in row.data}) <= _MAX_GROUPS
+    ]
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

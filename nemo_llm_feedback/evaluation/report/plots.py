@@ -1,0 +1,247 @@
+"""Bars and training curves as inline SVG by matplotlib, in colours of the page's style sheet (light and dark)."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nemo_llm_feedback.core.run_folder import read_steps
+from nemo_llm_feedback.evaluation.metrics import find_metric
+from nemo_llm_feedback.evaluation.tables import Cell
+
+# matplotlib needs real colours: each stands for a variable of the style sheet, which replaces it in the SVG.
+_INK, _MUTED, _LINE, _ACCENT = "#010203", "#040506", "#070809", "#0a0b0c"
+_SERIES = ("#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e")
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent"} | {
+    color: f"series-{k}" for k, color in enumerate(_SERIES)
+}
+_WIDTH = 4.0
+_MAX_POINTS = 400
+_SMOOTHED = 24  # points from which a curve is noise around a mean
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its heading and the sentence below it."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of the training curves.
+
+    Attributes:
+        title, note: heading and explanation.
+        keys: metric name → label in the legend; a name that ends in ``/`` stands for all below it.
+        change: draw the change since the first (smoothed) value, so that series of different size share an axis.
+        rule: a horizontal line, e.g. 1 for a ratio.
+        smooth: draw the running mean over the raw values, where there are many.
+    """
+
+    title: str
+    note: str
+    keys: Mapping[str, str]
+    change: bool = False
+    rule: float | None = None
+    smooth: bool = True
+
+
+PANELS = (
+    Panel(
+        "Reward",
+        "On the pool, in nats.",
+        {"feedback/reward_policy": "expected under the model", "feedback/reward_best": "best of the group"},
+    ),
+    Panel(
+        "Parts of the reward",
+        "Mean over the members of the groups, change since the start.",
+        {"feedback/reward/": ""},
+        change=True,
+    ),
+    Panel(
+        "Reward on held-out utterances",
+        "Gain of the model's transcripts over the base's, in nats.",
+        {"held_out/gain": "gain"},
+        rule=0.0,
+        smooth=False,
+    ),
+    Panel(
+        "KL to the frozen base",
+        "In nats, of the renormalised groups; a label, of held-out transcripts.",
+        {"feedback/kl_reference": "groups", "held_out/kl": "held-out, a label"},
+        rule=0.0,
+    ),
+    Panel(
+        "Length ratio",
+        "Length of the texts against the base's; 1 = unchanged.",
+        {"feedback/length_ratio": "expected, on the groups", "held_out/length_ratio": "held-out transcripts"},
+        rule=1.0,
+    ),
+    Panel("WER on the validation sets", "In %; step 0 is the base.", {"val/*/wer": ""}, smooth=False),
+    Panel("Entity WER on the validation sets", "In %; step 0 is the base.", {"val/*/ewer": ""}, smooth=False),
+    Panel(
+        "WER on the guard set",
+        "Relative rise over the base; 0.1 = a tenth more errors.",
+        {"held_out/wer_rise": "rise"},
+        rule=0.0,
+        smooth=False,
+    ),
+)
+
+
+def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
+    """The finite numbers of each line of a ``steps.jsonl`` that names its step; none without a file."""
+    lines = read_steps(Path(path)) if path is not None else []
+    return [
+        {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        for line in lines
+        if isinstance(line.get("step"), (int, float))
+    ]
+
+
+def curves(steps: Sequence[Mapping[str, float]]) -> list[Plot]:
+    """One plot for each panel that has values."""
+    return [plot for panel in PANELS if (plot := _curve(panel, steps)) is not None]
+
+
+def bars(metric: str, cells: Mapping[str, Cell]) -> Plot:
+    """Horizontal bars of one metric by system, with 95 % intervals.
+
+    Args:
+        metric: a key of `metrics.METRICS`.
+        cells: system → value and interval; undefined ones have no bar.
+    """
+    m = find_metric(metric)
+    with _style(f"bars {metric}"):
+        figure = Figure(figsize=(_WIDTH, 0.5 + 0.4 * len(cells)), layout="constrained")
+        axes = figure.add_subplot()
+        top = max([c.high for c in cells.values() if c.high > 0] or [1.0])
+        for y, cell in enumerate(cells.values()):
+            if math.isnan(cell.value):
+                continue
+            axes.barh(y, cell.value, height=0.62, color=_SERIES[y % len(_SERIES)], alpha=0.9)
+            axes.plot([cell.low, cell.high], [y, y], color=_INK, linewidth=1.2, solid_capstyle="butt")
+            axes.text(max(cell.high, cell.value) + top * 0.03, y, f"{cell.value:.1f}", va="center", color=_INK)
+        axes.set_yticks(range(len(cells)), [_short(name) for name in cells])
+        axes.set_ylim(len(cells) - 0.5, -0.5)
+        axes.set_xlim(0, top * 1.18)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        _frame(axes, grid="x")
+        direction = "higher is better" if m.higher_is_better else "lower is better"
+        return Plot(m.title, _svg(figure, f"{m.title} by system"), f"{m.unit}, {direction}")
+
+
+def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
+    series = _series(panel, steps)
+    if not series:
+        return None
+    with _style(panel.title):
+        figure = Figure(figsize=(_WIDTH, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        if panel.rule is not None:
+            axes.axhline(panel.rule, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        for k, (label, (x, y)) in enumerate(series.items()):
+            color = _SERIES[(k + 1) % len(_SERIES)]
+            if panel.smooth and len(y) >= _SMOOTHED:
+                axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
+                axes.plot(x, _running_mean(y), color=color, linewidth=1.8, label=label)
+            else:
+                axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.2, label=label)
+        if len(series) > 1 or "" in panel.keys.values():
+            axes.legend(frameon=False, loc="best", labelcolor=_INK, handlelength=1.4, borderaxespad=0.2)
+        axes.set_xlabel("step", color=_MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.02, y=0.12)
+        _frame(axes, grid="y")
+        thin = panel.smooth and any(len(y) >= _SMOOTHED for _, y in series.values())
+        return Plot(panel.title, _svg(figure, panel.title), panel.note + " Thin: each step." * thin)
+
+
+def _series(
+    panel: Panel, steps: Sequence[Mapping[str, float]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Label → ([S] steps, [S] values), thinned to what a small drawing can show."""
+    names = list(dict.fromkeys(name for step in steps for name in step))
+    out = {}
+    for pattern, label in panel.keys.items():
+        regex = re.compile(re.escape(pattern).replace(r"\*", "(.+)") + ("(.+)" if pattern.endswith("/") else "") + "$")
+        for name in names:
+            match = regex.match(name)
+            points = [(step["step"], step[name]) for step in steps if name in step] if match else []
+            if match and points:
+                x, y = np.array(points[:: max(1, len(points) // _MAX_POINTS)]).T
+                out[label or match.group(1)] = (x, y - _running_mean(y)[0] if panel.change else y)
+    return out
+
+
+def _running_mean(y: np.ndarray) -> np.ndarray:
+    """[S] mean over a window of a twelfth of the curve around each point, narrower at the ends."""
+    half = max(1, len(y) // 24)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    i = np.arange(len(y))
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
+    return np.asarray((total[high] - total[low]) / (high - low))
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    """Settings of matplotlib while one drawing is made."""
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # real text, in the page's own font
+            "svg.hashsalt": salt,  # equal input, equal file; and ids that differ between the drawings of a page
+            "text.parse_math": False,  # a system may be called $x$
+            "font.size": 10.5,
+            "font.family": "sans-serif",
+        }
+    )
+
+
+def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+    for side in ("top", "right", "left" if grid == "y" else "bottom"):
+        axes.spines[side].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_LINE)
+    axes.tick_params(colors=_MUTED, length=0)
+    for label in axes.get_yticklabels() if grid == "x" else ():
+        label.set_color(_INK)
+    axes.grid(axis=grid, color=_LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    prefix = re.sub(r"\W+", "-", label)
+    text = re.sub(r'(\bid="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", text)
+    # The drawing scales with its column.
+    head = f'<svg role="img" aria-label="{prefix.replace("-", " ")}" '
+    return re.sub(
+        r'<svg ((?:(?!>).)*?)width="[^"]*" ', r"<svg \1", re.sub(r'height="[\d.]+pt" ', "", text, count=1), count=1
+    ).replace("<svg ", head, 1)
+
+
+def _short(name: str, limit: int = 18) -> str:
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"

@@ -1,0 +1,1 @@
+"""Where hypotheses come from and how they are kept."""

@@ -1,0 +1,254 @@
+"""Groups of hypotheses: proposed by beams, boosted beams, term swaps or samples; alike members are merged."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.asr.heads import Head, Labels, Vocabulary
+from nemo_llm_feedback.asr.likelihood import Band
+from nemo_llm_feedback.core.config import ProposalConfig
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
+
+# Term swaps: how often a swapped text is swapped again, from how many texts, and how many swaps of each are scored.
+_SWAP_ROUNDS, _SWAP_SEEDS, _SWAP_TRIED = 2, 4, 8
+
+# Boosting trees kept in memory: one a distinct term list; a run with per-utterance lists goes through many.
+_MAX_TREES = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A label sequence with the source that first proposed it."""
+
+    labels: Labels
+    source: str
+
+
+class Proposer:
+    """Proposes label sequences for encoded audio with one head.
+
+    Args:
+        head: the policy's head; eval mode and no gradient are the caller's.
+        config: how many from which source.
+        seed: of the sampler.
+        memory_budget_mb: for the scores that choose among term swaps.
+        band: of the transducer lattice in these scores; None = exact.
+
+    Attributes:
+        boosting_weight: of the boosting tree; the configuration's until the survey chooses another.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        config: ProposalConfig,
+        *,
+        seed: int = 0,
+        memory_budget_mb: int = 512,
+        band: Band | None = None,
+    ) -> None:
+        self._head, self._config = head, config
+        self.boosting_weight = config.boosting_weight
+        self._budget, self._band = memory_budget_mb, band
+        self._generator = torch.Generator().manual_seed(seed)
+        self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of the sampler; its state belongs into checkpoints."""
+        return self._generator
+
+    @property
+    def sampled_only(self) -> bool:
+        """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
+        config = self._config
+        return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
+
+    def propose(self, encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]) -> list[list[Candidate]]:
+        """Proposes candidates for every row; repeated label sequences are removed unless all are samples.
+
+        Args:
+            encoded: [B, D, T] encoder output.
+            lengths: [B] frames.
+            contexts: B contexts, whose terms are boosted.
+
+        Returns:
+            B lists, greedy first (unless sampled only), then the beam, the boosted beam, term swaps and samples.
+        """
+        config, rows = self._config, range(len(contexts))
+        found: list[list[Candidate]] = [[] for _ in rows]
+
+        def add(source: str, rows_of: Sequence[int], proposals: Sequence[Sequence[Labels]]) -> None:
+            for b, sequences in zip(rows_of, proposals, strict=True):
+                found[b] += [Candidate(tuple(labels), source) for labels in sequences]
+
+        if not self.sampled_only:
+            add("greedy", rows, [[y] for y in self._head.greedy(encoded, lengths, max_symbols=config.max_symbols)])
+        if config.beam:
+            add("beam", rows, self._head.beam(encoded, lengths, size=config.beam, max_symbols=config.max_symbols))
+        if config.boosted:
+            for terms, members in _rows_by_terms(contexts).items():
+                add("boosted", members, self._boosted(encoded[members], lengths[members], terms))
+        if config.term_swap:
+            self._add_swaps(found, encoded, lengths, contexts)
+        if config.samples:
+            add("samples", rows, self._head.sample(encoded, lengths, size=config.samples, generator=self._generator))
+        return found if self.sampled_only else [_distinct(candidates) for candidates in found]
+
+    def _add_swaps(
+        self, found: list[list[Candidate]], encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]
+    ) -> None:
+        """Adds the term swaps of each row's most probable candidates; a second round swaps a second term."""
+        wanted = self._config.term_swap
+        seeds = [_distinct(row) for row in found]
+        for _ in range(_SWAP_ROUNDS):
+            top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
+            swapped = [
+                _distinct(
+                    [
+                        Candidate(tuple(self._head.vocabulary.text_to_ids(text)), "term_swap")
+                        for seed in row
+                        for text in swap_terms(
+                            self._head.vocabulary.ids_to_text(seed.labels),
+                            context.terms,
+                            min_similarity=self._config.swap_similarity,
+                            limit=_SWAP_TRIED,
+                        )
+                    ]
+                )
+                for row, context in zip(top, contexts, strict=True)
+            ]
+            seeds = self._best(swapped, encoded, lengths, keep=wanted)
+            for row, new in zip(found, seeds, strict=True):
+                row += new
+
+    def _best(
+        self, candidates: list[list[Candidate]], encoded: Tensor, lengths: Tensor, *, keep: int
+    ) -> list[list[Candidate]]:
+        """The most probable candidates of every row under the policy, best first."""
+        labels = [list(c.labels) for row in candidates for c in row]
+        rows = [b for b, row in enumerate(candidates) for _ in row]
+        with torch.no_grad():
+            trie = PrefixTrie.build(labels, rows).to(encoded.device)
+            flat = self._head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget, band=self._band)
+        scores = iter(flat.tolist())
+        ranked = [sorted(((next(scores), c) for c in row), key=lambda pair: -pair[0]) for row in candidates]
+        return [[c for _, c in row[:keep]] for row in ranked]
+
+    def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
+        tree = self._trees.get(terms)
+        if tree is None:
+            tree = self._trees[terms] = boosting_tree(self._head.vocabulary, terms, self._config)
+            if len(self._trees) > _MAX_TREES:
+                self._trees.popitem(last=False)
+        return self._head.beam(
+            encoded,
+            lengths,
+            size=self._config.boosted,
+            max_symbols=self._config.max_symbols,
+            tree=tree.to(encoded.device),
+            tree_weight=self.boosting_weight,
+        )
+
+
+def boosting_tree(vocabulary: Vocabulary, terms: Sequence[str], config: ProposalConfig) -> Any:
+    """NeMo's phrase boosting tree over the terms, for BPE and character models.
+
+    Args:
+        vocabulary: of the head.
+        terms: at least one.
+        config: ``context_score`` and ``depth_scaling``.
+    """
+    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import (
+        BoostingTreeModelConfig,
+        GPUBoostingTreeModel,
+    )
+
+    settings = BoostingTreeModelConfig(
+        key_phrases_list=list(terms),
+        context_score=config.context_score,
+        depth_scaling=config.depth_scaling,
+        use_triton=torch.cuda.is_available(),
+    )
+    return GPUBoostingTreeModel.from_config(settings, tokenizer=vocabulary)
+
+
+def build_members(
+    candidates: Sequence[Candidate],
+    scores: Sequence[float],
+    *,
+    vocabulary: Vocabulary,
+    normalize: Callable[[str], str],
+    max_members: int,
+    distinct: bool,
+) -> list[int]:
+    """Chooses which candidates become members of a group.
+
+    Two candidates whose texts are equal after normalisation are one member, the better-scored spelling; case and
+    punctuation do not fill a group. Infeasible candidates (score −inf) are left out unless nothing else is there.
+
+    Args:
+        candidates: greedy first.
+        scores: log p of each candidate under the frozen reference.
+        vocabulary: of the head.
+        normalize: the run's text normalisation.
+        max_members: largest group.
+        distinct: False keeps repetitions (samples).
+
+    Returns:
+        Indices into ``candidates`` in their order, at least one.
+    """
+    feasible = [i for i, score in enumerate(scores) if score > float("-inf")] or [0]
+    if not distinct:
+        return feasible[:max_members]
+    best: dict[str, int] = {}
+    for i in feasible:
+        text = normalize(vocabulary.ids_to_text(candidates[i].labels))
+        if text not in best or scores[i] > scores[best[text]]:
+            best[text] = i
+    first_seen: dict[str, None] = {}
+    for i in feasible:
+        first_seen.setdefault(normalize(vocabulary.ids_to_text(candidates[i].labels)))
+    return [best[text] for text in first_seen][:max_members]
+
+
+def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Hypothesis:
+    """The member of a group that a candidate becomes."""
+    text = normalize(vocabulary.ids_to_text(candidate.labels))
+    return Hypothesis(text=text, tokens=candidate.labels, source=candidate.source)
+
+
+def written_labels(text: str, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Labels | None:
+    """The labels of a text that was not decoded; None if the vocabulary cannot express it.
+
+    A text in another style than the checkpoint's (case, punctuation) is tried in the run's normalisation, too.
+    """
+    for spelling in dict.fromkeys((text, normalize(text))):
+        labels = tuple(vocabulary.text_to_ids(spelling))
+        if labels and normalize(vocabulary.ids_to_text(labels)) == normalize(text):
+            return labels
+    return None
+
+
+def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    first: dict[Labels, Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.labels, candidate)
+    return list(first.values())
+
+
+def _rows_by_terms(contexts: Sequence[Context]) -> dict[tuple[str, ...], list[int]]:
+    """Rows that share a term list are decoded together, so a group does not depend on its batch."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for b, context in enumerate(contexts):
+        if context.terms:
+            rows.setdefault(context.terms, []).append(b)
+    return rows

@@ -1,0 +1,178 @@
+"""Prompt templates: what the LLM reads before a hypothesis, and what it is asked about hypotheses.
+
+A template is a plain text file with the slots ``{description}``, ``{terms}`` and ``{previous}`` for the context, and
+one slot for what is judged. There are three kinds:
+
+- ``score``: ends with ``{hypothesis}``, whose log-probability is taken. Nothing may follow it.
+- ``judge``: has ``{hypothesis}`` inside and ends where the answer (yes, no, a digit) begins.
+- ``correction``: has ``{hypotheses}`` inside (a numbered list) and ends where the corrected transcript begins.
+
+What stands right before ``{hypothesis}`` is a line break or a visible character, never a space (a space there would be
+a token of its own, and the hypothesis would continue it in a way no LLM has seen). A line whose slots all have nothing
+to fill in is left out. Braces around any other word are an error; other braces are plain text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.types import Context
+
+_CHAT_CONTEXT = (
+    "The recording is {description}.\nTerms that may occur: {terms}.\nRight before, this was said: {previous}\n"
+)
+_BASE_CONTEXT = "The following is a transcript of {description}.\nTerms that may occur: {terms}.\n"
+
+BASE_TEMPLATE = _BASE_CONTEXT + "{previous}\n{hypothesis}"
+CHAT_TEMPLATE = (
+    f"Write down what is said in a recording.\n{_CHAT_CONTEXT}Reply with the transcript only.\n{{hypothesis}}"
+)
+_JUDGE_HEAD = {
+    True: f"A speech recogniser transcribed a recording.\n{_CHAT_CONTEXT}Its transcript:\n{{hypothesis}}\n",
+    False: _BASE_CONTEXT + "{previous}\nTranscript:\n{hypothesis}\n",
+}
+_RIGHT = "Is this what was said, without a single recognition error?"
+_RATE = "How likely is it that this is what was said, from 1 (impossible) to 5 (certain)?"
+_GUESSES = "A speech recogniser's guesses, most probable first:\n{hypotheses}\n"
+# (use, chat) → the built-in template. The base ones end where an answer with a leading space begins.
+BUILT_IN: dict[tuple[str, bool], str] = {
+    ("score", False): BASE_TEMPLATE,
+    ("score", True): CHAT_TEMPLATE,
+    ("yes_no", False): _JUDGE_HEAD[False] + f"Question: {_RIGHT}\nAnswer (yes or no):",
+    ("yes_no", True): _JUDGE_HEAD[True] + f"{_RIGHT} Answer with one word, Yes or No.",
+    ("rating", False): _JUDGE_HEAD[False] + f"Question: {_RATE}\nAnswer:",
+    ("rating", True): _JUDGE_HEAD[True] + f"{_RATE} Answer with one digit.",
+    ("correction", False): _BASE_CONTEXT + "{previous}\n" + _GUESSES + "What was really said:",
+    ("correction", True): (
+        f"Find out what was said in a recording.\n{_CHAT_CONTEXT}{_GUESSES}"
+        "Reply with the corrected transcript only, on one line, in the spelling style of the guesses. Change only "
+        "what the recogniser is likely to have misheard."
+    ),
+}
+# The answers of the built-in judge templates, best last for ratings; a base LLM's begin with a space.
+ANSWERS = {"yes_no": ("Yes", "No"), "rating": ("1", "2", "3", "4", "5")}
+
+_SLOT = re.compile(r"\{(\w+)\}")
+_CONTEXT_SLOTS = ("description", "terms", "previous")
+_KINDS = {"score": "hypothesis", "judge": "hypothesis", "correction": "hypotheses"}
+_MARK = "\ue000"  # a private character: stands for the hypothesis until the prompt is cut there
+
+
+@dataclass(frozen=True)
+class Template:
+    """A checked prompt template; ``text`` includes the slots, ``kind`` is score, judge or correction."""
+
+    text: str
+    kind: str = "score"
+
+    def __post_init__(self) -> None:
+        faults = template_faults(self.text, kind=self.kind)
+        if faults:
+            raise LLMError(" ".join(faults))
+
+    @cached_property
+    def uses_context(self) -> bool:
+        """Whether the template has a slot for the description, for the terms or for previous utterances."""
+        return any(f"{{{slot}}}" in self.text for slot in _CONTEXT_SLOTS)
+
+    def render(self, context: Context) -> str:
+        """Returns the prompt of a ``score`` template: the text up to the hypothesis, with the context filled in.
+
+        Args:
+            context: white space inside a term or utterance, line breaks included, becomes one space; the full stop
+                that ends a description is dropped (the template brings its own); utterances stand one a line.
+        """
+        return _fill(self.text[: self.text.index("{hypothesis}")], _context_values(context))
+
+    def render_question(self, context: Context) -> str:
+        """Returns a ``judge`` prompt in which :data:`mark` stands for the hypothesis, exactly once."""
+        values = {slot: value.replace(_MARK, "") for slot, value in _context_values(context).items()}
+        return _fill(self.text, {**values, "hypothesis": _MARK}).rstrip()
+
+    def render_list(self, context: Context, texts: Sequence[str]) -> str:
+        """Returns a ``correction`` prompt with the texts as a numbered list."""
+        listed = "\n".join(f"{n}. {' '.join(text.split())}" for n, text in enumerate(texts, 1))
+        return _fill(self.text, {**_context_values(context), "hypotheses": listed}).rstrip()
+
+    @property
+    def mark(self) -> str:
+        """The character that stands for the hypothesis in :meth:`render_question`."""
+        return _MARK
+
+
+def _context_values(context: Context) -> dict[str, str]:
+    return {
+        "description": context.description.strip().removesuffix("."),
+        "terms": ", ".join(filter(None, (" ".join(term.split()) for term in context.terms))),
+        "previous": "\n".join(filter(None, (" ".join(text.split()) for text in context.previous))),
+    }
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    """Fills the slots in and leaves out lines whose slots all have nothing to fill in."""
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if not (slots := _SLOT.findall(line)) or any(values[slot] for slot in slots)]
+    # One pass over each line: a value that itself contains "{terms}" is text, not a slot.
+    return "".join(_SLOT.sub(lambda match: values[match.group(1)], line) for line in kept)
+
+
+def template_faults(text: str, *, kind: str = "score") -> list[str]:
+    """Returns every fault of a template's text as a sentence that names the fix."""
+    faults = []
+    slots = (*_CONTEXT_SLOTS, _KINDS[kind])
+    for slot in dict.fromkeys(_SLOT.findall(text)):
+        if slot not in slots:
+            near = difflib.get_close_matches(slot, slots, n=1)
+            hint = f"; did you mean {{{near[0]}}}?" if near else ""
+            faults.append(f"The template has an unknown slot {{{slot}}} (known: {', '.join(slots)}){hint}.")
+    wanted = f"{{{_KINDS[kind]}}}"
+    count = text.count(wanted)
+    if count != 1:
+        where = "end it with" if kind == "score" else "put in"
+        faults.append(f"The template has {count} {wanted} slots: {where} exactly one.")
+        return faults
+    before, after = text.split(wanted)
+    if kind == "score" and after.strip():
+        faults.append(f"The template goes on after {{hypothesis}} with {after.strip()[:40]!r}: remove that text.")
+    if kind != "score" and not after.strip():
+        faults.append(f"The template ends with {wanted}: put the question after it, which the LLM is to answer.")
+    last = before[-1:]
+    if kind != "correction" and last.isspace() and last != "\n":
+        faults.append(
+            "The template has a space before {hypothesis}: end it with a line break or a visible character, because "
+            "a trailing space becomes a token of its own and falsifies the hypothesis's first token."
+        )
+    return faults
+
+
+def read_template(path: str | None, *, chat: bool, use: str = "score", key: str = "llm.template") -> Template:
+    """Reads a template file, or returns the built-in template.
+
+    Args:
+        path: file name; None = built-in.
+        chat: whether the prompt goes through a chat template; picks the built-in one.
+        use: ``score``, ``yes_no``, ``rating`` or ``correction``.
+        key: the setting that names the file, for messages.
+
+    Raises:
+        LLMError: the file cannot be read, or its text is no valid template.
+    """
+    kind = use if use in _KINDS else "judge"
+    if path is None:
+        return Template(BUILT_IN[use, chat], kind)
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LLMError(
+            f"{key}={path} cannot be read as UTF-8 text ({error}): give the path of a text file."
+        ) from error
+    faults = template_faults(text, kind=kind)
+    if faults:
+        raise LLMError(f"{key}={path}: " + " ".join(faults))
+    return Template(text, kind)

@@ -1,0 +1,1 @@
+"""A reward whose LLM runs on a server."""

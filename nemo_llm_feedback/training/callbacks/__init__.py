@@ -1,0 +1,1 @@
+"""Lightning callbacks of a run: logs, held-out metrics, guards, early stopping, learning-rate search."""

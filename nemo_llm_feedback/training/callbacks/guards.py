@@ -1,0 +1,85 @@
+"""What a look at held-out utterances measures, and which of it goes beyond the limits. Pure functions on texts."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nemo_llm_feedback.core.config import GuardConfig
+from nemo_llm_feedback.core.text import text_length
+from nemo_llm_feedback.rewards.rules import repetition
+
+
+@dataclass(frozen=True)
+class Look:
+    """The policy's greedy transcripts of the held-out utterances against the starting model's.
+
+    Attributes:
+        step: optimizer steps done.
+        gain: mean of R(policy's transcript) − R(starting model's), in the reward's unit; NaN without a reward.
+        length_ratio: total length ÷ the starting model's.
+        empty_rise: share of empty transcripts − the starting model's.
+        repetition_rise: mean share of repeated words − the starting model's.
+        style_change: the larger change of the shares of upper-case letters and of punctuation marks.
+        kl: mean of log p(transcript | policy) − log p(transcript | starting model), nats a label: an estimate of
+            KL(policy ‖ start) at the policy's mode.
+        changed: share of transcripts that differ from the starting model's.
+        wer_rise: relative rise of the guard set's WER; NaN without one.
+    """
+
+    step: int
+    gain: float
+    length_ratio: float
+    empty_rise: float
+    repetition_rise: float
+    style_change: float
+    kl: float
+    changed: float
+    wer_rise: float
+
+    def metrics(self) -> dict[str, float]:
+        """Name → value for logs, those that were measured."""
+        return {f"held_out/{k}": float(v) for k, v in asdict(self).items() if k != "step" and v == v}
+
+
+def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:
+    """The fields of :class:`Look` that texts alone give.
+
+    Args:
+        now: the policy's transcripts as the model writes them, not normalised.
+        start: the starting model's of the same utterances.
+    """
+    return {
+        "length_ratio": sum(map(text_length, now)) / max(1, sum(map(text_length, start))),
+        "empty_rise": (sum(not text_length(t) for t in now) - sum(not text_length(t) for t in start)) / len(now),
+        "repetition_rise": (sum(map(repetition, now)) - sum(map(repetition, start))) / len(now),
+        "style_change": max(abs(a - b) for a, b in zip(_style(now), _style(start), strict=True)),
+        "changed": sum(a != b for a, b in zip(now, start, strict=True)) / len(now),
+    }
+
+
+def violations(look: Look, limits: GuardConfig) -> list[str]:
+    """Every limit that the look is beyond, as a phrase; the guard set's WER only where no mixing can mend it."""
+    found = []
+    if not 1 / limits.max_length_ratio <= look.length_ratio <= limits.max_length_ratio:
+        found.append(f"transcripts have {look.length_ratio:.2f} times their length (limit {limits.max_length_ratio})")
+    for value, limit, what in (
+        (look.empty_rise, limits.max_empty_rise, "the share of empty transcripts rose by"),
+        (look.repetition_rise, limits.max_repetition_rise, "the share of repeated words rose by"),
+        (look.style_change, limits.max_style_change, "the share of capitals or punctuation changed by"),
+        (look.kl, limits.max_kl, "the policy's distance from the starting model, nats a label, is"),
+    ):
+        if value > limit:
+            found.append(f"{what} {value:.3f} (limit {limit})")
+    if limits.mix is not None and look.wer_rise > limits.max_wer_rise:
+        found.append(f"the guard set's WER rose by {100 * look.wer_rise:.1f} % (limit {100 * limits.max_wer_rise} %)")
+    return found
+
+
+def _style(texts: Sequence[str]) -> tuple[float, float]:
+    """Shares of upper-case letters and of punctuation marks; apostrophes belong to words."""
+    characters = [c for text in texts for c in text if not c.isspace()]
+    total = max(1, len(characters))
+    punctuation = sum(unicodedata.category(c)[0] == "P" and c not in "'’" for c in characters)
+    return sum(c.isupper() for c in characters) / total, punctuation / total

@@ -1,0 +1,119 @@
+"""The six NeMo classes with feedback, and ``restore``, which picks one by the checkpoint's exact target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.asr.models import (
+    ASRModel,
+    EncDecCTCModel,
+    EncDecCTCModelBPE,
+    EncDecHybridRNNTCTCBPEModel,
+    EncDecHybridRNNTCTCModel,
+    EncDecRNNTBPEModel,
+    EncDecRNNTModel,
+)
+from nemo.core import ModelPT
+
+from nemo_llm_feedback.asr.checkpoints import keep_artifacts, read_config, supported_class
+from nemo_llm_feedback.core.errors import CheckpointError
+from nemo_llm_feedback.rescoring import accept_key
+from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
+
+
+def _target(stock: type) -> str:
+    return f"{stock.__module__}.{stock.__name__}"
+
+
+class FeedbackCTCModel(LLMFeedbackMixin, EncDecCTCModel):
+    """Character CTC with feedback."""
+
+    stock_target = _target(EncDecCTCModel)
+
+
+class FeedbackCTCModelBPE(LLMFeedbackMixin, EncDecCTCModelBPE):
+    """BPE CTC with feedback."""
+
+    stock_target = _target(EncDecCTCModelBPE)
+
+
+class FeedbackRNNTModel(LLMFeedbackMixin, EncDecRNNTModel):
+    """Character RNN-T or TDT with feedback."""
+
+    stock_target = _target(EncDecRNNTModel)
+
+
+class FeedbackRNNTBPEModel(LLMFeedbackMixin, EncDecRNNTBPEModel):
+    """BPE RNN-T or TDT with feedback."""
+
+    stock_target = _target(EncDecRNNTBPEModel)
+
+
+class FeedbackHybridRNNTCTCModel(LLMFeedbackMixin, EncDecHybridRNNTCTCModel):
+    """Character hybrid with feedback."""
+
+    stock_target = _target(EncDecHybridRNNTCTCModel)
+
+
+class FeedbackHybridRNNTCTCBPEModel(LLMFeedbackMixin, EncDecHybridRNNTCTCBPEModel):
+    """BPE hybrid with feedback."""
+
+    stock_target = _target(EncDecHybridRNNTCTCBPEModel)
+
+
+CLASSES: dict[str, Any] = {
+    "EncDecCTCModel": FeedbackCTCModel,
+    "EncDecCTCModelBPE": FeedbackCTCModelBPE,
+    "EncDecRNNTModel": FeedbackRNNTModel,
+    "EncDecRNNTBPEModel": FeedbackRNNTBPEModel,
+    "EncDecHybridRNNTCTCModel": FeedbackHybridRNNTCTCModel,
+    "EncDecHybridRNNTCTCBPEModel": FeedbackHybridRNNTCTCBPEModel,
+}
+for _class in CLASSES.values():
+    accept_key(_class)
+
+
+def locate(path_or_name: str | Path) -> Path:
+    """The ``.nemo`` of a path, or of a pretrained NeMo name (downloaded by NeMo).
+
+    Raises:
+        CheckpointError: neither a file nor a name that NeMo can fetch.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.exists() or path.suffix or len(path.parts) > 2:
+        return path
+    try:
+        return Path(ASRModel.from_pretrained(str(path_or_name), return_model_file=True))
+    except Exception as error:  # NeMo raises many kinds here: unknown name, no network, hub errors
+        raise CheckpointError(
+            f"{path_or_name} is neither a file nor a pretrained name that could be fetched "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def restore(path_or_pretrained_name: str | Path, *, map_location: Any = None, trainer: Any = None) -> Any:
+    """Restores a checkpoint as the feedback class of its exact stock class.
+
+    Args:
+        path_or_pretrained_name: a ``.nemo`` file, or a name such as ``nvidia/stt_en_fastconformer_transducer_large``.
+        map_location: device to restore to; NeMo's default if None.
+        trainer: a ``lightning.pytorch.Trainer``, or None.
+
+    Returns:
+        The model, with the context settings of its encoder as the checkpoint has them.
+
+    Raises:
+        CheckpointError: not a ``.nemo``, or a class that cannot be adapted; the message says why.
+    """
+    path = locate(path_or_pretrained_name)
+    name = supported_class(read_config(path), origin=path)
+    try:
+        model = CLASSES[name].restore_from(str(path), map_location=map_location, trainer=trainer)
+    except Exception:
+        # NeMo leaves its process-wide flag set, and every later model would skip its data set-up.
+        ModelPT._set_model_restore_state(is_being_restored=False)
+        raise
+    model._artifact_folder = keep_artifacts(model, path)
+    model._source_path = str(path.absolute())
+    return model

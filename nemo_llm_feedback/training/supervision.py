@@ -1,0 +1,91 @@
+"""Supervised terms beside NeMo's own: pseudo-labelled batches, and an exact loss where NeMo has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.asr.heads import Head
+from nemo_llm_feedback.core.config import ObjectiveConfig
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.core.types import Audio
+from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+
+NemoBatch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def pseudo_labelled_batch(
+    config: ObjectiveConfig, audio: Audio, groups: Sequence[ScoredGroup], *, head: str
+) -> tuple[NemoBatch | None, dict[str, float]]:
+    """The rows of a batch with one pseudo-label each, as NeMo's loaders would give them.
+
+    Args:
+        config: ``label`` chooses by frozen model or by reward, ``min_confidence`` filters.
+        audio: B rows.
+        groups: their groups.
+        head: whose scores choose.
+
+    Returns:
+        NeMo's batch of four (None when no label passed the filter or all are empty), and metrics: mean ``confidence``
+        and ``kept_fraction`` of the rows.
+    """
+    kept, labels, confidences = [], [], []
+    for b, scored in enumerate(groups):
+        scores = torch.tensor((scored.rewards if config.label == "reward" else scored.ref_logp)[head])
+        if not torch.isfinite(scores).all():
+            continue
+        share = torch.softmax(scores, dim=0)
+        best = int(share.argmax())
+        confidences.append(float(share[best]))
+        tokens = scored.group.hypotheses[best].tokens
+        if confidences[-1] >= config.min_confidence and tokens:
+            kept.append(b)
+            labels.append(torch.tensor(tokens))
+    metrics = {
+        "confidence": sum(confidences) / max(len(confidences), 1),
+        "kept_fraction": len(kept) / len(groups),
+    }
+    if not kept:
+        return None, metrics
+    device = audio.signal.device
+    tokens_len = torch.tensor([len(y) for y in labels], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True).to(device)
+    longest = int(audio.signal_len[kept].max())
+    return (audio.signal[kept][:, :longest], audio.signal_len[kept], padded, tokens_len), metrics
+
+
+def exact_supervised_step(model: Any, heads: Sequence[Head], batch: Any, memory_budget_mb: int) -> dict[str, Any]:
+    """NeMo's supervised step with the exact log-likelihood as the transducer loss.
+
+    Augmentation, train mode and the mix with a hybrid's CTC loss are the stock step's; what the stock loss adds to the
+    likelihood (FastEmit, TDT's sigma and omega) is not there.
+
+    Args:
+        model: a transducer or hybrid.
+        heads: its heads, transducer first.
+        batch: NeMo's batch of four.
+        memory_budget_mb: for the joint.
+
+    Returns:
+        ``{"loss": mean over rows of −log p(text | audio)}`` in nats, hybrids mixed by ``aux_ctc.ctc_loss_weight``.
+    """
+    signal, signal_len, tokens, tokens_len = batch
+    encoded, lengths = model.forward(input_signal=signal, input_signal_length=signal_len)
+    labels = [tokens[b, :n].tolist() for b, n in enumerate(tokens_len.tolist())]
+    trie = PrefixTrie.build(labels, range(len(labels))).to(encoded.device)
+    losses = {
+        head.name: -_finite_mean(head.log_prob(encoded, lengths, trie, memory_budget_mb=memory_budget_mb))
+        for head in heads
+    }
+    weight = float(getattr(model, "ctc_loss_weight", 0.0)) if "ctc" in losses else 0.0
+    loss = losses["transducer"] * (1 - weight) + (losses["ctc"] * weight if weight else 0.0)
+    return {"loss": loss, "log": {"train_loss": loss.detach()}}
+
+
+def _finite_mean(logp: Tensor) -> Tensor:
+    """Mean over feasible rows: a text that the audio is too short for teaches nothing, as with ``zero_infinity``."""
+    finite = torch.isfinite(logp)
+    return torch.where(finite, logp, torch.zeros_like(logp)).sum() / finite.sum().clamp(min=1)

@@ -1,0 +1,132 @@
+"""The average of several runs' weights: `export` with more than one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import run, weights
+from helpers.tiny import build_nemo, write_manifest
+
+from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.cli.jobs.export import export
+from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
+from nemo_llm_feedback.training.models import restore
+
+
+def _moved(source: Path, target: Path, seed: int, **facts: Any) -> Path:
+    """A checkpoint with noise on its weights, saved with what a run would say of itself."""
+    model = restore(source, map_location="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value += 0.1 * torch.randn(value.shape, generator=generator)
+    model._adaptation_facts = {"base": source.name, "steps": 10, "before": {"dev": {"wer": 2.0}}, **facts}
+    model.save_to(str(target))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", "hybrid_tdt_char"])
+def test_the_average_has_the_mean_of_the_weights(kind: str, nemo_file: Any, tmp_path: Path) -> None:
+    from nemo.collections.asr.models import ASRModel
+
+    runs = [_moved(nemo_file(kind), tmp_path / f"{seed}.nemo", seed, context_sha256=str(seed)) for seed in range(3)]
+    assert main(["export", *map(str, runs), "--output", str(tmp_path / "mean.nemo")]) == 0
+    each, mean = [weights(path) for path in runs], weights(tmp_path / "mean.nemo")
+    assert list(mean) == list(each[0])
+    for name, value in mean.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, torch.stack([own[name] for own in each]).mean(dim=0))
+        else:
+            assert torch.equal(value, each[0][name])
+    facts = read_config(tmp_path / "mean.nemo").adaptation
+    assert dict(facts) == {"base": nemo_file(kind).name, "steps": 10, "averaged": 3}  # one run's numbers are not its
+    assert "Mean of the weights of so many runs: `3`" in (tmp_path / "mean.md").read_text()
+    assert type(ASRModel.restore_from(str(tmp_path / "mean.nemo"), map_location="cpu")).__module__.startswith("nemo.")
+
+
+def test_runs_that_do_not_belong_together_are_refused(nemo_file: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    one = _moved(nemo_file("ctc_char"), tmp_path / "one.nemo", 1)
+    other_base = _moved(nemo_file("ctc_char"), tmp_path / "two.nemo", 2, base="another.nemo")
+    bpe = _moved(nemo_file("ctc_bpe"), tmp_path / "three.nemo", 3, base="ctc_char.nemo")
+    wide = build_nemo("ctc_char", tmp_path / "wide.nemo", tokenizer_dir=tokenizer_dir, encoder__d_model=32)
+    out = tmp_path / "out.nemo"
+    for other, words in (
+        (other_base, "another base"),
+        (bpe, "not the same class and output symbols"),
+        (wide, "other names or shapes"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            export([one, other], output=out)
+    with pytest.raises(CheckpointError, match=r"absent\.nemo: no such file"):
+        export([one, tmp_path / "absent.nemo"], output=out)
+    with pytest.raises(CheckpointError, match="--output"):
+        export([one, one])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: Any, tmp_path: Path) -> None:
+    base = nemo_file("hybrid_rnnt_bpe")
+    runs = [_moved(base, tmp_path / f"{seed}.nemo", seed) for seed in range(2 if several else 1)]
+    out = tmp_path / "out.nemo"
+    flags = ["--base-share", "0.25", "--output", str(out)]
+    assert main(["export", *map(str, runs), *flags, "--base", str(base)]) == 0
+    each, start, got = [weights(path) for path in runs], weights(base), weights(out)
+    for name, value in got.items():
+        if value.is_floating_point():
+            mean = torch.stack([own[name] for own in each]).mean(dim=0)
+            torch.testing.assert_close(value, 0.75 * mean + 0.25 * start[name])
+    wanted = {"base": base.name, "steps": 10, "base_share": 0.25}
+    assert dict(read_config(out).adaptation) == wanted | ({"averaged": 2} if several else {})
+    assert "Share of the base's weights in it: `0.25`" in out.with_suffix(".md").read_text()
+
+
+def test_the_base_of_a_share_may_be_a_pretrained_name(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo.collections.asr.models import ASRModel
+
+    base = nemo_file("ctc_char")
+    run_file = _moved(base, tmp_path / "one.nemo", 1)
+    monkeypatch.setattr(ASRModel, "from_pretrained", lambda name, return_model_file: str(base))
+    export(run_file, output=tmp_path / "out.nemo", base="nvidia/a_pretrained_one", base_share=0.5)
+    assert read_config(tmp_path / "out.nemo").adaptation.base_share == 0.5
+
+
+def test_a_share_of_the_base_needs_the_right_base(nemo_file: Any, tmp_path: Path) -> None:
+    run_file, out = _moved(nemo_file("ctc_char"), tmp_path / "one.nemo", 1), tmp_path / "out.nemo"
+    nameless = _moved(nemo_file("ctc_char"), tmp_path / "two.nemo", 1, base=None)
+    with pytest.raises(CheckpointError, match=r"is mixed with its base: add --base"):
+        export(run_file, output=out, base_share=0.5)
+    with pytest.raises(CheckpointError, match=r"started from ctc_char\.nemo, not from .*: give that file"):
+        export(run_file, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+    with pytest.raises(CheckpointError, match="not the same class and output symbols"):
+        export(nameless, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+    with pytest.raises(CheckpointError, match="--output"):
+        export(run_file, base=nemo_file("ctc_char"), base_share=0.5)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="from 0 to below 1"):
+            export(run_file, output=out, base=nemo_file("ctc_char"), base_share=share)
+    assert not out.exists()
+
+
+def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    base, manifest = nemo_file("ctc_bpe"), write_manifest(tmp_path / "m.json", [None] * 3)
+    more = ("parameters.lora_rank=2", "guards.every=0", "trainer.max_steps=1", "model.optim.lr=1e-2")
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"
+    results = [run(base, manifest, tiny_llm, tmp_path / str(s), *more, every, f"seed={s}") for s in (1, 2)]
+    files = [next(result.log_dir.rglob("*-last.ckpt")) for result in results]
+    export(files, output=tmp_path / "mean.nemo")
+    each, mean = [weights(result.nemo) for result in results], weights(tmp_path / "mean.nemo")
+    assert any(not torch.equal(each[0][name], each[1][name]) for name in mean)
+    for name, value in mean.items():
+        torch.testing.assert_close(value, torch.stack([own[name].float() for own in each]).mean(dim=0).to(value.dtype))
+    export(files[0], output=tmp_path / "half.nemo", base_share=0.5)  # a .ckpt names its base
+    start, half = weights(base), weights(tmp_path / "half.nemo")
+    for name, value in half.items():
+        torch.testing.assert_close(value, ((each[0][name].float() + start[name].float()) / 2).to(value.dtype))

@@ -1,0 +1,246 @@
+"""`evaluate`: systems from checkpoints and from ready transcripts, breakdowns, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny import write_manifest
+
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring, system_names
+from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.evaluation.comparison import Scoring, System, compare
+from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "audio_filepath": "a.wav",
+        "text": "A large iced mocha, please.",
+        "entities": [{"text": "iced mocha", "type": "drink"}, {"span": [1, 2], "type": "size"}],
+        "speaker": "x",
+    },
+    {"audio_filepath": "b.wav", "text": "one mocha", "entities": [{"text": "mocha", "type": "drink"}], "speaker": "y"},
+    {"audio_filepath": "c.wav", "text": "thank you", "speaker": "y"},
+]
+BASE = ["a large iced moka please", "one locker", "thank you"]
+BETTER = ["a large iced mocha please", "one mocha", "thank you latte"]
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def predictions(path: Path, texts: list[str], rows: list[dict[str, Any]] = ROWS, **more: list[Any]) -> str:
+    """A predictions file: the rows with ``pred_text`` and further keys."""
+    extra = [{key: values[i] for key, values in more.items()} for i in range(len(rows))]
+    return write_lines(path, [r | {"pred_text": t} | e for r, t, e in zip(rows, texts, extra, strict=True)])
+
+
+def manifest(path: Path, rows: list[dict[str, Any]] = ROWS) -> str:
+    return write_lines(path, [row | {"duration": 1.0} for row in rows])
+
+
+def both(folder: Path, **more: Any) -> Any:
+    """The evaluation of the two systems."""
+    files = [predictions(folder / "base.json", BASE), predictions(folder / "better.json", BETTER)]
+    return evaluate(manifest=manifest(folder / "m.json"), predictions=files, scoring=make_scoring(**more))
+
+
+def test_two_systems_from_ready_transcripts(tmp_path: Path) -> None:
+    evaluation = both(tmp_path, group_by=("speaker",), terms=["mocha", "latte"], samples=200)
+    comparison = evaluation.comparison
+    assert comparison.scores["base"].value("wer") == pytest.approx(100 * 2 / 9)
+    assert comparison.scores["better"].value("wer") == pytest.approx(100 * 1 / 9)
+    assert comparison.scores["base"].value("ewer") == pytest.approx(100 * 2 / 4)
+    assert comparison.scores["better"].value("entity_recall") == 100
+    assert comparison.scores["better"].value("false_alarms") == pytest.approx(100 / 3)
+    assert comparison.by_type["drink"]["base"].value("ewer") == pytest.approx(100 * 2 / 3)
+    assert comparison.by_type["size"]["base"].value("entity_recall") == 100
+    assert comparison.by_group["speaker"]["y"]["base"].value("wer") == pytest.approx(100 / 4)
+    text = evaluation_text(evaluation)
+    assert "Text normalisation: basic (NFKC" in text
+    assert "(−50.0 %)" in text
+    assert "False alarms: 2 different terms, the context's terms." in text
+    numbers = evaluation_json(evaluation)
+    assert numbers["by_group"]["speaker"]["x"]["better"]["wer"]["value"] == 0
+    assert numbers["normalizer"] == "basic"
+    assert json.dumps(numbers, allow_nan=False)
+
+
+def test_without_a_term_list_the_manifests_entities_are_the_list(tmp_path: Path) -> None:
+    evaluation = both(tmp_path, samples=50)
+    assert (evaluation.comparison.terms, evaluation.comparison.terms_from) == (3, "all entities of the manifest")
+
+
+def test_the_normalisation_can_be_switched_off(tmp_path: Path) -> None:
+    files = [predictions(tmp_path / "p.json", BETTER)]
+    scoring = make_scoring(normalizer="none", entities_key="entities", samples=50)
+    with pytest.raises(ManifestError, match="'iced mocha' in"):  # "mocha," with its comma
+        evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, scoring=scoring)
+    skipping = make_scoring(normalizer="none", missing_entities="skip", samples=50)
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, scoring=skipping)
+    assert evaluation.comparison.scores["p"].value("wer") == pytest.approx(100 * 4 / 9)
+    assert "1 entities are not in their reference" in evaluation_text(evaluation)
+
+
+def test_predictions_hold_their_own_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [predictions(tmp_path / "base.json", BASE), predictions(tmp_path / "better.json", BETTER)]
+    assert main(["evaluate", "--predictions", *files, "--samples", "50", "--json", str(tmp_path / "n.json")]) == 0
+    assert "better" in capsys.readouterr().out
+    assert json.loads((tmp_path / "n.json").read_text())["systems"]["base"]["wer"]["value"] == pytest.approx(200 / 9)
+
+
+def test_oracle_and_biased_words_from_predictions(tmp_path: Path) -> None:
+    nbest = [[{"text": b, "asr": -2.0, "parts": {"llm": -9.5}}, r["text"]] for b, r in zip(BASE, ROWS, strict=True)]
+    file = predictions(tmp_path / "base.json", BASE, nbest=nbest)
+    scoring = make_scoring(bias_key="entities", samples=50)
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[file], scoring=scoring)
+    comparison = evaluation.comparison
+    assert comparison.oracles["base"].value("wer") == 0
+    assert comparison.systems[0].nbest[0][0].scores == {"asr": -2.0, "llm": -9.5}
+    assert comparison.scores["base"].value("b_wer") == pytest.approx(100 * 2 / 4)
+    assert "oracle WER 0.0" in evaluation_text(evaluation)
+    assert "B-WER" in evaluation_text(evaluation)
+
+
+def test_an_utterance_is_found_under_any_spelling_of_its_path(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    rows = [row | {"audio_filepath": str(tmp_path / row["audio_filepath"])} for row in ROWS]
+    absolute = predictions(tmp_path / "out" / "p.json", list(reversed(BASE)), list(reversed(rows)))
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[absolute], scoring=Scoring(samples=50))
+    assert evaluation.comparison.systems[0].texts == tuple(BASE)
+
+
+def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> None:
+    rows = [{"audio_filepath": "long.wav", "offset": 2.5 * i, "text": f"word{i}"} for i in range(3)]
+    file = predictions(tmp_path / "p.json", ["word2", "word1", "word0"], list(reversed(rows)))
+    evaluation = evaluate(
+        manifest=manifest(tmp_path / "m.json", rows), predictions=[file], scoring=Scoring(samples=50)
+    )
+    assert evaluation.comparison.scores["p"].value("wer") == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "words"),
+    [
+        (ROWS, ROWS[:2], "c.wav is not in it"),
+        (ROWS[:2], ROWS, "c.wav is no row"),
+        (ROWS, [*ROWS, ROWS[0]], "occurs twice"),
+        ([], ROWS, "has no line in it"),
+        ([{**r, "text": ""} for r in ROWS], ROWS, "none of the 3 rows has a reference"),
+        ([{**ROWS[0], "text": None}, *ROWS[1:]], ROWS, "1 of 3 rows have no reference"),
+        ([{**ROWS[0], "entities": ["latte"]}, *ROWS[1:]], ROWS, "'latte' in 'A large iced mocha"),
+        ([{**ROWS[0], "entities": [3.5]}, *ROWS[1:]], ROWS, "neither a string nor a span"),
+        ([{**ROWS[0], "entities": [{"type": "x", "start": 1}]}, *ROWS[1:]], ROWS, "word span"),
+    ],
+)
+def test_faults_of_the_data_are_typed_errors(rows: list[Any], lines: list[Any], words: str, tmp_path: Path) -> None:
+    file = predictions(tmp_path / "p.json", [r["text"] for r in lines], lines)
+    with pytest.raises(ManifestError, match=words):
+        evaluate(manifest=manifest(tmp_path / "m.json", rows), predictions=[file], scoring=Scoring(samples=50))
+
+
+def test_faults_of_the_call_are_typed_errors(tmp_path: Path) -> None:
+    file, other = predictions(tmp_path / "p.json", BASE), predictions(tmp_path / "q.json", BASE, ROWS[:0] + ROWS)
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        evaluate()
+    with pytest.raises(ConfigError, match="a file of its own"):
+        evaluate(predictions=[file, file])
+    with pytest.raises(ConfigError, match=r"no row .* has the key town; there are: .*speaker"):
+        evaluate(predictions=[file], scoring=Scoring(group_by=("town",)))
+    changed = predictions(tmp_path / "r.json", BASE, [{**ROWS[0], "text": "another"}, *ROWS[1:]])
+    with pytest.raises(ManifestError, match=r"1 reference\(s\) differ"):
+        evaluate(predictions=[other, changed])
+    silent = write_lines(tmp_path / "s.json", [{**ROWS[0]}])
+    with pytest.raises(ManifestError, match="lacks `pred_text`"):
+        evaluate(predictions=[silent])
+    with pytest.raises(ConfigError, match="different names"):
+        compare([row("a")], [System("x", ("a",)), System("x", ("a",))], Scoring())
+
+
+def row(text: str, **data: Any) -> Row:
+    return Row("a.wav", 1.0, 0.0, text, Context(), "m.json:1", data)
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert system_names(["/r/one/best.nemo", "/r/two/best.nemo", "/r/base.nemo"]) == {
+        "/r/one/best.nemo": "one/best",
+        "/r/two/best.nemo": "two/best",
+        "/r/base.nemo": "base",
+    }
+
+
+def test_forms_of_entities() -> None:
+    assert parse_entities(["a b", [0, 2], {"text": "c", "type": "t"}, {"span": [1, 2]}, {"start": 3, "end": 4}]) == [
+        TypedEntity("a b"), TypedEntity((0, 2)), TypedEntity("c", "t"), TypedEntity((1, 2)), TypedEntity((3, 4)),
+    ]  # fmt: skip
+    assert parse_entities({"drink": "mocha", "milk": ["soy", [1, 2]]}) == [
+        TypedEntity("mocha", "drink"), TypedEntity("soy", "milk"), TypedEntity((1, 2), "milk"),
+    ]  # fmt: skip
+    assert parse_entities(None) == parse_entities("") == parse_entities([]) == []
+
+
+def test_repeated_and_overlapping_entities_are_mentions_of_their_own() -> None:
+    listed = [{"text": "new york", "type": "city"}, {"text": "new york times", "type": "paper"}]
+    found = compare([row("new york has the new york times", entities=listed)], [System("s", ("x",))], Scoring())
+    assert found.spans[0] == (Span(0, 2, ("city",)), Span(4, 6, ("city",)), Span(4, 7, ("paper",)))
+    assert found.scores["s"].column("entities").sum() == 3
+    assert found.by_type["city"]["s"].column("entities").sum() == 2
+
+
+def test_a_file_that_a_model_fails_on_costs_itself_only(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.evaluation import transcribe as module
+
+    texts = ["a latte", "mocha", "tea", "soy milk"]
+    path = write_manifest(tmp_path / "m.json", texts)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines.append({"audio_filepath": "gone.wav", "duration": 1.0, "text": "gone"})
+    write_lines(path, lines)
+    encode, calls = module.encode, []
+
+    def failing(model: Any, signal: Any, lengths: Any) -> Any:
+        calls.append(len(lengths))
+        if len(calls) <= 5 and (lengths == 20800).any():  # the second row, 1.3 s; the first model only
+            raise RuntimeError("out of memory\nsecond line")
+        return encode(model, signal, lengths)
+
+    monkeypatch.setattr(module, "encode", failing)
+    models = [str(nemo_file("ctc_char")), str(nemo_file("hybrid_char"))]
+    found = evaluate(models, manifest=str(path), scoring=Scoring(samples=50), oracle=2)
+    assert calls[:5] == [4, 1, 1, 1, 1]
+    assert len(found.comparison.rows) == 3
+    assert all(len(system.texts) == 3 == len(system.nbest) for system in found.comparison.systems)
+    assert found.comparison.systems[0].rtfx > 0
+    for members in found.comparison.systems[0].nbest:
+        scores = [member.scores["asr"] for member in members]
+        assert scores == sorted(scores, reverse=True)
+        assert max(scores) < 0
+    assert len(found.left_out) == 2
+    assert found.left_out[0].endswith("m.json:2: ctc_char: RuntimeError: out of memory")
+    assert "no such file" in found.left_out[1]
+    text = evaluation_text(found)
+    assert "2 of 5 utterances failed and are left out of ALL systems" in text
+    assert "RTFx" in text
+    assert "oracle WER" in text
+
+
+def test_a_model_that_fails_on_everything_is_an_error(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.evaluation import transcribe as module
+
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(module, "encode", failing)
+    path = write_manifest(tmp_path / "m.json", ["a latte", "mocha"])
+    with pytest.raises(ManifestError, match=r"ctc_char failed on all 2 rows, e\.g\. RuntimeError: broken"):
+        evaluate([str(nemo_file("ctc_char"))], manifest=str(path), scoring=Scoring(samples=50))

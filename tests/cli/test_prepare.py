@@ -1,0 +1,140 @@
+"""`prepare`: speech of any format becomes rows that adapt takes; what cannot be read is listed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_llm_feedback.cli.jobs import prepare as module
+from nemo_llm_feedback.cli.jobs.prepare import Segmenting, merge_segments, pad_segments, prepare
+from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.data.manifests import read_manifest, unreadable
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "data"
+
+
+def speech(count: int) -> list[np.ndarray]:
+    """Shipped synthetic speech, 16 kHz."""
+    import librosa
+
+    rows = [json.loads(line) for line in (QUICKSTART / "dev.json").read_text().splitlines()[:count]]
+    return [librosa.load(QUICKSTART / row["audio_filepath"], sr=16000)[0] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of four utterances with 2 s of silence between, in several formats, and files that are none."""
+    import librosa
+
+    root = tmp_path_factory.mktemp("recordings")
+    parts = [part for utterance in speech(4) for part in (utterance, np.zeros(32000, dtype=np.float32))]
+    long = np.concatenate(parts)
+    soundfile.write(root / "long.wav", long, 16000)
+    (root / "more").mkdir()
+    telephone = librosa.resample(long, orig_sr=16000, target_sr=8000)
+    soundfile.write(root / "more" / "telephone.mp3", telephone, 8000)
+    stereo = librosa.resample(long, orig_sr=16000, target_sr=44100)
+    soundfile.write(root / "more" / "stereo.flac", np.stack([stereo, np.zeros_like(stereo)], axis=1), 44100)
+    soundfile.write(root / "silence.ogg", np.zeros(16000, dtype=np.float32), 16000)
+    soundfile.write(root / "empty.wav", np.zeros(0, dtype=np.float32), 16000)
+    (root / "broken.wav").write_bytes(b"RIFF nothing")
+    (root / "notes.txt").write_text("no audio")
+    return root
+
+
+def test_recordings_become_rows_for_adapt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "pool.json"
+    assert main(["prepare", str(folder), "--out", str(out), "--preview", "2"]) == 0
+    rows = read_manifest(out)
+    assert not any(row.text for row in rows)
+    assert "text" not in rows[0].data
+    assert unreadable(rows) == []
+    by_file: dict[str, list[Any]] = {}
+    for row in rows:
+        by_file.setdefault(Path(row.audio).name, []).append(row)
+    assert set(by_file) == {"long.wav", "telephone.mp3", "stereo.flac"}
+    lengths = [len(utterance) / 16000 for utterance in speech(4)]
+    for own in by_file.values():
+        assert len(own) == 4
+        start = 0.0
+        for row, length in zip(own, lengths, strict=True):
+            assert row.offset == pytest.approx(start, abs=0.6)
+            assert row.duration == pytest.approx(length, abs=0.9)
+            start += length + 2.0
+    printed = capsys.readouterr().out
+    assert "segments     12" in printed
+    assert "8000, 16000, 44100 Hz, 1 with several channels" in printed
+    assert "silence.ogg" in printed
+    assert "UNREADABLE   2 file(s)" in printed
+    assert "broken.wav: neither soundfile nor librosa can read it" in printed
+    assert "empty.wav: no audio in it" in printed
+    assert "… and 10 more" in printed
+
+
+def test_segments_keep_to_their_limits(folder: Path, tmp_path: Path) -> None:
+    settings = Segmenting(min_duration=0.5, max_duration=1.5, merge_gap=0.1, padding=0.1)
+    result = prepare(folder / "long.wav", out=tmp_path / "m.json", settings=settings)
+    (recording,) = result.recordings
+    assert len(recording.segments) > 4
+    assert all(0.5 <= length <= 1.5 for _, length in recording.segments)
+    ends = [start + length for start, length in recording.segments]
+    assert all(end <= start + 1e-9 for end, (start, _) in zip(ends, recording.segments[1:], strict=False))
+    assert ends[-1] <= recording.duration
+
+
+def test_merging_and_padding() -> None:
+    speech = [(1.0, 2.0), (2.3, 3.0), (3.1, 6.0), (8.0, 9.0)]
+    assert merge_segments(speech, merge_gap=0.5, max_duration=4.0) == [(1.0, 3.0), (3.1, 6.0), (8.0, 9.0)]
+    assert merge_segments(speech, merge_gap=0.2, max_duration=9.0) == [(1.0, 2.0), (2.3, 6.0), (8.0, 9.0)]
+    assert merge_segments([], merge_gap=1.0, max_duration=4.0) == []
+    assert pad_segments([(0.1, 2.0), (2.2, 3.0)], padding=0.3, total=3.1) == [(0.0, 2.1), (2.1, 3.1)]
+
+
+def test_files_that_only_librosa_reads_are_copied(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import librosa
+
+    samples, rate = soundfile.read(folder / "more" / "stereo.flac", dtype="float32")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "phone.m4a").write_bytes(b"an AAC stream")
+    monkeypatch.setattr(librosa, "load", lambda *args, **kwargs: (samples.T, rate))
+    for _ in range(2):  # a second run finds the folder of copies and does not take it for recordings
+        result = prepare(tmp_path / "in", out=tmp_path / "in" / "m.json")
+    assert list(result.converted) == [tmp_path / "in" / "phone.m4a"]
+    rows = read_manifest(tmp_path / "in" / "m.json")
+    assert len(rows) == 4
+    assert unreadable(rows) == []
+
+
+def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "m.json"
+    with pytest.raises(ManifestError, match="no such file or folder"):
+        prepare(tmp_path / "absent", out=out)
+    with pytest.raises(ManifestError, match="has no recording in it"):
+        prepare(tmp_path, out=out)
+    with pytest.raises(ManifestError, match=r"none of 1 file\(s\) can be read"):
+        prepare(folder / "broken.wav", out=out)
+    with pytest.raises(ManifestError, match="no speech of at least"):
+        prepare(folder / "silence.ogg", out=out)
+    with pytest.raises(ConfigError, match=r"0 < min < max.*--threshold must be in \(0, 1\)"):
+        prepare(folder, out=out, settings=Segmenting(min_duration=30.0, threshold=1.0))
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    with pytest.raises(ConfigError, match="pip install silero-vad"):
+        prepare(folder, out=out)
+    assert not out.exists()
+
+
+def test_reading_by_blocks_is_reading_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = module._load(folder / "more" / "stereo.flac")
+    monkeypatch.setattr(module, "_BLOCK_SECONDS", 1)
+    parts = module._load(folder / "more" / "stereo.flac")
+    assert len(whole) == len(parts)
+    assert np.abs(whole - parts).max() < 1e-4

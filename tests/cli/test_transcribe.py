@@ -1,0 +1,215 @@
+"""The transcribe command: manifests and folders, rescoring with contexts, files that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from helpers.tiny import write_audio, write_manifest
+
+from nemo_llm_feedback.cli.jobs import transcribe as job
+from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.rewards import register
+from nemo_llm_feedback.rewards.rules import CallableReward
+
+SEEN: list[tuple[str, str, list[str]]] = []
+
+
+@register("test_transcribe_contexts")
+def context_reward() -> CallableReward:
+    """Notes what it is shown."""
+
+    def judge(texts: list[str], utterances: list[str], descriptions: list[str], terms: list[list[str]]) -> list[float]:
+        SEEN.extend(zip(utterances, descriptions, terms, strict=True))
+        return [-float(len(text)) for text in texts]
+
+    return CallableReward(judge, name="short")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_manifest_is_transcribed_with_n_best_and_each_row_s_context(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows keep their order and keys; audio paths stay right in another folder."""
+    manifest = write_manifest(
+        tmp_path / "in" / "m.json",
+        ["a latte", "tea", "hot tea"],
+        context=["a desk", ["mocha"], None],
+        speaker=["x", "y", "z"],
+    )
+    settings = tmp_path / "r.yaml"
+    settings.write_text(
+        "reward: {name: test_transcribe_contexts, alpha: 0.5, beta: 1.0}\nboosted: 0\nterm_swap: 0\n"
+        "context: {description: a shop, terms: [tea]}\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "out" / "o.json"
+    SEEN.clear()
+    arguments = ["--rescoring", str(settings), "--nbest", "3", "--batch-size", "2", "--timestamps", "--cuda", "-1"]
+    assert (
+        main(
+            [
+                "transcribe",
+                str(nemo_file("ctc_bpe")),
+                "--dataset-manifest",
+                str(manifest),
+                "--output-filename",
+                str(out),
+                *arguments,
+            ]
+        )
+        == 0
+    )
+    lines = read(out)
+    assert [line["speaker"] for line in lines] == ["x", "y", "z"]
+    assert all(Path(line["audio_filepath"]).is_file() for line in lines)
+    for line in lines:
+        best = line["nbest"][0]
+        assert 1 <= len(line["nbest"]) <= 3
+        assert best["text"].split() == line["pred_text"].split()
+        assert best["score"] == pytest.approx(best["asr"] + 0.5 * best["short"] + best["length"], abs=1e-3)
+        assert " ".join(word["word"] for word in line["word"]) == line["pred_text"].strip()
+    told = {(description, tuple(terms)) for _, description, terms in SEEN}
+    assert told == {("a desk", ("tea",)), ("a shop", ("mocha", "tea")), ("a shop", ("tea",))}
+    report = capsys.readouterr().err
+    assert "3 of 3 utterances" in report
+    assert "RTFx" in report
+    assert "WER" in report
+
+
+def test_the_reward_of_a_run_rescores_by_the_same_overrides(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    """--set takes what adapt took; the flags come on top."""
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", "tea"])
+    out = tmp_path / "o.json"
+    overrides = ["reward=entity", "reward.settings.weight=3", f"llm.model={tiny_llm}", "context.terms=[tea, latte]"]
+    arguments = ["--rescore", "--alpha", "0.5", "--beta", "1.5", "--nbest", "4", "--set", *overrides]
+    files = ["--dataset-manifest", str(manifest), "--output-filename", str(out)]
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), *files, *arguments]) == 0
+    members = [member for line in read(out) for member in line["nbest"]]
+    assert len(members) > 2
+    for m in members:
+        assert m["score"] == pytest.approx(m["asr"] + 0.5 * m["entity"] + 1.5 * m["length"], abs=2e-3)
+
+
+def test_files_that_fail_are_listed_and_do_not_lose_the_others(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "audio"
+    write_audio(folder / "sub" / "b.wav", seconds=1.0, seed=1)
+    write_audio(folder / "a.flac", seconds=1.2, seed=2)
+    stereo = torch.randn(16000, 2).mul(0.1).numpy()
+    soundfile.write(folder / "stereo.wav", stereo, 8000)
+    (folder / "broken.wav").write_bytes(b"no audio at all")
+    (folder / "notes.txt").write_text("not audio")
+    assert main(["transcribe", str(nemo_file("hybrid_bpe")), str(folder), "--decoder-type", "ctc"]) == 1
+    captured = capsys.readouterr()
+    printed = [Path(line.split("\t")[0]).name for line in captured.out.splitlines()]
+    assert printed == ["a.flac", "stereo.wav", "b.wav"]
+    assert "3 of 4 utterances" in captured.err
+    assert "1 failed:" in captured.err
+    assert "broken.wav: " in captured.err
+    assert "Traceback" not in captured.err
+    assert main(["transcribe", str(nemo_file("hybrid_bpe")), str(folder), "--audio-type", "flac", "--nbest", "2"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "a.flac" in listed[0]
+    assert "asr=" in listed[1]
+
+
+def test_a_batch_that_fails_is_repeated_row_by_row(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(write_audio(tmp_path / f"{i}.wav", seconds=1.0 + i / 10, seed=i)) for i in range(3)]
+    genuine, batches = job._hypotheses, []
+
+    def sometimes(model: Any, encoded: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
+        batches.append(len(lengths))
+        if encoded.shape[0] > 1:
+            raise RuntimeError("out of memory")
+        return genuine(model, encoded, lengths)
+
+    monkeypatch.setattr(job, "_hypotheses", sometimes)
+    rows = job.find_rows(files, manifest=None)
+    found = job.transcribe(str(nemo_file("rnnt_bpe")), rows, job.TranscribeOptions(batch_size=3))
+    assert batches == [3, 1, 1, 1]
+    assert all(hyp is not None for hyp in found.hypotheses)
+    assert found.failures == ()
+    assert found.audio_seconds == pytest.approx(3.3)
+    assert found.rtfx > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a.wav", "--dataset-manifest", "m.json"], "either audio files or folders"),
+        ([], "either audio files or folders"),
+        (["/absent.wav"], "no such file or folder"),
+        (["{folder}"], "no audio in this folder"),
+        (["{wav}", "--alpha", "1"], "without --rescore"),
+        (["{wav}", "--rescore"], "llm.model is missing"),
+        (["{wav}", "--rescore", "--llm", "x"], "no context"),
+        (["{wav}", "--rescore", "--llm", "/absent", "--description", "x"], "/absent"),
+        (["{wav}", "--rescoring", "/absent.yaml"], "cannot be read as YAML"),
+        (["{wav}", "--set", "reward=entity"], "without --rescore"),
+        (["{wav}", "--rescore", "--set", "feedback.heads=ctc"], "--set takes reward, llm, context"),
+        (["{wav}", "--rescoring", "a.yaml", "--set", "reward=entity"], "--set and --rescoring FILE"),
+        (["{wav}", "--rescore", "--set", "reward.alhpa=1"], "did you mean reward.alpha"),
+        (
+            [
+                "{wav}",
+                "--rescore",
+                "--llm",
+                "{llm}",
+                "--set",
+                "reward=entity",
+                "reward.settings.wieght=3",
+                "context.terms=[a]",
+            ],
+            "did you mean weight",
+        ),
+        (["{wav}", "--batch-size", "0"], "--batch-size"),
+        (["{wav}", "--decoder-type", "ctc"], "for hybrid models"),
+        (["{wav}", "--cuda", "99"], "give a smaller number"),
+    ],
+)
+def test_wrong_input_is_told_with_its_fix(
+    arguments: list[str],
+    words: str,
+    nemo_file: Any,
+    tiny_llm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wav = write_audio(tmp_path / "x" / "a.wav", seconds=1.0, seed=0)
+    (tmp_path / "empty").mkdir()
+    filled = [a.format(wav=wav, llm=tiny_llm, folder=tmp_path / "empty") for a in arguments]
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), *filled]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_settings_are_checked_all_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_rescoring_config(
+            {
+                "nbets": 4,
+                "boosted": "x",
+                "reward": {"alhpa": 1},
+                "llm": {"model": "m"},
+                "context": {"description": "d"},
+            }
+        )
+    for words in ("did you mean nbest", "boosted must be int", "did you mean reward.alpha"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match="nothing to choose from"):
+        parse_rescoring_config({"reward": None, "nbest": 1})
+    assert parse_rescoring_config({"reward": None}) == RescoringConfig(reward=None)

@@ -1,0 +1,71 @@
+"""The model card: the numbers with intervals, nothing that acts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_llm_feedback.core.text import basic
+from nemo_llm_feedback.evaluation.metrics import score_corpus
+from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
+
+FACTS = {
+    "plugin": "nemo_llm_feedback 0.1.0",
+    "base": "base.nemo",
+    "llm": "a/b",
+    "objective": "distill",
+    "steps": 200,
+    "context_sha256": "ab" * 32,
+    "before": {"dev": {"wer": 50.0, "ewer": 80.0}},
+    "after": {"dev": {"wer": 25.0}},
+}
+
+
+def test_before_and_after_with_intervals(tmp_path: Path) -> None:
+    before, after = (
+        score_corpus(["a b", "c d"], texts, normalize=basic, entities=[["b"], []])
+        for texts in (["a x", "c y"], ["a b", "c y"])
+    )
+    path = write_model_card(
+        tmp_path / "m.nemo", facts=FACTS, before={"dev": before}, after={"dev": after}, normalizer="basic"
+    )
+    assert path == tmp_path / "m.md"
+    text = path.read_text()
+    assert "| before | 50.0 [50.0, 50.0] |" in text
+    assert "| after | 25.0 [0.0, 50.0] (−50.0 %)" in text
+    assert "EWER ↓ (%)" in text
+    assert "2 utterances; 95 % intervals" in text
+    for fact in ("`base.nemo`", "`a/b`", "`distill`", "`200`", "ab" * 32, "restore_from('m.nemo')", "licence"):
+        assert fact in text
+
+
+def test_without_scores_it_has_the_numbers_of_the_checkpoint(tmp_path: Path) -> None:
+    text = write_model_card(tmp_path / "m.nemo", facts=FACTS).read_text()
+    assert "| WER (%) | 50.0 | 25.0 |" in text
+    assert "EWER" not in text
+
+
+def test_without_measurements_it_says_so(tmp_path: Path) -> None:
+    text = write_model_card(tmp_path / "m.nemo", facts={"base": "b.nemo"}).read_text()
+    assert "nothing was measured" in text
+    assert "Language model (" not in text
+
+
+def test_a_local_folder_of_the_llm_is_shown_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "private" / "lm").mkdir(parents=True)
+    facts = FACTS | {"llm": str(tmp_path / "private" / "lm")}
+    text = write_model_card(tmp_path / "m.nemo", facts=facts).read_text()
+    assert "training only): `lm`" in text
+    assert "private" not in text
+    assert public_name("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert public_name("/gone/folder/lm") == "lm"
+
+
+def test_names_cannot_break_out(tmp_path: Path) -> None:
+    evil = "`x`\n# <script>alert(1)</script> | [a](b)"
+    text = write_model_card(
+        tmp_path / "a_[b].nemo", facts={"base": evil, "before": {evil: {"wer": 1.0}}, "after": {evil: {"wer": 2.0}}}
+    ).read_text()
+    assert "\n# <script>" not in text
+    assert "`` `x` # <script>alert(1)</script> / [a](b) ``" in text
+    assert r"### \`x\` \# \<script\>alert\(1\)\</script\> \| \[a\]\(b\)" in text
+    assert r"# a\_\[b\]" in text

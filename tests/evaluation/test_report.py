@@ -1,0 +1,291 @@
+"""The report: one inert file, with the numbers of the tables, in a real browser where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny import write_manifest
+
+from nemo_llm_feedback.cli.jobs.report import report as rebuild
+from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
+from nemo_llm_feedback.evaluation.report import (
+    Change,
+    ReportData,
+    adaptation_report,
+    evaluation_report,
+    load_report,
+    save_report,
+    write_report,
+)
+from nemo_llm_feedback.evaluation.report.page import _with_base
+from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
+from nemo_llm_feedback.evaluation.report.utterances import list_utterances
+from nemo_llm_feedback.evaluation.report.words import align, diff_pieces
+from nemo_llm_feedback.evaluation.tables import Cell
+
+ATTACK = "<img src=x onerror=document.title='taken'>"
+TEXTS = ["a latte with soy", "one mocha to go", "thank you very much"]
+BASE = ["a lada with soy", "one moka to", "thank you much"]
+ADAPTED = ["a latte with soy", "one mocha two go", "thank you very very much"]
+COMMAND = ["adapt", "a=1 b", "llm.token=sk-9 9", "--api-key", "sk-9", "--x", "1"]
+ENTITIES = [[{"text": "latte", "type": "drink"}, "soy"], ["mocha"], []]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Three rows with audio and entities."""
+    path = tmp_path_factory.mktemp("rows") / "dev.json"
+    return read_manifest(write_manifest(path, TEXTS, entities=ENTITIES, speaker=["x", "y", "y"]))
+
+
+@pytest.fixture(scope="module")
+def comparison(rows: list[Row]) -> Comparison:
+    """Base and adapted, the names and one N-best member of which are hostile."""
+    nbest = tuple((Member(text, {"asr": -1.25, "llm": -20.5}), Member(ATTACK)) for text in ADAPTED)
+    systems = [System("base", tuple(BASE)), System(f"$x$ {ATTACK}", tuple(ADAPTED), nbest, rtfx=12.0)]
+    return compare(rows, systems, Scoring(group_by=("speaker",), samples=100))
+
+
+@pytest.fixture(scope="module")
+def page(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full page: curves, notes, audio."""
+    folder = tmp_path_factory.mktemp("page")
+    steps = [{"step": s, "feedback/reward_policy": -9.0 + s, "feedback/reward/llm": -5.0 + s} for s in range(1, 12)]
+    lines = [*map(json.dumps, steps), json.dumps({"step": 5, "val/dev/wer": 33.0, "val/general/wer": 20.0}), '{"st']
+    (folder / "steps.jsonl").write_text("\n".join(lines))
+    data = evaluation_report(comparison, left_out=[ATTACK])
+    data = dataclasses.replace(data, steps_file=str(folder / "steps.jsonl"), settings=f"key: '{ATTACK}'")
+    return write_report(data, folder / "deep" / "report.html")
+
+
+def visible(source: str) -> str:
+    """The text of a page without tags, scripts and styles."""
+    source = re.sub(r"<(style|script)>.*?</\1>", " ", source, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", source)).split())
+
+
+def test_the_page_holds_the_numbers_of_the_table(page: Path, comparison: Comparison) -> None:
+    text = visible(page.read_text(encoding="utf-8"))
+    for name, cells in comparison.table().rows.items():
+        assert name in text
+        for cell in cells:
+            assert cell.value != cell.value or f"{cell.value:.1f}" in text
+    assert comparison.scores["base"].value("ewer") == pytest.approx(100 * 2 / 3)
+    assert "Entity WER · evaluation set 66.7 → 0.0 %" in text
+    assert "−100.0 % relative" in text
+    assert "mean" not in text or "oracle of" in text
+    assert "Fixed 2 mentions" in text
+    assert "was “lada”" in text
+    assert "Broken 0 mentions None." in text
+    assert "By entity type" in text
+    assert "−20.50" in text  # a score part of the N-best
+
+
+def test_nothing_on_the_page_is_fetched_or_run(page: Path) -> None:
+    source = page.read_text(encoding="utf-8")
+    assert "<img" not in source
+    assert not re.findall(r"""(?:src|href|action)=["'](?!#|data:)[^"']+""", source)
+    assert "@import" not in source
+    assert not re.findall(r"url\((?!#)", source)
+    assert source.count("<script") == 1
+    assert "default-src 'none'" in source
+    assert len(re.findall(r'src="data:audio/(?:mpeg|flac);base64,', source)) == 3
+    ids = re.findall(r'\bid="([^"]+)"', source)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', source)) <= set(ids)
+
+
+def test_private_audio_stays_out(comparison: Comparison, tmp_path: Path) -> None:
+    source = write_report(evaluation_report(comparison), tmp_path / "r.html", audio=False).read_text(encoding="utf-8")
+    assert "data:audio" not in source
+    assert "Audio was left out" in source
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """A headless Chromium."""
+    found = next(
+        (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), ""
+    )
+    if not found:
+        pytest.skip("no chromium or google-chrome on PATH: the page is not tried in a browser")
+    return found
+
+
+def test_a_real_browser_shows_the_numbers_and_runs_only_our_script(page: Path, browser: str, tmp_path: Path) -> None:
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode or "<html" not in done.stdout:
+        pytest.skip(f"{browser} does not start here: {done.stderr[-200:]}")
+    text = visible(done.stdout)
+    assert "Entity WER · evaluation set 66.7 → 0.0 %" in text
+    assert "3 of 3 utterances" in text  # written by the script, which the page's policy lets through
+    assert "<img" not in done.stdout
+    assert "<title>Evaluation: base against" in done.stdout
+    assert '<form class="controls" id="controls">' in done.stdout  # no longer hidden
+
+
+def test_a_run_folder_gives_the_same_page_again(comparison: Comparison, tmp_path: Path, capsys: Any) -> None:
+    data = evaluation_report(comparison)
+    data = dataclasses.replace(data, changes=(change(comparison.rows[0]),), surveyed=7)
+    save_report(data, tmp_path)
+    loaded = load_report(tmp_path)
+    assert loaded.changes == data.changes
+    assert str(loaded.sets["evaluation set"].table()) == str(comparison.table())
+    first = write_report(data, tmp_path / "first.html", audio=False).read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path), "--no-audio"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
+
+
+def change(row: Row) -> Change:
+    return Change(row, "a lada", "a latte please", {"llm": (-30.0, -22.5)}, (Member("a latte", {"llm": -21.0}),))
+
+
+def test_without_references_it_shows_what_changed_and_by_which_scores(rows: list[Row], tmp_path: Path) -> None:
+    data = ReportData("Adaptation", "t", "now", changes=(change(rows[0]),), surveyed=9)
+    text = visible(write_report(data, tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "Transcripts that changed · no references 1 of 9" in text
+    assert "llm −30.00 → −22.50" in text
+    assert "llm · mean change +7.50" in text
+    assert "higher in 1 of 1" in text
+    assert "1 -best of candidates" in text or "1-best of candidates" in text
+
+
+def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such folder"):
+        rebuild(tmp_path / "absent")
+    with pytest.raises(ManifestError, match=r"neither report_data\.json nor"):
+        rebuild(tmp_path)
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "feedback/length_ratio": 1.0}\n{"step": 2')
+    (tmp_path / "run.json").write_text(json.dumps({"command": ["/x/nlf", *COMMAND], "versions": {"torch": "9.9"}}))
+    (tmp_path / "settings.yaml").write_text("reward:\n  api_key: sk-123\n  alpha: 1\n")
+    source = rebuild(tmp_path).read_text(encoding="utf-8")
+    assert "Length ratio" in source
+    assert "The run has not finished" in source
+    assert "nlf adapt 'a=1 b' 'llm.token=(hidden)' --api-key '(hidden)' --x 1" in visible(source)  # for a shell
+    assert "sk-9" not in source
+    assert "9.9" in source
+    assert "sk-123" not in source
+    (tmp_path / "report_data.json").write_text('{"format": 0}')
+    with pytest.raises(ManifestError, match="another version"):
+        rebuild(tmp_path)
+
+
+def test_the_report_of_an_adaptation(rows: list[Row], comparison: Comparison, tmp_path: Path) -> None:
+    before, after = (comparison.scores[s.name] for s in comparison.systems)
+    data = adaptation_report(
+        log_dir=tmp_path,
+        rows={"dev": rows},
+        before={"dev": before},
+        after={"dev": after},
+        context=Context("an order", ("mocha",)),
+        normalizer="basic",
+        facts={"base": "b.nemo", "llm": None, "steps": 3, "before": {"dev": {}}},
+        settings={"llm": {"token": "hf_1", "model": "a/b"}, "x": [1, None]},
+        nbest={"dev": [(Member("a latte", {"reward": -7.125, "asr": -3.5}),), (), ()]},
+    )
+    (tmp_path / "steps.jsonl").write_text('{"step": 4, "val/dev/wer": 33.0}\n')
+    source = write_report(data, tmp_path / "r.html", audio=False).read_text(encoding="utf-8")
+    assert "1-best of adapted" in source  # only the rows that have one
+    assert source.count("-best of adapted") == 1
+    assert "−7.12" in visible(source)
+    assert not data.sets["dev"].oracles
+    steps = [{"step": 4.0, "val/dev/wer": 33.0}]
+    assert _with_base(steps, data.sets) == [{"step": 0.0, "val/dev/wer": before.value("wer")}, *steps]
+    assert data.facts == {"Base": "b.nemo", "Steps": "3"}
+    assert "hf_1" not in data.settings
+    assert data.sets["dev"].scores["adapted"].value("wer") == after.value("wer")
+    assert data.sets["dev"].scoring.group_by == ("speaker",)
+    assert data.steps_file == str(tmp_path / "steps.jsonl")
+
+
+def test_words_of_a_diff() -> None:
+    aligned = align("one iced mocha to go", "an one iced two mocha go", compare_spans())
+    assert [(p.text, p.kind, p.entity) for p in aligned.pieces] == [
+        ("an", "ins", False), ("one", "ok", False), ("iced", "ok", True), ("two", "ins", True),
+        ("mocha", "ok", True), ("to", "del", False), ("go", "ok", False),
+    ]  # fmt: skip
+    assert (aligned.errors, aligned.recalled, aligned.heard) == (3, (False,), ("iced two mocha",))
+    old, new = diff_pieces("a b c", "a x c")
+    assert [p.kind for p in old] == ["ok", "old", "ok"]
+    assert [p.kind for p in new] == ["ok", "new", "ok"]
+
+
+def compare_spans() -> Any:
+    rows = [Row("a.wav", 1.0, 0.0, "one iced mocha to go", Context(), "m:1", {"entities": ["iced mocha"]})]
+    return compare(rows, [System("s", ("",))], Scoring()).spans[0]
+
+
+def test_the_list_is_ordered_by_change_and_flagged(comparison: Comparison) -> None:
+    listing = list_utterances({"dev": comparison}, [])
+    assert [card.change for card in listing.cards] == sorted((card.change for card in listing.cards), reverse=True)
+    flags = {card.row.text: set(card.flags) for card in listing.cards}
+    assert flags["a latte with soy"] == {"changed", "better", "fixed"}
+    assert flags["thank you very much"] == {"changed", "wrong"}
+
+
+def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
+    nan = float("nan")
+    cells = {"$a_b$": Cell(0.0, 0.0, 0.0), "<b>&": Cell(nan, nan, nan)}
+    svg = bars("false_alarms", cells).svg
+    assert "<b>" not in svg
+    assert "&lt;b&gt;&amp;" in svg
+    assert "$a_b$" in svg
+    assert "var(--series-0)" in svg
+    assert not re.search(r"#[0-9a-f]{6}", svg.replace("#000000", ""))
+    (tmp_path / "s.jsonl").write_text('{"loss": 1}\n{"step": 1, "feedback/kl_reference": NaN, "text": "x"}\n')
+    assert curves(read_numbers(tmp_path / "s.jsonl")) == []
+    assert curves(read_numbers(None)) == []
+
+
+def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, rows: list[Row]) -> None:
+    from nemo_llm_feedback.core.types import RewardOutput, pad_groups
+    from nemo_llm_feedback.evaluation.report.changes import judged_changes
+    from nemo_llm_feedback.hypotheses.groups import GroupMaker
+    from nemo_llm_feedback.training.models import restore
+
+    manifest = write_manifest(tmp_path / "pool.json", [None, None])
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    data = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": 2, "shuffle": False}
+    model.setup_feedback(
+        {
+            "model": {"train_ds": data},
+            "proposals": {"beam": 3, "boosted": 0, "term_swap": 0},
+            "objective": {"name": "self_training"},
+            "context": {"description": "an order"},
+        },
+        work_dir=tmp_path,
+    )
+    maker: GroupMaker = model._feedback.maker
+    pool = read_manifest(manifest)
+    without = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
+    assert [c.after for c in without] == ["a tea"]  # the first is the same after normalisation
+    assert set(without[0].scores) == {"asr"}
+    assert without[0].scores["asr"][0] != without[0].scores["asr"][1]
+    assert {key for member in without[0].nbest for key in member.scores} == {"asr"}  # no reward, none shown
+
+    def longest(groups: Any) -> RewardOutput:
+        values = pad_groups([[float(len(text)) for text in g.texts] for g in groups])
+        return RewardOutput(values, {"asr": pad_groups([list(g.ref_logp) for g in groups])})
+
+    maker.reward = longest  # type: ignore[assignment]
+    (judged,) = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
+    assert judged.scores["reward"] == (3.0, 5.0)
+    assert judged.scores["asr"] == pytest.approx(without[0].scores["asr"])
+    rewards = [member.scores["reward"] for member in judged.nbest]
+    assert len(rewards) > 1
+    assert rewards == sorted(rewards, reverse=True)
+    assert judged_changes(model, pool, ["x", "y"], ["x", "y"]) == []

@@ -1,0 +1,183 @@
+"""Processes for tests: ranks that train together, and runs that are killed. One import of NeMo serves them all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_llm_feedback.core.errors import FeedbackError, RewardError
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.training import setup as preparation
+from nemo_llm_feedback.training.callbacks import early_stopping as watchman
+from nemo_llm_feedback.training.models import restore
+
+# Each process is forked from a clean one that has imported this module.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ranks", "nemo_llm_feedback.cli.jobs.adapt", "nemo_llm_feedback.core.config.compose"])
+
+
+def start(target: Callable[..., None], *args: Any) -> Any:
+    """A started process that runs a function of this module or of a test."""
+    process = CONTEXT.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def run_ranks(scenario: str, folder: Path, *args: Any, size: int = 2) -> list[dict[str, Any]]:
+    """What ``scenario(folder, *args)`` gave on every rank; a rank that hangs fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(size):
+        (folder / f"{scenario}_{rank}.pt").unlink(missing_ok=True)
+    ranks = [start(_rank, rank, size, port, scenario, folder, args) for rank in range(size)]
+    for process in ranks:
+        process.join(240)
+    hanging = [process for process in ranks if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    files = [folder / f"{scenario}_{rank}.pt" for rank in range(size)]
+    found = [torch.load(path, weights_only=False) if path.is_file() else {} for path in files]
+    assert not hanging, "\n".join(["a rank hangs", *(rank["error"] for rank in found if "error" in rank)])
+    return found
+
+
+def _rank(rank: int, size: int, port: int, scenario: str, folder: Path, args: tuple[Any, ...]) -> None:
+    # As a launcher of processes sets them; Lightning then starts none itself.
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size)
+    )
+    torch.set_num_threads(1)
+    try:
+        found = SCENARIOS[scenario](folder, *args)
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    torch.save(found, folder / f"{scenario}_{rank}.pt")
+
+
+def judge(groups: list[HypothesisGroup]) -> RewardOutput:
+    """A function of the labels; rows whose context says so are not judged."""
+    rows = [[sum((i + 1) * y for i, y in enumerate(h.tokens)) % 11 / 2 for h in g.hypotheses] for g in groups]
+    rows = [
+        [float("nan")] * len(row) if "unjudged" in g.context.description else row
+        for row, g in zip(rows, groups, strict=True)
+    ]
+    return RewardOutput(pad_groups(rows), {})
+
+
+def train(
+    nemo: Path, manifest: Path, work: Path, *, reward: Any = judge, steps: int = 5, batch: int = 2, **more: Any
+) -> Any:
+    """Trains a tiny model with SGD on as many ranks as the environment says; returns it.
+
+    SGD, since Adam turns the rounding noise of parameters whose gradient is 0 into steps.
+    """
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy
+    from omegaconf import OmegaConf
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=size,
+        strategy=DDPStrategy(process_group_backend="gloo") if size > 1 else "auto",
+        use_distributed_sampler=not more.get("use_lhotse", False),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    preparation.make_reward = lambda config, scorer: reward
+    model = restore(nemo, map_location="cpu")
+    model.set_trainer(trainer)
+    train_ds = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": batch, "num_workers": 0}
+    lhotse = {"use_lhotse": True, "shuffle": True, "use_bucketing": False} if more.get("use_lhotse") else {}
+    cfg = {
+        "model": {"train_ds": {**train_ds, "shuffle": False, **lhotse}},
+        "feedback": {
+            "survey_utterances": 2,
+            "refresh_every": 1,
+            "log_hypotheses_every": 0,
+            "heads": more.get("heads", "auto"),
+            "replay": more.get("replay", "supervised"),
+            "augment": False,
+        },
+        "guards": {"every": 0},
+        "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "max_members": 8, "max_symbols": 3},
+        "objective": {"name": more.get("objective", "distill"), "temperature": 0.5, "mass_weight": 0.5},
+        "reward": {"name": "length"},
+        "context": {"description": "an order"},
+    }
+    model.setup_feedback(cfg, work_dir=work)
+    model.setup_optimization(OmegaConf.create({"name": "sgd", "lr": 0.01}))
+    trainer.fit(model)
+    return model
+
+
+def _equal(folder: Path, nemo: Path, manifest: Path, settings: str) -> dict[str, Any]:
+    rank = os.environ["LOCAL_RANK"]
+    model = train(nemo, manifest, folder / f"work{rank}", **json.loads(settings))
+    metrics = {k: float(v) for k, v in model.trainer.callback_metrics.items() if k.startswith("feedback/")}
+    return {"weights": model.state_dict(), "metrics": metrics}
+
+
+def _lhotse(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
+    model = train(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", steps=2, use_lhotse=True)
+    return {"seen": sorted(model._feedback.reader.seen)}
+
+
+def _failure(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
+    calls = 0
+
+    def fails(groups: list[HypothesisGroup]) -> RewardOutput:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and os.environ["LOCAL_RANK"] == "1":
+            raise RewardError("the LLM has run out of memory")
+        return judge(groups)
+
+    try:
+        train(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", reward=fails)
+    except FeedbackError as error:
+        return {"type": type(error).__name__, "message": str(error)}
+    return {}
+
+
+def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    from nemo_llm_feedback.cli.jobs.adapt import adapt
+    from nemo_llm_feedback.core.config.compose import compose_config
+
+    factors: list[float] = []
+    scale = watchman.scale_rates
+    watchman.scale_rates = lambda trainer, factor: (factors.append(factor), scale(trainer, factor))
+    return {"log_dir": adapt(compose_config(arguments)).log_dir, "factors": factors}
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    "equal": _equal,
+    "lhotse": _lhotse,
+    "failure": _failure,
+    "adapt": _adapt,
+}
+
+
+def adapt_with(arguments: list[str], log: Path) -> None:
+    """The command ``adapt`` in this process, its output in a file."""
+    from nemo_llm_feedback.cli.main import main
+
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        status = main(["adapt", *arguments])
+    os._exit(status)

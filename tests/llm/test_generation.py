@@ -1,0 +1,271 @@
+"""The LLM as a writer: greedy corrections, what of them is usable, and their way into groups."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import write_manifest
+from helpers.tiny_llm import make_tiny_llm
+
+from nemo_llm_feedback.core.config import LLMConfig, parse_run_config
+from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm.generation import Corrector
+from nemo_llm_feedback.llm.prompts import read_template
+from nemo_llm_feedback.llm.view import LLMView
+from nemo_llm_feedback.rewards import corrector_from_config, reward_from_config
+
+CONTEXT = Context("an order", ("latte", "oat milk"))
+NBEST = ["a large lattey", "a lard latte", "a large latte please"]
+
+
+def corrector(llm: Any, **settings: Any) -> Corrector:
+    template = read_template(None, chat=llm.encoder.chat, use="correction")
+    return Corrector(llm, template=template, view=LLMView(200), **settings)
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A chat LLM that was taught to answer ``a large latte`` to one list and nothing else to another."""
+    folder = make_tiny_llm(tmp_path_factory.mktemp("writer"), chat=True, max_position_embeddings=2048)
+    settings = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0, "max_length": 4}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    llm = load_llm(LLMConfig(str(folder), quantization="none", device="cpu"))
+    ours = corrector(llm)
+    lessons = [
+        (*ours._prompt(CONTEXT, NBEST), *llm.encoder.encode_text("a large latte")),
+        (*ours._prompt(CONTEXT, ["nothing"]), llm.encoder.end_id),
+    ]
+    model = llm.model.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        losses = [model(torch.tensor([ids]), labels=_answer_only(llm, ids)).loss for ids in lessons]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    model.requires_grad_(False)
+    assert max(map(float, losses)) < 0.1
+    return llm
+
+
+def _answer_only(llm: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """Labels in which only what follows the begin of the assistant's turn counts."""
+    turn = llm.encoder.ids("<|im_start|>assistant\n")
+    start = max(n for n in range(len(ids)) if ids[n - len(turn) : n] == turn)
+    return torch.tensor([[-100] * start + list(ids[start:])])
+
+
+def greedy(llm: Any, ids: tuple[int, ...], limit: int) -> list[int]:
+    """Greedy generation by plain forwards."""
+    out: list[int] = []
+    with torch.no_grad():
+        while len(out) < limit and (not out or out[-1] != llm.encoder.end_id):
+            out.append(int(llm.model(torch.tensor([[*ids, *out]])).logits[0, -1].argmax()))
+    return out
+
+
+def test_the_answer_is_greedy_whatever_the_checkpoints_own_settings(writer):
+    ours = corrector(writer)
+    state = torch.get_rng_state()
+    assert ours([CONTEXT], [NBEST]) == ["a large latte"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert writer.model.generation_config.do_sample  # put back
+    ids = greedy(writer, ours._prompt(CONTEXT, NBEST), 40)
+    assert writer.encoder.decode(ids) == "a large latte"
+
+
+def test_batches_answer_as_single_questions_and_equal_ones_are_asked_once(writer, monkeypatch):
+    lists = [NBEST, ["nothing"], [*NBEST[:2], NBEST[0]], ["", " "], NBEST]
+    ours = corrector(writer)
+    together = ours([CONTEXT] * 5, lists)
+    assert together[0] == together[4] == "a large latte"
+    assert together[1] is None  # the empty answer
+    assert together[3] is None  # nothing to correct: not asked
+    assert (ours.num_asked, ours.num_unusable) == (3, sum(text is None for text in together[1:3]))
+    assert [corrector(writer)([CONTEXT], [texts])[0] for texts in lists] == together
+    monkeypatch.setattr(ours, "_generate", None)
+    assert ours([CONTEXT] * 5, lists) == together
+
+
+def test_out_of_memory_halves_the_batch(writer, monkeypatch):
+    ours = corrector(writer)
+    generate, sizes = ours._generate, []
+
+    def scarce(questions):
+        sizes.append(len(questions))
+        if len(questions) > 1:
+            raise torch.OutOfMemoryError
+        return generate(questions)
+
+    monkeypatch.setattr(ours, "_generate", scarce)
+    assert ours([CONTEXT] * 2, [NBEST, ["nothing"]]) == ["a large latte", None]
+    assert sizes == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "expected"),
+    [
+        ("a latte", True, "a latte"),
+        (" “a latte” \n", True, "a latte"),
+        ("o'clock'", True, "o'clock'"),
+        ("a latte", False, None),
+        ("Here it is:\na latte", True, None),
+        ("", True, None),
+        ("a latte " * 30, True, None),
+        ("<|im_start|>a latte", True, "a latte"),
+    ],
+)
+def test_what_is_usable(writer, text, end, expected):
+    encoder = writer.encoder
+    ids = [*encoder.ids(text), *([encoder.end_id, 5, 6] if end else [])]
+    assert corrector(writer)._usable(ids, [encoder.end_id], 40) == expected
+
+
+def test_a_base_llms_answer_is_its_first_line(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        llm = load_llm(LLMConfig(str(make_tiny_llm(tmp_path)), quantization="none", device="cpu"))
+        ours = corrector(llm)
+    assert "no chat template" in caplog.text
+    assert ours._usable(llm.encoder.ids(" a latte\nterms that"), [1], 40) == "a latte"
+    assert ours._usable(llm.encoder.ids(" a latte"), [1], 40) is None
+    answer = ours([CONTEXT], [NBEST])[0]
+    limit = 2 * max(len(llm.encoder.encode_text(text)) for text in NBEST) + 16
+    plain = llm.encoder.decode(greedy(llm, ours._prompt(CONTEXT, NBEST), limit)).strip()
+    assert answer is None or plain.startswith(answer)
+
+
+def test_questions_that_do_not_fit_have_no_answer_and_contexts_are_cut(writer):
+    ours = corrector(writer)
+    long = Context("an order", tuple(f"latte number {n}" for n in range(2000)))
+    assert len(ours._prompt(long, NBEST)) <= writer.encoder.max_tokens
+    short = writer.encoder.decode(ours._prompt(long, NBEST))
+    assert all(text in short for text in NBEST)
+    assert ours([CONTEXT], [["latte " * 900]]) == [None]
+
+
+def test_answers_that_resemble_no_listed_text_are_no_corrections(writer, monkeypatch):
+    ours = corrector(writer)
+    said = ["I am sorry, I cannot help with that.", "A large latte, with soy", "我要拿铁"]
+    monkeypatch.setattr(ours, "_generate", lambda questions: [said.pop(0) for _ in questions])
+    answers = [ours([CONTEXT], [texts])[0] for texts in (NBEST, ["a lard latte with soil"], ["我要那铁"])]
+    assert answers == [None, "A large latte, with soy", "我要拿铁"]
+    assert (ours.num_asked, ours.num_unusable) == (3, 1)
+
+
+def test_identity_changes_with_what_the_answer_depends_on(writer):
+    ours = corrector(writer)
+    other = Corrector(writer, template=ours._template, view=LLMView(200, "sentence"))
+    assert len({ours.identity, other.identity, corrector(writer, max_hypotheses=2).identity}) == 3
+    assert corrector(writer).identity == ours.identity
+    assert ours.uses_context
+
+
+def test_the_reward_is_the_distance_to_the_written_text(writer):
+    config = parse_run_config(
+        {"reward": {"name": "correction", "alpha": 3.0, "beta": 0.0}, "llm": {"model": "a/b"},
+         "context": {"description": "x"}}
+    )  # fmt: skip
+    members = tuple(Hypothesis(text, ()) for text in NBEST)
+    groups = [
+        HypothesisGroup("u", members, CONTEXT, (-1.0, -2.0, -3.0)),
+        HypothesisGroup("v", (Hypothesis("nothing", ()),), CONTEXT, (-1.0,)),
+    ]
+    reward = reward_from_config(config, writer)
+    out = reward(groups)
+    assert out.values[0].tolist() == [-1 - 3, -2 - 3, -3 - 3]
+    assert out.values[1].isnan().all()
+    assert reward.components[0].reward.num_unusable == 1
+    assert isinstance(corrector_from_config(config, writer), Corrector)
+
+
+# ---------------------------------------------------------------- as a proposal
+
+
+@pytest.fixture(scope="module")
+def maker(nemo_file, tmp_path_factory):
+    """A group maker of a tiny hybrid, and one batch of its audio."""
+    from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+    from nemo_llm_feedback.training.models import restore
+
+    folder = tmp_path_factory.mktemp("maker")
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu")
+    model.setup_feedback(
+        {
+            "model": {"train_ds": {"manifest_filepath": str(write_manifest(folder / "pool.json", [None, None])),
+                                   "sample_rate": 16000, "batch_size": 2, "shuffle": False, "num_workers": 0}},
+            "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "max_members": 3, "max_symbols": 3},
+            "reward": {"name": "length"},
+            "context": {"description": "an order"},
+        },
+        work_dir=folder,
+    )  # fmt: skip
+    state = model._feedback
+    batch = next(iter(model._train_dl))
+    audio = state.reader.split(batch).audio
+    with torch.no_grad(), evaluation_mode(model):
+        encoded, lengths = encode(model, audio.signal, audio.signal_len)
+    return state.maker, audio, encoded, lengths
+
+
+def test_a_correction_is_a_member_with_exact_scores(maker):
+    groups, audio, encoded, lengths = maker
+    asked: list[Any] = []
+
+    def correct(contexts, nbest):
+        asked.append((contexts, nbest))
+        return ["A latte, with soy!", None]
+
+    groups.corrector = None
+    without = groups.make(audio, encoded, lengths)
+    groups.corrector = correct
+    first, second = groups.make(audio, encoded, lengths)
+    assert [h.source for h in first.group.hypotheses][:2] == ["greedy", "llm_correction"]
+    assert first.group.texts[1] == "a latte with soy"
+    assert second.group.hypotheses == without[1].group.hypotheses
+    for name, scores in without[1].ref_logp.items():
+        assert second.ref_logp[name] == pytest.approx(scores, abs=1e-3)
+    assert asked[0][0] == audio.contexts
+    assert asked[0][1][0] == list(dict.fromkeys(asked[0][1][0]))
+    head = groups._reference.heads[1]
+    from nemo_llm_feedback.core.trie import PrefixTrie
+
+    reference = groups._reference.encode(audio.signal[:1], audio.signal_len[:1])
+    trie = PrefixTrie.build([list(first.group.hypotheses[1].tokens)], [0])
+    expected = head.log_prob(*reference, trie, memory_budget_mb=64).tolist()
+    assert first.ref_logp[head.name][1:2] == pytest.approx(expected, abs=1e-3)
+    assert len(first.group) == 3  # within max_members, which the correction is not the first to leave
+
+
+def test_corrections_that_the_vocabulary_cannot_express_are_dropped(maker):
+    groups, audio, encoded, lengths = maker
+    groups.corrector = lambda contexts, nbest: ["拿铁", "zürich"]
+    for scored in groups.make(audio, encoded, lengths):
+        assert "llm_correction" not in {h.source for h in scored.group.hypotheses}
+    groups.corrector = None
+
+
+def test_the_run_loads_the_llm_for_corrections_alone(nemo_file, tmp_path: Path):
+    """Plain self-training asks for no reward, but its groups may have the LLM's rewrite in them."""
+    from nemo_llm_feedback.training.models import restore
+    from nemo_llm_feedback.training.setup import start
+
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    folder = make_tiny_llm(tmp_path / "llm", chat=True)
+    model.setup_feedback(
+        {
+            "model": {"train_ds": {"manifest_filepath": str(write_manifest(tmp_path / "pool.json", [None])),
+                                   "sample_rate": 16000, "batch_size": 1, "shuffle": False, "num_workers": 0}},
+            "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "llm_correction": 1},
+            "objective": {"name": "self_training"},
+            "llm": {"model": str(folder), "quantization": "none", "device": "cpu"},
+        },
+        work_dir=tmp_path,
+    )  # fmt: skip
+    start(model, model._feedback)
+    assert model._feedback.maker.reward is None
+    assert isinstance(model._feedback.maker.corrector, Corrector)

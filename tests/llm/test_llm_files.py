@@ -1,0 +1,341 @@
+"""The LLM's files: hub ids from a local cache, every refusal, and what tells one LLM from another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_llm import make_tiny_llm
+
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
+
+HOME = Context("a voice command to an assistant")
+TEXTS = ["turn on the light", "milk", ""]
+
+
+def config(folder: Path | str, **settings) -> LLMConfig:
+    return LLMConfig(model=str(folder), **{"quantization": "none", "device": "cpu", **settings})
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_llm):
+    return load_llm(config(tiny_llm))
+
+
+# ---------------------------------------------------------------- hub ids
+
+
+@pytest.fixture
+def hub(tmp_path, tiny_llm) -> tuple[Path, str]:
+    """A hub cache as huggingface_hub lays it out, with one model at one commit."""
+    commit = "a" * 40
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_llm, repo / "snapshots" / commit)
+    return tmp_path, commit
+
+
+def run_offline(home: Path, code: str) -> str:
+    environment = {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_hub_ids_load_from_the_local_cache(hub, scorer):
+    home, commit = hub
+    code = f"""
+from nemo_llm_feedback.llm import check_llm_folder, load_llm
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.types import Context
+def config(model, **more): return LLMConfig(model=model, quantization="none", device="cpu", **more)
+assert check_llm_folder(config("someone/tiny")) == []
+assert "local hub cache" in check_llm_folder(config("someone/else"))[0]
+assert "local hub cache" in check_llm_folder(config("someone/tiny", revision="v2"))[0]
+llm = load_llm(config("someone/tiny", revision="{commit}"))
+assert llm.identity.startswith("someone/tiny@{commit}:none:float32:"), llm.identity
+print(llm.score([(Context("a test"), ["a latte"])])[0][0].logp)
+"""
+    expected = scorer.score([(Context("a test"), ["a latte"])])[0][0].logp
+    assert float(run_offline(home, code).split()[-1]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_hub_ids_that_are_partly_cached_are_faults_only_offline(hub):
+    home, commit = hub
+    (home / "hub" / "models--someone--tiny" / "snapshots" / commit / "model.safetensors").unlink()
+    code = """
+import os
+from nemo_llm_feedback.llm import check_llm_folder
+from nemo_llm_feedback.core.config import LLMConfig
+assert "has no weights" in check_llm_folder(LLMConfig(model="someone/tiny"))[0]
+os.environ["HF_HUB_OFFLINE"] = "0"
+assert check_llm_folder(LLMConfig(model="someone/tiny")) == []
+"""
+    run_offline(home, code)
+
+
+def test_checks_import_neither_transformers_nor_bitsandbytes(tiny_llm):
+    code = f"""
+import sys
+from nemo_llm_feedback.llm import check_llm_folder
+from nemo_llm_feedback.core.config import LLMConfig
+assert check_llm_folder(LLMConfig(model={str(tiny_llm)!r})) == []
+assert not {{"transformers", "bitsandbytes"}} & set(sys.modules)
+"""
+    run_offline(tiny_llm, code)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def damaged(tiny_llm: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llm, tmp_path / "llm"))
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(folder: Path | str, match: str, **settings) -> None:
+    """The static check names the fault, and loading stops with it."""
+    assert any(match in fault for fault in check_llm_folder(config(folder, **settings)))
+    with pytest.raises(LLMError, match=match.replace("(", r"\(")):
+        load_llm(config(folder, **settings))
+
+
+def test_folder_without_weights(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    (folder / "model.safetensors").unlink()
+    refused(folder, "has no weights")
+
+
+def test_folder_with_pickle_weights_only(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    refused(folder, "pickle weights only")
+
+
+def test_folder_with_cut_weights_or_a_pointer_file(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    refused(folder, "cut short")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(folder, "no safetensors file")
+
+
+def test_folder_with_a_missing_shard(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001.safetensors"}}))
+    refused(folder, "model-00001.safetensors")
+
+
+def test_weights_that_the_config_asks_for_must_be_there(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    with pytest.raises(LLMError, match="would be random"):
+        load_llm(config(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_folder_with_custom_code(tiny_llm, tmp_path, file):
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / file, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    (folder / "modeling.py").write_text("raise SystemExit('ran')")
+    refused(folder, "custom code")
+
+
+def test_folder_without_tokenizer(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused(folder, "has no tokenizer")
+
+
+def test_folder_with_a_foreign_tokenizer(tiny_llm, tmp_path):
+    folder = make_tiny_llm(tmp_path / "llm", vocab_size=128)
+    with pytest.raises(LLMError, match="own tokenizer"):
+        load_llm(config(folder))
+
+
+def test_folder_without_config_or_of_another_kind(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / "config.json", architectures=["BertForMaskedLM"])
+    refused(folder, "no causal LM")
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json cannot be read")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json is missing")
+
+
+def test_checkpoint_stored_quantised_otherwise(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    refused(folder, "gptq")
+    edit(folder / "config.json", quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})
+    refused(folder, "stored in fp4", quantization="nf4")
+
+
+def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_own_dtype(tiny_llm, tmp_path):
+    fresh = load_llm(config(tiny_llm, quantization="nf4"))
+    fresh._model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
+    fresh._model.save_pretrained(tmp_path)
+    fresh.encoder._tokenizer.save_pretrained(tmp_path)
+    stored = load_llm(config(tmp_path, quantization="nf4"))
+    assert stored._model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    expected = [score.logp for score in fresh.score([(HOME, TEXTS)])[0]]
+    assert [score.logp for score in stored.score([(HOME, TEXTS)])[0]] == pytest.approx(expected, abs=1e-4)
+    refused(tmp_path, "stored in nf4", quantization="none")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "bad id", "owner/model.gguf", "-x/y"])
+def test_neither_folder_nor_hub_id(model):
+    refused(model, "no hub id either")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(tiny_llm):
+    refused(tiny_llm, "no CUDA device", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("Say {description}: {hypothesis}", "a space before {hypothesis}"),
+        ("Say {description}\t{hypothesis}", "a space before {hypothesis}"),
+        ("Say {description}", "0 {hypothesis} slots"),
+        ("{hypothesis}{hypothesis}", "2 {hypothesis} slots"),
+        ("{hypothesis} is what was said", "goes on after"),
+        ("{descriptoin}\n{hypothesis}", "did you mean {description}"),
+    ],
+)
+def test_bad_templates(tiny_llm, tmp_path, text, match):
+    template = tmp_path / "template.txt"
+    template.write_text(text)
+    refused(tiny_llm, match, template=str(template))
+
+
+def test_missing_template(tiny_llm):
+    refused(tiny_llm, "cannot be read", template="/no/such/template.txt")
+
+
+def test_all_faults_are_reported_at_once(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    edit(folder / "config.json", auto_map={})
+    assert len(check_llm_folder(config(folder, template="/no/such"))) == 4
+    bad = LLMConfig(model="", quantization="nf3", device="gpu", compute_dtype="half", chat="yes", token_budget=0)
+    assert len(bad.validate()) == 6
+    with pytest.raises(LLMError, match="nf3"):
+        load_llm(bad)
+    assert LLMConfig(model="x").validate() == []
+
+
+# ---------------------------------------------------------------- identity and memory
+
+
+def test_identity_tells_apart_what_changes_scores(tiny_llm, tmp_path, scorer):
+    template = tmp_path / "t.txt"
+    template.write_text("{description}\n{hypothesis}")
+    other = make_tiny_llm(tmp_path / "other", seed=1)
+    moved = damaged(tiny_llm, tmp_path)
+    variants = [
+        config(tiny_llm, quantization="nf4"),
+        config(tiny_llm, compute_dtype="bfloat16"),
+        config(tiny_llm, template=str(template)),
+        config(tiny_llm, max_context_tokens=100),
+        config(other),
+    ]
+    identities = [scorer.identity, *(load_llm(variant).identity for variant in variants)]
+    assert len(set(identities)) == len(identities)
+    assert load_llm(config(moved, token_budget=5)).identity == scorer.identity
+
+
+def test_memory_estimate_is_close(tmp_path):
+    folder = make_tiny_llm(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+    for kind in ("none", "nf4", "int8"):
+        settings = config(folder, quantization=kind)
+        actual = load_llm(settings)._model.get_memory_footprint()
+        assert estimate_memory(folder, settings, compute_bytes=4) == pytest.approx(actual, rel=0.1)
+
+
+# ---------------------------------------------------------------- pinned revisions, and folders that look like hub ids
+
+
+def test_hub_ids_without_a_commit_are_named_with_theirs(hub, monkeypatch, caplog):
+    home, commit = hub
+    snapshot = home / "hub" / "models--someone--tiny" / "snapshots" / commit
+    monkeypatch.setattr("nemo_llm_feedback.llm.folder._snapshot", lambda config, *, local_only: snapshot)
+    for revision in (None, "v2", commit[:12]):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert open_llm(config("someone/tiny", revision=revision)).identity.startswith(f"someone/tiny@{commit}")
+        expected = f"revision {revision or 'main'} may be another model tomorrow. This run uses commit {commit}"
+        assert expected in caplog.text
+    caplog.clear()
+    open_llm(config("someone/tiny", revision=commit))
+    assert "not pinned" not in caplog.text
+
+
+def test_folders_are_told_apart_by_their_files_even_where_they_look_like_hub_ids(
+    tiny_llm, tmp_path, monkeypatch, caplog
+):
+    for seed in (1, 2):
+        make_tiny_llm(tmp_path / str(seed) / "someone" / "lm", seed=seed)
+    identities = set()
+    for seed in (1, 2):
+        monkeypatch.chdir(tmp_path / str(seed))
+        with caplog.at_level(logging.WARNING):
+            identities.add(load_llm(config("someone/lm")).identity)
+    assert len(identities) == 2
+    assert all(identity.startswith("sha256:") for identity in identities)
+    assert "not pinned" not in caplog.text
+
+
+def test_generation_code_in_a_checkpoint_is_not_run(tiny_llm, tmp_path):
+    folder = tmp_path / "lm"
+    shutil.copytree(tiny_llm, folder)
+    (folder / "custom_generate").mkdir()
+    marker = tmp_path / "ran"
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(marker)!r}, 'w')\ndef generate(*a, **k): ...\n"
+    )
+    with contextlib.suppress(LLMError):  # refusing it is as good as ignoring it
+        load_llm(config(folder)).score([(HOME, ["milk"])])
+    assert not marker.exists()
+
+
+def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from nemo_llm_feedback.llm import folder
+
+    monkeypatch.setattr(folder, "_WHOLE", 0)
+    tensors = {f"layer.{k}": torch.zeros(5000) for k in range(5)}
+    seen = set()
+    for changed in (None, *tensors):
+        values = {name: value + (name == changed) for name, value in tensors.items()}
+        save_file(values, tmp_path / "model.safetensors")
+        seen.add(folder.fingerprint(tmp_path))
+    assert len(seen) == 6

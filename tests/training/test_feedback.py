@@ -1,0 +1,253 @@
+"""The mixin: stock where it must be stock, and learning where it must learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fits import TEXTS, config, fit, label_reward
+from helpers.tiny import KINDS, stock_class, write_manifest
+
+from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.training.losses import total
+from nemo_llm_feedback.training.models import restore
+
+
+class Preference:
+    """Rewards the member that the model finds least likely; shuffled, the reward goes to its neighbour instead."""
+
+    def __init__(self, *, shuffled: bool) -> None:
+        self._shuffled = shuffled
+        self.best: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+        rows = []
+        for group in groups:
+            worst = min(range(len(group)), key=lambda n: group.ref_logp[n])
+            self.best[group.utterance] = group.hypotheses[worst].tokens
+            row = [float(h.tokens == self.best[group.utterance]) * 5 for h in group.hypotheses]
+            if self._shuffled:
+                row = row[1:] + row[:1]
+            rows.append(row)
+        return RewardOutput(pad_groups(rows), {})
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """``reward(function)`` makes the run's reward that function."""
+    from nemo_llm_feedback.training import setup as preparation
+
+    def use(function: Any) -> None:
+        monkeypatch.setattr(preparation, "make_reward", lambda config, scorer: function)
+
+    return use
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "hybrid_bpe"])
+def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(
+    kind: str, nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "all.json", TEXTS)
+    mixed = write_manifest(tmp_path / "mixed.json", [*TEXTS, None, None])
+    stock_ds = {**config(manifest)["model"]["train_ds"]}
+    stock = stock_class(kind).restore_from(str(nemo_file(kind)), map_location="cpu")
+    fit(stock, steps=2, train_ds=stock_ds)
+    runs = {"labelled": (mixed, {}), "weight 0": (mixed, {"weight": 0.0})}
+    for name, (path, feedback) in runs.items():
+        ours = restore(nemo_file(kind), map_location="cpu")
+        # The first two batches of `mixed` are those of `all`: only labelled rows.
+        ours.setup_feedback(config(path, feedback=config(path)["feedback"] | feedback), work_dir=tmp_path / name)
+        fit(ours, steps=2)
+        for (key, a), (other, b) in zip(stock.state_dict().items(), ours.state_dict().items(), strict=True):
+            assert key == other
+            assert torch.equal(a, b), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file(kind), map_location="cpu")
+    keys = list(model.state_dict())
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(config(manifest, objective={"temperature": 0.2}), work_dir=tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, steps=2, lr=1e-2)
+    assert list(model.state_dict()) == keys
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    wanted = {"encoder", "decoder"} | ({"joint"} if "ctc" not in kind.split("_")[0] else set())
+    wanted |= {"ctc_decoder"} if kind.startswith("hybrid") else set()
+    assert moved == wanted
+    # BatchNorm statistics and the train flags are as they were: the pass ran in eval mode and gave it back.
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running_" in k)
+    assert model.encoder.training
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
+    shuffled: bool, nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    torch.manual_seed(0)  # also seeds the sampler of the groups
+    preference = Preference(shuffled=shuffled)
+    reward(preference)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    settings = config(manifest, feedback={"refresh_every": 100})
+    settings["model"]["train_ds"]["batch_size"] = 4
+    model.setup_feedback(settings, work_dir=tmp_path)
+    fit(model, steps=60, lr=3e-3)
+    groups = model._feedback.last_groups
+    audio = next(model._feedback.reader.split(batch).audio for batch in model._train_dl)
+    with torch.no_grad(), evaluation_mode(model):
+        encoded, lengths = encode(model, audio.signal, audio.signal_len)
+        now = torch.softmax(model._group_logp(model._feedback.heads[0], encoded, lengths, groups), dim=1)
+    before, after = [], []
+    for b, g in enumerate(groups):
+        n = [h.tokens for h in g.group.hypotheses].index(preference.best[g.group.utterance])
+        before.append(float(torch.softmax(torch.tensor(g.old_logp["ctc"]), 0)[n]))
+        after.append(float(now[b, n]))
+    gain = sum(after) / len(after) - sum(before) / len(before)
+    assert gain < 0.05 if shuffled else gain > 0.4, (before, after)
+
+
+def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", None, "", "thank you"])
+    settings = config(manifest)
+    settings["model"]["train_ds"]["batch_size"] = 4
+    model.setup_feedback(settings, work_dir=tmp_path)
+    seen: list[list[int]] = []
+    stock_step = stock_class("ctc_bpe").training_step
+
+    def spy(self: Any, batch: Any, batch_nb: int) -> Any:
+        seen.append(batch[3].tolist())
+        return stock_step(self, batch, batch_nb)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_class("ctc_bpe"), "training_step", spy)
+        fit(model, steps=1)
+    assert len(seen) == 1
+    assert len(seen[0]) == 2
+    assert min(seen[0]) > 0
+    assert len(model._feedback.last_groups) == 2
+
+
+def test_greedy_is_a_member_and_members_differ_after_normalisation(
+    nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(config(manifest), work_dir=tmp_path)
+    fit(model, steps=1)
+    for scored in model._feedback.last_groups:
+        texts = scored.group.texts
+        assert len(set(texts)) == len(texts)
+        assert any(h.source == "greedy" for h in scored.group.hypotheses) or len(texts) == 1
+
+
+def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu").double()
+    model.preprocessor.float()
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model.setup_feedback(config(manifest, feedback={"refresh_every": 100}), work_dir=tmp_path)
+    state = model._feedback
+    state.maker.reward = label_reward
+    audio = None
+    for batch in model._train_dl:
+        audio = state.reader.split(batch).audio
+        break
+    model._trainer = type("Stub", (), {"global_step": 0})()
+    processed = model.preprocessor.forward
+    model.preprocessor.forward = lambda **kw: tuple(
+        x.double() if x.is_floating_point() else x for x in processed(**kw)
+    )
+    state.reference.preprocessor.forward = model.preprocessor.forward
+    assert audio is not None
+    total(model.feedback_loss(audio)[0]).backward()
+    torch.manual_seed(3)
+    for name in (
+        "encoder.layers.0.feed_forward1.linear1.weight",
+        "joint.joint_net.2.weight",
+        "decoder.prediction.embed.weight",
+    ):
+        parameter = model.get_parameter(name)
+        direction = torch.randn_like(parameter)
+        slope = float((parameter.grad * direction).sum())
+        values = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                parameter += step * direction
+                values.append(float(total(model.feedback_loss(audio)[0])))
+                parameter -= step * direction
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=2e-3, abs=1e-7), name
+        assert abs(slope) > 1e-6, name
+
+
+def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
+    reward(label_reward)
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model.setup_feedback(config(manifest, feedback={"heads": "ctc"}), work_dir=tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, steps=1, lr=1e-2)
+    moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"encoder", "ctc_decoder"}
+    assert [h.name for h in heads_of(model)] == ["transducer", "ctc"]
+
+
+def test_a_banded_loss_is_within_the_tolerance(
+    nemo_file: Any, tmp_path: Path, reward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.asr.likelihood import transducer
+
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    losses, calls = [], []
+    banded = transducer.banded_scores
+    monkeypatch.setattr(transducer, "banded_scores", lambda *args, **kw: calls.append(1) or banded(*args, **kw))
+    for tolerance in (0.0, 1e-3):
+        model = restore(nemo_file("tdt_bpe"), map_location="cpu")
+        settings = config(manifest, feedback={"band_tolerance": tolerance}, objective={"mass_weight": 1.0})
+        model.setup_feedback(settings, work_dir=tmp_path / str(tolerance))
+        model._feedback.maker.reward = label_reward
+        model._trainer = type("Stub", (), {"global_step": 0})()
+        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
+        losses.append(float(total(model.feedback_loss(audio)[0])))
+        assert bool(calls) == bool(tolerance)
+    # The loss weighs log p's by shares that add up to one, each for the objective and its anchor.
+    assert losses[1] == pytest.approx(losses[0], abs=3e-3)
+    assert calls
+
+
+def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clean_one(
+    nemo_file: Any, tmp_path: Path, reward: Any
+) -> None:
+    reward(label_reward)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    members, losses, masked = [], [], []
+    for augment in (False, True):
+        torch.manual_seed(0)  # also seeds the sampler of the groups
+        model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+        model.setup_feedback(config(manifest, feedback={"augment": augment}), work_dir=tmp_path / str(augment))
+        model._feedback.maker.reward = label_reward
+        model._trainer = type("Stub", (), {"global_step": 0})()
+        hook = lambda module, args, output: masked.append(augment)  # noqa: E731, B023
+        model.spec_augmentation.register_forward_hook(hook)
+        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
+        torch.manual_seed(0)
+        loss = total(model.feedback_loss(audio)[0])
+        loss.backward()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in model.encoder.parameters())
+        losses.append(float(loss))
+        members.append([scored.group.texts for scored in model._feedback.last_groups])
+    assert masked == [True]
+    assert members[0] == members[1]
+    assert losses[0] != losses[1]

@@ -1,0 +1,246 @@
+"""What a run without any label takes from its pool: the weights of the reward and the learning rate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.ranks import run_ranks
+from helpers.runs import MIXED, arguments, run
+from helpers.tiny import write_manifest
+from omegaconf import OmegaConf
+
+from nemo_llm_feedback.cli.jobs.inputs import rates_to_try
+from nemo_llm_feedback.cli.jobs.plan import reward_line
+from nemo_llm_feedback.core.config import GuardConfig, RewardConfig, parse_run_config
+from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.run_folder import read_steps
+from nemo_llm_feedback.hypotheses.groups import GroupMaker, ScoredGroup
+from nemo_llm_feedback.hypotheses.reward_scale import from_spread
+from nemo_llm_feedback.training.callbacks.held_out_loss import HeldOutLoss
+from nemo_llm_feedback.training.callbacks.lr_search import choose_rate, smallest_good
+from nemo_llm_feedback.training.survey import Survey, apply_survey, pool_audio
+
+STEP = "trainer.max_steps=1"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_manifest(tmp_path_factory.mktemp("data") / "mixed.json", MIXED)
+
+
+def test_the_spread_of_the_pool_weighs_the_llm(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ScoredGroup] = []
+    get = GroupMaker.get
+
+    def spied(*args: Any, **kwargs: Any) -> list[ScoredGroup]:
+        found = get(*args, **kwargs)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(GroupMaker, "get", spied)
+    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, STEP)
+    survey = json.loads((result.log_dir / "survey.json").read_text())
+    # One boosting weight, so that the groups that are described are those that set the scale.
+    wanted = from_spread(survey["spread"], factor=RewardConfig.spread_factor, asr_weight=1.0)
+    assert (survey["alpha"], survey["beta"]) == wanted
+    assert wanted[0] != 1.0
+    assert seen, "no group was learned from"
+    for group in seen:
+        parts = zip(group.parts["llm"], group.parts["asr"], group.parts["length"], strict=True)
+        values = [wanted[0] * llm + asr + wanted[1] * length for llm, asr, length in parts]
+        assert group.rewards["ctc"] == pytest.approx(values, nan_ok=True)
+    assert f"alpha {wanted[0]:g}, beta {wanted[1]:g}" in result.nemo.with_suffix(".md").read_text()
+
+
+def test_the_spread_of_the_pool_weighs_listed_terms_too(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """`reward=entity` stands in the LLM's place and is scaled by its own spread, length bonus included."""
+    entity = ("reward=entity", "reward.settings.weight=3", "context.terms=[latte,mocha]")
+    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *entity, STEP)
+    survey = json.loads((result.log_dir / "survey.json").read_text())
+    spread = survey["spread"]
+    wanted = from_spread(spread, factor=RewardConfig.spread_factor, asr_weight=1.0, part="entity")
+    assert (survey["alpha"], survey["beta"]) == wanted == (wanted[0], pytest.approx(2 * wanted[0], rel=0.06))
+    assert wanted[0] * spread["entity"] == pytest.approx(2 * spread["asr"], rel=0.06)
+    given = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "given", *entity, "reward.alpha=2", STEP)
+    survey = json.loads((given.log_dir / "survey.json").read_text())
+    assert (survey["alpha"], survey["beta"]) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "alpha", "beta"),
+    [(("reward.alpha=0.5",), 0.5, 1.0), (("reward.beta=7",), None, 7.0), (("reward.asr_weight=0",), 1.0, 2.0)],
+)
+def test_what_is_given_is_kept(
+    given: tuple[str, ...],
+    alpha: float | None,
+    beta: float,
+    nemo_file: Any,
+    tiny_llm: Path,
+    manifest: Path,
+    tmp_path: Path,
+) -> None:
+    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *given, STEP)
+    survey = json.loads((result.log_dir / "survey.json").read_text())
+    assert survey["beta"] == beta
+    if alpha is not None:
+        assert survey["alpha"] == alpha
+    else:
+        assert survey["alpha"] == from_spread(survey["spread"], factor=2.0, asr_weight=1.0)[0]
+
+
+def test_a_rank_and_a_resumed_run_take_the_weights_of_the_survey() -> None:
+    found = Survey(4, 1.0, 8.0, {}, 1.0, boosting_weight=0.5, alpha=0.7, beta=1.4)
+    reweighed: list[tuple[float, float]] = []
+    reward = SimpleNamespace(with_weights=lambda *, alpha, beta: reweighed.append((alpha, beta)) or "new")
+    config = parse_run_config({"llm": {"model": "a/b"}, "context": {"description": "x"}, "reward": {"alpha": 0.9}})
+    maker = SimpleNamespace(proposer=SimpleNamespace(boosting_weight=1.0), reward=reward)
+    state: Any = SimpleNamespace(survey=found, maker=maker, config=config)
+    apply_survey(state)
+    assert maker.proposer.boosting_weight == 0.5
+    assert maker.reward == "new"
+    assert state.config.reward.weights == (0.7, 1.4)
+    apply_survey(state)  # nothing is left to change
+    assert reweighed == [(0.7, 1.4)]
+
+
+def test_where_there_is_no_pool_null_is_one_and_two() -> None:
+    assert RewardConfig().weights == (1.0, 2.0)
+    assert RewardConfig(alpha=3.0).weights == (3.0, 6.0)
+    assert RewardConfig(alpha=3.0, beta=0.0).weights == (3.0, 0.0)
+    assert RewardConfig().scaled_by_pool
+    assert RewardConfig(name="remote").scaled_by_pool
+    assert RewardConfig(name="entity").scaled_by_pool
+    assert not any(RewardConfig(name=name).scaled_by_pool for name in ("judge", "rules", "composite"))
+    assert "reward.spread_factor must be > 0" in RewardConfig(spread_factor=0.0).validate()[0]
+    assert reward_line(RewardConfig(name="composite")) == "composite"
+    assert reward_line(RewardConfig(spread_factor=3)) == "llm, alpha by the pool's spread (factor 3), beta 2·alpha"
+
+
+def test_a_rate_is_given_or_can_be_tried(tmp_path: Path) -> None:
+    base = arguments("a.nemo", "pool.json", "llm", tmp_path, "guards.every=5")
+
+    def rates(*more: str) -> tuple[float, ...]:
+        cfg = compose_config([*base, *more])
+        return rates_to_try(cfg, parse_run_config(OmegaConf.to_container(cfg)))  # type: ignore[arg-type]
+
+    assert rates("model.optim.lr=1e-4") == ()
+    assert rates("model.optim.lr=null") == (1e-5, 3e-5, 1e-4, 3e-4)
+    with pytest.raises(ConfigError) as error:
+        rates(
+            "model.optim.lr=null",
+            "guards.every=0",
+            "parameters.lr_candidates=[]",
+            "objective.name=self_training",
+            "+model.optim_param_groups.encoder.lr=1e-4",
+        )
+    for words in ("lr_candidates is empty", "guards.every=0", "no reward to judge by", "of their own", "Set model"):
+        assert words in str(error.value)
+
+
+def test_a_smaller_rate_that_gains_nearly_as_much_is_taken() -> None:
+    nan = float("nan")
+    assert smallest_good({1e-5: 6.0, 1e-4: 18.0, 3e-4: 19.9}) == 1e-4
+    assert smallest_good({1e-5: 4.2, 1e-4: 8.8, 3e-4: 20.6}) == 3e-4
+    assert smallest_good({1e-4: 2.0, 2e-4: -5.0}) == 1e-4
+    assert smallest_good({1e-4: -2.0, 2e-4: 0.0, 3e-4: nan}) == 1e-4
+    assert smallest_good({1e-4: nan, 2e-4: 1.0}) == 2e-4
+
+
+@pytest.mark.parametrize(("losses", "told"), [([5.0, 8.0, 6.0], 1), ([5.0, 4.9, 3.0], 0)])
+def test_a_rate_is_judged_by_the_loss_and_a_trial_in_which_it_never_falls_is_told(
+    losses: list[float], told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On bed (c) transcripts got worse at first with every rate, and 1e-5 was taken, with which nothing was learned
+    (issue 8): the gain of the looks does not count."""
+    module = "nemo_llm_feedback.training.callbacks.lr_search"
+    for name in ("snapshot", "put_back", "_train"):
+        monkeypatch.setattr(f"{module}.{name}", lambda *args: None)
+    monkeypatch.setattr(f"{module}.violations", lambda look, limits: [])
+    monkeypatch.setattr(f"{module}.pool_audio", lambda model, state: iter("abc"))
+    warnings: list[str] = []
+    monkeypatch.setattr(f"{module}.logging.warning", warnings.append)
+    values = iter(losses)
+    monkeypatch.setattr(f"{module}.HeldOutLoss", lambda model, state, audio: lambda model: next(values))
+    watch: Any = SimpleNamespace(look=lambda model, *, step: SimpleNamespace(gain=-3.0), audio=[])
+    generator = SimpleNamespace(get_state=lambda: 0, set_state=lambda state: None)
+    maker = SimpleNamespace(generator=generator, kept={})
+    model = SimpleNamespace(_feedback=SimpleNamespace(maker=maker, filled_round=0))
+    rate = choose_rate(model, watch, GuardConfig(), candidates=[1e-5, 1e-4], steps=2)
+    assert rate == (1e-5 if told else 1e-4)
+    assert ["in 2 steps" in text and "1e-05" in text for text in warnings] == [True] * told
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("ctc_bpe", ()),
+        ("hybrid_bpe", ("feedback.heads=both",)),
+        ("ctc_bpe", ("objective=mwer",)),
+        ("ctc_bpe", ("objective=self_training", "objective.label=reward")),
+    ],
+)
+def test_the_loss_held_out_falls_with_what_training_learns(
+    kind: str,
+    more: tuple[str, ...],
+    nemo_file: Any,
+    tiny_llm: Path,
+    manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the audio that is learned from, the loss falls as training lowers it, and does not change by itself."""
+    found: list[float] = []
+
+    class OnThePool(HeldOutLoss):
+        def __init__(self, model: Any, state: Any, audio: Any) -> None:
+            super().__init__(model, state, list(pool_audio(model, state)))
+            found.extend((self(model), self(model)))
+
+        def __call__(self, model: Any) -> float:
+            found.append(super().__call__(model))
+            return found[-1]
+
+    monkeypatch.setattr("nemo_llm_feedback.training.callbacks.lr_search.HeldOutLoss", OnThePool)
+    trial = ("parameters.lr_candidates=[1e-3]", "parameters.lr_trial_steps=6", "model.optim.lr=null")
+    guards = ("guards.every=1", "guards.max_kl=1e9", "guards.max_length_ratio=100")
+    run(nemo_file(kind), manifest, tiny_llm, tmp_path, STEP, *trial, *guards, "feedback.augment=false", *more)
+    assert found[0] == found[1]
+    assert found[-1] < found[0] - 1e-3
+
+
+def test_one_rank_chooses_the_learning_rate_for_all(
+    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
+) -> None:
+    command = arguments(
+        nemo_file("ctc_bpe"),
+        manifest,
+        tiny_llm,
+        tmp_path / "runs",
+        "model.optim.lr=null",
+        "parameters.lr_candidates=[0.001,0.002,0.004]",
+        "parameters.lr_trial_steps=1",
+        "guards.every=2",
+        "guards.max_kl=1e9",
+        "guards.max_length_ratio=100",
+        "trainer.devices=2",
+        "++trainer.strategy=ddp",
+        "+exp_manager.seconds_to_sleep=0",
+        f"output={tmp_path / 'a.nemo'}",
+    )
+    found = run_ranks("adapt", tmp_path, command)
+    assert "error" not in found[0], found[0]["error"]
+    assert len(found[0]["factors"]) == 1
+    assert found[0]["factors"] == found[1]["factors"]
+    rate = 0.001 * found[0]["factors"][0]
+    assert any(rate == pytest.approx(tried) for tried in (0.001, 0.002, 0.004))
+    lines = read_steps(found[0]["log_dir"] / "steps.jsonl")
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([rate, rate])

@@ -1,0 +1,441 @@
+"""Objectives against hand-computed values, identities, finite differences and exact expectations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.training.objectives import OBJECTIVES, hyperparameters, kl_anchor, mass_anchor, sequence_k3
+
+SETTINGS: dict[str, list[dict]] = {
+    "distill": [{"temperature": 0.7}, {"temperature": 3.0}],
+    "mwer": [
+        {"correction": "none", "temperature": 1.0, "mixture": 0.5},
+        {"correction": "anchored", "temperature": 2.0, "mixture": 0.3},
+        {"correction": "proposal", "temperature": 1.0, "mixture": 0.5},
+    ],
+    "reinforce": [{}],
+    "grpo": [
+        {"clip": 0.2, "kl_weight": 0.1, "standardize": True, "std_floor": 0.1},
+        {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 0.1},
+    ],
+    "dpo": [{"beta": 0.3}],
+    "self_training": [
+        {"label": "reward", "min_confidence": 0.0},
+        {"label": "reference", "min_confidence": 0.2},
+    ],
+}
+CASES = [
+    pytest.param(name, settings, id=f"{name}-{i}")
+    for name, many in SETTINGS.items()
+    for i, settings in enumerate(many)
+]
+JUDGED = [case for case in CASES if case.values[1].get("label") != "reference"]  # plain self-training asks no reward
+TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "anchored"]  # that one is a surrogate
+ANCHORS = [kl_anchor, sequence_k3, mass_anchor]
+
+
+def run(name: str, logp: Tensor, rewards: Tensor, ref: Tensor, mask: Tensor | None = None, old=None, **settings):
+    """Calls an objective in double precision, with a spread floor of 0 where it takes one."""
+    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    if "min_spread" in hyperparameters(name):
+        settings = {"min_spread": 0.0} | settings
+    return OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=mask, old_logp=old, **settings)
+
+
+def example(seed: int = 0, shape: tuple[int, int] = (3, 4)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp (leaf), rewards, ref_logp, old_logp with ratios to ``logp`` inside and outside a clip of 0.2."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda scale: torch.randn(shape, dtype=torch.float64, generator=generator) * scale  # noqa: E731
+    logp = (-6 + draw(1.5)).requires_grad_()
+    return logp, draw(2.0), logp.detach() + draw(0.5), logp.detach() + draw(0.3)
+
+
+def grad(loss: Tensor, logp: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logp, retain_graph=True)[0]
+
+
+# --- hand-computed values -------------------------------------------------------------------------------------------
+
+LOGP = torch.tensor([[math.log(0.2), math.log(0.1), math.log(0.1)]], dtype=torch.float64)  # P̂ = ½, ¼, ¼
+REWARDS = torch.tensor([[0.0, 2.0, 4.0]], dtype=torch.float64)
+
+
+def test_distill_by_hand():
+    rewards = torch.log(torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64))
+    out = run("distill", LOGP, rewards, LOGP, temperature=1.0)
+    # ¼ ln(¼/½) + ¼ ln(¼/¼) + ½ ln(½/¼) = ¼ ln 2
+    assert out.loss.item() == pytest.approx(math.log(2) / 4)
+    assert out.metrics["target_entropy"].item() == pytest.approx(1.5 * math.log(2))
+    assert out.metrics["target_policy_mass"].item() == pytest.approx(0.125 + 0.0625 + 0.125)
+
+
+def test_mwer_by_hand():
+    logp = LOGP.clone().requires_grad_()
+    out = run("mwer", logp, REWARDS, LOGP, correction="none", temperature=1.0, mixture=0.0)
+    # E[R] = 1.5, group mean 2
+    assert out.loss.item() == pytest.approx(0.5)
+    expected = torch.tensor([[0.5 * 1.5, -0.25 * 0.5, -0.25 * 2.5]], dtype=torch.float64)
+    torch.testing.assert_close(grad(out.loss, logp), expected)
+    assert out.metrics["reward_policy"].item() == pytest.approx(1.5)
+    assert out.metrics["reward"].item() == pytest.approx(2.0)
+    assert out.metrics["reward_best"].item() == pytest.approx(4.0)
+
+
+def test_mwer_anchored_by_hand():
+    logp = LOGP.clone().requires_grad_()
+    rewards = torch.log(torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))  # q = ¼, ¼, ½ at τ = 1
+    out = run("mwer", logp, rewards, LOGP, correction="anchored", temperature=1.0, mixture=0.5)
+    # w = ⅜, ¼, ⅜; E_w[R] = ⅜ ln 2
+    w, expected = torch.tensor([0.375, 0.25, 0.375], dtype=torch.float64), 0.375 * math.log(2)
+    torch.testing.assert_close(grad(out.loss, logp)[0], -w * (rewards[0] - expected))
+    assert out.loss.item() == pytest.approx(math.log(2) / 3 - expected)
+    assert out.metrics["effective_members"].item() == pytest.approx(1 / (2 * 0.375**2 + 0.25**2))
+
+
+def test_reinforce_by_hand():
+    logp = LOGP.clone().requires_grad_()
+    out = run("reinforce", logp, REWARDS, LOGP)
+    # leave-one-out advantages: 0 − 3, 2 − 2, 4 − 1
+    assert out.loss.item() == pytest.approx(-(-3 * math.log(0.2) + 3 * math.log(0.1)) / 3)
+    torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64))
+
+
+def test_grpo_by_hand():
+    old = LOGP - torch.log(torch.tensor([[1.5, 1.0, 1.5]], dtype=torch.float64))  # ρ = 1.5, 1, 1.5
+    logp = LOGP.clone().requires_grad_()
+    settings = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+    out = run("grpo", logp, REWARDS, LOGP, old=old, **settings)
+    # A = −2, 0, 2: the bad member's ratio is not clipped from above, the good one's is, at 1.2
+    assert out.loss.item() == pytest.approx(-(-2 * 1.5 + 0 + 2 * 1.2) / 3)
+    torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
+    assert out.metrics["clip_fraction"].item() == pytest.approx(1 / 3)
+    assert out.metrics["ratio_mean"].item() == pytest.approx(4 / 3)
+    standardised = run("grpo", LOGP, REWARDS, LOGP, old=old, **settings | {"standardize": True})
+    assert standardised.loss.item() == pytest.approx(out.loss.item() / math.sqrt(8 / 3))
+
+
+def test_grpo_clips_only_moves_that_went_far_enough():
+    ratios = torch.tensor([[0.7, 0.7, 1.3, 1.3, 1.1, 0.9]], dtype=torch.float64)
+    rewards = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)  # mean 0
+    logp = torch.full((1, 6), -5.0, dtype=torch.float64, requires_grad=True)
+    old = logp.detach() - ratios.log()
+    out = run("grpo", logp, rewards, logp, old=old, clip=0.2, kl_weight=0.0, standardize=False, std_floor=1.0)
+    # bad and below 0.8, good and above 1.2: done; all others go on with −ρA/N
+    keep = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(grad(out.loss, logp), -keep * ratios * rewards / 6)
+    assert out.metrics["clip_fraction"].item() == pytest.approx(1 / 3)
+
+
+def test_grpo_std_floor_bounds_nearly_equal_rewards():
+    rewards = torch.tensor([[0.0, 1e-6]], dtype=torch.float64)
+    logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    out = run("grpo", logp, rewards, logp, clip=0.2, kl_weight=0.0, standardize=True, std_floor=0.5)
+    torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[5e-7, -5e-7]], dtype=torch.float64))
+
+
+def test_dpo_by_hand_and_is_the_logistic_loss():
+    ref = LOGP - torch.tensor([[1.0, 7.0, 3.0]], dtype=torch.float64)  # shifts 1, 7, 3; best 3, worst 1
+    out = run("dpo", LOGP, REWARDS, ref, beta=0.5)
+    assert out.loss.item() == pytest.approx(math.log(1 + math.exp(-0.5 * 2.0)))
+    assert out.metrics["margin"].item() == pytest.approx(2.0)
+    assert out.metrics["preference_accuracy"].item() == 1.0
+    at_reference = run("dpo", LOGP, REWARDS, LOGP, beta=0.5)
+    assert at_reference.loss.item() == pytest.approx(math.log(2))
+    far = run("dpo", LOGP, REWARDS, LOGP + torch.tensor([[0.0, 0.0, 4000.0]]), beta=1.0)
+    assert far.loss.item() == pytest.approx(4000.0)  # no overflow
+
+
+def test_self_training_by_hand():
+    ref = torch.log(torch.tensor([[0.3, 0.2, 0.1]], dtype=torch.float64))
+    plain = run("self_training", LOGP, REWARDS * math.nan, ref, label="reference", min_confidence=0.0)
+    assert plain.loss.item() == pytest.approx(-math.log(0.2))
+    assert plain.metrics["confidence"].item() == pytest.approx(0.5)
+    rescored = run("self_training", LOGP, REWARDS, ref, label="reward", min_confidence=0.0)
+    assert rescored.loss.item() == pytest.approx(-math.log(0.1))
+    one = torch.tensor([[True, False, False]])
+    assert run("self_training", LOGP, REWARDS, ref, one, label="reward", min_confidence=1.0).metrics["groups"] == 1
+
+
+def test_self_training_confidence_filter():
+    ref = torch.log(torch.tensor([[0.3, 0.2, 0.1], [0.9, 0.05, 0.05]], dtype=torch.float64))
+    logp = torch.log(torch.tensor([[0.5, 0.1, 0.1], [0.25, 0.1, 0.1]], dtype=torch.float64))
+    out = run("self_training", logp, REWARDS.expand(2, 3), ref, label="reference", min_confidence=0.6)
+    assert out.loss.item() == pytest.approx(-math.log(0.25))
+    assert out.metrics["signal_fraction"].item() == 0.5
+
+
+def test_anchors_by_hand():
+    ref = torch.log(torch.tensor([[0.1, 0.1, 0.2]], dtype=torch.float64))
+    ones = torch.ones_like(LOGP, dtype=torch.bool)
+    skewed = torch.log(torch.tensor([[0.25, 0.25, 1.5]], dtype=torch.float64))  # ⅛, ⅛, ¾
+    expected = math.log(1 / 4) / 8 + math.log(1 / 2) / 8 + 3 * math.log(3) / 4  # Σ P̂_ref ln(P̂_ref / P̂)
+    assert kl_anchor(LOGP, ref_logp=skewed, mask=ones).loss.item() == pytest.approx(expected)
+    pair = LOGP.expand(2, 3), skewed.expand(2, 3), torch.tensor([[True, True, True], [True, False, False]])
+    alone = kl_anchor(pair[0], ref_logp=pair[1], mask=pair[2])
+    assert (alone.loss.item(), alone.metrics["groups"]) == (pytest.approx(expected), 1)
+    # ratios ref/policy ½, 1, 2: (½ + ln 2 − 1 + 0 + 2 − ln 2 − 1) / 3
+    assert sequence_k3(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(0.5 / 3)
+    assert mass_anchor(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(-math.log(0.4))
+
+
+def test_sequence_k3_averages_to_the_kl_divergence():
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    counts = (p * 10).round().long()  # members in exact proportion to the policy
+    members = torch.repeat_interleave(torch.arange(3), counts)
+    out = sequence_k3(p.log()[members][None], ref_logp=q.log()[members][None], mask=torch.ones(1, 10).bool())
+    assert out.loss.item() == pytest.approx((p * (p / q).log()).sum().item())
+
+
+# --- identities -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_reward_shift_changes_nothing(name, settings):
+    logp, rewards, ref, old = example()
+    first = run(name, logp, rewards, ref, old=old, **settings).loss
+    shift = torch.tensor([[100.0], [-3.0], [7.0]], dtype=torch.float64)
+    second = run(name, logp, rewards + shift, ref, old=old, **settings).loss
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(grad(first, logp), grad(second, logp))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_padding_changes_nothing(name, settings, bad):
+    logp, rewards, ref, old = example()
+    junk = torch.full((3, 2), bad, dtype=torch.float64)
+    wide = torch.cat([junk[:, :1], logp.detach(), junk[:, 1:]], dim=1).requires_grad_()
+    pad = lambda x: torch.cat([junk[:, :1], x, junk[:, 1:]], dim=1)  # noqa: E731
+    mask = torch.tensor([False, True, True, True, True, False]).expand(3, 6)
+    plain = run(name, logp, rewards, ref, old=old, **settings)
+    padded = run(name, wide, pad(rewards), pad(ref), mask, pad(old), **settings)
+    torch.testing.assert_close(plain.loss, padded.loss)
+    gradient = grad(padded.loss, wide)
+    torch.testing.assert_close(gradient[:, 1:-1], grad(plain.loss, logp))
+    assert (gradient[:, [0, -1]] == 0).all()
+    for key, value in plain.metrics.items():
+        torch.testing.assert_close(value, padded.metrics[key])
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_infeasible_members_count_as_padding(name, settings):
+    logp, rewards, ref, old = example()
+    column = torch.zeros(3, 1, dtype=torch.float64)
+    inf = column - math.inf
+    cases = [(inf, inf, inf, inf), (inf, column, column, column), (column, inf, inf * 0, column)]
+    if settings.get("correction", "proposal") == "proposal" and name in ("mwer", "reinforce", "grpo"):
+        cases.append((column, column, column, inf))
+    for cells in cases:
+        wide = [torch.cat([x.detach(), cell], dim=1) for x, cell in zip((logp, ref, rewards, old), cells, strict=True)]
+        wide[0].requires_grad_()
+        mask = torch.ones(3, 5, dtype=torch.bool)
+        out = run(name, wide[0], wide[2], wide[1], mask, wide[3], **settings)
+        torch.testing.assert_close(out.loss, run(name, logp, rewards, ref, old=old, **settings).loss)
+        assert torch.isfinite(grad(out.loss, wide[0])).all()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_members_may_come_in_any_order(name, settings):
+    logp, rewards, ref, old = example()
+    order = torch.tensor([2, 0, 3, 1])
+    first = run(name, logp, rewards, ref, old=old, **settings).loss
+    second = run(name, logp[:, order], rewards[:, order], ref[:, order], old=old[:, order], **settings).loss
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(("name", "settings"), JUDGED)
+def test_loss_is_the_mean_over_groups_with_signal(name, settings):
+    logp, rewards, ref, old = example()
+    rewards[1, 2] = math.nan
+    out = run(name, logp, rewards, ref, old=old, **settings)
+    rows = [run(name, *(x[i : i + 1] for x in (logp, rewards, ref)), old=old[i : i + 1], **settings) for i in range(3)]
+    torch.testing.assert_close(out.loss, (rows[0].loss + rows[2].loss) / 2)
+    assert (grad(out.loss, logp)[1] == 0).all()
+    assert out.metrics["groups"] == 2
+    assert out.metrics["signal_fraction"].item() == pytest.approx(2 / 3)
+    assert rows[1].loss == 0
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_without_signal_the_loss_is_zero_and_connected(name, settings):
+    logp, rewards, ref, old = example()
+    nothing = torch.zeros_like(logp, dtype=torch.bool)
+    out = run(name, logp, rewards, ref, nothing, old, **settings)
+    assert out.loss == 0
+    assert (grad(out.loss, logp) == 0).all()
+    assert out.metrics["groups"] == 0
+    assert torch.isnan(out.metrics["logp"])
+    if "min_spread" in hyperparameters(name):
+        assert run(name, logp, rewards * 0, ref, old=old, **settings).loss == 0
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_nan_log_probability_is_passed_on(name, settings):
+    logp, rewards, ref, old = example()
+    broken = logp.detach().clone()
+    broken[0] = math.nan
+    assert torch.isnan(run(name, broken, rewards, ref, old=old, **settings).loss)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_no_gradient_reaches_rewards_reference_or_old(name, settings):
+    logp, rewards, ref, old = example()
+    constants = [x.clone().requires_grad_() for x in (rewards, ref, old)]
+    loss = run(name, logp, constants[0], constants[1], old=constants[2], **settings).loss
+    assert torch.autograd.grad(loss, [logp, *constants], allow_unused=True)[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0, 3e4])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_float32_stays_finite_at_any_scale(name, settings, scale):
+    logp, rewards, ref, old = (x.detach().float() * scale for x in example())
+    logp.requires_grad_()
+    out = run(name, logp, rewards.float(), ref, old=old, **settings)
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(grad(out.loss, logp)).all()
+    assert out.loss.dtype == torch.float32
+
+
+def test_distill_is_zero_at_the_optimum_and_its_gradient_is_the_difference():
+    logp, rewards, ref, _ = example()
+    at_optimum = run("distill", (rewards / 0.7 - 50).requires_grad_(), rewards, ref, temperature=0.7)
+    assert at_optimum.loss.item() == pytest.approx(0.0, abs=1e-12)
+    out = run("distill", logp, rewards, ref, temperature=0.7)
+    q = torch.softmax(rewards / 0.7, dim=1)
+    torch.testing.assert_close(grad(out.loss, logp) * 3, torch.softmax(logp, dim=1).detach() - q)
+
+
+def test_distill_with_mass_anchor_is_the_cross_entropy_of_soft_labels():
+    logp, rewards, ref, _ = example()
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    total = run("distill", logp, rewards, ref, temperature=1.0).loss + mass_anchor(logp, ref_logp=ref, mask=mask).loss
+    q = torch.softmax(rewards, dim=1)
+    torch.testing.assert_close(total, (q * (q.log() - logp)).sum(dim=1).mean())
+
+
+def test_distill_tends_to_rescored_self_training():
+    logp, rewards, ref, _ = example()
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    cold = run("distill", logp, rewards, ref, temperature=1e-4).loss + mass_anchor(logp, ref_logp=ref, mask=mask).loss
+    torch.testing.assert_close(cold, run("self_training", logp, rewards, ref, label="reward", min_confidence=0.0).loss)
+
+
+def test_grpo_at_ratio_one_is_reinforce_with_the_group_mean_as_baseline():
+    logp, rewards, ref, _ = example()
+    settings = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+    grpo = grad(run("grpo", logp, rewards, ref, **settings).loss, logp)
+    again = grad(run("grpo", logp, rewards, ref, old=logp.detach(), **settings).loss, logp)
+    baseline = -(rewards - rewards.mean(dim=1, keepdim=True)) / 4 / 3
+    torch.testing.assert_close(grpo, baseline)
+    torch.testing.assert_close(again, baseline)
+    leave_one = grad(run("reinforce", logp, rewards, ref).loss, logp)
+    torch.testing.assert_close(leave_one, baseline * 4 / 3)
+
+
+def test_grpo_kl_term_is_the_k3_anchor():
+    logp, rewards, ref, old = example()
+    settings = {"clip": 0.2, "standardize": True, "std_floor": 0.1}
+    without = run("grpo", logp, rewards, ref, old=old, kl_weight=0.0, **settings)
+    with_kl = run("grpo", logp, rewards, ref, old=old, kl_weight=0.3, **settings)
+    k3 = sequence_k3(logp, ref_logp=ref, mask=torch.ones_like(logp, dtype=torch.bool)).loss
+    torch.testing.assert_close(with_kl.loss - without.loss, 0.3 * k3)
+    torch.testing.assert_close(with_kl.metrics["k3"], k3.detach())
+
+
+def test_mwer_corrections_meet_the_bare_form():
+    logp, rewards, ref, _ = example()
+    bare = run("mwer", logp, rewards, ref, correction="none", temperature=1.0, mixture=0.5)
+    pure = run("mwer", logp, rewards, ref, correction="anchored", temperature=1.0, mixture=0.0)
+    flat = run(
+        "mwer", logp, rewards, ref, old=torch.zeros_like(ref), correction="proposal", temperature=1.0, mixture=0
+    )
+    for other in (pure, flat):
+        torch.testing.assert_close(bare.loss, other.loss)
+        torch.testing.assert_close(grad(bare.loss, logp), grad(other.loss, logp))
+
+
+def test_mwer_proposal_on_policy_weighs_samples_equally():
+    logp, rewards, ref, _ = example()
+    out = run("mwer", logp, rewards, ref, old=logp, correction="proposal", temperature=1.0, mixture=0.0)
+    baseline = -(rewards - rewards.mean(dim=1, keepdim=True)) / 4 / 3
+    torch.testing.assert_close(grad(out.loss, logp), baseline)
+    assert out.metrics["effective_members"].item() == pytest.approx(4.0)
+
+
+def test_kl_reference_metric_and_anchor_vanish_at_the_reference():
+    logp, rewards, _, _ = example()
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    shifted = logp.detach() - 5  # the group distribution does not see a common shift, k3 does
+    assert kl_anchor(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(0.0, abs=1e-12)
+    assert run("reinforce", logp, rewards, shifted).metrics["kl_reference"].item() == pytest.approx(0.0, abs=1e-12)
+    expected = math.exp(-5) + 5 - 1
+    assert sequence_k3(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(expected)
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+
+def test_dpo_margin_filter():
+    logp, rewards, ref, _ = example()
+    rewards[0] = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    assert run("dpo", logp, rewards, ref, beta=1.0, min_spread=0.31).metrics["groups"] == 2
+    assert run("dpo", logp, rewards, ref, beta=1.0, min_spread=0.29).metrics["groups"] == 3
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "settings"), TRUE_LOSSES)
+def test_gradient_against_finite_differences(name, settings):
+    logp, rewards, ref, old = example(seed=3)
+    mask = torch.tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
+    assert torch.autograd.gradcheck(lambda x: run(name, x, rewards, ref, mask, old, **settings).loss, (logp,))
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_anchor_gradient_against_finite_differences(anchor):
+    logp, _, ref, _ = example(seed=4)
+    mask = torch.tensor([[True] * 4, [True, True, True, False], [True, False, False, False]])
+    assert torch.autograd.gradcheck(lambda x: anchor(x, ref_logp=ref, mask=mask).loss, (logp,))
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_anchors_ignore_padding_and_empty_batches(anchor):
+    logp, _, ref, _ = example()
+    mask = torch.tensor([[True, True, True, False]] * 3)
+    junk = torch.full((3, 1), math.nan, dtype=torch.float64)
+    wide = torch.cat([logp.detach()[:, :3], junk], 1).requires_grad_()
+    out = anchor(wide, ref_logp=torch.cat([ref[:, :3], junk], 1), mask=mask)
+    torch.testing.assert_close(out.loss, anchor(logp, ref_logp=ref, mask=mask).loss)
+    assert torch.isfinite(grad(out.loss, wide)).all()
+    none = anchor(wide, ref_logp=ref, mask=torch.zeros_like(mask))
+    assert none.loss == 0
+    assert (grad(none.loss, wide) == 0).all()
+
+
+# --- interface ------------------------------------------------------------------------------------------------------
+
+
+def test_every_objective_names_its_hyperparameters_and_hides_no_default():
+    assert set(SETTINGS) == set(OBJECTIVES)
+    for name, many in SETTINGS.items():
+        for settings in many:
+            assert set(hyperparameters(name)) - {"min_spread"} == set(settings)
+        logp, rewards, ref, _ = example()
+        with pytest.raises(TypeError, match="missing"):
+            OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=logp > -99)
+
+
+def test_wrong_choices_are_named():
+    logp, rewards, ref, _ = example()
+    with pytest.raises(ValueError, match="choose none, anchored or proposal"):
+        run("mwer", logp, rewards, ref, correction="uniform", temperature=1.0, mixture=0.5)
+    with pytest.raises(ValueError, match="needs old_logp"):
+        run("mwer", logp, rewards, ref, correction="proposal", temperature=1.0, mixture=0.5)
+    with pytest.raises(ValueError, match="choose reference or reward"):
+        run("self_training", logp, rewards, ref, label="oracle", min_confidence=0.0)
