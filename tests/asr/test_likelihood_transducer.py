@@ -20,7 +20,6 @@ from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-LABELS, WIDTH = 3, 4
 MORE_FAMILIES = [*FAMILIES, (2, 0, 1), (1, 2), (0, 3)]
 HYPS = [[], [0], [1, 1], [0, 1, 2], [2, 2, 2], [0, 1], [0, 1]]
 

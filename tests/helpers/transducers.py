@@ -8,6 +8,7 @@ import torch
 from helpers.oracles import TinyDecoder, TinyJoint
 from torch import Tensor, nn
 
+LABELS, WIDTH = 3, 4
 FAMILIES = [None, (0, 1), (0, 1, 2, 3, 4)]
 
 
