@@ -219,7 +219,8 @@ def row_overrides(
         f"trainer.val_check_interval={max(1, options.steps // 8)}",
         *bed.overrides(name),
         f"feedback.supervised_weight={options.held_weight}",
-        f"feedback.anchor_augment={str(options.held_augment).lower()}",
+        f"feedback.replay_weight={options.held_weight}",
+        f"feedback.replay_augment={str(options.held_augment).lower()}",
         *([] if name.startswith("feedback_defaults") else _tuned(options)),
         *options.set,
         *ROWS[name],
@@ -233,7 +234,7 @@ def _tuned(options: argparse.Namespace) -> list[str]:
         f"reward.beta={2 * options.alpha}",
         f"model.optim.lr={options.lr}",
         f"feedback.refresh_every={max(1, options.steps // 4)}",
-        "feedback.survey_utterances=24",
+        "feedback.pool_utterances=24",
         "proposals.boosting_weights=[]",
         f"guards.every={max(1, options.steps // 8)}",
     ]
@@ -250,7 +251,7 @@ def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: 
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
         wanted = round(options.replay * share * total)
         if options.anchor:
-            general = [_bare(row) | {"replay": "anchor"} for row in general]
+            general = [_bare(row) | {"replay": "kl"} for row in general]
         rows += [(manifest.parent, row) for row in _drawn(general, wanted, rng)]
     write_rows(target, rows)
     return target

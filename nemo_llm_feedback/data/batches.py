@@ -35,7 +35,7 @@ class BatchReader:
     Args:
         run_context: the run's context.
         use_text: False: every row is unlabeled.
-        replay: what rows with text are for unless they say so themselves.
+        labelled: ``supervised`` or ``replay``, what rows with text are for unless they say so themselves.
         rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
 
     Attributes:
@@ -44,11 +44,11 @@ class BatchReader:
     """
 
     def __init__(
-        self, run_context: Context, *, use_text: bool, replay: str = "supervised", rows: Sequence[Row] = ()
+        self, run_context: Context, *, use_text: bool, labelled: str = "supervised", rows: Sequence[Row] = ()
     ) -> None:
         self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
-        self._replay = replay
-        self.anchors = replay == "anchor" or any(row.replay == "anchor" for row in rows)
+        self._of_labelled = "kl" if labelled == "replay" else labelled
+        self.anchors = labelled == "replay" or any(row.replay == "kl" for row in rows)
         self._collection: Any = None
         self.seen: set[str] = set()
         self._marks = 0
@@ -77,7 +77,7 @@ class BatchReader:
         if not self.anchors:
             return labelled, torch.zeros_like(labelled)
         kept = [
-            (self._replay_of(ids, b) or (self._replay if flag else "")) == "anchor"
+            (self._replay_of(ids, b) or (self._of_labelled if flag else "")) == "kl"
             for b, flag in enumerate(labelled.tolist())
         ]
         anchored = torch.tensor(kept, device=labelled.device)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.core.config.learning import REPLAYS
+from nemo_llm_feedback.core.config.learning import REPLAY_VALUES
+from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.types import Context
 
@@ -36,8 +37,8 @@ class Row:
         offset: start in the file, seconds.
         text: transcript, ``""`` where there is none.
         context: the utterance's own context, not yet merged with the run's.
-        replay: the manifest key of that name: what the row is for, as ``feedback.replay``; "" = that setting where the
-            row has text. A row with ``anchor`` needs none.
+        replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
+            ``feedback.labelled`` where the row has text. A row with ``kl`` needs none.
         origin: ``manifest:line``, for messages.
         data: the whole line as it was.
     """
@@ -59,7 +60,7 @@ class Row:
     @property
     def unlabeled(self) -> bool:
         """Whether the row is learned from feedback: it has no text, nor does it hold the model where it was."""
-        return not self.text and self.replay != "anchor"
+        return not self.text and self.replay != "kl"
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,10 @@ def _parse_line(line: str, file: Path, number: int, *, use_text: bool, tarred: b
     except ValueError as error:
         return f"{origin}: {error}."
     replay = data.get("replay") or ""
-    if replay not in ("", *REPLAYS) or (replay == "supervised" and not text):
-        return f"{origin}: `replay` must be anchor or, for a row with text, supervised (got {replay!r})."
+    if now := renamed("replay", replay):
+        return f"{origin}: {now}"
+    if replay not in ("", *REPLAY_VALUES) or (replay == "supervised" and not text):
+        return f"{origin}: `replay` must be kl or, for a row with text, supervised (got {replay!r})."
     path = audio if tarred else str(_resolve(audio, file))
     text = (text or "").strip() if use_text else ""
     return Row(path, float(duration), float(offset), text, context, origin, data, replay)

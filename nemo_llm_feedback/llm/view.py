@@ -34,7 +34,7 @@ class LLMView:
     @classmethod
     def of(cls, config: LLMConfig) -> LLMView:
         """The view that the LLM's settings ask for."""
-        return cls(config.max_terms, config.restore)
+        return cls(config.max_terms, config.truecasing)
 
     def __call__(self, group: HypothesisGroup) -> HypothesisGroup:
         """Returns the group as the LLM is to see it: same members in the same order."""

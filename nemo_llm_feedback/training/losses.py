@@ -89,7 +89,7 @@ def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGro
     anchors = {
         "pseudo_label": (config.pseudo_label_weight, lambda: _pseudo_label(logp, rewards, ref_logp, mask)),
         "mass": (config.mass_weight, lambda: mass_anchor(logp, ref_logp=ref_logp, mask=mask)),
-        "kl_anchor": (config.kl_anchor_weight, lambda: kl_anchor(logp, ref_logp=ref_logp, mask=mask)),
+        "kl_anchor": (config.reference_kl_weight, lambda: kl_anchor(logp, ref_logp=ref_logp, mask=mask)),
     }
     for name, (weight, anchor) in anchors.items():
         if weight > 0:

@@ -22,7 +22,7 @@ reaches them. P̂ = softmax(logp) over a group's members is the *renormalised po
 - `distill`: right for any member. Its gradient P̂ − q is −q for such a member: bounded, and zero only once P̂ = q.
 - `dpo`: right for any member, since a preference pair need not be sampled from the policy.
 - `self_training`: right for any member that the reward puts first.
-- `mwer`: with ``correction="anchored"``; the bare form cannot raise such a member (see there).
+- `mwer`: with ``correction="kl_optimum"``; the bare form cannot raise such a member (see there).
 - `grpo`: the ratio starts at 1 for any member, so each gets gradient. With ``old_logp`` kept from the making of the
   group, the clip bounds what one group can do in either direction: a good member far below the policy's own needs many
   refreshes. Without it nothing is clipped and a bad member is pushed down without end, improbable as it is.
@@ -147,7 +147,7 @@ def mwer(
     That is no estimation error which importance weights could mend: the expected reward itself is flat there. All that
     remains is pressure among the policy's own few probable members, which moves probability out of the group.
 
-    ``anchored``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-anchored optimum
+    ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-anchored optimum
     q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the policy
     gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and q ≈ 1 on
     a better foreign member b: then ∂loss/∂s_b = −ε(1 − ε)(R_b − R_f), however small P̂_b, and s_f gets the opposite.
@@ -162,9 +162,9 @@ def mwer(
     Args:
         logp, rewards, ref_logp, mask: see the module docstring.
         old_logp: [B, N] log-probability under the sampler; needed by ``proposal`` only.
-        correction: ``none``, ``anchored`` or ``proposal``.
-        temperature: τ > 0 of q, in reward units; used by ``anchored`` only.
-        mixture: ε in [0, 1]; used by ``anchored`` only.
+        correction: ``none``, ``kl_optimum`` or ``proposal``.
+        temperature: τ > 0 of q, in reward units; used by ``kl_optimum`` only.
+        mixture: ε in [0, 1]; used by ``kl_optimum`` only.
         min_spread: see `signal`.
 
     Raises:
@@ -180,7 +180,7 @@ def mwer(
         ratio = g.logp - constant(old_logp, g.logp, g.valid)
         weights = probabilities(log_softmax_over(ratio, g.valid), g.valid)
         return _output(g, -(weights * advantage).sum(dim=1), {"effective_members": effective_members(weights)})
-    if correction == "anchored":
+    if correction == "kl_optimum":
         q = probabilities(log_softmax_over(g.rewards / temperature, g.valid), g.valid)
         weights = (1 - mixture) * g.policy + mixture * q
         expected = (weights * advantage).sum(dim=1, keepdim=True)
@@ -188,7 +188,7 @@ def mwer(
         # The value is the expected reward under w; the bracket adds its gradient and exactly nothing to the value.
         surrogate = (coefficient * (g.logp - g.logp.detach())).sum(dim=1)
         return _output(g, -(expected.squeeze(1) + surrogate), {"effective_members": effective_members(weights)})
-    raise ValueError(f"unknown correction '{correction}' of mwer: choose none, anchored or proposal")
+    raise ValueError(f"unknown correction '{correction}' of mwer: choose none, kl_optimum or proposal")
 
 
 def reinforce(

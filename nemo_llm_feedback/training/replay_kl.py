@@ -32,13 +32,13 @@ def anchor_terms(model: Any, state: FeedbackState, batch: Any) -> tuple[dict[str
     with evaluation_mode(model):
         with recomputed_layers(model.encoder, active=config.parameters.recompute_encoder):
             encoded, ref_encoded, lengths = encode_both(
-                model, state.reference, signal, signal_len, augment=config.feedback.anchor_augment
+                model, state.reference, signal, signal_len, augment=config.feedback.replay_augment
             )
         texts = _texts(state, tokens, tokens_len, ref_encoded, lengths)
         trie = PrefixTrie.build(texts, range(len(signal))).to(signal.device)
         for head, frozen in zip(state.heads, state.reference.heads, strict=True):
             mean = head.divergence(encoded, frozen, ref_encoded, lengths, trie).mean()
-            weight = state.head_weights[head.name] * config.feedback.supervised_weight
+            weight = state.head_weights[head.name] * config.feedback.replay_weight
             terms[f"{head.name}/anchor"] = Term(mean, len(signal), weight)
     first = terms[f"{state.heads[0].name}/anchor"]
     return terms, {"anchor_kl": float(first.value.detach())}

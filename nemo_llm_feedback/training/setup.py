@@ -137,7 +137,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     reader = BatchReader(
         config.context.load(),
         use_text=config.feedback.use_text,
-        replay=config.feedback.replay,
+        labelled=config.feedback.labelled,
         rows=staged.rows,
     )
     model.setup_training_data(nemo_ds)
@@ -160,7 +160,7 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
 def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
     """Settles whether the audio that is learned from is augmented."""
     masks = getattr(model, "spec_augmentation", None) is not None
-    asked = [key for key in ("augment", "anchor_augment") if getattr(config.feedback, key)]
+    asked = [key for key in ("augment", "replay_augment") if getattr(config.feedback, key)]
     if asked and not masks:
         raise ConfigError(f"feedback.{asked[0]} needs a checkpoint with a spec_augment section; this one has none.")
     if config.feedback.augment is not None:

@@ -170,7 +170,7 @@ def _some_audio(model: Any, state: FeedbackState) -> list[Audio]:
     found: list[Audio] = []
     for audio in pool_audio(model, state):
         found.append(audio)
-        if sum(len(part.utterances) for part in found) >= state.config.feedback.survey_utterances:
+        if sum(len(part.utterances) for part in found) >= state.config.feedback.pool_utterances:
             return found
     if not found:
         raise TrainingError(

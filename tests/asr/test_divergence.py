@@ -142,7 +142,7 @@ def test_anchored_rows_hold_the_model_where_it_was(
 
     def drift(weight: float) -> list[float]:
         model = restore(nemo_file(kind), map_location="cpu")
-        feedback = config(manifest)["feedback"] | {"replay": "anchor", "supervised_weight": weight}
+        feedback = config(manifest)["feedback"] | {"labelled": "replay", "replay_weight": weight}
         model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / f"{kind}_{weight}")
         seen: list[float] = []
 
@@ -162,10 +162,10 @@ def test_anchored_rows_hold_the_model_where_it_was(
 
 
 def test_an_anchor_without_anything_to_learn_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"replay=anchor with feedback.weight=0"):
-        parse_run_config({"feedback": {"replay": "anchor", "weight": 0}, "reward": {"name": "length"}})
-    with pytest.raises(ConfigError, match=r"feedback.replay='kept' must be one of supervised, anchor"):
-        parse_run_config({"feedback": {"replay": "kept"}, "reward": {"name": "length"}})
+    with pytest.raises(ConfigError, match=r"labelled=replay with feedback.weight=0"):
+        parse_run_config({"feedback": {"labelled": "replay", "weight": 0}, "reward": {"name": "length"}})
+    with pytest.raises(ConfigError, match=r"feedback.labelled='kept' must be one of supervised, replay"):
+        parse_run_config({"feedback": {"labelled": "kept"}, "reward": {"name": "length"}})
 
 
 @pytest.mark.parametrize("lhotse", [False, True])
@@ -173,24 +173,24 @@ def test_a_row_can_say_what_its_text_is_for(
     lhotse: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
-    use = ["anchor", None, "supervised", None]
+    use = ["kl", None, "supervised", None]
     manifest = write_manifest(tmp_path / "m.json", ["a latte", "one mocha", "tea", None], seconds=1.0, replay=use)
     train_ds = config(manifest)["model"]["train_ds"] | {"batch_size": 4}
     train_ds |= {"use_lhotse": True, "use_bucketing": False} if lhotse else {}
     sizes = {}
-    for default in ("supervised", "anchor"):
+    for default in ("supervised", "replay"):
         model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-        feedback = config(manifest)["feedback"] | {"replay": default}
+        feedback = config(manifest)["feedback"] | {"labelled": default}
         settings = config(manifest, feedback=feedback) | {"model": {"train_ds": train_ds}}
         model.setup_feedback(settings, work_dir=tmp_path / f"{default}_{lhotse}")
         parts = model._feedback.reader.split(next(iter(model._train_dl)))
         sizes[default] = [len(four[1]) for four in parts[:2] if four is not None] + [len(parts.audio.utterances)]
         fit(model, steps=2)
-    assert sizes == {"supervised": [2, 1, 1], "anchor": [1, 2, 1]}
+    assert sizes == {"supervised": [2, 1, 1], "replay": [1, 2, 1]}
 
 
 def test_a_pool_without_weight_leaves_labelled_and_anchored_rows(nemo_file: Any, tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path / "m.json", [None, None, "tea", "tea"], replay=[None, None, "anchor", None])
+    manifest = write_manifest(tmp_path / "m.json", [None, None, "tea", "tea"], replay=[None, None, "kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     settings = config(manifest, feedback={"weight": 0.0}, objective={"name": "self_training"})
     model.setup_feedback(settings, work_dir=tmp_path)
@@ -210,7 +210,7 @@ def test_an_anchored_row_needs_no_text(
     kind: str, lhotse: bool, use_text: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
-    manifest = write_manifest(tmp_path / "m.json", [None, None, "tea"], seconds=1.0, replay=["anchor", None, "anchor"])
+    manifest = write_manifest(tmp_path / "m.json", [None, None, "tea"], seconds=1.0, replay=["kl", None, "kl"])
     train_ds = config(manifest)["model"]["train_ds"] | {"batch_size": 3}
     train_ds |= {"use_lhotse": True, "use_bucketing": False} if lhotse else {}
     feedback = config(manifest)["feedback"] | {"use_text": use_text}
@@ -236,9 +236,9 @@ def test_an_anchored_row_needs_no_text(
 
 
 def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["anchor", None])
+    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-    feedback = config(manifest)["feedback"] | {"anchor_augment": True}
+    feedback = config(manifest)["feedback"] | {"replay_augment": True}
     model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / "work")
     state, seen = model._feedback, []
     masks = model.spec_augmentation
@@ -258,9 +258,9 @@ def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_p
     assert anchor_terms(model, state, batch)[1]["anchor_kl"] > 1e-3
 
 
-@pytest.mark.parametrize("key", ["augment", "anchor_augment"])
+@pytest.mark.parametrize("key", ["augment", "replay_augment"])
 def test_masks_that_the_checkpoint_lacks_are_refused_before_any_work(key: str, nemo_file: Any, tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["anchor", None])
+    manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     model.spec_augmentation = None
     feedback = config(manifest)["feedback"] | {key: True}
@@ -272,4 +272,10 @@ def test_a_faulty_use_of_text_is_told(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", ["tea", None], replay=["keep", "supervised"])
     with pytest.raises(ManifestError, match=r"2 fault\(s\)") as error:
         read_manifest(str(manifest))
-    assert "`replay` must be anchor or, for a row with text, supervised (got 'keep')" in str(error.value)
+    assert "`replay` must be kl or, for a row with text, supervised (got 'keep')" in str(error.value)
+
+
+def test_the_old_name_of_a_rows_use_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", ["tea", None], replay=[None, "anchor"])
+    with pytest.raises(ManifestError, match='replay=anchor is now "replay": "kl"'):
+        read_manifest(str(manifest))

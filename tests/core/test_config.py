@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_unknown_keys_are_named_with_the_nearest_known_one() -> None:
     assert "did you mean objective.temperature" in str(error.value)
     with pytest.raises(ConfigError, match=r"did you mean proposals\.boosted"):
         compose_config(["proposals.boostd=3"])
+
+
+def test_old_names_are_refused_with_the_new_ones() -> None:
+    for old, new in {
+        "feedback.replay": "feedback.labelled",
+        "feedback.survey_utterances": "feedback.pool_utterances",
+        "guards.mix": "guards.interpolation",
+        "llm.restore": "llm.truecasing",
+        "objective.kl_anchor_weight": "objective.reference_kl_weight",
+    }.items():
+        section, key = old.split(".")
+        with pytest.raises(ConfigError, match=rf"{re.escape(old)} is now {re.escape(new)}"):
+            parse_run_config({**GOOD, section: {**GOOD.get(section, {}), key: "x"}})
+        with pytest.raises(ConfigError, match=re.escape(new)):
+            compose_config([f"{old}=x"])
+    with pytest.raises(ConfigError, match=r"is now objective\.correction=kl_optimum"):
+        parse_run_config({**GOOD, "objective": {"name": "mwer", "correction": "anchored"}})
 
 
 def test_all_faults_come_in_one_error() -> None:

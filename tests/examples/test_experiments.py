@@ -90,7 +90,7 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speec
     part = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))
     assert [row["audio_filepath"] for row in part[:8]] == 8 * [pool[0]["audio_filepath"]]
     assert len(part) == len(rows)
-    assert all(row["replay"] == "anchor" and "text" not in row for row in general)
+    assert all(row["replay"] == "kl" and "text" not in row for row in general)
     other = _write(tmp_path / "other.json", [{"audio_filepath": "o.ogg", "duration": 2, "text": "o"}])
     options.general_speech = [f"{other}=0.5"]
     general = bed.read_rows(bed._training_rows("feedback", domain, options, replay=True))[8:]
@@ -112,7 +112,8 @@ def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypa
         tried = rates_to_try(cfg, config)
         others = {"feedback_wrong_context": "a hospital", "feedback_no_context": ""}
         assert config.context.description == others.get(name, "an order, at a shop")
-        assert (config.feedback.supervised_weight, config.feedback.anchor_augment) == (2.0, True)
+        assert (config.feedback.supervised_weight, config.feedback.replay_weight) == (2.0, 2.0)
+        assert config.feedback.replay_augment
         if name.startswith("feedback_defaults"):
             assert tried
             assert config.reward.scaled_by_pool

@@ -32,7 +32,7 @@ def config(manifest: Path, **sections: Any) -> dict[str, Any]:
                 "num_workers": 0,
             }
         },
-        "feedback": {"survey_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0, "augment": False},
+        "feedback": {"pool_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0, "augment": False},
         "proposals": {"beam": 4, "boosted": 0, "samples": 6, "max_members": 8, "max_symbols": 3},
         "objective": {"name": "distill"},
         "reward": {"name": "length", "alpha": 1.0},  # tests put their own in its place

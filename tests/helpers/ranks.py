@@ -105,11 +105,11 @@ def train(
     cfg = {
         "model": {"train_ds": {**train_ds, "shuffle": False, **lhotse}},
         "feedback": {
-            "survey_utterances": 2,
+            "pool_utterances": 2,
             "refresh_every": 1,
             "log_hypotheses_every": 0,
             "heads": more.get("heads", "auto"),
-            "replay": more.get("replay", "supervised"),
+            "labelled": more.get("labelled", "supervised"),
             "augment": False,
         },
         "guards": {"every": 0},

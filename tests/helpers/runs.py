@@ -31,7 +31,7 @@ def arguments(nemo: Path, manifest: Path, llm: Path, folder: Path, *more: str) -
         "proposals.beam=3",
         "proposals.boosted=3",
         "proposals.max_symbols=3",
-        "feedback.survey_utterances=4",
+        "feedback.pool_utterances=4",
         "proposals.boosting_weights=[]",
         "guards.every=0",
         *more,

@@ -44,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ctc_bpe", {}),
         ("hybrid_bpe", {"heads": "ctc", "objective": "mwer"}),
         ("hybrid_bpe", {"objective": "self_training"}),
-        ("hybrid_bpe", {"replay": "anchor"}),
+        ("hybrid_bpe", {"labelled": "replay"}),
     ],
 )
 def test_two_ranks_equal_one_process_with_the_same_batch(

@@ -14,7 +14,7 @@ SETTINGS: dict[str, list[dict]] = {
     "distill": [{"temperature": 0.7}, {"temperature": 3.0}],
     "mwer": [
         {"correction": "none", "temperature": 1.0, "mixture": 0.5},
-        {"correction": "anchored", "temperature": 2.0, "mixture": 0.3},
+        {"correction": "kl_optimum", "temperature": 2.0, "mixture": 0.3},
         {"correction": "proposal", "temperature": 1.0, "mixture": 0.5},
     ],
     "reinforce": [{}],
@@ -34,7 +34,7 @@ CASES = [
     for i, settings in enumerate(many)
 ]
 JUDGED = [case for case in CASES if case.values[1].get("label") != "reference"]  # plain self-training asks no reward
-TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "anchored"]  # that one is a surrogate
+TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "kl_optimum"]  # that one is a surrogate
 ANCHORS = [kl_anchor, sequence_k3, mass_anchor]
 
 
@@ -88,7 +88,7 @@ def test_mwer_by_hand():
 def test_mwer_anchored_by_hand():
     logp = LOGP.clone().requires_grad_()
     rewards = torch.log(torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))  # q = ¼, ¼, ½ at τ = 1
-    out = run("mwer", logp, rewards, LOGP, correction="anchored", temperature=1.0, mixture=0.5)
+    out = run("mwer", logp, rewards, LOGP, correction="kl_optimum", temperature=1.0, mixture=0.5)
     # w = ⅜, ¼, ⅜; E_w[R] = ⅜ ln 2
     w, expected = torch.tensor([0.375, 0.25, 0.375], dtype=torch.float64), 0.375 * math.log(2)
     torch.testing.assert_close(grad(out.loss, logp)[0], -w * (rewards[0] - expected))
@@ -350,7 +350,7 @@ def test_grpo_kl_term_is_the_k3_anchor():
 def test_mwer_corrections_meet_the_bare_form():
     logp, rewards, ref, _ = example()
     bare = run("mwer", logp, rewards, ref, correction="none", temperature=1.0, mixture=0.5)
-    pure = run("mwer", logp, rewards, ref, correction="anchored", temperature=1.0, mixture=0.0)
+    pure = run("mwer", logp, rewards, ref, correction="kl_optimum", temperature=1.0, mixture=0.0)
     flat = run(
         "mwer", logp, rewards, ref, old=torch.zeros_like(ref), correction="proposal", temperature=1.0, mixture=0
     )
@@ -433,7 +433,7 @@ def test_every_objective_names_its_hyperparameters_and_hides_no_default():
 
 def test_wrong_choices_are_named():
     logp, rewards, ref, _ = example()
-    with pytest.raises(ValueError, match="choose none, anchored or proposal"):
+    with pytest.raises(ValueError, match="choose none, kl_optimum or proposal"):
         run("mwer", logp, rewards, ref, correction="uniform", temperature=1.0, mixture=0.5)
     with pytest.raises(ValueError, match="needs old_logp"):
         run("mwer", logp, rewards, ref, correction="proposal", temperature=1.0, mixture=0.5)

@@ -120,14 +120,14 @@ def train(name: str, steps: int, **settings) -> dict[str, float]:
 def test_bare_mwer_cannot_raise_a_foreign_member():
     assert train("mwer", 300, correction="none", temperature=1.0, mixture=0.5)["good"] < -35
     # weights of the KL-anchored optimum alone fail as well: it is sure of one member and sees no alternative
-    assert train("mwer", 300, correction="anchored", temperature=1.0, mixture=1.0)["good"] < -30
+    assert train("mwer", 300, correction="kl_optimum", temperature=1.0, mixture=1.0)["good"] < -30
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("mwer", {"correction": "anchored", "temperature": 1.0, "mixture": 0.1}),
-        ("mwer", {"correction": "anchored", "temperature": 1.0, "mixture": 0.9}),
+        ("mwer", {"correction": "kl_optimum", "temperature": 1.0, "mixture": 0.1}),
+        ("mwer", {"correction": "kl_optimum", "temperature": 1.0, "mixture": 0.9}),
         ("distill", {"temperature": 1.0}),
         ("self_training", {"label": "reward", "min_confidence": 0.0}),
     ],
@@ -143,7 +143,7 @@ def test_anchored_mwer_gradient_does_not_depend_on_how_improbable_the_member_is(
     rewards = torch.tensor([[0.0, 30.0]], dtype=torch.float64)
     for improbable in (-40.0, -400.0, -4000.0):
         logp = torch.tensor([[-1.0, improbable]], dtype=torch.float64, requires_grad=True)
-        out = run("mwer", logp, rewards, logp, correction="anchored", temperature=1.0, mixture=0.5)
+        out = run("mwer", logp, rewards, logp, correction="kl_optimum", temperature=1.0, mixture=0.5)
         torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[7.5, -7.5]], dtype=torch.float64))
         bare = run("mwer", logp, rewards, logp, correction="none", temperature=1.0, mixture=0.5)
         assert grad(bare.loss, logp).abs().max() < 1e-14

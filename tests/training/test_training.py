@@ -74,7 +74,7 @@ def test_what_texts_tell_and_which_limits_they_break() -> None:
 
     fine = Look(1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.5, 0.5)
     assert violations(fine, GuardConfig()) == []  # the guard set's WER is mended by mixing
-    assert "guard set" in violations(fine, GuardConfig(mix=1.0))[0]
+    assert "guard set" in violations(fine, GuardConfig(interpolation=1.0))[0]
     for field, value in (
         ("length_ratio", 0.5),
         ("length_ratio", 2.0),

@@ -238,7 +238,7 @@ def _watchman(model: Any, config: RunConfig, guard: list[Row], rates: tuple[floa
 
 def _pool_sample(model: Any, config: RunConfig) -> list[Row]:
     """Unlabeled rows whose transcripts are compared before and after: those held out, or some of the pool."""
-    return list(model._feedback.staged.held_out) or _spread(model, config.feedback.survey_utterances)
+    return list(model._feedback.staged.held_out) or _spread(model, config.feedback.pool_utterances)
 
 
 def _spread(model: Any, most: int) -> list[Row]:

@@ -24,7 +24,7 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
     """
     state = model._feedback
     staged = state.staged
-    held = sum(row.replay == "anchor" for row in staged.rows if not row.text)
+    held = sum(row.replay == "kl" for row in staged.rows if not row.text)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sources = ", ".join(f"{n} {name}" for name, n in _sources(config).items())

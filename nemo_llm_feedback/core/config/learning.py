@@ -10,7 +10,8 @@ OBJECTIVE_NAMES = ("distill", "mwer", "reinforce", "grpo", "dpo", "self_training
 AUGMENTED_OBJECTIVES = ("distill", "mwer")
 SAMPLED_OBJECTIVES = ("reinforce",)
 HEADS = ("auto", "ctc", "transducer", "both")
-REPLAYS = ("supervised", "anchor")
+LABELLED_USES = ("supervised", "replay")
+REPLAY_VALUES = ("supervised", "kl")
 NORMALIZERS = ("none", "lower", "basic")
 
 
@@ -20,23 +21,25 @@ class FeedbackConfig:
 
     Attributes:
         weight: factor of the feedback loss; 0 leaves NeMo's own step untouched.
-        replay: what rows with text are for. ``supervised``: they are learned, by NeMo's own loss. ``anchor``: they are
+        labelled: what rows with text are for. ``supervised``: they are learned by NeMo's loss. ``replay``: they are
             general speech on which the model shall stay what it is: the KL divergence from the starting model's
             outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). A manifest
-            row may say so for itself, under the key ``replay``; with ``anchor`` it needs no text: CTC does not read
-            it, and transducers are then compared along the alignments of what the starting model writes.
-        supervised_weight: factor of the loss on the rows that are learned from their text or hold the model.
+            row may choose for itself, under the key ``replay``: ``supervised`` or ``kl``; with ``kl`` it needs no
+            text: CTC does not read it, and transducers are then compared along the alignments of what the starting
+            model writes.
+        supervised_weight: factor of NeMo's loss on the rows that are learned from their text.
+        replay_weight: factor of the KL divergence on replay rows.
         heads: which head of the model learns: ``ctc``, ``transducer``, ``both`` (hybrids), ``auto`` = all it has.
         use_text: False treats every row of the training manifest as unlabeled and never reads its text.
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
-        survey_utterances: unlabeled rows looked at before training, for scales and the share with signal.
+        pool_utterances: unlabeled rows looked at before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
-            domain, somewhat more on others unless these are anchored (docs/results/barista.md).
-        anchor_augment: compare the two models on anchored rows under the checkpoint's SpecAugment, the same for both,
+            domain, somewhat more on others unless those are replayed (docs/results/barista.md).
+        replay_augment: compare the two models on replay rows under the checkpoint's SpecAugment, the same for both,
             so that they are held on more than the audio as it is.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
@@ -44,30 +47,31 @@ class FeedbackConfig:
     """
 
     weight: float = 1.0
-    replay: str = "supervised"
+    labelled: str = "supervised"
     supervised_weight: float = 1.0
+    replay_weight: float = 1.0
     heads: str = "auto"
     use_text: bool = True
     normalizer: str = "basic"
     on_bad_audio: str = "error"
     refresh_every: int = 50
-    survey_utterances: int = 64
+    pool_utterances: int = 64
     log_hypotheses_every: int = 50
     augment: bool | None = None
-    anchor_augment: bool = False
+    replay_augment: bool = False
     memory_budget_mb: int = 512
     band_tolerance: float = 0.0
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
         faults = non_negative(
-            "feedback", self, "weight", "supervised_weight", "log_hypotheses_every", "band_tolerance"
+            "feedback", self, "weight", "supervised_weight", "replay_weight", "log_hypotheses_every", "band_tolerance"
         )
-        faults += positive("feedback", self, "refresh_every", "survey_utterances", "memory_budget_mb")
+        faults += positive("feedback", self, "refresh_every", "pool_utterances", "memory_budget_mb")
         faults += choice("feedback.heads", self.heads, HEADS)
-        faults += choice("feedback.replay", self.replay, REPLAYS)
-        if self.replay == "anchor" and self.weight == 0:
-            faults.append("feedback.replay=anchor with feedback.weight=0: nothing would be learned.")
+        faults += choice("feedback.labelled", self.labelled, LABELLED_USES)
+        if self.labelled == "replay" and self.weight == 0:
+            faults.append("feedback.labelled=replay with feedback.weight=0: nothing would be learned.")
         faults += choice("feedback.normalizer", self.normalizer, NORMALIZERS)
         faults += choice("feedback.on_bad_audio", self.on_bad_audio, ("error", "skip"))
         return faults
@@ -82,27 +86,27 @@ class ObjectiveConfig:
         min_spread: a group whose rewards spread less than this (max − min, nats) has no signal and is skipped; for
             ``dpo`` the smallest reward gap of a pair.
         temperature: ``distill``, ``mwer``: softmax temperature of the reward's distribution, in nats.
-        correction: ``mwer``: ``none``, ``anchored`` or ``proposal``.
-        mixture: ``mwer`` anchored: share of the reward's distribution in the weights, 0 to 1.
+        correction: ``mwer``: ``none``, ``kl_optimum`` or ``proposal``.
+        mixture: ``mwer`` kl_optimum: share of the reward's distribution in the weights, 0 to 1.
         clip: ``grpo``: ratio clip ε.
         kl_weight: ``grpo``: weight of the k3 KL to the reference.
         standardize: ``grpo``: divide advantages by the group's standard deviation.
         std_floor: ``grpo``: smallest such divisor, nats.
-        beta: ``dpo``: strength of the implied anchor, per nat.
+        beta: ``dpo``: strength of the implied KL to the reference, per nat.
         label: ``self_training``: the frozen model's best (``reference``) or the best-rewarded (``reward``).
         min_confidence: ``self_training``: smallest share of the pseudo-label in its group, 0 to 1.
         augment: ``self_training``: through NeMo's own training step (SpecAugment, dropout); False: exact likelihood in
             eval mode.
-        pseudo_label_weight: anchor: weight of −log p(best-rewarded member) added to the objective.
-        mass_weight: anchor: weight of −log Σ p(members), which keeps probability from leaking out of the group;
+        pseudo_label_weight: weight of −log p(best-rewarded member) added to the objective.
+        mass_weight: weight of −log Σ p(members) in the sum, which keeps probability from leaking out of the group;
             ``conf/objective/distill.yaml`` sets 1, which makes the sum the cross-entropy of soft labels.
-        kl_anchor_weight: anchor: weight of KL(reference ‖ policy) over the group.
+        reference_kl_weight: weight of KL(reference ‖ policy) over the group in the sum.
     """
 
     name: str = "distill"
     min_spread: float = 0.01
     temperature: float = 1.0
-    correction: str = "anchored"
+    correction: str = "kl_optimum"
     mixture: float = 0.5
     clip: float = 0.2
     kl_weight: float = 0.04
@@ -114,15 +118,15 @@ class ObjectiveConfig:
     augment: bool = True
     pseudo_label_weight: float = 0.0
     mass_weight: float = 0.0
-    kl_anchor_weight: float = 0.0
+    reference_kl_weight: float = 0.0
 
     def validate(self) -> list[str]:
         """Returns every fault of this section as a sentence."""
         faults = choice("objective.name", self.name, OBJECTIVE_NAMES)
-        faults += choice("objective.correction", self.correction, ("none", "anchored", "proposal"))
+        faults += choice("objective.correction", self.correction, ("none", "kl_optimum", "proposal"))
         faults += choice("objective.label", self.label, ("reference", "reward"))
         faults += positive("objective", self, "temperature", "clip", "beta", "std_floor")
-        anchors = ("pseudo_label_weight", "mass_weight", "kl_anchor_weight")
+        anchors = ("pseudo_label_weight", "mass_weight", "reference_kl_weight")
         faults += non_negative("objective", self, "min_spread", "kl_weight", *anchors)
         for name in ("mixture", "min_confidence"):
             if not 0 <= getattr(self, name) <= 1:

@@ -33,7 +33,7 @@ class LLMConfig:
         max_context_tokens: longest prompt in tokens; a longer context loses terms from its end, with a warning.
         max_terms: a longer term list is cut for each group to the terms that look or sound most like something in its
             hypotheses, a quarter of them distractors; such groups no longer share one prompt (docs/rewards.md).
-        restore: how the LLM sees hypotheses: ``none`` = as they are, ``sentence`` = listed terms in their listed
+        truecasing: how the LLM sees hypotheses: ``none`` = as they are, ``sentence`` = listed terms in their listed
             spelling, first letter upper case, full stop; ``english`` = also the pronoun I.
         phase: ``inline`` scores groups when a step needs them; ``cached`` scores the whole pool at the start of every
             refresh round and keeps the LLM in memory only then (and for the guards' looks), so that it and the
@@ -52,7 +52,7 @@ class LLMConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_context_tokens: int = 1024
     max_terms: int = 200
-    restore: str = "none"
+    truecasing: str = "none"
     phase: str = "inline"
     token_budget: int = 8192
 
@@ -66,7 +66,7 @@ class LLMConfig:
             ("phase", PHASES),
             ("compute_dtype", COMPUTE_DTYPES),
             ("chat", CHAT_MODES),
-            ("restore", RESTORATIONS),
+            ("truecasing", RESTORATIONS),
         ):
             if getattr(self, name) not in allowed:
                 faults.append(f"llm.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")

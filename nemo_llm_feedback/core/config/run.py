@@ -18,6 +18,7 @@ from nemo_llm_feedback.core.config.learning import (
 )
 from nemo_llm_feedback.core.config.llm import LLMConfig
 from nemo_llm_feedback.core.config.proposals import ProposalConfig
+from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.training import GuardConfig, ParametersConfig
 from nemo_llm_feedback.core.errors import ConfigError
@@ -157,7 +158,12 @@ def _key_faults(tree: Mapping[str, Any]) -> list[str]:
     faults = []
     for section, values in tree.items():
         known = {f.name for f in dataclasses.fields(SECTIONS[section])}
-        faults += [_unknown(f"{section}.{key}", key, known) for key in values or () if key not in known]
+        for key, value in (values or {}).items():
+            path = f"{section}.{key}"
+            if now := renamed(path, value):
+                faults.append(now)
+            elif key not in known:
+                faults.append(_unknown(path, key, known))
     return faults
 
 

@@ -76,8 +76,9 @@ class GuardConfig:
             skipped.
         on_violation: ``rollback`` to the best weights that passed every guard and stop; ``stop`` with the weights as
             they are.
-        mix: share λ of the update that is exported, start + λ·(adapted − start); null = 1, and with a guard manifest
-            the largest tenth at which its WER keeps ``max_wer_rise`` (Wortsman et al. 2022, arXiv 2109.01903).
+        interpolation: share λ of the update that is exported, start + λ·(adapted − start): 1 = the adapted weights;
+            null = 1, and with a guard manifest the largest tenth at which its WER keeps ``max_wer_rise`` (Wortsman et
+            al. 2022, arXiv 2109.01903).
     """
 
     every: int | None = None
@@ -93,7 +94,7 @@ class GuardConfig:
     max_wer_rise: float = 0.02
     max_nonfinite_steps: int = 3
     on_violation: str = "rollback"
-    mix: float | None = None
+    interpolation: float | None = None
 
     @property
     def looks(self) -> bool:
@@ -118,8 +119,8 @@ class GuardConfig:
             faults.append(f"guards.held_out is a share and must be in [0, 1), got {self.held_out}.")
         if not self.max_length_ratio > 1:
             faults.append(f"guards.max_length_ratio must be > 1, got {self.max_length_ratio}.")
-        if self.mix is not None and not 0 < self.mix <= 1:
-            faults.append(f"guards.mix is a share and must be in (0, 1], or null, got {self.mix}.")
+        if self.interpolation is not None and not 0 < self.interpolation <= 1:
+            faults.append(f"guards.interpolation is a share and must be in (0, 1], or null, got {self.interpolation}.")
         if self.manifest_filepath and not self.looks:
             faults.append("guards.manifest_filepath needs looks: set guards.every above 0.")
         return faults

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.config.faults import choice, listing
+from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.llm.folder import check_llm_folder, is_hub_id
 
@@ -40,7 +41,7 @@ class RemoteConfig:
         batch_size: hypotheses in one request.
         max_failed: share of the recent groups without an answer above which the run stops.
         max_model_len: longest sequence of the server's model in tokens; null = what ``/v1/models`` says.
-        template, chat, chat_template_kwargs, max_context_tokens, max_terms, restore: what the LLM reads, as in the
+        template, chat, chat_template_kwargs, max_context_tokens, max_terms, truecasing: what the LLM reads, as in the
             section ``llm``.
         check_against: folder of the same LLM on this machine; at start-up it is loaded unquantised, scores the check's
             texts too, and is dropped. null = the server is only checked against itself.
@@ -65,7 +66,7 @@ class RemoteConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_context_tokens: int = 1024
     max_terms: int = 200
-    restore: str = "none"
+    truecasing: str = "none"
     check_against: str | None = None
 
     @property
@@ -89,7 +90,7 @@ class RemoteConfig:
             chat_template_kwargs=self.chat_template_kwargs,
             max_context_tokens=self.max_context_tokens,
             max_terms=self.max_terms,
-            restore=self.restore,
+            truecasing=self.truecasing,
         )
 
     def validate(self) -> list[str]:
@@ -141,7 +142,8 @@ def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
     """
     known = {f.name for f in dataclasses.fields(RemoteConfig)}
     faults = [
-        f"unknown key {_KEY}.{key}; did you mean {_KEY}.{difflib.get_close_matches(str(key), known, 1, 0.0)[0]}?"
+        renamed(f"{_KEY}.{key}")
+        or f"unknown key {_KEY}.{key}; did you mean {_KEY}.{difflib.get_close_matches(str(key), known, 1, 0.0)[0]}?"
         for key in settings
         if key not in known
     ]

@@ -156,8 +156,8 @@ class Watchman(pl.Callback):
 
     def _mix(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Mixes the update with the start: by the share asked for, or as much of it as the guard set bears."""
-        if self._limits.mix is not None:
-            self.share = self._limits.mix
+        if self._limits.interpolation is not None:
+            self.share = self._limits.interpolation
         elif self._watch is not None and self._guard_rows and self._best:
             with Together() as ranks:
                 ranks.mine = self._largest_share(pl_module) if trainer.is_global_zero else None

@@ -53,7 +53,7 @@ class EntityValidation(pl.Callback):
         """Of as many rows as the survey looks at, evenly spaced."""
         state = model._feedback
         weight = state.maker.proposer.boosting_weight
-        some = rows[:: -(-len(rows) // self._config.feedback.survey_utterances)]
+        some = rows[:: -(-len(rows) // self._config.feedback.pool_utterances)]
         proposals = dataclasses.replace(self._config.proposals, boosting_weight=weight)
         texts = propose_rows(model, some, proposals, run_context=self._context, head=state.heads[0].name)
         return oracle([row.text for row in some], texts, normalize=get_normalizer(self._normalizer)).wer

@@ -72,7 +72,7 @@ def violations(look: Look, limits: GuardConfig) -> list[str]:
     ):
         if value > limit:
             found.append(f"{what} {value:.3f} (limit {limit})")
-    if limits.mix is not None and look.wer_rise > limits.max_wer_rise:
+    if limits.interpolation is not None and look.wer_rise > limits.max_wer_rise:
         found.append(f"the guard set's WER rose by {100 * look.wer_rise:.1f} % (limit {100 * limits.max_wer_rise} %)")
     return found
 
