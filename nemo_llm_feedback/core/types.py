@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,18 +72,33 @@ class RewardOutput:
         values: [B, N] reward of hypothesis n of group b, higher is better; NaN where the reward cannot judge and on
             the padding of groups with fewer than N members. Float32 on the CPU.
         parts: component name → [B, N] unweighted component (``llm``, ``asr``, ``length`` …), NaN as in ``values``.
+        revalue: [B, N] reference log p → [B, N] values, where they depend on it; None where they do not.
     """
 
     values: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    revalue: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def with_reference(self, ref_logp: Tensor) -> Tensor:
+        """The values of the same judgement beside another head's reference, without judging again.
+
+        Args:
+            ref_logp: [B, N] log p(hypothesis n | audio) of group b under that head's reference, natural log; −∞ where
+                the audio is too short for it. The padding may hold anything.
+
+        Returns:
+            [B, N] values as a call on groups with these ``ref_logp`` would give; those of a reward that has no ASR
+            term are unchanged.
+        """
+        return self.values if self.revalue is None else self.revalue(ref_logp)
 
 
-def pad_groups(rows: list[list[float]], *, fill: float = math.nan) -> Tensor:
-    """Stacks ragged rows of floats into a [B, N] float32 tensor, N the longest row, padded with ``fill``."""
+def pad_groups(rows: list[list[float]], *, fill: float = math.nan, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stacks ragged rows of floats into a [B, N] tensor, N the longest row, padded with ``fill``."""
     width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), fill, dtype=torch.float32)
+    out = torch.full((len(rows), width), fill, dtype=dtype)
     for b, row in enumerate(rows):
-        out[b, : len(row)] = torch.tensor(row, dtype=torch.float32)
+        out[b, : len(row)] = torch.tensor(row, dtype=dtype)
     return out
 
 

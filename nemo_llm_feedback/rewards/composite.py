@@ -87,17 +87,26 @@ class CompositeReward:
             RewardError: a component cannot work.
         """
         outputs = [component.reward(groups) for component in self.components]
-        judged = torch.stack([output.values.isfinite() for output in outputs]).all(0)
-        total = torch.zeros(judged.shape)
-        for component, output in zip(self.components, outputs, strict=True):
-            total = total + component.weight * normalized(output.values, judged, kind=component.normalize)
+
+        def combined(values: Sequence[Tensor]) -> Tensor:
+            judged = torch.stack([value.isfinite() for value in values]).all(0)
+            total = torch.zeros(judged.shape)
+            for component, value in zip(self.components, values, strict=True):
+                total = total + component.weight * normalized(value, judged, kind=component.normalize)
+            return total.masked_fill(~judged, math.nan)
+
+        own = [output.values for output in outputs]
+        judged = torch.stack([value.isfinite() for value in own]).all(0)
         parts: dict[str, Tensor] = {}
         for component, output in zip(self.components, outputs, strict=True):
-            own = {component.reward.name: output.values}
-            for part, values in (own | {k: v for k, v in output.parts.items() if k not in (*own, *_SHARED)}).items():
+            name = component.reward.name
+            further = {k: v for k, v in output.parts.items() if k not in (name, *_SHARED)}
+            for part, values in ({name: output.values} | further).items():
                 count = sum(known == part or known.startswith(f"{part}#") for known in parts)
                 parts[f"{part}#{count + 1}" if count else part] = values.masked_fill(~judged, math.nan)
-        return RewardOutput(total.masked_fill(~judged, math.nan), parts)
+        return RewardOutput(
+            combined(own), parts, lambda ref_logp: combined([output.with_reference(ref_logp) for output in outputs])
+        )
 
 
 def normalized(values: Tensor, mask: Tensor, *, kind: str) -> Tensor:

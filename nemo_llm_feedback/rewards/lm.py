@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
@@ -117,21 +120,20 @@ class LLMReward:
         """
         self._check(groups)
         groups = [self._view(group) for group in groups] if self._view else groups
-        llm = self._llm_part(groups)
-        length = [[float(text_length(text)) for text in group.texts] for group in groups]
-        asr = [list(group.ref_logp) if self._asr_weight else [0.0] * len(group) for group in groups]
-        values = [
-            [self._combine(*member) for member in zip(*rows, strict=True)]
-            for rows in zip(llm, asr, length, strict=True)
-        ]
-        judged = pad_groups(values).isfinite()
-        parts = {"llm": llm, "length": length, **({"asr": asr} if self._asr_weight else {})}
-        masked = {name: pad_groups(rows).masked_fill(~judged, math.nan) for name, rows in parts.items()}
-        return RewardOutput(pad_groups(values), masked)
+        llm = _padded(self._llm_part(groups))
+        length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])
 
-    def _combine(self, llm: float, asr: float, length: float) -> float:
-        value = self._alpha * llm + self._asr_weight * asr + self._beta * length
-        return value if math.isfinite(value) and math.isfinite(llm) else math.nan  # α = 0 does not excuse an NaN
+        def combined(asr: Tensor) -> Tensor:
+            value = self._alpha * llm + self._asr_weight * asr.double() + self._beta * length
+            judged = value.isfinite() & llm.isfinite()  # alpha = 0 does not excuse an NaN
+            return value.masked_fill(~judged, math.nan).float()
+
+        parts = {"llm": llm, "length": length}
+        if self._asr_weight:
+            parts["asr"] = _padded([list(group.ref_logp) for group in groups])
+        values = combined(parts.get("asr", torch.zeros_like(llm)))
+        masked = {name: part.float().masked_fill(~values.isfinite(), math.nan) for name, part in parts.items()}
+        return RewardOutput(values, masked, combined if self._asr_weight else None)
 
     def _check(self, groups: Sequence[HypothesisGroup]) -> None:
         needs_context = self._scorer.uses_context and not self._allow_no_context
@@ -181,6 +183,11 @@ class LLMReward:
         self.num_requested += len(wanted)
         self.num_scored += num_lacking
         return scores
+
+
+def _padded(rows: list[list[float]]) -> Tensor:
+    """[B, N] float64: a sum is rounded to float32 once, at its end."""
+    return pad_groups(rows, dtype=torch.float64)
 
 
 def _check_weights(alpha: float, beta: float, asr_weight: float) -> None:

@@ -10,9 +10,11 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
+from torch import Tensor
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import UNSPACED, text_length
@@ -42,7 +44,7 @@ class RuleReward:
 
 
 class GroupRuleReward:
-    """A reward that judges the members of a group beside each other.
+    """A reward that judges the members of a group beside each other, by texts and reference scores.
 
     Args:
         name: the part's name in the output.
@@ -55,8 +57,16 @@ class GroupRuleReward:
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], which are also the only part."""
-        values = pad_groups([[float(value) for value in self._rule(group)] for group in groups])
-        return RewardOutput(values, {self.name: values})
+
+        def judged(shown: Sequence[HypothesisGroup]) -> Tensor:
+            return pad_groups([[float(value) for value in self._rule(group)] for group in shown])
+
+        def revalue(ref_logp: Tensor) -> Tensor:
+            rows = [row[: len(group)] for group, row in zip(groups, ref_logp.tolist(), strict=True)]
+            return judged([replace(g, ref_logp=tuple(row)) for g, row in zip(groups, rows, strict=True)])
+
+        values = judged(groups)
+        return RewardOutput(values, {self.name: values}, revalue)
 
 
 @register("asr")
