@@ -1,7 +1,7 @@
 """The heads of a NeMo model behind one interface: exact log p(y | x), beam search, greedy and exact sampling.
 
-A :class:`Head` borrows the model's modules and owns none, so it can stay in a plain holder outside the module tree.
-Two kinds of model use it: the policy that learns, and the frozen reference.
+A :class:`Head` borrows the model's modules, so it can stay in a plain holder outside the module tree. Two kinds of
+model use it: the policy that learns, and the frozen reference.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 Labels = tuple[int, ...]
+
+# Of a transducer's joint, where nobody sets another.
+MEMORY_BUDGET_MB = 512
 
 # NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
 _CERTAIN, _IMPOSSIBLE = 0.0, -1e4
@@ -81,21 +84,39 @@ class Head(ABC):
     name: str
     vocabulary: Vocabulary
 
+    def score(self, encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """log p(y | x) of every hypothesis of every row, the marginal over alignments.
+
+        Hypotheses of a row share the computation of their common prefixes (see ``core.trie``). A value does not depend
+        on the other rows and hypotheses, on padding or on the memory budget.
+
+        Args:
+            encoded: [B, D, T] encoder output.
+            lengths: [B] frames.
+            labels: B rows of label sequences without blank; rows of any size, sequences of any length.
+
+        Returns:
+            [B, N] natural log, N the largest row, float32 (float64 for a model in float64), with gradient; −inf where
+            the audio is too short for the text, and on the padding of smaller rows.
+        """
+        places = [(b, n) for b, row in enumerate(labels) for n in range(len(row))]
+        rows, columns = torch.tensor(places, dtype=torch.long, device=encoded.device).reshape(-1, 2).unbind(1)
+        trie = PrefixTrie.build([list(y) for row in labels for y in row], rows).to(encoded.device)
+        flat = self.log_prob(encoded, lengths, trie)
+        width = max((len(row) for row in labels), default=0)
+        return flat.new_full((len(labels), width), float("-inf")).index_put((rows, columns), flat)
+
     @abstractmethod
-    def log_prob(
-        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
-    ) -> Tensor:
-        """log p(y | x) of every hypothesis of the trie, the marginal over alignments.
+    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
+        """What :meth:`score` computes, on a trie.
 
         Args:
             encoded: [B, D, T] encoder output.
             lengths: [B] frames.
             trie: the H hypotheses.
-            memory_budget_mb: bound of the joint's working memory (transducers).
-            band: leaves out cells that hold next to no probability (transducers in eval mode); None = exact.
 
         Returns:
-            [H] natural log, float32, with gradient; −inf where the audio is too short.
+            [H] natural log with gradient; −inf where the audio is too short.
         """
 
     @abstractmethod
@@ -165,10 +186,8 @@ class CTCHead(Head):
         log_probs = self._decoder(encoder_output=encoded)
         return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
 
-    def log_prob(
-        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
-    ) -> Tensor:
-        """See :class:`Head`; budget and band are not needed here, the lattice is small and there is no joint."""
+    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
+        """See :class:`Head`; the lattice is small and there is no joint, so it needs no budget."""
         return ctc_log_prob(self._log_probs(encoded), lengths, trie)
 
     def divergence(
@@ -235,34 +254,33 @@ class TransducerHead(Head):
         joint: NeMo's joint network.
         vocabulary: its labels; blank is the id after the last one.
         durations: TDT's durations in frames; empty for RNN-T.
+        memory_budget_mb: bound of the joint's working memory.
+        band: leaves out lattice cells that hold next to no probability (eval mode only); None = exact.
     """
 
     name = "transducer"
 
-    def __init__(self, decoder: Any, joint: Any, vocabulary: Vocabulary, *, durations: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        joint: Any,
+        vocabulary: Vocabulary,
+        *,
+        durations: Sequence[int] = (),
+        memory_budget_mb: int = MEMORY_BUDGET_MB,
+        band: Band | None = None,
+    ) -> None:
         self._decoder, self._joint = decoder, joint
         self.vocabulary = vocabulary
         self.durations = tuple(int(d) for d in durations)
+        self._limits: dict[str, Any] = {"memory_budget_mb": memory_budget_mb, "band": band}
 
-    def log_prob(
-        self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie, *, memory_budget_mb: int, band: Band | None = None
-    ) -> Tensor:
+    def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
         """See :class:`Head`."""
-        frames = encoded.transpose(1, 2)
+        parts: Any = (encoded.transpose(1, 2), lengths, trie, self._decoder, self._joint)
         if self.durations:
-            return tdt_log_prob(
-                frames,
-                lengths,
-                trie,
-                self._decoder,
-                self._joint,
-                durations=self.durations,
-                memory_budget_mb=memory_budget_mb,
-                band=band,
-            )
-        return rnnt_log_prob(
-            frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=memory_budget_mb, band=band
-        )
+            return tdt_log_prob(*parts, durations=self.durations, **self._limits)
+        return rnnt_log_prob(*parts, **self._limits)
 
     def divergence(
         self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
@@ -353,12 +371,15 @@ def _labels_of(found: Sequence[Any]) -> list[list[Labels]]:
     return [[tuple(int(i) for i in hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
 
 
-def heads_of(model: Any, *, which: str = "auto") -> list[Head]:
+def heads_of(
+    model: Any, *, which: str = "auto", memory_budget_mb: int = MEMORY_BUDGET_MB, band: Band | None = None
+) -> list[Head]:
     """The heads of a NeMo CTC, transducer or hybrid model, the one that ``transcribe`` uses first.
 
     Args:
         model: a model of one of the supported classes.
         which: ``auto`` or ``both`` = all it has; ``ctc`` or ``transducer`` = that one.
+        memory_budget_mb, band: see :class:`TransducerHead`.
 
     Raises:
         ConfigError: the model lacks the head asked for.
@@ -368,7 +389,8 @@ def heads_of(model: Any, *, which: str = "auto") -> list[Head]:
         tdt = model.joint.num_extra_outputs > 0
         vocabulary = _vocabulary(model, model.joint.vocabulary)
         durations = tuple(model.cfg.loss.tdt_kwargs.durations) if tdt else ()
-        heads.append(TransducerHead(model.decoder, model.joint, vocabulary, durations=durations))
+        limits: dict[str, Any] = {"memory_budget_mb": memory_budget_mb, "band": band}
+        heads.append(TransducerHead(model.decoder, model.joint, vocabulary, durations=durations, **limits))
     ctc_decoder = getattr(model, "ctc_decoder", None) if heads else model.decoder
     if ctc_decoder is not None:
         heads.append(CTCHead(ctc_decoder, _vocabulary(model, ctc_decoder.vocabulary)))

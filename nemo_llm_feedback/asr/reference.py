@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nemo_llm_feedback.asr.heads import Head, heads_of
+from nemo_llm_feedback.asr.heads import MEMORY_BUDGET_MB, Head, heads_of
+from nemo_llm_feedback.asr.likelihood import Band
 
 _PARTS = ("preprocessor", "encoder", "decoder", "joint", "ctc_decoder")
 
@@ -117,10 +118,12 @@ class FrozenReference:
 
     Args:
         model: the policy before its first update (and before a resumed checkpoint is loaded).
-        which: the heads to score with, as in :func:`nemo_llm_feedback.asr.heads.heads_of`.
+        which, memory_budget_mb, band: the heads to score with, as in :func:`nemo_llm_feedback.asr.heads.heads_of`.
     """
 
-    def __init__(self, model: Any, *, which: str) -> None:
+    def __init__(
+        self, model: Any, *, which: str, memory_budget_mb: int = MEMORY_BUDGET_MB, band: Band | None = None
+    ) -> None:
         # One deepcopy call: parts that refer to each other (fused joint → decoding → decoder) stay consistent.
         parts = copy.deepcopy({name: getattr(model, name) for name in _PARTS if hasattr(model, name)})
         for part in parts.values():
@@ -132,7 +135,7 @@ class FrozenReference:
         for name in ("decoder", "joint", "ctc_decoder"):
             if name in parts:
                 setattr(self, name, parts[name])
-        self.heads: list[Head] = heads_of(self, which=which)
+        self.heads: list[Head] = heads_of(self, which=which, memory_budget_mb=memory_budget_mb, band=band)
 
     def to(self, device: torch.device) -> FrozenReference:
         """Moves the copy to a device; returns itself."""

@@ -11,14 +11,12 @@ import torch
 
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
-from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig
+from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.audio import audio_batches, by_duration, load_audio
 from nemo_llm_feedback.data.manifests import Row, merge_context
 from nemo_llm_feedback.hypotheses.proposals import Proposer
-
-_JOINT_MB = FeedbackConfig.memory_budget_mb
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ def decode_rows(
             trie = PrefixTrie.build(
                 [list(y) for row in found for y in row], [b for b, row in enumerate(found) for _ in row]
             )
-            logp = iter(
-                chosen.log_prob(encoded, lengths, trie.to(encoded.device), memory_budget_mb=_JOINT_MB).tolist()
-            )
+            logp = iter(chosen.log_prob(encoded, lengths, trie.to(encoded.device)).tolist())
             for i, row in zip(indices, found, strict=True):
                 members = [(chosen.vocabulary.ids_to_text(labels), next(logp)) for labels in row]
                 lists[i] = tuple(sorted(members, key=lambda member: -member[1]))

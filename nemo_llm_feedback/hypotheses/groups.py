@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head
-from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.asr.reference import FrozenReference
-from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis, written_labels
 from nemo_llm_feedback.rewards import Reward
@@ -71,8 +69,6 @@ class GroupMaker:
             None; set later, when the LLM is loaded.
         normalize: the run's text normalisation.
         max_members: largest group.
-        memory_budget_mb: for the transducer likelihood.
-        band: of the transducer lattice in the reference's scores; None = exact.
     """
 
     def __init__(
@@ -83,14 +79,11 @@ class GroupMaker:
         *,
         normalize: Callable[[str], str],
         max_members: int,
-        memory_budget_mb: int,
-        band: Band | None = None,
     ) -> None:
         self.proposer, self._reference = proposer, reference
         self.reward = reward
         self.corrector: Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]] | None = None
         self._normalize, self._max_members = normalize, max_members
-        self._budget, self._band = memory_budget_mb, band
         self.kept: dict[str, ScoredGroup] = {}
 
     @property
@@ -170,12 +163,8 @@ class GroupMaker:
         self, head: Head, encoded: Tensor, lengths: Tensor, candidates: Sequence[Sequence[Candidate]]
     ) -> list[list[float]]:
         """log p of every candidate under the reference's head."""
-        labels = [list(c.labels) for row in candidates for c in row]
-        rows = [b for b, row in enumerate(candidates) for _ in row]
-        trie = PrefixTrie.build(labels, rows).to(encoded.device)
-        scores = head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget, band=self._band)
-        flat = iter(scores.tolist())
-        return [[next(flat) for _ in row] for row in candidates]
+        scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
+        return [logp[: len(row)] for logp, row in zip(scores, candidates, strict=True)]
 
     def _rewarded(
         self, groups: list[HypothesisGroup], ref_logp: list[dict[str, list[float]]], round: int

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels, Vocabulary
-from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.core.config import ProposalConfig
-from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Context, Hypothesis
 from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 
@@ -39,8 +37,6 @@ class Proposer:
         head: the policy's head; eval mode and no gradient are the caller's.
         config: how many from which source.
         seed: of the sampler.
-        memory_budget_mb: for the scores that choose among term swaps.
-        band: of the transducer lattice in these scores; None = exact.
 
     Attributes:
         boosting_weight: of the boosting tree; the configuration's until the survey chooses another.
@@ -52,12 +48,9 @@ class Proposer:
         config: ProposalConfig,
         *,
         seed: int = 0,
-        memory_budget_mb: int = 512,
-        band: Band | None = None,
     ) -> None:
         self._head, self._config = head, config
         self.boosting_weight = config.boosting_weight
-        self._budget, self._band = memory_budget_mb, band
         self._generator = torch.Generator().manual_seed(seed)
         self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
 
@@ -134,14 +127,13 @@ class Proposer:
         self, candidates: list[list[Candidate]], encoded: Tensor, lengths: Tensor, *, keep: int
     ) -> list[list[Candidate]]:
         """The most probable candidates of every row under the policy, best first."""
-        labels = [list(c.labels) for row in candidates for c in row]
-        rows = [b for b, row in enumerate(candidates) for _ in row]
         with torch.no_grad():
-            trie = PrefixTrie.build(labels, rows).to(encoded.device)
-            flat = self._head.log_prob(encoded, lengths, trie, memory_budget_mb=self._budget, band=self._band)
-        scores = iter(flat.tolist())
-        ranked = [sorted(((next(scores), c) for c in row), key=lambda pair: -pair[0]) for row in candidates]
-        return [[c for _, c in row[:keep]] for row in ranked]
+            scores = self._head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
+        ranked = []
+        for row, logp in zip(candidates, scores, strict=True):
+            order = sorted(range(len(row)), key=[-value for value in logp].__getitem__)
+            ranked.append([row[i] for i in order[:keep]])
+        return ranked
 
     def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
         tree = self._trees.get(terms)

@@ -87,14 +87,13 @@ def scored_groups(
     Raises:
         RewardError, LLMError: the reward cannot work at all.
     """
-    itself = _Itself(model, settings.head)
+    itself = _Itself(model, settings)
     maker = GroupMaker(
-        Proposer(itself.heads[0], settings.proposals, seed=settings.seed, memory_budget_mb=settings.memory_budget_mb),
+        Proposer(itself.heads[0], settings.proposals, seed=settings.seed),
         cast(FrozenReference, itself),
         reward,
         normalize=get_normalizer(settings.normalizer),
         max_members=settings.proposals.max_members,
-        memory_budget_mb=settings.memory_budget_mb,
     )
     maker.corrector = corrector
     found: dict[int, ScoredGroup] = {}
@@ -124,7 +123,7 @@ def judged_references(
         One entry a row, None where it has no text. The reference's acoustic score is that of the better of its
         spellings as given and as normalised.
     """
-    itself = _Itself(model, settings.head)
+    itself = _Itself(model, settings)
     head, normalize = itself.heads[0], get_normalizer(settings.normalizer)
     judged: list[JudgedReference | None] = [None] * len(rows)
     labelled = [i for i, row in enumerate(rows) if row.text]
@@ -153,9 +152,9 @@ def judged_references(
 class _Itself:
     """A model as its own frozen reference: nothing is copied, and audio is encoded once."""
 
-    def __init__(self, model: Any, head: str) -> None:
+    def __init__(self, model: Any, settings: NBestSettings) -> None:
         self._model = model
-        self.heads: list[Head] = heads_of(model, which=head)[:1]
+        self.heads: list[Head] = heads_of(model, which=settings.head, memory_budget_mb=settings.memory_budget_mb)[:1]
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +190,7 @@ def _spelled(
     trie = PrefixTrie.build(
         [list(ids) for pair in spellings for ids in pair], [b for b, pair in enumerate(spellings) for _ in pair]
     )
-    flat = head.log_prob(encoded, lengths, trie.to(encoded.device), memory_budget_mb=settings.memory_budget_mb)
+    flat = head.log_prob(encoded, lengths, trie.to(encoded.device))
     logp = flat.view(-1, 2).tolist()
     return [
         (Hypothesis(normalize(text), pair[int(second > first)], "reference"), max(first, second))

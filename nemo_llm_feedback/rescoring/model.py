@@ -179,7 +179,7 @@ class RescoringMixin(_Base):
         adopt(
             self.ctc_decoding if section is not self.cfg else self.decoding,
             rescorer,
-            heads_of(self, which=kind)[0],
+            heads_of(self, which=kind, memory_budget_mb=rescorer.settings.memory_budget_mb)[0],
             align=wants_timestamps(own),
             return_nbest=wants_nbest(own),
         )

@@ -123,7 +123,7 @@ class Rescorer:
         config = ProposalConfig(
             beam=0, boosted=s.boosted, term_swap=s.term_swap, samples=0, boosting_weight=s.boosting_weight
         )
-        return Proposer(head, config, memory_budget_mb=s.memory_budget_mb)
+        return Proposer(head, config)
 
     @torch.no_grad()
     def rescore(
@@ -159,11 +159,7 @@ class Rescorer:
         trie = PrefixTrie.build(
             [list(c.labels) for row in candidates for c in row], [b for b, row in enumerate(candidates) for _ in row]
         )
-        flat = iter(
-            head.log_prob(
-                encoded, lengths, trie.to(encoded.device), memory_budget_mb=self.settings.memory_budget_mb
-            ).tolist()
-        )
+        flat = iter(head.log_prob(encoded, lengths, trie.to(encoded.device)).tolist())
         groups = []
         for b, row in enumerate(candidates):
             logp = [next(flat) for _ in row]

@@ -16,7 +16,6 @@ from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.lora import merged
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
 from nemo_llm_feedback.core.errors import TrainingError
-from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
 from nemo_llm_feedback.hypotheses.groups import ScoredGroup
@@ -32,7 +31,7 @@ from nemo_llm_feedback.training.distributed import (
 from nemo_llm_feedback.training.losses import Term, group_loss, group_metrics, total
 from nemo_llm_feedback.training.replay_kl import anchor_terms
 from nemo_llm_feedback.training.resume import count_finished_batch, place_in_data
-from nemo_llm_feedback.training.setup import FeedbackState, band_of, check_starts, prepare, start
+from nemo_llm_feedback.training.setup import FeedbackState, check_starts, prepare, start
 from nemo_llm_feedback.training.supervision import exact_supervised_step, pseudo_labelled_batch
 from nemo_llm_feedback.training.survey import fill_round
 
@@ -200,22 +199,16 @@ class LLMFeedbackMixin(_Base):
         """NeMo's own step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
         state = self._state()
         if state.exact_supervision:
-            return exact_supervised_step(self, heads_of(self), batch, state.config.feedback.memory_budget_mb)
+            budget = state.config.feedback.memory_budget_mb
+            return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
         with local_metrics(self):
             return super().training_step(batch, batch_nb)
 
     def _group_logp(self, head: Any, encoded: Tensor, lengths: Tensor, groups: list[ScoredGroup]) -> Tensor:
         """[B, N] policy log p of every member with gradient, on the prefix trie; −inf on padding."""
-        labels = [list(h.tokens) for g in groups for h in g.group.hypotheses]
-        rows = [b for b, g in enumerate(groups) for _ in g.group.hypotheses]
-        trie = PrefixTrie.build(labels, rows).to(encoded.device)
-        config = self._state().config
-        budget = config.feedback.memory_budget_mb
-        flat = head.log_prob(encoded, lengths, trie, memory_budget_mb=budget, band=band_of(config))
-        sizes = [len(g.group) for g in groups]
-        padded = flat.new_full((len(groups), max(sizes)), float("-inf"))
-        columns = torch.tensor([n for size in sizes for n in range(size)], device=flat.device)
-        return padded.index_put((torch.tensor(rows, device=flat.device), columns), flat)
+        labels = [[h.tokens for h in g.group.hypotheses] for g in groups]
+        scores: Tensor = head.score(encoded, lengths, labels)
+        return scores
 
     def _with_old_logp(self, groups: list[ScoredGroup], logp: Tensor, head: str) -> list[ScoredGroup]:
         """Groups that are new remember the log p of the policy that proposed them (for ratios)."""

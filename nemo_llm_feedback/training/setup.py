@@ -119,13 +119,18 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     )
     _check_rows(staged, config)
     local_lengths(model)
-    heads = heads_of(model, which=config.feedback.heads)
+    limits: dict[str, Any] = {
+        "which": config.feedback.heads,
+        "memory_budget_mb": config.feedback.memory_budget_mb,
+        "band": Band(config.feedback.band_tolerance) if config.feedback.band_tolerance else None,
+    }
+    heads = heads_of(model, **limits)
     if config.wants_samples and len(heads) > 1:
         raise ConfigError(
             f"objective.name={config.objective.name} estimates over a head's own samples, and the groups of a hybrid "
             "are sampled from one head only: set feedback.heads=transducer or feedback.heads=ctc."
         )
-    reference = FrozenReference(model, which=config.feedback.heads)
+    reference = FrozenReference(model, **limits)
     choose_parameters(model, config.parameters)
     nemo_ds = training_config(
         train_ds,
@@ -171,22 +176,14 @@ def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
 
 def _group_maker(head: Head, reference: FrozenReference, config: RunConfig) -> GroupMaker:
     """The maker of the run's groups; the reward comes to it when the run starts."""
-    budget, band = config.feedback.memory_budget_mb, band_of(config)
     seed = torch.initial_seed() % 2**31
     return GroupMaker(
-        Proposer(head, config.proposals, seed=seed, memory_budget_mb=budget, band=band),
+        Proposer(head, config.proposals, seed=seed),
         reference,
         None,
         normalize=get_normalizer(config.feedback.normalizer),
         max_members=config.proposals.max_members,
-        memory_budget_mb=budget,
-        band=band,
     )
-
-
-def band_of(config: RunConfig) -> Band | None:
-    """The band of the transducer lattice in training; None = exact."""
-    return Band(config.feedback.band_tolerance) if config.feedback.band_tolerance else None
 
 
 def check_starts(checkpoint: str | Path | None) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head
 from nemo_llm_feedback.core.config import ObjectiveConfig
-from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.groups import ScoredGroup
 
@@ -57,7 +56,7 @@ def pseudo_labelled_batch(
     return (audio.signal[kept][:, :longest], audio.signal_len[kept], padded, tokens_len), metrics
 
 
-def exact_supervised_step(model: Any, heads: Sequence[Head], batch: Any, memory_budget_mb: int) -> dict[str, Any]:
+def exact_supervised_step(model: Any, heads: Sequence[Head], batch: Any) -> dict[str, Any]:
     """NeMo's supervised step with the exact log-likelihood as the transducer loss.
 
     Augmentation, train mode and the mix with a hybrid's CTC loss are the stock step's; what the stock loss adds to the
@@ -67,19 +66,14 @@ def exact_supervised_step(model: Any, heads: Sequence[Head], batch: Any, memory_
         model: a transducer or hybrid.
         heads: its heads, transducer first.
         batch: NeMo's batch of four.
-        memory_budget_mb: for the joint.
 
     Returns:
         ``{"loss": mean over rows of −log p(text | audio)}`` in nats, hybrids mixed by ``aux_ctc.ctc_loss_weight``.
     """
     signal, signal_len, tokens, tokens_len = batch
     encoded, lengths = model.forward(input_signal=signal, input_signal_length=signal_len)
-    labels = [tokens[b, :n].tolist() for b, n in enumerate(tokens_len.tolist())]
-    trie = PrefixTrie.build(labels, range(len(labels))).to(encoded.device)
-    losses = {
-        head.name: -_finite_mean(head.log_prob(encoded, lengths, trie, memory_budget_mb=memory_budget_mb))
-        for head in heads
-    }
+    labels = [[tokens[b, :n].tolist()] for b, n in enumerate(tokens_len.tolist())]
+    losses = {head.name: -_finite_mean(head.score(encoded, lengths, labels)) for head in heads}
     weight = float(getattr(model, "ctc_loss_weight", 0.0)) if "ctc" in losses else 0.0
     loss = losses["transducer"] * (1 - weight) + (losses["ctc"] * weight if weight else 0.0)
     return {"loss": loss, "log": {"train_loss": loss.detach()}}

@@ -66,7 +66,7 @@ def decode(model: Any, x: torch.Tensor, lengths: torch.Tensor, *, ctc: bool = Fa
 def exact(model: Any, labels: list[int], x: torch.Tensor, lengths: torch.Tensor, row: int) -> float:
     with torch.no_grad(), evaluation_mode(model):
         trie = PrefixTrie.build([labels], [row])
-        return float(heads_of(model)[0].log_prob(x, lengths, trie, memory_budget_mb=64)[0])
+        return float(heads_of(model)[0].log_prob(x, lengths, trie)[0])
 
 
 def decoding_cfg(model: Any, **beam: Any) -> Any:

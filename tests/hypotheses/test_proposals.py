@@ -23,7 +23,7 @@ from nemo_llm_feedback.training.models import restore
 
 def _log_prob(head: Any, encoded: torch.Tensor, lengths: torch.Tensor, labels: list[list[int]]) -> list[float]:
     trie = PrefixTrie.build(labels, [0] * len(labels))
-    return head.log_prob(encoded, lengths, trie, memory_budget_mb=64).tolist()
+    return head.log_prob(encoded, lengths, trie).tolist()
 
 
 @pytest.mark.parametrize("kind", ["ctc_char", "rnnt_char", "tdt_char"])
@@ -158,6 +158,6 @@ def test_packaged_configurations_are_found(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *build], cwd=root, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "adapt.yaml").is_file()
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "objective" / "mwer.yaml").is_file()
-    code = "from nemo_llm_feedback.cli.main import conf_dir; print(conf_dir())"
+    code = "from nemo_llm_feedback.core.config.compose import conf_dir; print(conf_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == tmp_path / "nemo_llm_feedback" / "conf"

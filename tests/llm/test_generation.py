@@ -236,7 +236,7 @@ def test_a_correction_is_a_member_with_exact_scores(maker):
 
     reference = groups._reference.encode(audio.signal[:1], audio.signal_len[:1])
     trie = PrefixTrie.build([list(first.group.hypotheses[1].tokens)], [0])
-    expected = head.log_prob(*reference, trie, memory_budget_mb=64).tolist()
+    expected = head.log_prob(*reference, trie).tolist()
     assert first.ref_logp[head.name][1:2] == pytest.approx(expected, abs=1e-3)
     assert len(first.group) == 3  # within max_members, which the correction is not the first to leave
 

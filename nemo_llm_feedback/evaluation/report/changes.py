@@ -96,8 +96,7 @@ def _judge(
     labels = [tuple(head.vocabulary.text_to_ids(text)) for pair in texts for text in pair]
     trie = PrefixTrie.build([list(ids) for ids in labels], [b for b in range(len(texts)) for _ in range(2)])
     encoded, lengths = state.reference.encode(batch.signal, batch.signal_len)
-    budget = state.config.feedback.memory_budget_mb
-    logp = head.log_prob(encoded, lengths, trie.to(encoded.device), memory_budget_mb=budget).view(-1, 2).tolist()
+    logp = head.log_prob(encoded, lengths, trie.to(encoded.device)).view(-1, 2).tolist()
     if state.maker.reward is None:
         return [{"asr": (pair[0], pair[1])} for pair in logp]
     groups = [

@@ -10,7 +10,6 @@ import torch
 from nemo_llm_feedback.asr.heads import Head, Labels
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.text import get_normalizer
-from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.data.audio import audio_batches
 from nemo_llm_feedback.data.manifests import Row, merge_context
@@ -98,9 +97,7 @@ class HeldOutWatch:
         return list(zip(map(tuple, labels), self._log_prob(self._reference, encoded, lengths, labels), strict=True))
 
     def _log_prob(self, head: Head, encoded: Any, lengths: Any, labels: Sequence[Labels]) -> list[float]:
-        trie = PrefixTrie.build([list(y) for y in labels], range(len(labels))).to(encoded.device)
-        budget = self._state.config.feedback.memory_budget_mb
-        return head.log_prob(encoded, lengths, trie, memory_budget_mb=budget).tolist()
+        return head.score(encoded, lengths, [[y] for y in labels]).squeeze(1).tolist()
 
     def _gain(self, now: Sequence[str], start: Sequence[str], frozen: Sequence[float]) -> float:
         """Mean gain of reward over the utterances that it can judge; both texts stand in one group, so that rewards
