@@ -60,8 +60,8 @@ def nbest_lists(checkpoint: str, manifests: Sequence[str]) -> list[list[Labels]]
     lists = []
     for manifest in manifests:
         rows = read_manifest(manifest)
-        for batch in audio_batches(rows, sample_rate=16000, batch_size=10, device=torch.device("cpu")):
-            encoded, lengths = reference.encode(batch.signal, batch.signal_len)
+        for _, audio in audio_batches(rows, sample_rate=16000, batch_size=10, device=torch.device("cpu")):
+            encoded, lengths = reference.encode(audio.signal, audio.signal_len)
             found = head.beam(encoded, lengths, size=BEAM, max_symbols=10)
             lists += [list(dict.fromkeys(row)) for row in found]
     return lists

@@ -1,59 +1,74 @@
-"""The one reader of audio files: rows of a manifest as padded batches of samples."""
+"""The one reader of audio files: rows of a manifest as padded batches of samples, mixed to one channel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.data.manifests import Row, merge_context
 
-
-@dataclass(frozen=True)
-class AudioBatch:
-    """Some rows of a manifest with their audio.
-
-    Attributes:
-        indices: positions of the rows in the manifest.
-        signal: [B, S] waveform samples.
-        signal_len: [B] samples.
-    """
-
-    indices: tuple[int, ...]
-    signal: Tensor
-    signal_len: Tensor
+CHANNELS = "average"
+"""NeMo's ``channel_selector`` for files with several channels; its readers pass all channels through without it."""
 
 
 def audio_batches(
-    rows: Sequence[Row], *, sample_rate: int, batch_size: int, device: torch.device
-) -> Iterator[AudioBatch]:
+    rows: Sequence[Row],
+    *,
+    sample_rate: int,
+    batch_size: int,
+    device: torch.device,
+    run_context: Context | None = None,
+) -> Iterator[tuple[tuple[int, ...], Audio]]:
     """Loads rows in batches of similar duration.
 
     Args:
         rows: manifest rows, not tarred.
         sample_rate: of the model, Hz.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         device: where the signals go.
+        run_context: merged under each row's context.
+
+    Yields:
+        Positions among the rows, and their audio.
     """
     for indices in by_duration(rows, batch_size):
-        yield load_audio(rows, indices, sample_rate=sample_rate, device=device)
+        chosen = [rows[i] for i in indices]
+        yield indices, load_audio(chosen, sample_rate=sample_rate, device=device, run_context=run_context)
 
 
 def by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
+    """Positions of the rows in batches of similar duration, the shortest first."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].duration)
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
-def load_audio(rows: Sequence[Row], indices: tuple[int, ...], *, sample_rate: int, device: torch.device) -> AudioBatch:
+def load_audio(
+    rows: Sequence[Row], *, sample_rate: int, device: torch.device, run_context: Context | None = None
+) -> Audio:
+    """The audio of some rows, padded to the longest; see :func:`audio_batches`.
+
+    Raises:
+        DecodingError: a file cannot be read, or holds nothing at the row's place.
+    """
     from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
     samples = []
-    for i in indices:
-        segment = AudioSegment.from_file(
-            rows[i].audio, target_sr=sample_rate, offset=rows[i].offset, duration=rows[i].duration
-        )
+    for row in rows:
+        try:
+            segment = AudioSegment.from_file(
+                row.audio, target_sr=sample_rate, offset=row.offset, duration=row.duration, channel_selector=CHANNELS
+            )
+        except Exception as error:  # audio libraries raise anything
+            raise DecodingError(f"{row.audio} cannot be read ({type(error).__name__}: {error}).") from error
+        if len(segment.samples) == 0:
+            raise DecodingError(f"{row.audio}: there is no audio at this place of the file ({row.offset} s).")
         samples.append(torch.tensor(segment.samples, dtype=torch.float32))
-    signal = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
-    return AudioBatch(indices, signal.to(device), torch.tensor([len(s) for s in samples], device=device))
+    return Audio(
+        torch.nn.utils.rnn.pad_sequence(samples, batch_first=True).to(device),
+        torch.tensor([len(s) for s in samples], device=device),
+        tuple(row.utterance for row in rows),
+        tuple(merge_context(run_context or Context(), row.context) for row in rows),
+    )

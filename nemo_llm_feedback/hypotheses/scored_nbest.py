@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nemo_llm_feedback.asr.encoded_rows import encoded_rows
 from nemo_llm_feedback.asr.heads import Head, heads_of
-from nemo_llm_feedback.asr.reference import FrozenReference, encode, evaluation_mode
+from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
-from nemo_llm_feedback.data.audio import audio_batches
-from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.hypotheses.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.rewards import Reward
@@ -166,15 +166,11 @@ class _Itself:
         self, rows: Sequence[Row], settings: NBestSettings
     ) -> Iterator[tuple[tuple[int, ...], Audio, Tensor, Tensor]]:
         """Yields positions among the rows, their audio, [B, D, T] encoder output and [B] frames."""
-        rate = int(self._model.cfg.preprocessor.sample_rate)
-        with evaluation_mode(self._model):
-            for batch in audio_batches(
-                rows, sample_rate=rate, batch_size=settings.batch_size, device=self._model.device
-            ):
-                self._encoded = encode(self._model, batch.signal, batch.signal_len)
-                contexts = tuple(merge_context(settings.run_context, rows[i].context) for i in batch.indices)
-                names = tuple(rows[i].utterance for i in batch.indices)
-                yield batch.indices, Audio(batch.signal, batch.signal_len, names, contexts), *self._encoded
+        for indices, audio, encoded, lengths in encoded_rows(
+            self._model, rows, batch_size=settings.batch_size, run_context=settings.run_context
+        ):
+            self._encoded = encoded, lengths
+            yield indices, audio, encoded, lengths
 
 
 def _spelled(

@@ -197,7 +197,7 @@ def test_repeated_and_overlapping_entities_are_mentions_of_their_own() -> None:
 def test_a_file_that_a_model_fails_on_costs_itself_only(
     nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_llm_feedback.evaluation import transcribe as module
+    from nemo_llm_feedback.asr import encoded_rows as module
 
     texts = ["a latte", "mocha", "tea", "soy milk"]
     path = write_manifest(tmp_path / "m.json", texts)
@@ -235,7 +235,7 @@ def test_a_file_that_a_model_fails_on_costs_itself_only(
 def test_a_model_that_fails_on_everything_is_an_error(
     nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_llm_feedback.evaluation import transcribe as module
+    from nemo_llm_feedback.asr import encoded_rows as module
 
     def failing(*args: Any) -> Any:
         raise RuntimeError("broken")

@@ -96,11 +96,11 @@ def test_acoustic_scores_are_those_of_the_checkpoint(scored, nemo_file, manifest
     rows = read_manifest(manifest)
     report, _ = scored
     assert [u["greedy"] for u in report["utterances"]] == transcribe_rows(model, rows)
-    (batch,) = audio_batches(rows[:1], sample_rate=16000, batch_size=1, device=torch.device("cpu"))
+    ((_, audio),) = audio_batches(rows[:1], sample_rate=16000, batch_size=1, device=torch.device("cpu"))
     (head,) = heads_of(model)
     labels = head.vocabulary.text_to_ids(TEXTS[0])
     with torch.no_grad():
-        encoded, lengths = encode(model, batch.signal, batch.signal_len)
+        encoded, lengths = encode(model, audio.signal, audio.signal_len)
         logp = head.log_prob(encoded, lengths, PrefixTrie.build([labels], [0]))
     assert report["utterances"][0]["reference"]["asr"] == pytest.approx(float(logp[0]), abs=1e-3)
 

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
                 timestamps=options.timestamps,
                 device=chosen_device(options.cuda),
                 rescoring=settings,
-                on_done=bar.update,
+                on_done=lambda done: bar.update(done - bar.n),
             ),
         )
     if options.output_filename:

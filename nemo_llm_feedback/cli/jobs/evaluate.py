@@ -209,6 +209,7 @@ def _decode(
         batch_size=batch_size,
         nbest=config,
         run_context=scoring.context,
+        skip_failing=True,
         on_batch=lambda done: _progress(name, done, len(rows)),
     )
     if len(decoded.failures) == len(rows):

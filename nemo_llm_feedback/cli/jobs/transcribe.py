@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,15 +14,14 @@ from typing import Any
 import soundfile
 import torch
 from nemo.collections.asr.models import ASRModel
-from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
 from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
-from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
-from nemo_llm_feedback.core.errors import ConfigError, DecodingError, FeedbackError, ManifestError
-from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.training.models import locate
@@ -63,6 +63,7 @@ class TranscribeOptions:
         timestamps: word and segment times.
         device: of the recogniser.
         rescoring: settings of the rescoring, or None for the checkpoint's own decoding.
+        on_done: receives the number of rows done.
     """
 
     batch_size: int = 16
@@ -70,7 +71,7 @@ class TranscribeOptions:
     timestamps: bool = False
     device: str = "cpu"
     rescoring: RescoringConfig | None = None
-    on_done: Callable[[int], None] = field(default=lambda count: None, repr=False)
+    on_done: Callable[[int], None] = field(default=lambda done: None, repr=False)
 
 
 def find_rows(audio: Sequence[str], *, manifest: str | None, audio_types: Sequence[str] = AUDIO_TYPES) -> list[Row]:
@@ -121,22 +122,16 @@ def transcribe(model_name: str, rows: Sequence[Row], options: TranscribeOptions)
         CheckpointError, ConfigError, LLMError, RewardError: nothing can be transcribed this way.
     """
     model = _load(model_name, options)
-    hypotheses: list[Any] = [None] * len(rows)
     failures: dict[int, str] = {}
     start = time.perf_counter()
-
-    def work(indices: Sequence[int]) -> None:
-        for i, hyp in zip(indices, _decode(model, [rows[i] for i in indices], options), strict=True):
-            hypotheses[i] = hyp
-
-    order = sorted(range(len(rows)), key=lambda i: rows[i].duration)
-    with evaluation_mode(model), torch.no_grad():
-        for first in range(0, len(order), options.batch_size):
-            batch = order[first : first + options.batch_size]
-            if _failure(work, batch) is not None:
-                # One bad file spoils its batch; alone it spoils itself.
-                failures.update({i: reason for i in batch if (reason := _failure(work, [i])) is not None})
-            options.on_done(len(batch))
+    hypotheses = map_rows(
+        model,
+        rows,
+        functools.partial(_decode, model, options),
+        batch_size=options.batch_size,
+        on_batch=options.on_done,
+        failures=failures,
+    )
     seconds = time.perf_counter() - start
     worked = [row.duration for i, row in enumerate(rows) if i not in failures]
     listed = tuple(f"{rows[i].origin}: {failures[i]}" for i in sorted(failures))
@@ -188,14 +183,12 @@ def _load(name: str, options: TranscribeOptions) -> Any:
     return model
 
 
-def _decode(model: Any, rows: Sequence[Row], options: TranscribeOptions) -> list[Any]:
-    """The best hypothesis of every row."""
-    rate = int(model.cfg.preprocessor.sample_rate)
-    samples = [_samples(row, rate) for row in rows]
-    signal = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True).to(model.device)
-    encoded, lengths = encode(model, signal, torch.tensor([len(s) for s in samples], device=model.device))
+def _decode(
+    model: Any, options: TranscribeOptions, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor
+) -> list[Any]:
+    """The best hypothesis of every row; [B, D, T] encoder output, [B] frames."""
     if isinstance(model, RescoringMixin):
-        with utterance_contexts(model, [row.utterance for row in rows], [row.context for row in rows]):
+        with utterance_contexts(model, audio.utterances, audio.contexts):
             found = _hypotheses(model, encoded, lengths)
     else:
         found = _hypotheses(model, encoded, lengths)
@@ -214,28 +207,6 @@ def _hypotheses(model: Any, encoded: torch.Tensor, lengths: torch.Tensor) -> lis
     decoder, decoding = (model.ctc_decoder, model.ctc_decoding) if hybrid else (model.decoder, model.decoding)
     log_probs = decoder(encoder_output=encoded)
     return list(decoding.ctc_decoder_predictions_tensor(log_probs, decoder_lengths=lengths, return_hypotheses=True))
-
-
-def _samples(row: Row, rate: int) -> torch.Tensor:
-    segment = AudioSegment.from_file(
-        row.audio, target_sr=rate, offset=row.offset, duration=row.duration, channel_selector="average"
-    )
-    if len(segment.samples) == 0:
-        raise DecodingError("there is no audio at this place of the file.")
-    return torch.tensor(segment.samples, dtype=torch.float32)
-
-
-def _failure(work: Callable[[Sequence[int]], None], indices: Sequence[int]) -> str | None:
-    """Why the work failed; what would fail on every row, such as a missing context, is raised."""
-    try:
-        work(indices)
-    except DecodingError as error:
-        return str(error)
-    except FeedbackError:
-        raise
-    except Exception as error:  # audio libraries raise anything; the message is the user's list of failures
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    return None
 
 
 def _line(row: Row, hyp: Any, *, folder: Path, nbest: int) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.asr.encoded_rows import map_rows
+from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.text import get_normalizer
-from nemo_llm_feedback.core.trie import PrefixTrie
-from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
-from nemo_llm_feedback.data.audio import AudioBatch, audio_batches
-from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.core.types import Audio, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.data.audio import audio_batches
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Member
 from nemo_llm_feedback.evaluation.report.data import Change
 from nemo_llm_feedback.evaluation.report.words import changed_words
@@ -47,11 +47,11 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after
     rate = int(model.cfg.preprocessor.sample_rate)
     scores: list[dict[str, tuple[float, float]]] = [{} for _ in pairs]
     run_context = state.config.context.load()
-    with evaluation_mode(model):
-        for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
-            contexts = [merge_context(run_context, chosen[i].context) for i in batch.indices]
-            texts = [pairs[i][1:] for i in batch.indices]
-            for i, judged in zip(batch.indices, _judge(state, chosen, batch, texts, contexts), strict=True):
+    with evaluation_mode(model):  # NeMo's features of the frozen copy follow the model's mode
+        for indices, audio in audio_batches(
+            chosen, sample_rate=rate, batch_size=_BATCH, device=model.device, run_context=run_context
+        ):
+            for i, judged in zip(indices, _judge(state, audio, [pairs[i][1:] for i in indices]), strict=True):
                 scores[i] = judged
     nbest = own_nbest(model, chosen, [b for _, b, _ in pairs], [a for _, _, a in pairs])
     return [Change(row, b, a, scores[i], nbest[i]) for i, (row, b, a) in enumerate(pairs)]
@@ -76,37 +76,29 @@ def own_nbest(
     chosen = [rows[i] for i in wanted]
     nbest: list[tuple[Member, ...]] = [() for _ in rows]
     state.reference.to(model.device)
-    rate, run_context = int(model.cfg.preprocessor.sample_rate), state.config.context.load()
-    with evaluation_mode(model):
-        for batch in audio_batches(chosen, sample_rate=rate, batch_size=_BATCH, device=model.device):
-            contexts = tuple(merge_context(run_context, chosen[k].context) for k in batch.indices)
-            names = tuple(chosen[k].utterance for k in batch.indices)
-            audio = Audio(batch.signal, batch.signal_len, names, contexts)
-            groups = state.maker.make(audio, *encode(model, audio.signal, audio.signal_len))
-            for k, scored in zip(batch.indices, groups, strict=True):
-                nbest[wanted[k]] = _members(scored, head=state.heads[0].name, rewarded=state.maker.reward is not None)
+    found = map_rows(model, chosen, state.maker.make, batch_size=_BATCH, run_context=state.config.context.load())
+    for i, scored in zip(wanted, found, strict=True):
+        if scored is not None:
+            nbest[i] = _members(scored, head=state.heads[0].name, rewarded=state.maker.reward is not None)
     return tuple(nbest)
 
 
-def _judge(
-    state: Any, rows: Sequence[Row], batch: AudioBatch, texts: Sequence[tuple[str, str]], contexts: Sequence[Context]
-) -> list[dict[str, tuple[float, float]]]:
+def _judge(state: Any, audio: Audio, texts: Sequence[tuple[str, str]]) -> list[dict[str, tuple[float, float]]]:
     """Score part → its value for the two texts, for each row of the batch."""
     head, normalize = state.reference.heads[0], get_normalizer(state.config.feedback.normalizer)
-    labels = [tuple(head.vocabulary.text_to_ids(text)) for pair in texts for text in pair]
-    trie = PrefixTrie.build([list(ids) for ids in labels], [b for b in range(len(texts)) for _ in range(2)])
-    encoded, lengths = state.reference.encode(batch.signal, batch.signal_len)
-    logp = head.log_prob(encoded, lengths, trie.to(encoded.device)).view(-1, 2).tolist()
+    labels = [[tuple(head.vocabulary.text_to_ids(text)) for text in pair] for pair in texts]
+    encoded, lengths = state.reference.encode(audio.signal, audio.signal_len)
+    logp = head.score(encoded, lengths, labels).tolist()
     if state.maker.reward is None:
         return [{"asr": (pair[0], pair[1])} for pair in logp]
     groups = [
         HypothesisGroup(
-            rows[i].utterance,
-            tuple(Hypothesis(normalize(text), labels[2 * b + k], "greedy") for k, text in enumerate(texts[b])),
-            contexts[b],
+            audio.utterances[b],
+            tuple(Hypothesis(normalize(text), labels[b][k], "greedy") for k, text in enumerate(texts[b])),
+            audio.contexts[b],
             tuple(logp[b]),
         )
-        for b, i in enumerate(batch.indices)
+        for b in range(len(texts))
     ]
     output = state.maker.reward(groups)
     columns = {"reward": output.values, **output.parts}

@@ -12,7 +12,7 @@ from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.data.audio import audio_batches
-from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.transcribe import decoding_max_symbols, transcribe_rows
 from nemo_llm_feedback.training.callbacks.guards import Look, text_drift
@@ -122,15 +122,6 @@ class HeldOutWatch:
 
 
 def _load(model: Any, rows: Sequence[Row], run_context: Context) -> list[Audio]:
-    batches = audio_batches(
-        rows, sample_rate=int(model.cfg.preprocessor.sample_rate), batch_size=_BATCH, device=model.device
-    )
-    return [
-        Audio(
-            batch.signal,
-            batch.signal_len,
-            tuple(rows[i].utterance for i in batch.indices),
-            tuple(merge_context(run_context, rows[i].context) for i in batch.indices),
-        )
-        for batch in batches
-    ]
+    rate = int(model.cfg.preprocessor.sample_rate)
+    batches = audio_batches(rows, sample_rate=rate, batch_size=_BATCH, device=model.device, run_context=run_context)
+    return [audio for _, audio in batches]
