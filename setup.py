@@ -34,6 +34,8 @@ setup(
         "kaldialign>=0.9",
         "rapidfuzz>=3.0",
         "hydra-core>=1.3",
+        "cyclopts>=5.5",
+        "pydantic>=2.10",
         "psutil",
         "peft>=0.17",
         "omegaconf>=2.3",

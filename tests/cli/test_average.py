@@ -74,7 +74,7 @@ def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: An
     base = nemo_file("hybrid_rnnt_bpe")
     runs = [_moved(base, tmp_path / f"{seed}.nemo", seed) for seed in range(2 if several else 1)]
     out = tmp_path / "out.nemo"
-    flags = ["--base-share", "0.25", "--output", str(out)]
+    flags = ["--interpolation", "0.75", "--output", str(out)]
     assert main(["export", *map(str, runs), *flags, "--base", str(base)]) == 0
     each, start, got = [weights(path) for path in runs], weights(base), weights(out)
     for name, value in got.items():
@@ -94,7 +94,7 @@ def test_the_base_of_a_share_may_be_a_pretrained_name(
     base = nemo_file("ctc_char")
     run_file = _moved(base, tmp_path / "one.nemo", 1)
     monkeypatch.setattr(ASRModel, "from_pretrained", lambda name, return_model_file: str(base))
-    export(run_file, output=tmp_path / "out.nemo", base="nvidia/a_pretrained_one", base_share=0.5)
+    export(run_file, output=tmp_path / "out.nemo", base="nvidia/a_pretrained_one", interpolation=0.5)
     assert read_config(tmp_path / "out.nemo").adaptation.base_share == 0.5
 
 
@@ -102,16 +102,16 @@ def test_a_share_of_the_base_needs_the_right_base(nemo_file: Any, tmp_path: Path
     run_file, out = _moved(nemo_file("ctc_char"), tmp_path / "one.nemo", 1), tmp_path / "out.nemo"
     nameless = _moved(nemo_file("ctc_char"), tmp_path / "two.nemo", 1, base=None)
     with pytest.raises(CheckpointError, match=r"is mixed with its base: add --base"):
-        export(run_file, output=out, base_share=0.5)
+        export(run_file, output=out, interpolation=0.5)
     with pytest.raises(CheckpointError, match=r"started from ctc_char\.nemo, not from .*: give that file"):
-        export(run_file, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+        export(run_file, output=out, base=nemo_file("ctc_bpe"), interpolation=0.5)
     with pytest.raises(CheckpointError, match="not the same class and output symbols"):
-        export(nameless, output=out, base=nemo_file("ctc_bpe"), base_share=0.5)
+        export(nameless, output=out, base=nemo_file("ctc_bpe"), interpolation=0.5)
     with pytest.raises(CheckpointError, match="--output"):
-        export(run_file, base=nemo_file("ctc_char"), base_share=0.5)
-    for share in (-0.1, 1.0):
-        with pytest.raises(ConfigError, match="from 0 to below 1"):
-            export(run_file, output=out, base=nemo_file("ctc_char"), base_share=share)
+        export(run_file, base=nemo_file("ctc_char"), interpolation=0.5)
+    for share in (0.0, 1.1):
+        with pytest.raises(ConfigError, match="above 0, at most 1"):
+            export(run_file, output=out, base=nemo_file("ctc_char"), interpolation=share)
     assert not out.exists()
 
 
@@ -126,7 +126,7 @@ def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, ti
     assert any(not torch.equal(each[0][name], each[1][name]) for name in mean)
     for name, value in mean.items():
         torch.testing.assert_close(value, torch.stack([own[name].float() for own in each]).mean(dim=0).to(value.dtype))
-    export(files[0], output=tmp_path / "half.nemo", base_share=0.5)  # a .ckpt names its base
+    export(files[0], output=tmp_path / "half.nemo", interpolation=0.5)  # a .ckpt names its base
     start, half = weights(base), weights(tmp_path / "half.nemo")
     for name, value in half.items():
         torch.testing.assert_close(value, ((each[0][name].float() + start[name].float()) / 2).to(value.dtype))

@@ -28,12 +28,17 @@ assert not loaded, loaded
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "usage: nemo-llm-feedback" in done.stdout
+    assert "Usage: nemo-llm-feedback" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["scor"], 'Did you mean "score"?'),
+        (["score", "a.nemo", "--manifest", "m.json", "--utterence", "3"], "Did you mean --utterances?"),
+        (["score", "a.nemo", "--manifest", "m.json", "--head", "rnn"], 'Choose from: "auto", "ctc", "transducer"'),
+        (["score", "a.nemo"], "--manifest requires an argument"),
+        (["adapt", "--show-conf"], "Did you mean --show-config?"),
         (["adapt", "init_from_nemo_model=/absent.nemo", "llm.model=a/b", "context.description=x"], "no such file"),
         (["adapt", "llm.model=a/b", "context.description=x"], "exactly one of init_from_nemo_model"),
         (["adapt", "objective.tau=1"], "unknown key objective.tau"),

@@ -12,8 +12,9 @@ import pytest
 import soundfile
 
 from nemo_llm_feedback.cli.jobs import prepare as module
-from nemo_llm_feedback.cli.jobs.prepare import Segmenting, merge_segments, pad_segments, prepare
+from nemo_llm_feedback.cli.jobs.prepare import merge_segments, pad_segments, prepare
 from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.data.manifests import read_manifest, unreadable
 

@@ -262,9 +262,9 @@ def test_a_run_keeps_its_scores_in_its_folder(tmp_path):
 
 def test_calibrate_needs_an_llm_reward(flags):
     from nemo_llm_feedback.cli.jobs.calibrate import calibrate
-    from nemo_llm_feedback.cli.jobs.nbest_probe import LookOptions
+    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
 
-    options = LookOptions(flags[0], flags[2], overrides=("reward.name=length",))
+    options = ProbeOptions(flags[0], manifest=flags[2], judge=JudgeOptions(overrides=("reward.name=length",)))
     with pytest.raises(ConfigError, match="reward=llm"):
         calibrate(options)
 

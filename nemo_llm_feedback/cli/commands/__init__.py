@@ -1,7 +1,7 @@
 """The faces of the commands: flags and the call of the job. Nothing heavy is imported before a job runs.
 
-Every module here but this one is a command: ``HELP`` is its line in the list, ``add_arguments`` its flags, ``run`` the
-call, which returns the exit status.
+Every module here but this one is a command: a dataclass of its flags (shared ones stand in ``cli.options``), and
+``run``, which takes it and returns the exit status; the first line of ``run``'s docstring is the command's help.
 """
 
 from __future__ import annotations

@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from nemo_llm_feedback.cli.commands import chosen_device, quiet_nemo
-
-HELP = "score checkpoints or ready transcripts on a labelled manifest"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help=".nemo files; the first system is the base of the comparison")
-    add("--manifest", help="NeMo manifest with text and, optionally, entities and context")
-    add("--predictions", nargs="+", default=[], metavar="FILE", help="JSON Lines with audio_filepath and pred_text")
-    add("--context", "--description", dest="description", default="", help="the domain in words, for the report")
-    add("--terms", nargs="+", default=[], metavar="TERM", help="terms whose false alarms are counted")
-    add("--terms-file", help="the same from a file: one a line, a JSON list, or a JSON object of lists")
-    add("--head", default="auto", choices=("auto", "ctc", "transducer"))
-    add("--batch-size", type=int, default=16)
-    add("--cuda", type=int, help="number of the GPU, −1 = CPU (default: GPU 0 if there is one)")
-    add("--normalizer", default="basic", choices=("none", "lower", "basic"), help="of both sides; default: basic")
-    add("--oracle", type=int, default=0, metavar="N", help="also the oracle WER of each model's N-best")
-    add("--group-by", nargs="+", default=[], metavar="KEY", help="manifest keys, e.g. speaker domain: a table a value")
-    add("--entities-key", default="entities", metavar="KEY", help="manifest key of the entities")
-    add("--missing-entities", default="error", choices=("error", "skip"), help="entities not in their reference")
-    add("--b-wer", nargs="?", const="entities", metavar="KEY", help="also B-WER; KEY holds each utterance's word list")
-    add("--samples", type=int, default=2000, help="bootstrap resamples")
-    add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--json", metavar="FILE", help="write the numbers here too")
-    add("--report", metavar="FILE.html", help="write the report here")
-    add("--no-audio", action="store_true", help="no audio in the report")
+from nemo_llm_feedback.cli.options import Cuda, HeadName, JsonFile, NoAudio, TermsFile
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prints the tables; writes the numbers and the report where asked to."""
-    import json
+@Parameter(name="*")
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The flags of the command.
 
+    Attributes:
+        models: .nemo files; the first system is the base of the comparison
+        manifest: NeMo manifest with text and, optionally, entities and context
+        predictions: JSON Lines with audio_filepath and pred_text
+        description: the domain in words, for the report
+        terms: terms whose false alarms are counted
+        head: of a hybrid model
+        batch_size: utterances per batch of the recogniser
+        normalizer: of both sides
+        oracle: also the oracle WER of each model's N-best, of so many hypotheses
+        group_by: manifest keys, e.g. speaker domain: a table per value
+        entities_key: manifest key of the entities
+        missing_entities: what to do with entities that their reference lacks
+        b_wer: also B-WER; the value is the manifest key of each utterance's word list (entities if left out)
+        samples: bootstrap resamples
+        seed: of the bootstrap
+        report: write the report here, as HTML
+    """
+
+    models: tuple[str, ...] = ()
+    _: KW_ONLY
+    manifest: str | None = None
+    predictions: tuple[str, ...] = ()
+    description: Annotated[str, Parameter(name=("--description", "--context"))] = ""
+    terms: tuple[str, ...] = ()
+    terms_file: TermsFile = None
+    head: HeadName = "auto"
+    batch_size: int = 16
+    cuda: Cuda = None
+    normalizer: Literal["none", "lower", "basic"] = "basic"
+    oracle: int = 0
+    group_by: tuple[str, ...] = ()
+    entities_key: str = "entities"
+    missing_entities: Literal["error", "skip"] = "error"
+    b_wer: bool | str = False
+    samples: int = 2000
+    seed: int = 0
+    json: JsonFile = None
+    report: str | None = None
+    no_audio: NoAudio = False
+
+
+def run(options: EvaluateOptions = EvaluateOptions()) -> int:
+    """Scores checkpoints or ready transcripts on a labelled manifest."""
     from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
 
     scoring = make_scoring(
@@ -47,8 +70,8 @@ def run(options: argparse.Namespace) -> int:
         terms=options.terms,
         terms_file=options.terms_file,
         entities_key=options.entities_key,
-        bias_key=options.b_wer,
-        group_by=tuple(options.group_by),
+        bias_key="entities" if options.b_wer is True else options.b_wer or None,
+        group_by=options.group_by,
         missing_entities=options.missing_entities,
         samples=options.samples,
         seed=options.seed,

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import KW_ONLY, dataclass
 
-HELP = "write the report of a run again"
+from cyclopts import Parameter
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of an adapt run; one that goes on shows its curves")
-    parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the folder")
-    parser.add_argument("--no-audio", action="store_true", help="no audio in the page, for private data")
+from nemo_llm_feedback.cli.options import NoAudio
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prints the path written."""
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ReportOptions:
+    """The flags of the command.
+
+    Attributes:
+        run_dir: folder of an adapt run; of one that goes on, its curves are shown
+        output: the page to write; default: report.html in the folder
+    """
+
+    run_dir: str
+    _: KW_ONLY
+    output: str | None = None
+    no_audio: NoAudio = False
+
+
+def run(options: ReportOptions) -> int:
+    """Writes the report of a run again."""
     from nemo_llm_feedback.cli.jobs.report import report
 
     print(report(options.run_dir, output=options.output, audio=not options.no_audio))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import KW_ONLY, dataclass
 
-HELP = "list the runs of a folder with their settings and results"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument("folder", metavar="DIR", help="exp_manager.exp_dir of the runs, or a folder above")
-    parser.add_argument("--json", action="store_true", help="as a JSON list")
+from cyclopts import Parameter
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prints the table."""
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunsOptions:
+    """The flags of the command.
+
+    Attributes:
+        folder: exp_manager.exp_dir of the runs, or a folder above
+        json: as a JSON list
+    """
+
+    folder: str
+    _: KW_ONLY
+    json: bool = False
+
+
+def run(options: RunsOptions) -> int:
+    """Lists the runs of a folder with their settings and results."""
     from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_json, runs_table
 
     runs = list_runs(options.folder)

@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+from cyclopts import Group, Parameter
 
 from nemo_llm_feedback.cli.commands import chosen_device, quiet_nemo
+from nemo_llm_feedback.cli.options import Cuda, JudgeOptions
 from nemo_llm_feedback.core.errors import ConfigError
 
-HELP = "transcribe audio, with LLM rescoring if asked for"
 _MOST_LISTED = 20
+_RESCORING = Group("Rescoring", help="score = log p(text|audio) + alpha·log p(text|context) + beta·words")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument("model", metavar="MODEL", help=".nemo file or pretrained name")
-    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="audio files and folders")
-    parser.add_argument("--dataset-manifest", metavar="M", help="a NeMo manifest instead of AUDIO")
-    parser.add_argument("--audio-type", help="comma-separated suffixes to take from folders (default: all known)")
-    parser.add_argument("--output-filename", metavar="FILE", help="manifest to write; default: print the transcripts")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--decoder-type", choices=("rnnt", "ctc"), help="head of a hybrid model")
-    parser.add_argument("--timestamps", action="store_true", help="word and segment times, in seconds")
-    parser.add_argument("--cuda", type=int, help="number of the GPU, −1 = CPU (default: GPU 0 if there is one)")
-    parser.add_argument("--nbest", type=int, default=0, metavar="N", help="write N hypotheses with all score parts")
-    rescoring = parser.add_argument_group(
-        "rescoring", "score = log p(text|audio) + alpha·log p(text|context) + beta·words"
-    )
-    rescoring.add_argument("--rescore", action="store_true", help="choose among the N-best with an LLM")
-    rescoring.add_argument("--rescoring", metavar="FILE", help="settings as YAML (conf/rescoring.yaml); flags win")
-    rescoring.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of reward, llm and context as `adapt` took them, e.g. reward=entity reward.settings.weight=3",
-    )
-    rescoring.add_argument("--llm", help="folder or hub id of a causal LM")
-    rescoring.add_argument("--quantization", choices=("nf4", "int8", "none"), help="of the LLM")
-    rescoring.add_argument("--description", help='e.g. "an order at a coffee shop"')
-    rescoring.add_argument("--terms-file", help="terms that may occur")
-    rescoring.add_argument("--no-context", action="store_true", help="allow utterances without any context")
-    rescoring.add_argument("--alpha", type=float, help="weight of the LLM")
-    rescoring.add_argument("--beta", type=float, help="bonus a word, in nats")
-    rescoring.add_argument("--beam-size", type=int, help="hypotheses of the first pass")
-    rescoring.add_argument("--boosted", type=int, metavar="N", help="more hypotheses from a beam boosted on the terms")
-    rescoring.add_argument("--boosting-weight", type=float, help="of that beam")
-    rescoring.add_argument("--term-swap", type=int, metavar="N", help="more hypotheses with terms swapped in")
+@Parameter(name="*", group=_RESCORING)
+@dataclass(frozen=True)
+class RescoringFlags:
+    """What rescoring is made of beside its judge.
+
+    Attributes:
+        rescore: choose among the N-best with an LLM
+        rescoring: settings as YAML (conf/rescoring.yaml); flags win
+        quantization: of the LLM
+        no_context: allow utterances without any context
+        beam_size: hypotheses of the first pass
+        boosted: more hypotheses from a beam boosted on the terms
+        boosting_weight: of that beam
+        term_swap: more hypotheses with terms swapped in
+    """
+
+    _: KW_ONLY
+    rescore: bool = False
+    rescoring: str | None = None
+    quantization: Literal["nf4", "int8", "none"] | None = None
+    no_context: bool = False
+    beam_size: int | None = None
+    boosted: int | None = None
+    boosting_weight: float | None = None
+    term_swap: int | None = None
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Writes or prints the transcripts; 1 if a file failed."""
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TranscribeFlags:
+    """The flags of the command.
+
+    Attributes:
+        model: .nemo file or pretrained name
+        audio: audio files and folders
+        dataset_manifest: a NeMo manifest instead of AUDIO
+        audio_type: comma-separated suffixes to take from folders; default: all known
+        output_filename: manifest to write; default: print the transcripts
+        batch_size: utterances per batch
+        decoder_type: head of a hybrid model
+        timestamps: word and segment times, in seconds
+        nbest: write so many hypotheses with all score parts
+    """
+
+    model: str
+    audio: tuple[str, ...] = ()
+    _: KW_ONLY
+    dataset_manifest: str | None = None
+    audio_type: str | None = None
+    output_filename: str | None = None
+    batch_size: int = 16
+    decoder_type: Literal["rnnt", "ctc"] | None = None
+    timestamps: bool = False
+    cuda: Cuda = None
+    nbest: int = 0
+    choice: RescoringFlags = field(default_factory=RescoringFlags)
+
+
+def run(options: TranscribeFlags) -> int:
+    """Transcribes audio, with LLM rescoring if asked for."""
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 
     if options.batch_size < 1 or options.nbest < 0:
@@ -93,34 +117,35 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found.failures else 0
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any] | None:
+def _settings(options: TranscribeFlags) -> dict[str, Any] | None:
     """The rescoring settings that file and flags name; None = the checkpoint's own decoding.
 
     Raises:
         ConfigError: flags of the rescoring without ``--rescore``.
     """
+    choice, judge = options.choice, options.choice.judge
     flags: dict[str, dict[str, Any]] = {
         "": {
-            "nbest": options.beam_size,
-            "boosted": options.boosted,
-            "boosting_weight": options.boosting_weight,
-            "term_swap": options.term_swap,
+            "nbest": choice.beam_size,
+            "boosted": choice.boosted,
+            "boosting_weight": choice.boosting_weight,
+            "term_swap": choice.term_swap,
         },
-        "reward": {"alpha": options.alpha, "beta": options.beta},
-        "llm": {"model": options.llm, "quantization": options.quantization},
+        "reward": {"alpha": judge.alpha, "beta": judge.beta},
+        "llm": {"model": judge.llm, "quantization": choice.quantization},
         "context": {
-            "description": options.description,
-            "terms_file": options.terms_file,
-            "required": False if options.no_context else None,
+            "description": judge.description,
+            "terms_file": judge.terms_file,
+            "required": False if choice.no_context else None,
         },
     }
     given = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in flags.items()}
-    judged = options.rescore or options.rescoring is not None
-    if not judged and (given["reward"] or given["llm"] or options.set):
+    judged = choice.rescore or choice.rescoring is not None
+    if not judged and (given["reward"] or given["llm"] or judge.overrides):
         raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
     if not judged and not options.nbest and not any(given.values()):
         return None
-    tree: dict[str, Any] = _start(options) if judged else {"reward": None}
+    tree: dict[str, Any] = _start(choice) if judged else {"reward": None}
     for section, keys in given.items():
         if section and keys:
             tree[section] = {**(tree.get(section) or {}), **keys}
@@ -132,25 +157,26 @@ def _settings(options: argparse.Namespace) -> dict[str, Any] | None:
     return tree
 
 
-def _start(options: argparse.Namespace) -> dict[str, Any]:
+def _start(choice: RescoringFlags) -> dict[str, Any]:
     """The settings of the file or of ``--set``, as plain mappings."""
     from omegaconf import OmegaConf
 
     from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS, read_yaml
 
-    if not options.set:
-        return read_yaml(options.rescoring) if options.rescoring else {}
-    if options.rescoring:
+    judge = choice.judge
+    if not judge.overrides:
+        return read_yaml(choice.rescoring) if choice.rescoring else {}
+    if choice.rescoring:
         raise ConfigError("--set and --rescoring FILE both give the settings: write them into the file, or use --set.")
-    named = list(dict.fromkeys(override.lstrip("+~").split("=")[0].split(".")[0] for override in options.set))
+    named = list(dict.fromkeys(override.lstrip("+~").split("=")[0].split(".")[0] for override in judge.overrides))
     strange = [section for section in named if section not in SHARED_SECTIONS]
     if strange:
         raise ConfigError(
             f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has "
             "to set has flags of its own, or stands in the file of --rescoring."
         )
-    composed: Any = OmegaConf.to_container(compose_config(options.set), resolve=True, throw_on_missing=False)
+    composed: Any = OmegaConf.to_container(compose_config(judge.overrides), resolve=True, throw_on_missing=False)
     return {section: composed[section] for section in named}
 
 

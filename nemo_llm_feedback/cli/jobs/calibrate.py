@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_llm_feedback.cli.jobs.nbest_probe import LookOptions, baseline, open_look
+from nemo_llm_feedback.cli.jobs.nbest_probe import baseline, open_look
+from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import ConfigError, LLMError
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_member, rank_agreement
@@ -64,7 +65,7 @@ class Calibration:
     flips: tuple[Flip, ...]
 
 
-def calibrate(options: LookOptions, *, dtype: str = "auto") -> Calibration:
+def calibrate(options: ProbeOptions, *, dtype: str = "auto") -> Calibration:
     """Judges the groups of some rows with both LLMs, one after the other in memory.
 
     Args:

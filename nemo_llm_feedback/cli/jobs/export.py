@@ -35,7 +35,7 @@ def export(
     base: str | Path | None = None,
     output: str | Path | None = None,
     manifest: str | Path | None = None,
-    base_share: float = 0.0,
+    interpolation: float = 1.0,
 ) -> Path:
     """Writes the plain ``.nemo`` of a checkpoint, or of the average of several, and its model card.
 
@@ -47,16 +47,17 @@ def export(
         output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None. Needed for several.
         manifest: labelled rows on which base and export are scored for the card; None = the card has what the
             checkpoint says of itself, which a ``.ckpt`` does not.
-        base_share: 0 ≤ share < 1, how far the weights go back towards the base's: less of what was learned, less of
-            what was lost of other speech. Needs an output, and ``base`` unless a ``.ckpt`` names it.
+        interpolation: 0 < W ≤ 1, share of the way from the base's weights to the adapted ones: below 1, less of what
+            was learned and less of what was lost of other speech. Below 1 it needs an output, and ``base`` unless a
+            ``.ckpt`` names it.
 
     Returns:
         The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
 
     Raises:
-        CheckpointError: unusable files, a missing base, weights of another model, or several or a share of the base
+        CheckpointError: unusable files, a missing base, weights of another model, or several or an interpolation
             without an output.
-        ConfigError: the share is out of range.
+        ConfigError: ``interpolation`` is out of range.
         ManifestError: the manifest cannot be read or has rows without text.
     """
     given = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
@@ -64,8 +65,9 @@ def export(
     missing = [str(source) for source in sources if not source.is_file()]
     if missing or not sources:
         raise CheckpointError(f"{', '.join(missing) or 'no checkpoint'}: no such file.")
-    if not 0 <= base_share < 1:
-        raise ConfigError(f"--base-share {base_share:g}: give a share of the base from 0 to below 1.")
+    if not 0 < interpolation <= 1:
+        raise ConfigError(f"--interpolation {interpolation:g}: give a share of the run above 0, at most 1.")
+    base_share = 1 - interpolation
     mean = len(sources) > 1 or base_share > 0
     if mean and not output:
         raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")

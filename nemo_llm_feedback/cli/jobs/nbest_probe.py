@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError
@@ -22,37 +23,6 @@ from nemo_llm_feedback.llm import LLMScorer, check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults
 from nemo_llm_feedback.training.models import locate, restore
 from nemo_llm_feedback.training.setup import make_reward
-
-
-@dataclass(frozen=True)
-class LookOptions:
-    """The flags of all three commands; None leaves the configuration's value.
-
-    Attributes:
-        checkpoint: ``.nemo`` or pretrained name.
-        manifest: rows to look at, with text or without.
-        utterances: how many, spread evenly over the manifest; 0 = all.
-        llm: folder or hub id.
-        description, terms_file: the run's context.
-        alpha, beta: weights of the reward.
-        head: ``ctc``, ``transducer`` or ``auto``.
-        batch_size: rows a batch of the recogniser.
-        cache: file or folder of LLM scores to read and to fill.
-        overrides: any further ``key=value`` of the configuration of ``adapt``.
-    """
-
-    checkpoint: str
-    manifest: str
-    utterances: int = 0
-    llm: str | None = None
-    description: str | None = None
-    terms_file: str | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    head: str | None = None
-    batch_size: int = 16
-    cache: str | None = None
-    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +103,7 @@ class Look:
         return model
 
 
-def open_look(options: LookOptions) -> Look:
+def open_look(options: ProbeOptions) -> Look:
     """Checks everything that can be checked before any work.
 
     Raises:
@@ -187,18 +157,18 @@ def baseline(scored: ScoredGroup) -> int:
     return 0
 
 
-def _config(options: LookOptions) -> RunConfig:
+def _config(options: ProbeOptions) -> RunConfig:
     if options.utterances < 0 or options.batch_size < 1:
         raise ConfigError(
             f"--utterances must be ≥ 0 and --batch-size ≥ 1, got {options.utterances} and {options.batch_size}."
         )
-    cfg = compose_config(options.overrides)
+    cfg = compose_config(options.judge.overrides)
     for key, value in (
-        ("llm.model", options.llm),
-        ("context.description", options.description),
-        ("context.terms_file", options.terms_file),
-        ("reward.alpha", options.alpha),
-        ("reward.beta", options.beta),
+        ("llm.model", options.judge.llm),
+        ("context.description", options.judge.description),
+        ("context.terms_file", options.judge.terms_file),
+        ("reward.alpha", options.judge.alpha),
+        ("reward.beta", options.judge.beta),
         ("reward.cache", options.cache),
         ("feedback.heads", options.head),
     ):

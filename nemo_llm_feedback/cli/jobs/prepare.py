@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 
 _SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
@@ -26,41 +27,6 @@ SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 
 _RATE = 16000
 _BLOCK_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Segmenting:
-    """How recordings are cut, in seconds.
-
-    Attributes:
-        min_duration: shorter segments are left out.
-        max_duration: longer ones are split at their longest silences.
-        merge_gap: speech with less silence between is one segment, as long as it stays under ``max_duration``.
-        padding: kept on both sides of speech, half the silence at most.
-        threshold: speech probability from which a frame is speech, in (0, 1).
-    """
-
-    min_duration: float = 1.0
-    max_duration: float = 20.0
-    merge_gap: float = 0.5
-    padding: float = 0.2
-    threshold: float = 0.5
-
-    def validate(self) -> list[str]:
-        """Returns every fault as a sentence."""
-        faults = []
-        if not 0 < self.min_duration < self.max_duration:
-            faults.append(
-                f"--min-duration and --max-duration must be 0 < min < max, got {self.min_duration} and "
-                f"{self.max_duration}."
-            )
-        if self.merge_gap < 0 or self.padding < 0:
-            faults.append(f"--merge-gap and --padding must be ≥ 0, got {self.merge_gap} and {self.padding}.")
-        if self.padding * 2 >= self.max_duration - 0.5:
-            faults.append(f"--padding {self.padding} leaves no room for speech in --max-duration {self.max_duration}.")
-        if not 0 < self.threshold < 1:
-            faults.append(f"--threshold must be in (0, 1), got {self.threshold}.")
-        return faults
 
 
 @dataclass(frozen=True)

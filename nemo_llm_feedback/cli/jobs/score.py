@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from nemo_llm_feedback.cli.jobs.nbest_probe import Look, LookOptions, baseline, open_look
+from nemo_llm_feedback.cli.jobs.nbest_probe import Look, baseline, open_look
+from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.manifests import Row
@@ -71,7 +72,7 @@ class ScoreReport:
     llm: str
 
 
-def score(options: LookOptions) -> ScoreReport:
+def score(options: ProbeOptions) -> ScoreReport:
     """Proposes and judges the N-best of some rows and, where they have text, judges the judge.
 
     Args:

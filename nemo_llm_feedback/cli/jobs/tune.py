@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.cli.jobs.nbest_probe import Look, LookOptions, baseline, open_look
+from nemo_llm_feedback.cli.jobs.nbest_probe import Look, baseline, open_look
+from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA
 from nemo_llm_feedback.core.errors import ConfigError
@@ -130,7 +131,7 @@ class Tuned:
         return f"reward.alpha={self.alpha:g} reward.beta={self.beta:g}"
 
 
-def tune(options: LookOptions, choice: TuneOptions) -> Tuned:
+def tune(options: ProbeOptions, choice: TuneOptions) -> Tuned:
     """Scores the groups of some rows once and picks (α, β).
 
     Args:
