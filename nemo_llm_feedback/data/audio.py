@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from omegaconf import DictConfig, open_dict
 
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.core.types import Audio, Context
@@ -12,6 +14,33 @@ from nemo_llm_feedback.data.manifests import Row, merge_context
 
 CHANNELS = "average"
 """NeMo's ``channel_selector`` for files with several channels; its readers pass all channels through without it."""
+
+
+def select_channels(config: DictConfig) -> None:
+    """Lets NeMo's loader of this data section mix channels; see also :func:`mix_channels`.
+
+    Args:
+        config: ``train_ds`` or ``validation_ds``; changed. A channel that the user chose stays.
+    """
+    with open_dict(config):
+        if config.get("use_lhotse"):
+            if config.get("channel_selector") == CHANNELS:
+                config.channel_selector = None  # a number or a key of the manifest in Lhotse, which cannot average
+        elif config.get("channel_selector") is None:
+            config.channel_selector = CHANNELS
+
+
+def mix_channels(loaders: Any) -> None:
+    """Lets Lhotse loaders mix channels, which they do only in batches that hold mono files as well.
+
+    Args:
+        loaders: of NeMo, one or a list; classic ones are left as they are.
+    """
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        while (dataset := getattr(loader, "dataset", None)) is not None:
+            if hasattr(dataset, "load_audio"):
+                dataset.load_audio.mono_downmix = True
+            loader = dataset
 
 
 def audio_batches(

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.data.audio import mix_channels, select_channels
 from nemo_llm_feedback.data.manifests import Row, merge_context, parse_context
 
 Batch = Sequence[Any]
@@ -55,7 +56,8 @@ class BatchReader:
 
     def attach(self, dataloader: Any) -> None:
         """Remembers the classic dataset's collection, which maps sample ids to manifest rows (filters renumber), and
-        how many start and end marks it adds to every target, also to an empty one."""
+        how many start and end marks it adds to every target, also to an empty one; and lets Lhotse mix channels."""
+        mix_channels(dataloader)
         processor = getattr(getattr(dataloader, "dataset", None), "manifest_processor", None)
         if processor is not None:
             self._collection = processor.collection
@@ -175,4 +177,5 @@ def training_config(
                 config.shard_seed = seed
         else:
             config.return_sample_id = True
+    select_channels(config)
     return config

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, ManifestError
+from nemo_llm_feedback.data.audio import mix_channels, select_channels
 from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, unreadable
 from nemo_llm_feedback.training.models import locate
 
@@ -119,7 +120,10 @@ def prepare_model(model: Any, cfg: DictConfig, validation: Mapping[str, Any], *,
         model.compute_eval_loss = False
     model.wer.log_prediction = False
     if validation:
-        model.setup_multiple_validation_data(with_sample_rate(cfg, model).model.validation_ds)
+        validation_ds = with_sample_rate(cfg, model).model.validation_ds
+        select_channels(validation_ds)
+        model.setup_multiple_validation_data(validation_ds)
+        mix_channels(model._validation_dl)
 
 
 def _parameter_groups(model: Any, cfg: DictConfig) -> DictConfig:

@@ -1,0 +1,79 @@
+"""Files with several channels: every reader mixes them to one in the same way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers.fits import config
+from helpers.tiny import write_manifest
+from omegaconf import OmegaConf
+
+from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.data.audio import load_audio
+from nemo_llm_feedback.data.manifests import read_manifest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same two recordings with two channels that differ, and mixed to one; the texts are the same, too."""
+    folder = tmp_path_factory.mktemp("stereo")
+    stereo = write_manifest(folder / "stereo.json", ["a latte", "tea"])
+    mono = folder / "mono.json"
+    lines = [json.loads(line) for line in stereo.read_text().splitlines()]
+    for line in lines:
+        left, rate = soundfile.read(folder / line["audio_filepath"], dtype="float32")
+        right = np.roll(left, 4000) * 0.5
+        soundfile.write(folder / line["audio_filepath"], np.stack([left, right], axis=1), rate, subtype="FLOAT")
+        line["audio_filepath"] = line["audio_filepath"].replace("stereo", "mono")
+        soundfile.write(folder / line["audio_filepath"], (left + right) / 2, rate, subtype="FLOAT")
+    mono.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return stereo, mono
+
+
+def test_stereo_audio_is_mixed_to_one_channel_by_our_reader(manifests: tuple[Path, Path]) -> None:
+    stereo, mono = (load_audio(read_manifest(path), sample_rate=16000, device=CPU) for path in manifests)
+    assert stereo.signal.shape == mono.signal.shape
+    torch.testing.assert_close(stereo.signal, mono.signal)
+
+
+@pytest.mark.parametrize("lhotse", [False, True])
+@pytest.mark.parametrize("selector", [None, "average"])
+def test_stereo_audio_is_mixed_to_one_channel_by_the_training_loader(
+    nemo_file: Any, manifests: tuple[Path, Path], tmp_path: Path, lhotse: bool, selector: str | None
+) -> None:
+    from nemo_llm_feedback.training.models import restore
+
+    mixed = load_audio(read_manifest(manifests[1]), sample_rate=16000, device=CPU)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    cfg = config(manifests[0], feedback={"use_text": False}, objective={"name": "self_training"})
+    cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False, "channel_selector": selector}
+    model.setup_feedback(cfg, work_dir=tmp_path)
+    parts = model._feedback.reader.split(next(iter(model._train_dl)))
+    order = parts.audio.signal_len.argsort()
+    torch.testing.assert_close(parts.audio.signal[order], mixed.signal, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lhotse", [False, True])
+def test_stereo_audio_is_mixed_to_one_channel_by_the_validation_loader(
+    nemo_file: Any, manifests: tuple[Path, Path], lhotse: bool
+) -> None:
+    from nemo_llm_feedback.cli.jobs.inputs import prepare_model
+    from nemo_llm_feedback.training.models import restore
+
+    mixed = load_audio(read_manifest(manifests[1]), sample_rate=16000, device=CPU)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    cfg = compose_config(
+        [f"model.validation_ds.manifest_filepath={manifests[0]}", "model.train_ds.manifest_filepath=m"]
+    )
+    OmegaConf.update(cfg, "model.validation_ds.use_lhotse", lhotse, force_add=True)
+    prepare_model(model, cfg, validation={"stereo": read_manifest(manifests[0])}, rates=(1e-4,))
+    signal, signal_len = next(iter(model._validation_dl))[:2]
+    torch.testing.assert_close(signal[signal_len.argsort()], mixed.signal, atol=1e-6, rtol=0)
