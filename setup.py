@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/core/version.py").read_text())[1]
+REMOTE = ["openai>=3.50", "httpx2>=2.16"]  # the client of a scoring server, and its HTTP transport
 
 setup(
     name="nemo_llm_feedback",
@@ -50,9 +51,8 @@ setup(
         "matplotlib",
         "silero-vad>=6",
         "tensorboard",
-        "urllib3>=2.3",
-        "tenacity>=9.0",
+        "pydantic>=2.10",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
+    extras_require={"remote": REMOTE, "dev": [*REMOTE, "pytest", "hypothesis", "ruff", "mypy"]},
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
 )

@@ -18,6 +18,8 @@ from nemo_llm_feedback.llm.folder import fingerprint, is_pinned, resolve_folder
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # neither weights nor code
+
 
 def pick_device(name: str) -> torch.device:
     """Returns the device that ``llm.device`` means in this process; under DDP each rank has its own GPU.
@@ -68,20 +70,41 @@ class LLMFiles:
     dtype: torch.dtype
 
 
+def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tuple[Path, Any]:
+    """Returns the folder of a tokenizer's files and the tokenizer; those of a hub id are fetched if need be.
+
+    Args:
+        source: folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        key: of the setting, for the error.
+
+    Raises:
+        LLMError: the files cannot be had or used.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoTokenizer
+
+    folder = Path(source).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_TOKENIZER_FILES)))
+        return folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (HfHubHTTPError, ValueError, OSError, KeyError, ImportError) as error:
+        raise LLMError(f"{key}={source}: its tokenizer cannot be loaded ({error}); give the model's own.") from error
+
+
 def open_files(config: LLMConfig) -> LLMFiles:
     """Finds the LLM's files and reads its tokenizer and config, but no weights.
 
     Raises:
         LLMError: the files cannot be used; see ``check_llm_folder``.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = resolve_folder(config)
     device = pick_device(config.device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise LLMError(f"llm.model={config.model}: its tokenizer cannot be loaded ({error}).") from error
+    _, tokenizer = load_tokenizer(str(folder), key="llm.model")
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:

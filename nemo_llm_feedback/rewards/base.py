@@ -31,6 +31,10 @@ class Reward(Protocol):
         """
 
 
+class RefusedError(RewardError):
+    """A server refuses whatever this run would ask: trying on is of no use."""
+
+
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 _REGISTRY: dict[str, Callable[..., Reward]] = {}
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")

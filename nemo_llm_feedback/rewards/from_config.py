@@ -22,7 +22,7 @@ from nemo_llm_feedback.rewards.base import Reward, build_reward, find_factory, i
 from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.judge import JUDGE_MODES
-from nemo_llm_feedback.rewards.remote.config import parse_remote
+from nemo_llm_feedback.rewards.remote.reward import parse_remote
 
 # Arguments that come from other settings, so that reward.settings may not name them.
 _GIVEN = ("scorer", "corrector", "cache", "view", "allow_no_context", "normalizer", "alpha", "beta", "asr_weight")

@@ -1,12 +1,13 @@
-"""A scoring server in a thread that answers as vLLM or SGLang do from a tiny local LLM, and misbehaves on demand.
+"""A scoring server in a thread that answers as vLLM does from a tiny local LLM, and misbehaves on demand.
 
-The answers' shapes are those of vLLM 0.32 (checked against a running one) and of SGLang's documented ``/generate``.
+The answers' shapes are those of vLLM 0.32 (checked against a running one).
 Scores come from one plain forward a sequence, so that nothing is shared with the code under test.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -31,6 +32,7 @@ class Stub:
         always: what every scoring request meets that no entry of ``faults`` is left for.
         poison: (token ids) → whether a request that holds such a sequence is answered with status 500.
         key: wanted in the Authorization header; None = none.
+        prefix: of the message that refuses a key.
         models, max_model_len: what ``/v1/models`` tells.
         retry_after: seconds, sent with status 429.
         slow: seconds that every answer takes.
@@ -38,14 +40,14 @@ class Stub:
         most_in_flight: largest number of scoring requests under way at once.
     """
 
-    def __init__(self, folder: Path, dialect: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.dialect = dialect
         self.url = ""
         self.faults: deque[str] = deque()
         self.always = "ok"
         self.poison: Callable[[list[int]], bool] = lambda ids: False
         self.key: str | None = None
+        self.prefix = ""
         self.max_model_len: int | None = 512
         self.retry_after = 1
         self.models = [{"id": "tiny", "object": "model", "root": "tiny-root"}]
@@ -63,7 +65,7 @@ class Stub:
         self.bodies.clear()
         self.headers.clear()
         self.always, self.key, self.max_model_len, self.retry_after, self.slow = "ok", None, 512, 1, 0.0
-        self.poison = lambda ids: False
+        self.poison, self.prefix = lambda ids: False, ""
         self.in_flight = self.most_in_flight = 0
 
     def entries(self, ids: list[int]) -> list[Entry]:
@@ -123,32 +125,6 @@ def _vllm(stub: Stub, body: dict[str, Any], fault: str) -> Any:
     return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices}
 
 
-def _sglang(stub: Stub, body: dict[str, Any], fault: str) -> Any:
-    answers = []
-    for ids, start in zip(body["input_ids"], body["logprob_start_len"], strict=True):
-        *inputs, (generated_logp, generated) = stub.entries(ids)
-        inputs = _damaged(fault, inputs)[start:]
-        if fault not in ("off_by_one", "truncate"):
-            inputs = [(None, inputs[0][1]), *inputs[1:]]
-        meta = {
-            "prompt_tokens": len(ids) - (fault == "cut_input"),
-            "input_token_logprobs": [[value, i, None] for value, i in inputs],
-            "output_token_logprobs": [],
-        }
-        if fault == "older":  # some versions leave out the entry that has no log-probability
-            meta["input_token_logprobs"] = meta["input_token_logprobs"][1:]
-        if fault == "missing":
-            meta["input_token_logprobs"] = []
-        if body["sampling_params"]["max_new_tokens"]:
-            meta["output_token_logprobs"] = [[generated_logp, generated, None]]
-        answers.append({"text": "", "meta_info": meta})
-    if fault == "reorder":
-        answers.reverse()
-    if fault == "fewer":
-        answers.pop()
-    return answers
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     stub: Stub
@@ -173,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with stub.lock:
             stub.bodies.append(body)
-            stub.headers.append(dict(self.headers))
+            stub.headers.append({name.title(): value for name, value in self.headers.items()})
             fault = stub.faults.popleft() if stub.faults else stub.always
             stub.in_flight += 1
             stub.most_in_flight = max(stub.most_in_flight, stub.in_flight)
@@ -188,15 +164,15 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "")
         if self.stub.key is None or given == f"Bearer {self.stub.key}":
             return False
-        self._send(401, {"error": f"Incorrect key provided: {given.removeprefix('Bearer ')}"})
+        self._send(401, {"error": f"{self.stub.prefix}Incorrect key provided: {given.removeprefix('Bearer ')}"})
         return True
 
     def _answer(self, body: dict[str, Any], fault: str) -> None:
         stub = self.stub
-        sequences = body.get("prompt") or body.get("input_ids")
-        if self.path != {"vllm": "/v1/completions", "sglang": "/generate"}[stub.dialect]:
+        sequences = body["prompt"]
+        if self.path != "/v1/completions":
             self._send(404, {"detail": "Not Found"})
-        elif stub.dialect == "vllm" and body["model"] not in [model["id"] for model in stub.models]:
+        elif body["model"] not in [model["id"] for model in stub.models]:
             self._send(404, {"error": {"message": "The model does not exist."}})
         elif fault.isdigit() or any(map(stub.poison, sequences)):
             status = int(fault) if fault.isdigit() else 500
@@ -210,8 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             stub.stopped.wait(30)
             self.close_connection = True
         else:
-            content = (_vllm if stub.dialect == "vllm" else _sglang)(stub, body, fault)
-            self._send(200, content, fault=fault)
+            self._send(200, _vllm(stub, body, fault), fault=fault)
 
     def _send(self, status: int, content: Any, *, fault: str = "ok", **headers: str) -> None:
         data = json.dumps(content).encode()
@@ -219,6 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
             data = b"<html>It works!</html>"
         if fault == "half_json":
             data = data[: len(data) // 2]
+        if fault == "huge":
+            data += b" " * 2**17
+        if fault == "gzip":
+            data, headers = gzip.compress(data + b" " * 2**20), {"Content-Encoding": "gzip"}
+        if fault == "endless":
+            self._send_endless()
+            return
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -234,6 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
         self.close_connection = self.close_connection or fault == "cut"
 
+    def _send_endless(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while not self.stub.stopped.is_set():
+            self.wfile.write(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
+
     def handle(self) -> None:
         """A client that has gone away in the middle of an answer is no error here."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -241,9 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(folder: Path, dialect: str) -> Iterator[Stub]:
-    """Runs a stub of a server of this kind over the LLM in ``folder``."""
-    stub = Stub(folder, dialect)
+def serve(folder: Path) -> Iterator[Stub]:
+    """Runs a stub of a server over the LLM in ``folder``."""
+    stub = Stub(folder)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"stub": stub}))
     server.daemon_threads = True
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"

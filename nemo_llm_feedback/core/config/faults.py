@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+from pydantic import ValidationError
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> list[str]:
@@ -24,3 +28,23 @@ def listing(faults: list[str]) -> str:
     """Returns the faults as one text, counted and one a line."""
     head = "1 fault:" if len(faults) == 1 else f"{len(faults)} faults:"
     return head + "".join(f"\n  - {fault}" for fault in faults)
+
+
+def sentences(error: ValidationError, section: str, known: Iterable[str]) -> list[str]:
+    """Returns what pydantic found, one sentence per fault; an unknown key comes with the nearest of the known ones."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        key = ".".join((section, *map(str, fault["loc"])))
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.0)
+            faults.append(
+                f"unknown key {key}" + (f"; did you mean {section}.{near[0]}?" if near else ": there is none.")
+            )
+        elif fault["type"] == "missing":
+            faults.append(f"{key} is missing.")
+        elif fault["type"] == "value_error":
+            words = str(fault["ctx"]["error"])
+            faults.append(f"{key}{words if words.startswith('=') else f' {words}'}")
+        else:
+            faults.append(f"{key}={fault['input']!r}: {fault['msg'].lower()}.")
+    return faults

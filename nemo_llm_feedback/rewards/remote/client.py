@@ -1,197 +1,262 @@
-"""JSON over HTTP with a deadline: retries with jitter where trying again can help, an error where it cannot.
+"""Log-probabilities of token ids from a vLLM server, by its OpenAI-compatible completions API.
 
-``urllib3`` keeps the connections and ``tenacity`` runs the attempts. urllib3's own retries are off: they know no
-deadline over all attempts. Redirects are not followed: they would carry the key elsewhere.
+The token ids are made here, so no tokenisation of the server can change them, and vLLM answers with the ids beside the
+log-probabilities. Every answer is compared with what was asked, id by id: a shifted, reordered or cut answer is an
+error, never a score. Only this module imports the ``openai`` client, which is an extra of the package.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import time
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import tenacity
-import urllib3
-from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
+import httpx2
+import openai
 
 from nemo_llm_feedback.core.errors import RewardError
-from nemo_llm_feedback.rewards.remote.config import RemoteConfig, api_key
+from nemo_llm_feedback.rewards.base import RefusedError
 
 logger = logging.getLogger(__name__)
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line per request
 
+Ids = tuple[int, ...]
 _PASSING = (408, 409, 425, 429)  # and 5xx
 _REFUSED = {
     401: "it wants a key: set reward.settings.api_key_env to the environment variable that holds it",
     403: "it refuses the key of reward.settings.api_key_env",
-    404: "it has no such path or model: check reward.settings.base_url, dialect and model",
-    405: "it has no such path: check reward.settings.base_url and dialect",
+    404: "it has no such path or model: check reward.settings.base_url and model, and that it is a vLLM server",
+    405: "it has no such path: check reward.settings.base_url, and that it is a vLLM server",
 }
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
 _CONNECT = 10.0  # seconds until an attempt to connect is given up
+_LARGEST = 2**28  # bytes of an answer; 16 sequences of 4,096 tokens take a fortieth
 _SLOW = "; if the server is only slow, lower reward.settings.max_in_flight or raise timeout_s and deadline_s"
-_PIECE = 2**16  # bytes read at once
-
-
-class RefusedError(RewardError):
-    """The server refuses whatever this run would ask: trying on is of no use."""
-
-
-class _PassingError(Exception):
-    """A failure that another attempt may not meet.
-
-    Args:
-        reason: what happened.
-        wait: seconds that the server asked to wait.
-    """
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _StopBefore(tenacity.stop.stop_base):
-    """Stops instead of beginning a wait that outlasts a deadline; tenacity's own measures from the first attempt."""
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return time.monotonic() + retry_state.upcoming_sleep >= self._deadline
+_FLOOR = -9999.0  # vLLM writes −∞ as this, JSON having no infinity
+_ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
+# The token that stands in each place and no others, at temperature 1 without any filter or penalty: a model's
+# generation_config.json could otherwise set some. A token is always generated, since vLLM refuses to generate none.
+_SCORED = {"prompt_logprobs": 0, "top_k": -1, "repetition_penalty": 1.0}
+_GENERATED = {"return_tokens_as_token_ids": True}
 
 
 class Client:
-    """Talks JSON to one server; may be used by several threads at once.
+    """Asks one server; may be used by several threads at once.
 
     Args:
-        config: checked settings. The key is read from the environment here; no message or log line holds it.
+        base_url: address of the server, without ``/v1``.
+        model: the model's name on the server.
+        key: sent with every request, or None; no message or log line holds it.
+        timeout_s: longest wait for one attempt of one request.
+        retries: attempts after the first.
+        max_in_flight: connections that are kept.
 
     Attributes:
         num_retries: attempts after a first one so far.
     """
 
-    def __init__(self, config: RemoteConfig) -> None:
-        self._config = config
-        self._key = api_key(config)
-        headers = {"Accept": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-            url = urlsplit(config.base_url)
-            if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
-                logger.warning("The key for %s goes over plain http: use https.", config.base_url)
-        self._pool = urllib3.PoolManager(maxsize=config.max_in_flight, headers=headers, retries=False)
-        self._random = random.Random()  # its own: jitter must not move the run's random state
+    def __init__(
+        self, base_url: str, model: str, *, key: str | None, timeout_s: float, retries: int, max_in_flight: int
+    ) -> None:
+        self._base_url, self._model, self._key = base_url, model, key
+        self._timeout_s, self._retries = timeout_s, retries
+        url = urlsplit(base_url)
+        if key is not None and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            logger.warning("The key for %s goes over plain http: use https.", base_url)
+        transport = _BoundedTransport(limits=httpx2.Limits(max_connections=max_in_flight))
+        # Names of organisations and keys that the openai client finds in the environment are someone else's.
+        transport.unsent = ("OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if key is None else []))
+        self._openai = openai.OpenAI(
+            base_url=f"{base_url}/v1",
+            api_key=key or "none",
+            max_retries=0,  # its retries know no deadline over all attempts, and draw from the run's random state
+            default_headers={"Accept-Encoding": "identity"},
+            # Redirects and proxies of the environment would carry the key elsewhere.
+            http_client=httpx2.Client(transport=transport, trust_env=False, follow_redirects=False),
+        )
+        self._random = random.Random()  # jitter must not move the run's random state
         self.num_retries = 0
 
-    def get(self, path: str, *, deadline: float) -> Any:
-        """Returns the parsed answer to a GET; see :meth:`post`."""
-        return self._attempts("GET", path, None, deadline)
+    def models(self, *, deadline: float) -> dict[str, dict[str, Any]]:
+        """Returns the entries of the server's list of models, by name; see :meth:`sums` for the errors."""
+        answer = self._ask(self._openai.models.with_raw_response.list, deadline)
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list):
+            raise RewardError(f"{self._base_url}/v1/models lists no models: is this a vLLM server?")
+        return {str(entry["id"]): entry for entry in entries if isinstance(entry, dict) and "id" in entry}
 
-    def post(self, path: str, body: dict[str, Any], *, deadline: float) -> Any:
-        """Sends a body and returns the parsed answer.
+    def sums(self, prompt: Ids, texts: Sequence[Ids], *, deadline: float) -> list[float]:
+        """Returns Σ log p(token | prompt, earlier tokens) of every text, natural log, −∞ included.
 
         Args:
-            path: below the server's address.
-            body: sent as JSON.
+            prompt: token ids, at least one.
+            texts: token ids that follow the prompt, at least one each; all different, or
+                two swapped answers would not show.
             deadline: ``time.monotonic()`` at which the last attempt must have ended.
 
         Raises:
             RefusedError: wrong key, path or model.
-            RewardError: every attempt failed, the deadline passed, or the server finds fault with the request.
+            RewardError: every attempt failed, the deadline passed, the server finds fault with the request, or the
+                answer is not one to what was asked.
         """
-        return self._attempts("POST", path, json.dumps(body).encode(), deadline)
+        choices = self._complete([prompt + ids for ids in texts], deadline, _SCORED)
+        return [math.fsum(_read(choice, prompt, ids)) for choice, ids in zip(choices, texts, strict=True)]
 
-    def _attempts(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_PassingError),
-            wait=self._wait,
-            stop=tenacity.stop_after_attempt(self._config.retries + 1) | _StopBefore(deadline),
-            before_sleep=self._count,
-            reraise=True,
-        )
+    def generate(self, prompt: Ids, *, deadline: float) -> tuple[int, float]:
+        """Returns the token that the server generates after a prompt, and its log p; see :meth:`sums`."""
+        (choice,) = self._complete([prompt], deadline, {**_SCORED, **_GENERATED}, logprobs=0)
         try:
-            return retrying(self._once, method, path, body, deadline)
-        except _PassingError as error:
-            tried = retrying.statistics.get("attempt_number", 1)
-            raise RewardError(f"{self._config.base_url}: {error} ({tried} attempts).") from error
+            logprobs = choice["logprobs"]
+            return int(logprobs["tokens"][0].removeprefix("token_id:")), _number(logprobs["token_logprobs"][0])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise RewardError("the answer has no log-probability of the generated token.") from error
 
-    def _count(self, state: tenacity.RetryCallState) -> None:
-        self.num_retries += 1
+    def _complete(
+        self, sequences: list[Ids], deadline: float, extra: dict[str, Any], **more: Any
+    ) -> list[dict[str, Any]]:
+        """The choices of an answer in the order of the sequences; the server may give them in any."""
 
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Exponential back-off with full jitter, and no less than what the server asked for."""
-        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (state.attempt_number - 1))
-        error = state.outcome.exception() if state.outcome is not None else None
-        asked = error.wait if isinstance(error, _PassingError) else 0.0
-        return asked + longest * self._random.random()
+        def send(timeout: httpx2.Timeout) -> Any:
+            return self._openai.completions.with_raw_response.create(
+                model=self._model,
+                prompt=[list(ids) for ids in sequences],
+                max_tokens=1,
+                temperature=1.0,
+                top_p=1.0,
+                extra_body=extra,
+                timeout=timeout,
+                **more,
+            )
 
-    def _once(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
-        end = min(deadline, time.monotonic() + self._config.timeout_s)
-        left = end - time.monotonic()
-        if left <= 0:
+        answer = self._ask(send, deadline)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise RewardError("the answer has no choices: is this a vLLM server?")
+        by_index = {choice.get("index"): choice for choice in choices}
+        if len(choices) != len(sequences) or by_index.keys() != set(range(len(sequences))):
             raise RewardError(
-                f"{self._config.base_url}: no time was left of reward.settings.deadline_s={self._config.deadline_s}."
+                f"{len(sequences)} sequences were sent, the answer has {len(choices)} choices with the indices "
+                f"{[choice.get('index') for choice in choices][:20]}."
             )
-        headers = {**self._pool.headers, **({"Content-Type": "application/json"} if body is not None else {})}
-        try:
-            response = self._pool.request(
-                method,
-                self._config.api_root + path,
-                body=body,
-                headers=headers,
-                timeout=urllib3.Timeout(connect=min(_CONNECT, left), read=left),
-                redirect=False,
-                preload_content=False,
-            )
-            content = _read(response, end)
-        except ReadTimeoutError as error:
-            raise _PassingError(f"no answer in {left:.0f} s{_SLOW}") from error
-        except HTTPError as error:
-            raise _PassingError(f"no whole answer ({self._hidden(str(error))})") from error
-        if response.status != 200:
-            raise self._status_error(response, content)
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise _PassingError(f"the answer is no JSON, or cut short after {len(content)} bytes") from error
+        return [by_index[n] for n in range(len(sequences))]
 
-    def _status_error(self, response: urllib3.BaseHTTPResponse, content: bytes) -> Exception:
-        says = self._hidden(" ".join(content[:2000].decode("utf-8", "replace").split())[:300])
-        what = f"status {response.status}: {says}"
-        if response.status in _PASSING or response.status >= 500:
-            return _PassingError(what, _asked_wait(response))
-        if response.status in _REFUSED or 300 <= response.status < 400:
-            fix = _REFUSED.get(response.status, "it redirects: give the final address as reward.settings.base_url")
-            return RefusedError(
-                f"{self._config.base_url} answers with status {response.status}; {fix}. It says: {says}"
-            )
-        return RewardError(f"{self._config.base_url} refuses a request ({what}).")
+    def _ask(self, send: Callable[..., Any], deadline: float) -> Any:
+        """The parsed answer, after as many attempts as are allowed where another one may help."""
+        attempt = 0
+        while True:
+            left = min(deadline - time.monotonic(), self._timeout_s)
+            if left <= 0:
+                raise RewardError(f"{self._base_url}: no time was left of reward.settings.deadline_s.")
+            attempt, asked = attempt + 1, 0.0
+            try:
+                return json.loads(send(timeout=httpx2.Timeout(left, connect=min(_CONNECT, left))).content)
+            except openai.APIStatusError as error:
+                reason, asked = self._passing(error.response), _asked_wait(error.response.headers.get("Retry-After"))
+            except openai.APITimeoutError:
+                reason = f"no whole answer in {left:.0f} s{_SLOW}"
+            except openai.APIConnectionError as error:
+                reason = f"no whole answer ({self._hidden(str(error.__cause__ or error))})"
+            except ValueError:
+                reason = "the answer is no JSON, or cut short"
+            # Exponential back-off with full jitter, and no less than what the server asked for.
+            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (attempt - 1))
+            wait = asked + longest * self._random.random()
+            if attempt > self._retries or time.monotonic() + wait >= deadline:
+                raise RewardError(f"{self._base_url}: {reason} ({attempt} attempts).")
+            self.num_retries += 1
+            time.sleep(wait)
+
+    def _passing(self, response: httpx2.Response) -> str:
+        """What a status means that another attempt may not meet.
+
+        Raises:
+            RefusedError, RewardError: one that it would.
+        """
+        status = response.status_code
+        says = self._hidden(" ".join(response.text.split()))[:300]
+        if status in _PASSING or status >= 500:
+            return f"status {status}: {says}"
+        if status in _REFUSED or 300 <= status < 400:
+            fix = _REFUSED.get(status, "it redirects: give the final address as reward.settings.base_url")
+            raise RefusedError(f"{self._base_url} answers with status {status}; {fix}. It says: {says}")
+        raise RewardError(f"{self._base_url} refuses a request (status {status}: {says}).")
 
     def _hidden(self, text: str) -> str:
         """The text without the key, which some servers repeat in their messages."""
         return text if self._key is None else text.replace(self._key, "***")
 
 
-def _read(response: urllib3.BaseHTTPResponse, end: float) -> bytes:
-    """Returns the body; a server that trickles it is cut off at ``end``, which a socket's time-out would not do."""
-    pieces = []
-    try:
-        while piece := response.read1(_PIECE):
-            pieces.append(piece)
-            if time.monotonic() >= end:
-                raise _PassingError(f"no whole answer in time{_SLOW}")
-    except BaseException:
-        response.close()  # what is left on this connection belongs to no later answer
-        raise
-    response.release_conn()
-    return b"".join(pieces)
+class _BoundedTransport(httpx2.HTTPTransport):
+    """Reads an answer whole, up to a size and within the attempt's time, which a socket's time-out would not bound."""
+
+    unsent: tuple[str, ...] = ()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Returns the answer with its content; compressed ones, which could grow beyond any bound, are refused."""
+        for name in self.unsent:
+            request.headers.pop(name, None)
+        end = time.monotonic() + request.extensions["timeout"]["read"]
+        response = super().handle_request(request)
+        pieces, size = [], 0
+        try:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise RewardError("the answer is compressed, which was not asked for: ask the server past its proxy.")
+            for piece in response.iter_raw():
+                pieces.append(piece)
+                size += len(piece)
+                if size > _LARGEST:
+                    raise RewardError(f"the answer is larger than {_LARGEST} bytes: lower reward.settings.batch_size.")
+                if time.monotonic() >= end:
+                    raise httpx2.ReadTimeout("no whole answer in time", request=request)
+        finally:
+            response.close()
+        return httpx2.Response(response.status_code, headers=response.headers, content=b"".join(pieces))
 
 
-def _asked_wait(response: urllib3.BaseHTTPResponse) -> float:
+def _asked_wait(header: str | None) -> float:
     """Seconds of a ``Retry-After`` header, a number or a date; 0 without one."""
-    try:
-        return urllib3.Retry().get_retry_after(response) or 0.0
-    except InvalidHeader:
+    if header is None:
         return 0.0
+    try:
+        wait = float(header) if not header[:1].isalpha() else parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return wait if wait > 0 else 0.0
+
+
+def _read(choice: dict[str, Any], prompt: Ids, ids: Ids) -> list[float]:
+    """log p of the tokens behind the prompt; entry t of an answer maps the id at t to its value."""
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list):
+        raise RewardError(
+            "the answer has no prompt_logprobs: the server, or a proxy before it, ignores that field. Point "
+            "reward.settings.base_url at vLLM itself."
+        )
+    # The only id of each place; None, which equals no id, where there is not exactly one. The first has no values.
+    got = [next(iter(e)) if isinstance(e, dict) and [*map(type, e.values())] == [dict] else None for e in entries][1:]
+    wanted = [str(i) for i in (prompt + ids)[1:]]
+    if got != wanted:
+        differing = [n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b][:1]
+        where = "".join(f", and number {n} is {got[n]} instead of {wanted[n]}" for n in differing)
+        raise RewardError(
+            f"the answer's token ids are not those that were sent: {len(got)} for {len(wanted)}{where}. The server "
+            "shifts, reorders, cuts or re-tokenises its input."
+        )
+    return [_number(entry[str(i)].get("logprob")) for entry, i in zip(entries[len(prompt) :], ids, strict=True)]
+
+
+def _number(value: Any) -> float:
+    """Returns a log-probability, −∞ for vLLM's stand-in.
+
+    Raises:
+        RewardError: it is missing, not a number, or above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > _ROUNDING:
+        raise RewardError(f"a log-probability of the answer is missing or impossible ({value!r}).")
+    return -math.inf if value <= _FLOOR else float(value)

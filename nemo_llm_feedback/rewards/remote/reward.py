@@ -1,32 +1,402 @@
-"""The LLM reward of a scoring server: ``reward=remote`` with vLLM or SGLang behind ``reward.settings.base_url``.
+"""The LLM reward of a scoring server: ``reward=remote`` with vLLM behind ``reward.settings.base_url``.
 
-R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h) as with a local LLM, cache included; only the
-scorer is another. A failed request makes the groups that needed it NaN; they are counted, never cached, and stop the
-run where they are too many. Such a group is asked for again when it is proposed anew, in the next refresh round.
+R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h) as with a local LLM, cache included: the same
+prompts and token ids, the forward elsewhere. A failed request makes the groups that needed it NaN; they are counted,
+never cached, and stop the run where they are too many. Such a group is asked for again when it is proposed anew, in
+the next refresh round.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from nemo_llm_feedback.core.errors import RewardError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.config.faults import listing, sentences
+from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
+from nemo_llm_feedback.llm import TextScore, load_llm
+from nemo_llm_feedback.llm.encoding import PromptEncoder
+from nemo_llm_feedback.llm.folder import check_llm_folder, fingerprint, is_hub_id
+from nemo_llm_feedback.llm.loading import load_tokenizer
+from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
-from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
+from nemo_llm_feedback.rewards.base import RefusedError, register
+from nemo_llm_feedback.rewards.cache import score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
-from nemo_llm_feedback.rewards.lookup import View
-from nemo_llm_feedback.rewards.remote.config import parse_remote
-from nemo_llm_feedback.rewards.remote.scorer import PROBE_CONTEXT, RemoteScorer, agree
 
 logger = logging.getLogger(__name__)
 
+Ids = tuple[int, ...]
+_KEY = "reward.settings"
+_PROBE_CONTEXT = Context(description="a short test", terms=("one", "two"))
+_PROBE_TEXTS = ("one two three", "a", "two words and then some more of them")
+# Largest difference between two ways to the same score, in nats, times the root of the number of tokens: rounding in
+# half precision or 8 bit costs hundredths to a fifth of a nat a token, of either sign; a shifted token costs nats.
+_TOLERANCE = 0.25
+_LOGGED_FAILURES = 5
 _RECENT = 100  # groups whose failures decide whether the run goes on
 _FEWEST = 10  # as many groups count at least, so that one early failure is no 100 %
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class RemoteConfig(BaseModel):
+    """A scoring server, under ``reward.settings`` of ``reward=remote``.
+
+    Attributes:
+        base_url: address of the server, ``http://host:8000``; with a path in front of the API where a proxy adds one.
+        model: the model's name on the server, as ``/v1/models`` lists it.
+        tokenizer: folder or hub id of the tokenizer that the server's model uses; null = ``model``.
+        revision: branch, tag or commit of a hub id.
+        version: any text; enters the cache's key. Change it when other weights are served under the same name.
+        api_key_env: name of the environment variable that holds the server's key; null = the server asks for none.
+        timeout_s: longest wait for one attempt of one request.
+        deadline_s: longest time for all requests of one batch of groups, retries included.
+        retries: attempts after the first, on time-outs, cut connections and statuses 408, 409, 425, 429 and 5xx.
+        max_in_flight: requests under way at once.
+        batch_size: hypotheses in one request.
+        max_failed: share of the recent groups without an answer above which the run stops.
+        max_model_len: longest sequence of the server's model in tokens; null = what ``/v1/models`` says.
+        template, chat, chat_template_kwargs, max_context_tokens, max_terms, truecasing: what the LLM reads, as in the
+            section ``llm``.
+        check_against: folder of the same LLM on this machine; at start-up it is loaded unquantised, scores the check's
+            texts too, and is dropped. null = the server is only checked against itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    base_url: str = ""
+    model: str = ""
+    tokenizer: str | None = None
+    revision: str | None = None
+    version: str = ""
+    api_key_env: str | None = None
+    timeout_s: _Positive = 60.0
+    deadline_s: _Positive = 300.0
+    retries: Annotated[int, Field(ge=0)] = 5
+    max_in_flight: Annotated[int, Field(gt=0)] = 8
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    max_model_len: Annotated[int, Field(ge=16)] | None = None
+    template: str | None = None
+    chat: Literal["auto", "on", "off"] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
+    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
+    max_terms: Annotated[int, Field(ge=1)] = 200
+    truecasing: Literal["none", "sentence", "english"] = "none"
+    check_against: str | None = None
+
+    @property
+    def api_root(self) -> str:
+        """``base_url`` without a closing slash or the ``/v1`` that OpenAI clients want at its end."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def prompting(self) -> LLMConfig:
+        """The prompt's settings as those of a local LLM: ``check_against`` or, where there is none, a name only."""
+        shared = ("template", "chat", "chat_template_kwargs", "max_context_tokens", "max_terms", "truecasing")
+        source = self.check_against or self.tokenizer or self.model
+        return LLMConfig(model=source, quantization="none", **{name: getattr(self, name) for name in shared})
+
+    @property
+    def key(self) -> str | None:
+        """The server's key from the environment if a header can carry it; None where none is asked for."""
+        value = os.environ.get(self.api_key_env or "", "").strip()
+        return value if value and value.isascii() and value.isprintable() else None
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        try:
+            url = urlsplit(value)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"is no address: give one such as http://localhost:8000, not {value!r}.")
+        if url.username or url.password or url.query or url.fragment:
+            # Settings go into logs, run folders and model cards; the value is not repeated for that reason.
+            raise ValueError(
+                "holds a user name, password, query or fragment: leave them out, and give a key by "
+                f"{_KEY}.api_key_env."
+            )
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty: give the model's name as the server's /v1/models lists it.")
+        return value
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _has_files(cls, value: str | None, info: ValidationInfo) -> str | None:
+        source = value or info.data.get("model")
+        if source and not Path(source).expanduser().is_dir() and not is_hub_id(source):
+            raise ValueError(
+                f"={source} is neither a folder nor a hub id: token ids are made on this machine, so give the folder "
+                "or hub id of the tokenizer that the server's model uses."
+            )
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_set(cls, value: str | None) -> str | None:
+        if value is not None and cls.model_construct(api_key_env=value).key is None:
+            raise ValueError(
+                f"={value}, but that environment variable is not set (or holds more than printable ASCII): export the "
+                "server's key under that name."
+            )
+        return value
+
+    @field_validator("check_against")
+    @classmethod
+    def _is_an_llm(cls, value: str | None) -> str | None:
+        if value and (faults := check_llm_folder(LLMConfig(model=value, quantization="none"))):
+            raise ValueError(" ".join(fault.replace("llm.model", f"{_KEY}.check_against") for fault in faults))
+        return value
+
+
+def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
+    """Makes the checked settings of ``reward.settings``; nothing is sent.
+
+    Raises:
+        ConfigError: lists every unknown key with the nearest known one, and every fault.
+    """
+    try:
+        return RemoteConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ConfigError("reward=remote has " + listing(sentences(error, _KEY, RemoteConfig.model_fields))) from None
+
+
+class RemoteScorer:
+    """Scores texts given a context on a server; a ``Scorer`` as ``rewards.lm`` wants it.
+
+    Args:
+        config: checked settings (see :func:`parse_remote`).
+
+    Attributes:
+        identity: changes whenever anything does that scores depend on, as far as this side can know.
+        probe_scores: of the start-up check's texts.
+        num_requests: answered or failed requests so far, without those of the start-up check.
+        num_failed_requests: those that failed after all retries.
+
+    Raises:
+        LLMError: the tokenizer or the template cannot be used.
+        RewardError: the ``openai`` client is not installed, or the server cannot be reached, does not serve the model,
+            or fails the start-up check.
+    """
+
+    def __init__(self, config: RemoteConfig) -> None:
+        try:
+            from nemo_llm_feedback.rewards.remote.client import Client
+        except ImportError as error:
+            raise RewardError(
+                f"reward=remote needs the openai client ({error}): pip install 'nemo_llm_feedback[remote]'."
+            ) from error
+        self._config = config
+        self._client = Client(
+            config.api_root,
+            config.model,
+            key=config.key,
+            timeout_s=config.timeout_s,
+            retries=config.retries,
+            max_in_flight=config.max_in_flight,
+        )
+        self._lock = threading.Lock()
+        self.num_requests = self.num_failed_requests = 0
+        self._failed: set[tuple[Context, str]] = set()
+        self._warned_long = False
+        tokenizer_source = config.tokenizer or config.model
+        folder, tokenizer = load_tokenizer(tokenizer_source, config.revision, key=f"{_KEY}.tokenizer")
+        served = self._served_model()
+        length = config.max_model_len or served.get("max_model_len")
+        if not isinstance(length, int) or length < 16:
+            raise RewardError(
+                f"{config.base_url} does not say how long a sequence {config.model} can read: set "
+                "reward.settings.max_model_len to its context length in tokens."
+            )
+        self._room = length - 1  # one token is generated behind every sequence
+        chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
+        template = read_template(config.template, chat=chat)
+        self.encoder = PromptEncoder(
+            tokenizer,
+            template=template,
+            chat=chat,
+            chat_template_kwargs=config.chat_template_kwargs,
+            max_tokens=min(config.max_context_tokens, self._room - min(256, self._room // 4)),
+        )
+        parts = {
+            "model": [config.model, served.get("root"), config.version],
+            "dialect": "vllm",  # caches of earlier versions stay valid
+            "tokenizer": [tokenizer_source, fingerprint(folder)],
+            "template": template.text,
+            "chat": [tokenizer.chat_template, dict(config.chat_template_kwargs)] if chat else None,
+            "max_context_tokens": config.max_context_tokens,
+        }
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.identity = f"remote:{config.model}:{digest}"
+        self.probe_scores = self._check_self()
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the prompt template shows the context to the LLM at all."""
+        return self.encoder.uses_context
+
+    @property
+    def num_retries(self) -> int:
+        """Attempts after a first one so far."""
+        return self._client.num_retries
+
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
+        """Scores texts behind their contexts; equal (context, text) pairs are sent once.
+
+        Args:
+            requests: (context, texts) pairs; the empty context and the empty text are allowed.
+
+        Returns:
+            Per request one list, per text one score, in the given order; NaN for a text that does not fit the LLM or
+            whose request failed.
+
+        Raises:
+            RefusedError: the server refuses the key or does not know the model.
+            LLMError: the template alone exceeds the prompt's limit.
+        """
+        encoded = [
+            (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
+            for context, texts in requests
+        ]
+        wanted: dict[Ids, dict[Ids, float]] = {}
+        for prompt, texts in encoded:
+            wanted.setdefault(prompt, {}).update((ids, math.nan) for ids in texts)
+        # A request holds one prompt only: its texts are then all different, so that two swapped answers show.
+        batches = [(prompt, batch) for prompt, texts in wanted.items() for batch in self._batches(prompt, list(texts))]
+        failed: set[tuple[Ids, Ids]] = set()
+        for (prompt, batch), sums in zip(batches, self._send_all(batches), strict=True):
+            if sums is None:
+                failed.update((prompt, ids) for ids in batch)
+            else:
+                wanted[prompt].update(zip(batch, sums, strict=True))
+        for (context, given), (prompt, rows) in zip(requests, encoded, strict=True):
+            pairs = zip(given, rows, strict=True)
+            self._failed.update((context, text) for text, ids in pairs if (prompt, ids) in failed)
+        return [[TextScore(wanted[prompt][ids], len(ids)) for ids in texts] for prompt, texts in encoded]
+
+    def take_failures(self) -> set[tuple[Context, str]]:
+        """Returns the (context, text) pairs whose requests failed since the last call."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def _batches(self, prompt: Ids, texts: Sequence[Ids]) -> list[list[Ids]]:
+        """The texts that the LLM can read, as many per request as allowed."""
+        fitting = [ids for ids in texts if len(prompt) + len(ids) <= self._room]
+        if len(fitting) < len(texts) and not self._warned_long:
+            self._warned_long = True
+            logger.warning(
+                "A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN.", self._room
+            )
+        size = self._config.batch_size
+        return [fitting[start : start + size] for start in range(0, len(fitting), size)]
+
+    def _send_all(self, batches: Sequence[tuple[Ids, list[Ids]]]) -> list[list[float] | None]:
+        """Returns the sums of each batch, None for one that failed."""
+        if not batches:
+            return []
+        deadline = self._deadline()
+        pool = ThreadPoolExecutor(max_workers=min(self._config.max_in_flight, len(batches)))
+        try:
+            return list(pool.map(lambda batch: self._try(batch[0], batch[1], deadline), batches))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._config.deadline_s
+
+    def _try(self, prompt: Ids, texts: Sequence[Ids], deadline: float) -> list[float] | None:
+        sums, failure = None, None
+        try:
+            sums = self._client.sums(prompt, texts, deadline=deadline)
+        except RefusedError:
+            raise
+        except RewardError as error:
+            failure = error
+        with self._lock:
+            self.num_requests += 1
+            self.num_failed_requests += failure is not None
+            if failure is not None and self.num_failed_requests <= _LOGGED_FAILURES:
+                more = " Later ones are counted, not logged." if self.num_failed_requests == _LOGGED_FAILURES else ""
+                logger.warning("%d hypotheses got no score: %s%s", len(texts), failure, more)
+        return sums
+
+    def _served_model(self) -> dict[str, Any]:
+        served = self._client.models(deadline=self._deadline())
+        if self._config.model not in served:
+            raise RewardError(
+                f"{self._config.base_url} does not serve reward.settings.model={self._config.model}; it serves "
+                f"{', '.join(served) or 'nothing'}."
+            )
+        return served[self._config.model]
+
+    def _check_self(self) -> dict[str, TextScore]:
+        """Scores short texts in several ways and returns their scores.
+
+        Whole texts must score as the sum of their two parts, and a generated token must have the log p that it has
+        as a part of the input: shifted or foreign values do not pass both. Where ``check_against`` names the LLM's
+        folder, its scores must agree too.
+
+        Raises:
+            RewardError: they differ, a score is not finite, or the server does not answer as it should.
+        """
+        prompt, deadline = self.encoder.encode_prompt(_PROBE_CONTEXT), self._deadline()
+        texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
+        try:
+            sums = self._client.sums(prompt, texts, deadline=deadline)
+            for ids, whole in zip(texts, sums, strict=True):
+                if cut := len(ids) // 2:
+                    (first,) = self._client.sums(prompt, [ids[:cut]], deadline=deadline)
+                    (second,) = self._client.sums(prompt + ids[:cut], [ids[cut:]], deadline=deadline)
+                    self._compare("in two parts", first + second, whole, len(ids))
+            start = prompt + (texts[0][:-1] or texts[0])
+            token, generated = self._client.generate(start, deadline=deadline)
+            (as_input,) = self._client.sums(start, [(token,)], deadline=deadline)
+            self._compare("as a generated token", generated, as_input, 1)
+        except RefusedError:
+            raise
+        except RewardError as error:
+            raise RewardError(f"The scoring server failed the start-up check: {error}") from error
+        if self._config.check_against is not None:
+            local = load_llm(self._config.prompting).score([(_PROBE_CONTEXT, _PROBE_TEXTS)])[0]
+            for score, whole in zip(local, sums, strict=True):
+                self._compare("by reward.settings.check_against", score.logp, whole, score.num_tokens)
+        return {text: TextScore(logp, len(ids)) for text, ids, logp in zip(_PROBE_TEXTS, texts, sums, strict=True)}
+
+    def _compare(self, way: str, score: float, reference: float, num_tokens: int) -> None:
+        if not _agree(score, reference, num_tokens):
+            raise RewardError(
+                f"{self._config.base_url}: a short text of {num_tokens} tokens scores {score:.3f} nat {way} and "
+                f"{reference:.3f} nat as input. The server's log-probabilities are not those of its input, or it "
+                "serves another model than you think."
+            )
+
+
+def _agree(score: float, reference: float, num_tokens: int) -> bool:
+    """Whether two scores of one text are the same but for rounding; NaN and ∞ never are."""
+    return abs(score - reference) <= _TOLERANCE * math.sqrt(num_tokens)
 
 
 class RemoteReward(LLMReward):
@@ -35,7 +405,7 @@ class RemoteReward(LLMReward):
     Args:
         scorer: the server.
         max_failed: the run stops once a larger share of the last 100 groups failed (10 groups count at least).
-        alpha, beta, normalize, asr_weight, allow_no_context, view, cache: as of :class:`LLMReward`.
+        settings: keyword arguments of :class:`LLMReward`.
 
     Attributes:
         remote: the server.
@@ -48,34 +418,12 @@ class RemoteReward(LLMReward):
 
     name = "remote"
 
-    def __init__(
-        self,
-        scorer: RemoteScorer,
-        *,
-        max_failed: float,
-        alpha: float,
-        beta: float,
-        normalize: str = "sum",
-        asr_weight: float = 1.0,
-        allow_no_context: bool = False,
-        view: View | None = None,
-        cache: ScoreCache | str | None = None,
-    ) -> None:
-        super().__init__(
-            scorer,
-            alpha=alpha,
-            beta=beta,
-            normalize=normalize,
-            asr_weight=asr_weight,
-            allow_no_context=allow_no_context,
-            view=view,
-            cache=cache,
-        )
+    def __init__(self, scorer: RemoteScorer, *, max_failed: float, **settings: Any) -> None:
+        super().__init__(scorer, **settings)
         self.remote = scorer
         self._max_failed = max_failed
         self._recent: deque[bool] = deque(maxlen=_RECENT)
-        self.num_groups = 0
-        self.num_failed_groups = 0
+        self.num_groups = self.num_failed_groups = 0
         self._check_cache()
 
     def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
@@ -114,10 +462,10 @@ class RemoteReward(LLMReward):
     def _check_cache(self) -> None:
         """Compares the start-up check's score with that of the run that filled the cache."""
         scores = self.remote.probe_scores
-        keys = {text: score_key(self.remote.identity, PROBE_CONTEXT, text) for text in scores}
+        keys = {text: score_key(self.remote.identity, _PROBE_CONTEXT, text) for text in scores}
         known = self.cache.get_many(keys.values())
         for text, key in keys.items():
-            if key in known and not agree(known[key][0], scores[text].logp, scores[text].num_tokens):
+            if key in known and not _agree(known[key][0], scores[text].logp, scores[text].num_tokens):
                 raise RewardError(
                     "reward.cache holds scores of another model that was served under the same name: give a new "
                     "reward.cache, or set reward.settings.version to tell the two apart."
@@ -128,35 +476,17 @@ class RemoteReward(LLMReward):
 
 
 @register("remote")
-def remote_reward(
-    settings: Mapping[str, Any],
-    *,
-    alpha: float,
-    beta: float,
-    normalize: str = "sum",
-    asr_weight: float = 1.0,
-    allow_no_context: bool = False,
-    cache: ScoreCache | str | None = None,
-) -> RemoteReward:
+def remote_reward(settings: Mapping[str, Any], **shared: Any) -> RemoteReward:
     """Makes the reward of a scoring server, and checks the server.
 
     Args:
-        settings: what ``reward.settings`` holds; see :class:`~nemo_llm_feedback.rewards.remote.config.RemoteConfig`.
-        alpha, beta, normalize, asr_weight, allow_no_context, cache: as of :class:`LLMReward`.
+        settings: what ``reward.settings`` holds; see :class:`RemoteConfig`.
+        shared: keyword arguments of :class:`LLMReward` but ``view``.
 
     Raises:
         ConfigError: faults of the settings.
         LLMError, RewardError: see :class:`RemoteScorer` and :class:`RemoteReward`.
     """
     config = parse_remote(settings)
-    return RemoteReward(
-        RemoteScorer(config),
-        max_failed=config.max_failed,
-        alpha=alpha,
-        beta=beta,
-        normalize=normalize,
-        asr_weight=asr_weight,
-        allow_no_context=allow_no_context,
-        view=LLMView.of(config.prompting),
-        cache=cache,
-    )
+    view = LLMView.of(config.prompting)
+    return RemoteReward(RemoteScorer(config), max_failed=config.max_failed, view=view, **shared)
