@@ -34,7 +34,7 @@ from nemo.collections.asr.modules.conformer_encoder import ConformerEncoder
 from nemo.utils import logging as nemo_logging
 from torch import Tensor
 
-from nemo_llm_feedback.asr.likelihood import Band, BandReport, ctc_log_prob, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.asr.likelihood import Band, BandReport, ctc_log_prob, transducer_log_prob
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 SHAPES = {"full": FULL, "small": SMALL, "tiny": TINY}
@@ -151,9 +151,7 @@ def our_log_prob(problem: Problem, encoded: Tensor, hyps: Hyps, *, band: Band | 
     if problem.family == "ctc":
         return ctc_log_prob(encoded.log_softmax(-1), problem.lengths, trie)
     args = (encoded, problem.lengths, trie, problem.decoder, problem.joint)
-    if problem.family == "tdt":
-        return tdt_log_prob(*args, durations=DURATIONS, band=band)
-    return rnnt_log_prob(*args, band=band)
+    return transducer_log_prob(*args, durations=DURATIONS if problem.family == "tdt" else (), band=band)
 
 
 def per_hypothesis(problem: Problem, encoded: Tensor) -> Tensor:

@@ -15,25 +15,22 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.likelihood import (
+    MEMORY_BUDGET_MB,
     Band,
-    TransducerParts,
+    JointCells,
     ctc_divergence,
     ctc_log_prob,
-    rnnt_log_prob,
-    tdt_log_prob,
     transducer_divergence,
+    transducer_log_prob,
 )
-from nemo_llm_feedback.asr.sampling import sample_ctc, sample_transducer
+from nemo_llm_feedback.asr.sampling import collapse, sample_ctc, sample_transducer
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 Labels = tuple[int, ...]
 
-# Of a transducer's joint, where nobody sets another.
-MEMORY_BUDGET_MB = 512
-
-# NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
-_CERTAIN, _IMPOSSIBLE = 0.0, -1e4
+# A log-probability; −∞ would make NaNs in NeMo's beam.
+_IMPOSSIBLE = -1e4
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Head(ABC):
 
     Attributes:
         name: ``ctc`` or ``transducer``.
-        vocabulary: its labels.
+        vocabulary: its labels; blank is the id after the last one.
     """
 
     name: str
@@ -130,10 +127,10 @@ class Head(ABC):
             reference: the same kind of head, frozen.
             ref_encoded: [B, D, T] the reference's encoder output of the same audio.
             lengths: [B] frames.
-            trie: one text a row, along whose alignments a transducer is compared; not read by CTC.
+            trie: one text per row, along whose alignments a transducer is compared; not read by CTC.
 
         Returns:
-            [B] KL(reference ‖ policy) summed along the audio, nats an utterance, with gradient.
+            [B] KL(reference ‖ policy) summed along the audio, nats per utterance, with gradient.
         """
 
     @abstractmethod
@@ -213,11 +210,7 @@ class CTCHead(Head):
         from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
 
         with torch.no_grad():
-            log_probs = self._log_probs(encoded)
-            padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
-            neutral = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
-            neutral[-1] = _CERTAIN
-            log_probs = torch.where(padded[..., None], neutral, log_probs)
+            log_probs = without_padding(self._log_probs(encoded), lengths)
             search = BatchedBeamCTCComputer(
                 blank_index=self.vocabulary.vocab_size,
                 beam_size=size,
@@ -235,10 +228,7 @@ class CTCHead(Head):
         with torch.no_grad():
             best = self._log_probs(encoded).argmax(-1)
         blank = self.vocabulary.vocab_size
-        rows = (
-            torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best.cpu(), lengths.tolist(), strict=True)
-        )
-        return [tuple(label for label in row if label != blank) for row in rows]
+        return [collapse(row[:n], blank) for row, n in zip(best.cpu(), lengths.tolist(), strict=True)]
 
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
         """See :class:`Head`."""
@@ -273,27 +263,29 @@ class TransducerHead(Head):
         self._decoder, self._joint = decoder, joint
         self.vocabulary = vocabulary
         self.durations = tuple(int(d) for d in durations)
-        self._limits: dict[str, Any] = {"memory_budget_mb": memory_budget_mb, "band": band}
+        self._budget, self._band = memory_budget_mb, band
 
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
         """See :class:`Head`."""
-        parts: Any = (encoded.transpose(1, 2), lengths, trie, self._decoder, self._joint)
-        if self.durations:
-            return tdt_log_prob(*parts, durations=self.durations, **self._limits)
-        return rnnt_log_prob(*parts, **self._limits)
+        frames = encoded.transpose(1, 2)
+        limits: dict[str, Any] = {"memory_budget_mb": self._budget, "band": self._band}
+        return transducer_log_prob(
+            frames, lengths, trie, self._decoder, self._joint, durations=self.durations, **limits
+        )
+
+    def cells(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> JointCells:
+        """What the joint is evaluated in, within the memory budget; arguments as in :meth:`log_prob`."""
+        frames, budget = encoded.transpose(1, 2), self._budget
+        return JointCells.of(frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=budget)
 
     def divergence(
         self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
     ) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`Head`; within the memory budget, as the likelihood."""
         assert isinstance(reference, TransducerHead)
-        return transducer_divergence(
-            TransducerParts(encoded.transpose(1, 2), self._decoder, self._joint),
-            TransducerParts(ref_encoded.transpose(1, 2), reference._decoder, reference._joint),
-            lengths,
-            trie,
-            durations=self.durations,
-        )
+        with torch.no_grad():
+            frozen = reference.cells(ref_encoded, lengths, trie)
+        return transducer_divergence(self.cells(encoded, lengths, trie), frozen, durations=self.durations)
 
     def beam(
         self,
@@ -310,26 +302,28 @@ class TransducerHead(Head):
         from nemo.collections.asr.parts.submodules.tdt_beam_decoding import BeamBatchedTDTInfer
         from nemo.collections.asr.parts.utils.batched_beam_decoding_utils import BlankLMScoreMode, PruningMode
 
-        settings = {
-            "decoder_model": self._decoder,
-            "joint_model": self._joint,
-            "blank_index": self.vocabulary.vocab_size,
-            "beam_size": size,
-            "search_type": "malsd_batch",
-            "max_symbols_per_step": max_symbols,
-            "fusion_models": [tree] if tree is not None else None,
-            "fusion_models_alpha": [tree_weight] if tree is not None else None,
-            "blank_lm_score_mode": BlankLMScoreMode.LM_WEIGHTED_FULL,
-            "pruning_mode": PruningMode.LATE,
-            "allow_cuda_graphs": False,
-            "return_best_hypothesis": False,
-        }
-        if self.durations:
-            search: Any = BeamBatchedTDTInfer(durations=list(self.durations), **settings)
-        else:
-            search = BeamBatchedRNNTInfer(**settings)
+        search = self._search(
+            BeamBatchedRNNTInfer,
+            BeamBatchedTDTInfer,
+            beam_size=size,
+            search_type="malsd_batch",
+            max_symbols_per_step=max_symbols,
+            fusion_models=[tree] if tree is not None else None,
+            fusion_models_alpha=[tree_weight] if tree is not None else None,
+            blank_lm_score_mode=BlankLMScoreMode.LM_WEIGHTED_FULL,
+            pruning_mode=PruningMode.LATE,
+            allow_cuda_graphs=False,
+            return_best_hypothesis=False,
+        )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
         return _labels_of(found)
+
+    def _search(self, rnnt: Any, tdt: Any, **settings: Any) -> Any:
+        """One of NeMo's searches, of the two classes that it has for each."""
+        modules = {"decoder_model": self._decoder, "joint_model": self._joint}
+        if self.durations:
+            return tdt(durations=list(self.durations), blank_index=self.vocabulary.vocab_size, **modules, **settings)
+        return rnnt(blank_index=self.vocabulary.vocab_size, **modules, **settings)
 
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
         """See :class:`Head`; NeMo's batched greedy search."""
@@ -338,37 +332,41 @@ class TransducerHead(Head):
             GreedyBatchedTDTInfer,
         )
 
-        settings = {
-            "decoder_model": self._decoder,
-            "joint_model": self._joint,
-            "blank_index": self.vocabulary.vocab_size,
-            "max_symbols_per_step": max_symbols,
-            "use_cuda_graph_decoder": False,
-        }
-        if self.durations:
-            search: Any = GreedyBatchedTDTInfer(durations=list(self.durations), **settings)
-        else:
-            search = GreedyBatchedRNNTInfer(**settings)
+        search = self._search(
+            GreedyBatchedRNNTInfer,
+            GreedyBatchedTDTInfer,
+            max_symbols_per_step=max_symbols,
+            use_cuda_graph_decoder=False,
+        )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
-        return [tuple(int(i) for i in hyp.y_sequence) for hyp in found]
+        return [plain_labels(hyp.y_sequence) for hyp in found]
 
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
         """See :class:`Head`."""
+        parts = encoded.transpose(1, 2), lengths, self._decoder, self._joint
         with torch.no_grad():
-            return sample_transducer(
-                encoded.transpose(1, 2),
-                lengths,
-                self._decoder,
-                self._joint,
-                size=size,
-                durations=self.durations,
-                generator=generator,
-            )
+            return sample_transducer(*parts, size=size, durations=self.durations, generator=generator)
+
+
+def plain_labels(sequence: Any) -> Labels:
+    """Plain integers from a list, a numpy array or an inference tensor."""
+    return tuple(int(i) for i in (sequence.tolist() if hasattr(sequence, "tolist") else sequence))
 
 
 def _labels_of(found: Sequence[Any]) -> list[list[Labels]]:
-    """Plain integers from NeMo's n-best containers, whose sequences are numpy arrays or inference tensors."""
-    return [[tuple(int(i) for i in hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
+    """The label sequences in NeMo's n-best containers."""
+    return [[plain_labels(hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
+
+
+def without_padding(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """CTC's [B, T, V+1] log-probabilities with a certain blank on the frames behind each row's length, [B].
+
+    NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
+    """
+    padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
+    certain = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
+    certain[-1] = 0.0
+    return torch.where(padded[..., None], certain, log_probs)
 
 
 def heads_of(
@@ -385,13 +383,13 @@ def heads_of(
         ConfigError: the model lacks the head asked for.
     """
     heads: list[Head] = []
+    ctc_decoder = model.decoder
     if hasattr(model, "joint"):
-        tdt = model.joint.num_extra_outputs > 0
-        vocabulary = _vocabulary(model, model.joint.vocabulary)
-        durations = tuple(model.cfg.loss.tdt_kwargs.durations) if tdt else ()
+        ctc_decoder = getattr(model, "ctc_decoder", None)
+        durations = model.cfg.loss.tdt_kwargs.durations if model.joint.num_extra_outputs > 0 else ()
         limits: dict[str, Any] = {"memory_budget_mb": memory_budget_mb, "band": band}
+        vocabulary = _vocabulary(model, model.joint.vocabulary)
         heads.append(TransducerHead(model.decoder, model.joint, vocabulary, durations=durations, **limits))
-    ctc_decoder = getattr(model, "ctc_decoder", None) if heads else model.decoder
     if ctc_decoder is not None:
         heads.append(CTCHead(ctc_decoder, _vocabulary(model, ctc_decoder.vocabulary)))
     chosen = [head for head in heads if which in ("auto", "both", head.name)]

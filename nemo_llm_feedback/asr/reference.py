@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nemo_llm_feedback.asr.heads import MEMORY_BUDGET_MB, Head, heads_of
-from nemo_llm_feedback.asr.likelihood import Band
+from nemo_llm_feedback.asr.heads import Head, heads_of
+from nemo_llm_feedback.asr.likelihood import MEMORY_BUDGET_MB, Band
+from nemo_llm_feedback.asr.likelihood.autograd import in_modes, modes_of
 
 _PARTS = ("preprocessor", "encoder", "decoder", "joint", "ctc_decoder")
 
@@ -22,29 +23,19 @@ _PARTS = ("preprocessor", "encoder", "decoder", "joint", "ctc_decoder")
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode with gradient: no SpecAugment, dither, dropout or batch statistics; every flag is restored after.
 
-    NeMo's ``train(mode)`` would flip modules that a user froze, so the flags are kept one by one.
+    NeMo's ``train(mode)`` would flip modules that a user froze, so each module's mode is kept.
     """
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with in_modes(modes_of(module.modules())):
+        module.eval()
         yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
     """BatchNorm layers in eval mode, so that a pseudo-labelled step leaves their statistics alone."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if active else []
-    flags = [(layer, layer.training) for layer in layers]
-    for layer in layers:
-        layer.eval()
-    try:
+    with in_modes([(layer, False) for layer in layers]):
         yield
-    finally:
-        for layer, training in flags:
-            layer.training = training
 
 
 @contextmanager
@@ -82,11 +73,16 @@ def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = Fa
     Returns:
         [B, D, T] encoder output and [B] frames.
     """
-    features, features_len = parts.preprocessor(input_signal=signal, length=signal_len)
+    encoded, lengths = parts.encoder(**_features(parts, signal, signal_len, augment=augment))
+    return encoded, lengths
+
+
+def _features(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool) -> dict[str, Tensor]:
+    """[B, F, T] features and [B] frames, as the encoder's arguments."""
+    features, lengths = parts.preprocessor(input_signal=signal, length=signal_len)
     if augment:
-        features = parts.spec_augmentation(input_spec=features, length=features_len)
-    encoded, encoded_len = parts.encoder(audio_signal=features, length=features_len)
-    return encoded, encoded_len
+        features = parts.spec_augmentation(input_spec=features, length=lengths)
+    return {"audio_signal": features, "length": lengths}
 
 
 def encode_both(
@@ -104,12 +100,10 @@ def encode_both(
     Returns:
         [B, D, T] the policy's output, [B, D, T] the reference's, [B] frames.
     """
-    features, features_len = model.preprocessor(input_signal=signal, length=signal_len)
-    if augment:
-        features = model.spec_augmentation(input_spec=features, length=features_len)
-    encoded, lengths = model.encoder(audio_signal=features, length=features_len)
+    features = _features(model, signal, signal_len, augment=augment)
+    encoded, lengths = model.encoder(**features)
     with torch.no_grad():
-        frozen, _ = reference.encoder(audio_signal=features, length=features_len)
+        frozen, _ = reference.encoder(**features)
     return encoded, frozen, lengths
 
 
@@ -121,6 +115,9 @@ class FrozenReference:
         which, memory_budget_mb, band: the heads to score with, as in :func:`nemo_llm_feedback.asr.heads.heads_of`.
     """
 
+    preprocessor: Any
+    encoder: Any
+
     def __init__(
         self, model: Any, *, which: str, memory_budget_mb: int = MEMORY_BUDGET_MB, band: Band | None = None
     ) -> None:
@@ -129,12 +126,9 @@ class FrozenReference:
         for part in parts.values():
             part.eval().requires_grad_(False)
         self._parts = parts
-        self.preprocessor, self.encoder = parts["preprocessor"], parts["encoder"]
+        vars(self).update(parts)  # under the model's names, so that it passes for one
         self.cfg = model.cfg
         self.tokenizer = getattr(model, "tokenizer", None)
-        for name in ("decoder", "joint", "ctc_decoder"):
-            if name in parts:
-                setattr(self, name, parts[name])
         self.heads: list[Head] = heads_of(self, which=which, memory_budget_mb=memory_budget_mb, band=band)
 
     def to(self, device: torch.device) -> FrozenReference:

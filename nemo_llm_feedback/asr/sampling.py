@@ -33,12 +33,14 @@ def sample_ctc(
     batch, frames, width = probs.shape
     drawn = torch.multinomial(probs.reshape(-1, width), size, replacement=True, generator=generator)
     drawn = drawn.reshape(batch, frames, size)
-    blank = width - 1
-    out = []
-    for b, length in enumerate(lengths.tolist()):
-        rows = (torch.unique_consecutive(drawn[b, :length, n]).tolist() for n in range(size))
-        out.append([tuple(label for label in row if label != blank) for row in rows])
-    return out
+    return [
+        [collapse(drawn[b, :length, n], width - 1) for n in range(size)] for b, length in enumerate(lengths.tolist())
+    ]
+
+
+def collapse(frames: Tensor, blank: int) -> tuple[int, ...]:
+    """The labels that a CTC path [T] spells: repeats merged, blanks removed."""
+    return tuple(label for label in torch.unique_consecutive(frames).tolist() if label != blank)
 
 
 def sample_transducer(

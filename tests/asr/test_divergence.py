@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import config, fit
-from helpers.oracles import joint_tables, transducer_paths
+from helpers.oracles import TinyDecoder, TinyJoint, joint_tables, transducer_paths
 from helpers.ranks import judge
 from helpers.tiny import write_manifest
 from helpers.transducers import FAMILIES, LENGTHS, Model, make_model, random_frames
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nemo_llm_feedback.asr.likelihood import TransducerParts, ctc_divergence, transducer_divergence
+from nemo_llm_feedback.asr.likelihood import JointCells, ctc_divergence, transducer_divergence
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.trie import PrefixTrie
@@ -55,14 +57,15 @@ def test_ctc_is_zero_with_zero_gradient_at_the_start() -> None:
     assert gradient.abs().max() < 1e-12
 
 
-def _divergence(encoded: Tensor, policy: Model, frozen: Tensor, reference: Model, durations: Any) -> Tensor:
-    return transducer_divergence(
-        TransducerParts(encoded, *policy),
-        TransducerParts(frozen, *reference),
-        LENGTHS,
-        PrefixTrie.build(TEXTS, range(4)),
-        durations=durations or (),
-    )
+def _divergence(
+    encoded: Tensor, policy: Model, frozen: Tensor, reference: Model, durations: Any, *, budget: float = 512
+) -> Tensor:
+    trie = PrefixTrie.build(TEXTS, range(4))
+    cells = [
+        JointCells.of(x, LENGTHS, trie, *model, memory_budget_mb=budget)
+        for x, model in ((encoded, policy), (frozen, reference))
+    ]
+    return transducer_divergence(*cells, durations=durations or ())
 
 
 def _enumerated(b: int, encoded: Tensor, policy: Model, frozen: Tensor, reference: Model, durations: Any) -> float:
@@ -126,6 +129,81 @@ def test_transducers_are_zero_with_zero_gradient_at_the_start(durations: Sequenc
     gradients = torch.autograd.grad(found.sum(), [encoded, *model[1].parameters()])
     assert found.abs().max() < 1e-12
     assert all(g.abs().max() < 1e-12 for g in gradients)
+
+
+@pytest.mark.parametrize("durations", FAMILIES)
+def test_transducer_kl_keeps_the_memory_budget_and_the_budget_changes_nothing(durations: Sequence[int] | None) -> None:
+    policy, reference = make_model(durations, seed=1), make_model(durations, seed=2)
+    inputs = [random_frames(4, 5, 6).requires_grad_(), *policy[0].parameters(), *policy[1].parameters()]
+    frozen, sizes = random_frames(4, 5, 6, seed=7), []
+    evaluate = policy[1].joint_after_projection
+
+    def counted(f: Tensor, g: Tensor) -> Tensor:
+        sizes.append(len(f))
+        return evaluate(f, g)
+
+    policy[1].joint_after_projection = counted
+    found = []
+    for budget, low, high in ((512, 5, 99), (8 * 4 * 8 * (5 + 4) / 2**20, 2, 4), (1e-9, 1, 1)):
+        sizes.clear()
+        value = _divergence(inputs[0], policy, frozen, reference, durations, budget=budget)
+        found.append((value, torch.autograd.grad(value.sum(), inputs)))
+        assert low <= max(sizes) <= high
+    for value, gradients in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-12, atol=1e-14)
+        for mine, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-13)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the most entries that any tensor of floats has that is made inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
+        self.entries = max([self.entries, *made])
+        return out
+
+
+def test_transducer_kl_never_holds_the_outputs_of_all_cells() -> None:
+    labels, frames, cells = 500, 40, 16
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append((TinyDecoder(labels, 4).eval(), TinyJoint(6, 4, num_classes=labels).eval()))
+    trie, lengths = PrefixTrie.build([list(range(10))], [0]), torch.tensor([frames])
+    encoded = [random_frames(1, frames, 6, seed=seed).float() for seed in (3, 4)]
+
+    def largest(budget: float) -> int:
+        with _LargestTensor() as seen:
+            mine, frozen = (
+                JointCells.of(x, lengths, trie, *model, memory_budget_mb=budget)
+                for x, model in zip(encoded, models, strict=True)
+            )
+            transducer_divergence(mine, frozen).sum().backward()
+        return seen.entries
+
+    small = cells * 4 * 4 * (5 + labels + 1) / 2**20
+    assert largest(512) > 200 * labels, "the case is too small to show anything"
+    assert largest(small) <= cells * (labels + 1)
+
+
+def test_transducer_kl_is_that_of_the_mode_of_its_forward_pass() -> None:
+    """The joint is evaluated again in the backward, when the model may be in train mode: dropout must stay out."""
+    policy, reference = make_model(None, seed=1), make_model(None, seed=2)
+    policy[1].joint_net.insert(1, nn.Dropout(0.5))
+    policy[1].eval()
+    inputs = [random_frames(4, 5, 6).requires_grad_(), *policy[1].parameters()]
+    found = []
+    for training in (False, True):
+        value = _divergence(inputs[0], policy, random_frames(4, 5, 6, seed=7), reference, None)
+        policy[1].train(training)
+        found.append(torch.autograd.grad(value.sum(), inputs))
+        assert all(module.training is training for module in policy[1].modules())
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- in training

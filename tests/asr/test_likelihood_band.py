@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nemo_llm_feedback.asr.likelihood import Band, BandReport, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.asr.likelihood import Band, BandReport, JointCells, transducer_log_prob
 from nemo_llm_feedback.asr.likelihood.band import _upper_bounds
-from nemo_llm_feedback.asr.likelihood.joint import JointSetting, arc_scores
-from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
+from nemo_llm_feedback.asr.likelihood.joint import arc_scores
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
@@ -45,10 +44,7 @@ def log_prob(
     durations: Sequence[int] | None,
     band: Band | None = None,
 ) -> Tensor:
-    decoder, joint = model
-    if durations is None:
-        return rnnt_log_prob(encoded, lengths, trie, decoder, joint, band=band)
-    return tdt_log_prob(encoded, lengths, trie, decoder, joint, durations=durations, band=band)
+    return transducer_log_prob(encoded, lengths, trie, *model, durations=durations or (), band=band)
 
 
 def gradient(total: Tensor, encoded: Tensor, model: Model) -> Tensor:
@@ -97,16 +93,12 @@ def test_never_further_from_the_exact_value_than_it_reports(
 def test_bounds_of_all_arcs_are_above_the_arcs(durations: Sequence[int] | None) -> None:
     decoder, joint = make_model(durations, scale=5.0)
     trie = PrefixTrie.build([[0, 1, 2], [0, 3], [], [5, 5], [7]], [0, 0, 0, 1, 1])
-    frames, prefixes = (
-        joint.project_encoder(random_frames(2, 7, ENCODER)),
-        joint.project_prednet(prefix_outputs(decoder, trie)),
-    )
-    setting = JointSetting.of(frames, joint=joint, trie=trie, lengths=[7, 5], memory_budget_mb=1)
     with torch.no_grad():
-        exact = arc_scores(frames, prediction=prefixes, setting=setting)
-        bound = _upper_bounds(setting, frames, prefixes)
+        frames, lengths = random_frames(2, 7, ENCODER), torch.tensor([7, 5])
+        cells = JointCells.of(frames, lengths, trie, decoder, joint, memory_budget_mb=1)
+        exact, bound = arc_scores(cells), _upper_bounds(cells)
     assert isinstance(joint.joint_net[-1], nn.Linear)
-    valid = setting.all_cells(7)
+    valid = cells.all_cells()
     for of, above in zip(exact[:2], bound[:2], strict=True):
         assert (above[valid] >= of[valid] - 1e-12).all()
     assert (bound.blank[valid] > exact.blank[valid]).all()  # labels of no hypothesis have some probability

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.asr.likelihood import Band, BandReport, ctc_log_prob, rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.asr.likelihood import Band, BandReport, ctc_log_prob, transducer_log_prob
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 rnnt_modules = pytest.importorskip("nemo.collections.asr.modules.rnnt", reason="NeMo is not installed")
@@ -95,7 +95,7 @@ def test_rnnt_equals_nemos_loss(decoder_name: str, joint_name: str) -> None:
 
     encoded, labels, padded = random_batch()
     decoder, joint = DECODERS[decoder_name](), JOINTS[joint_name]()
-    ours = rnnt_log_prob(encoded, LENGTHS, PrefixTrie.build(labels, range(len(labels))), decoder, joint)
+    ours = transducer_log_prob(encoded, LENGTHS, PrefixTrie.build(labels, range(len(labels))), decoder, joint)
     logits = nemo_joint(encoded, padded, decoder, joint)
     logits = logits.log_softmax(-1) if joint.log_softmax is False else logits
     loss = RNNTLoss(
@@ -138,7 +138,7 @@ def test_tdt_equals_nemos_reference_loss(
     encoded, labels, padded = random_batch()
     decoder, joint = DECODERS[decoder_name](), make_joint(extra_outputs=len(durations), log_softmax=False)
     trie = PrefixTrie.build(labels, range(len(labels)))
-    ours = tdt_log_prob(encoded, LENGTHS, trie, decoder, joint, durations=durations)
+    ours = transducer_log_prob(encoded, LENGTHS, trie, decoder, joint, durations=durations)
     loss = TDTLossPytorch(blank=LABELS, durations=durations, reduction="none", sigma=0.0)
     theirs = -loss(
         acts=nemo_joint(encoded, padded, decoder, joint),
@@ -159,19 +159,19 @@ def test_adapters_are_part_of_the_joint() -> None:
     encoded, labels, _ = random_batch()
     decoder, joint = lstm(), make_joint()
     trie = PrefixTrie.build(labels, range(len(labels)))
-    plain = rnnt_log_prob(encoded, LENGTHS, trie, decoder, joint)
+    plain = transducer_log_prob(encoded, LENGTHS, trie, decoder, joint)
     joint.add_adapter("extra", LinearAdapterConfig(in_features=14, dim=4))
     joint.eval()
     with torch.no_grad():
         for param in joint.adapter_layer.parameters():
             param.normal_()
-    adapted = rnnt_log_prob(encoded, LENGTHS, trie, decoder, joint)
+    adapted = transducer_log_prob(encoded, LENGTHS, trie, decoder, joint)
     assert (adapted - plain).abs().min() > 0.1
     adapted.sum().backward()
     assert all(param.grad is not None and param.grad.norm() > 0 for param in joint.adapter_layer.parameters())
     joint.set_enabled_adapters(enabled=False)
     joint.zero_grad()
-    disabled = rnnt_log_prob(encoded, LENGTHS, trie, decoder, joint)
+    disabled = transducer_log_prob(encoded, LENGTHS, trie, decoder, joint)
     torch.testing.assert_close(disabled, plain)
     disabled.sum().backward()
     assert all(param.grad is None for param in joint.adapter_layer.parameters())
@@ -200,8 +200,8 @@ def test_trained_checkpoint_on_a_group_equals_one_hypothesis_at_a_time(checkpoin
     def run(labels: list[list[int]], rows: list[int], band: Band | None = None) -> Tensor:
         trie = PrefixTrie.build(labels, rows)
         if name == "rnnt_ctc":
-            return rnnt_log_prob(encoded, lengths, trie, model.decoder, model.joint, band=band)
-        return tdt_log_prob(encoded, lengths, trie, model.decoder, model.joint, durations=DURATIONS, band=band)
+            return transducer_log_prob(encoded, lengths, trie, model.decoder, model.joint, band=band)
+        return transducer_log_prob(encoded, lengths, trie, model.decoder, model.joint, durations=DURATIONS, band=band)
 
     together = run(labels, rows)
     alone = torch.cat([run([hyp], [row]) for hyp, row in zip(labels, rows, strict=True)])

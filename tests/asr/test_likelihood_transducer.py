@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nemo_llm_feedback.asr.likelihood import rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.asr.likelihood import transducer_log_prob
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores, lattice_log_prob
 from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
 from nemo_llm_feedback.core.errors import ConfigError
@@ -32,10 +32,7 @@ def log_prob(
     durations: Sequence[int] | None,
     budget: float = 256,
 ) -> Tensor:
-    decoder, joint = model
-    if durations is None:
-        return rnnt_log_prob(encoded, lengths, trie, decoder, joint, memory_budget_mb=budget)
-    return tdt_log_prob(encoded, lengths, trie, decoder, joint, durations=durations, memory_budget_mb=budget)
+    return transducer_log_prob(encoded, lengths, trie, *model, durations=durations or (), memory_budget_mb=budget)
 
 
 def every_hyp_in_every_row() -> tuple[list[list[int]], list[int]]:
@@ -372,8 +369,8 @@ def test_frozen_parameters_get_no_gradient_and_the_rest_keep_theirs() -> None:
         ([LABELS], [3], None, None, ValueError, "without blank"),
         ([0], [4], None, None, ValueError, "lengths"),
         ([0], [3, 3], None, None, ValueError, "expected"),
-        ([0], [3], None, (0, 1), ConfigError, "tdt_log_prob"),
-        ([0], [3], (0, 1), None, ConfigError, "rnnt_log_prob"),
+        ([0], [3], None, (0, 1), ConfigError, "0 durations but the joint has 2"),
+        ([0], [3], (0, 1), None, ConfigError, "none for RNN-T"),
         ([0], [3], (0, 0), (0, 0), ConfigError, "distinct"),
         ([0], [3], (0,), (0,), ConfigError, "at least one > 0"),
     ],

@@ -2,16 +2,17 @@
 
 from nemo_llm_feedback.asr.likelihood.band import Band, BandReport
 from nemo_llm_feedback.asr.likelihood.ctc import ctc_log_prob
-from nemo_llm_feedback.asr.likelihood.divergence import TransducerParts, ctc_divergence, transducer_divergence
-from nemo_llm_feedback.asr.likelihood.transducer import rnnt_log_prob, tdt_log_prob
+from nemo_llm_feedback.asr.likelihood.divergence import ctc_divergence, transducer_divergence
+from nemo_llm_feedback.asr.likelihood.joint import MEMORY_BUDGET_MB, JointCells
+from nemo_llm_feedback.asr.likelihood.transducer import transducer_log_prob
 
 __all__ = [
+    "MEMORY_BUDGET_MB",
     "Band",
     "BandReport",
-    "TransducerParts",
+    "JointCells",
     "ctc_divergence",
     "ctc_log_prob",
-    "rnnt_log_prob",
-    "tdt_log_prob",
     "transducer_divergence",
+    "transducer_log_prob",
 ]

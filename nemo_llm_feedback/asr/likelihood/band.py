@@ -17,6 +17,7 @@ So the error is not estimated but bounded, for these weights and this audio, wit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_llm_feedback.asr.likelihood.joint import JointSetting, evaluate, joint_logits
+from nemo_llm_feedback.asr.likelihood.joint import JointCells
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores, lattice_log_prob
 from nemo_llm_feedback.core.errors import ConfigError
 
@@ -67,25 +68,17 @@ class Band:
             raise ConfigError(f"band tolerance {self.tolerance} must be > 0 nat; leave the band out for exact values.")
 
 
-def check_joint(setting: JointSetting) -> None:
-    """Raises a ConfigError where the joint cannot be bounded."""
-    if setting.joint.training:
-        raise ConfigError("the band needs the joint in eval mode: random masks would differ between its two passes.")
-    net = getattr(setting.joint, "joint_net", None)
-    if not (isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Linear)):
-        raise ConfigError("the band needs a joint whose joint_net ends in a Linear layer; leave the band out.")
+# Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth
+# of the last), and rounds after which an utterance that is not within the tolerance is evaluated whole.
+_SPARE, _MAX_ROUNDS = 0.5, 4
 
 
 @torch.no_grad()
-def banded_scores(
-    encoder: Tensor, *, prediction: Tensor, setting: JointSetting, durations: tuple[int, ...], band: Band
-) -> ArcScores:
+def banded_scores(cells: JointCells, *, durations: tuple[int, ...], band: Band) -> ArcScores:
     """Scores of the arcs out of the cells that matter, −inf for all others.
 
     Args:
-        encoder: [B, T, J] encoder output after ``joint.project_encoder``.
-        prediction: [K, J] prediction-network output of each node after ``joint.project_prednet``.
-        setting: the rest of the call.
+        cells: of the whole lattice.
         durations: frames of each duration; none for RNN-T.
         band: tolerance, and where to report.
 
@@ -95,31 +88,27 @@ def banded_scores(
     Raises:
         ConfigError: the joint is in train mode or does not end in a Linear layer.
     """
-    check_joint(setting)
-    trie = setting.trie
-    lengths = torch.tensor(setting.lengths, device=encoder.device)
-    every = setting.all_cells(encoder.shape[1])
+    if cells.joint.training:
+        raise ConfigError("the band needs the joint in eval mode: random masks would differ between its two passes.")
+    every = cells.all_cells()
     done = torch.zeros_like(every)
-    scores = _upper_bounds(setting, encoder, prediction)
-
-    def score(of: ArcScores) -> Tensor:
-        return lattice_log_prob(of, trie=trie, lengths=lengths, durations=durations)
-
+    scores = _upper_bounds(cells)
+    score = functools.partial(lattice_log_prob, trie=cells.trie, lengths=cells.lengths, durations=durations)
     rounds = 0
     while True:
         with torch.enable_grad():
             free = ArcScores(*(part.detach().requires_grad_() for part in scores))
             upper = score(free)
-        kept = _only(scores, done, setting)
+        kept = _only(scores, done, cells)
         lost = _gap(upper.detach(), score(kept))
         loose = ~(lost <= band.tolerance)  # a NaN is loose
-        needed = every & ~done & _rows_of(loose, setting)
+        needed = every & ~done & _rows_of(loose, cells)
         if not bool(needed.any()):
             break
         if rounds < _MAX_ROUNDS:
             spare = band.tolerance * _SPARE * 0.1**rounds
-            needed &= _visited(_visits(upper, free, setting), needed, setting, spare=spare)
-        evaluate(setting, encoder, prediction, cells=needed, into=scores)
+            needed &= _visited(_visits(upper, free, cells), needed, cells, spare=spare)
+        cells.evaluate(needed, scores)
         done |= needed
         rounds += 1
     if band.report is not None:
@@ -127,45 +116,40 @@ def banded_scores(
     return kept
 
 
-# Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth
-# of the last), and rounds after which an utterance that is not within the tolerance is evaluated whole.
-_SPARE, _MAX_ROUNDS = 0.5, 4
-
-
-def _upper_bounds(setting: JointSetting, encoder: Tensor, prediction: Tensor) -> ArcScores:
+def _upper_bounds(cells: JointCells) -> ArcScores:
     """log q of every arc: normalised over blank and the labels of the utterance's own hypotheses."""
-    scores = setting.empty_scores(encoder)
-    trie, blank, wide = setting.trie, setting.blank, scores.blank.dtype
-    extra = torch.arange(blank, blank + 1 + setting.num_durations, device=encoder.device)  # blank, then durations
+    scores = cells.empty_scores()
+    trie, blank, lengths = cells.trie, cells.blank, cells.lengths.tolist()
+    extra = torch.arange(blank, blank + 1 + cells.num_durations, device=cells.lengths.device)  # blank, then durations
+    hidden, outputs = cells.frames.shape[-1], cells.joint.num_classes_with_blank
     for row, start, stop in trie.spans:
         labels = trie.token[start + 1 : stop].unique()
         parent = trie.parent[start + 1 : stop] - start
         column = torch.searchsorted(labels, trie.token[start + 1 : stop])
         nodes = slice(start, stop)
-        step = max(1, _wider(setting, encoder.shape[-1], len(labels)) // (stop - start))
-        with _only_outputs(setting, torch.cat([labels, extra])):
-            for first in range(0, setting.lengths[row], step):
-                frames = slice(first, min(first + step, setting.lengths[row]))
-                logits = joint_logits(setting, encoder[row : row + 1, frames], prediction[None, nodes])[0].to(wide)
+        # Few outputs and no gradients are held, in the memory of a chunk of cells with all of them.
+        wider = 2 * cells.chunk * (hidden + outputs) // (hidden + len(labels) + 1)
+        step = max(1, wider // (stop - start))
+        with _only_outputs(cells, torch.cat([labels, extra])):
+            for first in range(0, lengths[row], step):
+                frames = slice(first, min(first + step, lengths[row]))
+                logits = cells.logits(cells.frames[row : row + 1, frames], cells.prefixes[None, nodes])[0]
+                logits = logits.to(scores.blank.dtype)
                 log_q = logits[..., : len(labels) + 1].log_softmax(-1)
                 scores.blank[frames, nodes] = log_q[..., -1]
                 scores.label[frames, start + 1 : stop] = log_q[:, parent, column]
-                if setting.num_durations:
+                if cells.num_durations:
                     share = logits[..., len(labels) + 1 :].log_softmax(-1)
                     scores.durations[:, frames, nodes] = share.permute(2, 0, 1)
     return scores
 
 
-def _wider(setting: JointSetting, hidden: int, num_labels: int) -> int:
-    """Cells of a chunk when few outputs and no gradients are held, in the memory of ``setting.cells`` full ones."""
-    return 2 * setting.cells * (hidden + setting.joint.num_classes_with_blank) // (hidden + num_labels + 1)
-
-
 @contextmanager
-def _only_outputs(setting: JointSetting, outputs: Tensor) -> Iterator[None]:
+def _only_outputs(cells: JointCells, outputs: Tensor) -> Iterator[None]:
     """Inside, the joint computes only these of its outputs."""
-    joint: Any = setting.joint
-    net = joint.joint_net
+    net: Any = getattr(cells.joint, "joint_net", None)
+    if not (isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Linear)):
+        raise ConfigError("the band needs a joint whose joint_net ends in a Linear layer; leave the band out.")
     last = net[-1]
     net[-1] = _Rows(last, outputs)
     try:
@@ -186,9 +170,9 @@ class _Rows(nn.Module):
         return nn.functional.linear(x, self._weight, self._bias)
 
 
-def _only(scores: ArcScores, done: Tensor, setting: JointSetting) -> ArcScores:
+def _only(scores: ArcScores, done: Tensor, cells: JointCells) -> ArcScores:
     """The scores with −inf for arcs out of cells that were not evaluated."""
-    parent = setting.trie.parent.clamp_min(0)
+    parent = cells.trie.parent.clamp_min(0)
     return ArcScores(
         scores.blank.masked_fill(~done, -_INF),
         scores.label.masked_fill(~done[:, parent], -_INF),
@@ -201,26 +185,26 @@ def _gap(upper: Tensor, lower: Tensor) -> Tensor:
     return torch.where(upper == -_INF, torch.zeros_like(upper), upper - lower).clamp_min(0.0)
 
 
-def _visits(log_prob: Tensor, scores: ArcScores, setting: JointSetting) -> Tensor:
+def _visits(log_prob: Tensor, scores: ArcScores, cells: JointCells) -> Tensor:
     """[T, K] expected visits of each cell, summed over hypotheses: the flow out of it."""
     possible = log_prob.isfinite().to(log_prob.dtype)
     blank, label = torch.autograd.grad(log_prob, (scores.blank, scores.label), possible)
-    return blank.index_add(1, setting.trie.parent.clamp_min(0), label)
+    return blank.index_add(1, cells.trie.parent.clamp_min(0), label)
 
 
-def _rows_of(loose: Tensor, setting: JointSetting) -> Tensor:
+def _rows_of(loose: Tensor, cells: JointCells) -> Tensor:
     """[K] whether a node's utterance has a loose hypothesis."""
-    trie = setting.trie
-    rows = torch.zeros(len(setting.lengths), dtype=torch.bool, device=loose.device)
+    trie = cells.trie
+    rows = torch.zeros(len(cells.lengths), dtype=torch.bool, device=loose.device)
     rows[trie.utterance[trie.leaf[loose]]] = True
     return rows[trie.utterance]
 
 
-def _visited(visits: Tensor, among: Tensor, setting: JointSetting, *, spare: float) -> Tensor:
+def _visited(visits: Tensor, among: Tensor, cells: JointCells, *, spare: float) -> Tensor:
     """[T, K] the cells but for the least visited ones that add up to ``spare`` in each utterance."""
     visits = visits.masked_fill(~among, 0.0)
     needed = torch.zeros_like(among)
-    for _, start, stop in setting.trie.spans:
+    for _, start, stop in cells.trie.spans:
         part = visits[:, start:stop]
         ordered = part.reshape(-1).sort().values
         left_out = int((ordered.cumsum(0) <= spare).sum())

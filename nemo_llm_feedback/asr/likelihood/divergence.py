@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from nemo_llm_feedback.asr.likelihood.inputs import clean_rows
-from nemo_llm_feedback.asr.likelihood.joint import JointSetting, TransducerJoint, evaluate, joint_logits
+from nemo_llm_feedback.asr.likelihood.autograd import Modes, in_modes, modes_of
+from nemo_llm_feedback.asr.likelihood.joint import Chunk, JointCells
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores, lattice_log_prob
-from nemo_llm_feedback.asr.likelihood.prediction import PredictionNetwork, prefix_outputs
-from nemo_llm_feedback.core.trie import PrefixTrie
 
 # Cells that the reference's paths visit less often are left out: together they hold next to nothing of the sum.
 _MIN_OCCUPANCY = 1e-3
-
-
-class TransducerParts(NamedTuple):
-    """A transducer as the divergence needs it.
-
-    Attributes:
-        frames: [B, T, D] encoder output.
-        decoder: NeMo's prediction network.
-        joint: NeMo's joint.
-    """
-
-    frames: Tensor
-    decoder: PredictionNetwork
-    joint: TransducerJoint
 
 
 def ctc_divergence(log_probs: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
@@ -41,7 +26,7 @@ def ctc_divergence(log_probs: Tensor, reference: Tensor, lengths: Tensor) -> Ten
         lengths: [B] valid frames.
 
     Returns:
-        [B] nats an utterance, ≥ 0, with gradient in ``log_probs``.
+        [B] nats per utterance, ≥ 0, with gradient in ``log_probs``.
     """
     valid = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] < lengths.to(log_probs.device)[:, None]
     # Frames of the padding are taken out before they can make a NaN of the sum's gradient.
@@ -50,82 +35,63 @@ def ctc_divergence(log_probs: Tensor, reference: Tensor, lengths: Tensor) -> Ten
     return _kl(frozen, policy).masked_fill(~valid, 0.0).sum(1)
 
 
-def transducer_divergence(
-    policy: TransducerParts,
-    reference: TransducerParts,
-    lengths: Tensor,
-    trie: PrefixTrie,
-    *,
-    durations: Sequence[int] = (),
-    memory_budget_mb: float = 256,
-) -> Tensor:
+def transducer_divergence(policy: JointCells, reference: JointCells, *, durations: Sequence[int] = ()) -> Tensor:
     """Σ over cells (t, u) of γ_ref(t, u) · KL( p_ref(· | t, u) ‖ p(· | t, u) ): the divergence that is met along the
     reference's alignments of a text.
 
     γ_ref(t, u) is the reference's probability of passing through the cell, given that it writes the text (forward and
     backward variables, Graves 2012, arXiv:1211.3711). The outputs of a cell are labels and blank, with TDT also the
-    durations, which are independent of them, so that their KL is added.
+    durations, which are independent of them, so that their KL is added. The outputs of both models are held for one
+    chunk of cells at a time, within the policy's memory budget, and computed again in the backward pass.
 
     Args:
-        policy: with gradient.
-        reference: of the same audio and architecture.
-        lengths: [B] valid frames.
-        trie: one hypothesis a row, in the rows' order: the text that leads through the lattice.
-        durations: of a TDT model, as in ``tdt_log_prob``; empty = RNN-T.
-        memory_budget_mb: for the reference's pass over all cells.
+        policy: with gradient; its trie has one hypothesis per row, in the rows' order: the text that leads through
+            the lattice.
+        reference: of the same audio, trie and architecture.
+        durations: of a TDT model, as in ``transducer_log_prob``; empty = RNN-T.
 
     Returns:
-        [B] nats an utterance, ≥ 0, with gradient in the policy's frames, prediction network and joint; 0 where the
+        [B] nats per utterance, ≥ 0, with gradient in the policy's frames, prediction network and joint; 0 where the
         audio is too short for the text. Cells with γ_ref under 0.001 are left out.
     """
-    frozen, host_lengths, _ = clean_rows(reference.frames, lengths, trie)
-    moving, _, _ = clean_rows(policy.frames, lengths, trie)
-    with torch.no_grad():
-        ref_frames = reference.joint.project_encoder(frozen)
-        ref_nodes = reference.joint.project_prednet(prefix_outputs(reference.decoder, trie))
-        setting = JointSetting.of(
-            ref_frames, joint=reference.joint, trie=trie, lengths=host_lengths, memory_budget_mb=memory_budget_mb
-        )
-        scores = setting.empty_scores(ref_frames)
-        cells = setting.all_cells(ref_frames.shape[1])
-        evaluate(setting, ref_frames, ref_nodes, cells=cells, into=scores)
-    occupancy = _occupancy(scores, lengths, trie, tuple(durations)).masked_fill(~cells, 0.0)
-    frame, node = (occupancy > _MIN_OCCUPANCY).nonzero(as_tuple=True)
-    place = trie.utterance[node] * ref_frames.shape[1] + frame
-    frames = policy.joint.project_encoder(moving)
-    nodes = policy.joint.project_prednet(prefix_outputs(policy.decoder, trie))
-    own = JointSetting.of(frames, joint=policy.joint, trie=trie, lengths=host_lengths, memory_budget_mb=1)
-    with torch.no_grad():
-        target = _cell_logits(setting, ref_frames, ref_nodes, place, node)
-    divergence = _cell_kl(target, _cell_logits(own, frames, nodes, place, node), num_durations=len(durations))
-    weighted = divergence * occupancy[frame, node].to(divergence.dtype)
-    return weighted.new_zeros(len(lengths)).index_add(0, trie.utterance[node], weighted)
+    every = reference.all_cells()
+    scores = reference.evaluate(every, reference.empty_scores())
+    occupancy = _occupancy(scores, reference, tuple(durations)).masked_fill(~every, 0.0)
+    chosen = occupancy > _MIN_OCCUPANCY
+    frame, node = chosen.nonzero(as_tuple=True)
+    run = functools.partial(_chunk_kl, policy, reference, modes_of(policy.joint.modules()))
+    # The backward holds twice what the likelihood's does: the logits of two models, their softmaxes, the gradients.
+    chunks = policy.chunks(chosen, max(1, policy.chunk // 2))
+    found = torch.cat([checkpoint(run, chunk, use_reentrant=False) for chunk in chunks])
+    weighted = found * occupancy[frame, node].to(found.dtype)
+    return weighted.new_zeros(len(policy.lengths)).index_add(0, policy.trie.utterance[node], weighted)
 
 
-def _occupancy(scores: ArcScores, lengths: Tensor, trie: PrefixTrie, durations: tuple[int, ...]) -> Tensor:
+def _occupancy(scores: ArcScores, cells: JointCells, durations: tuple[int, ...]) -> Tensor:
     """[T, K] probability that the reference's path of the row's text leaves the cell (t, u); a derivative of log p."""
     leaves = ArcScores(*(part.detach().requires_grad_() for part in scores))
     with torch.enable_grad():
-        log_prob = lattice_log_prob(leaves, trie=trie, lengths=lengths.to(scores.blank.device), durations=durations)
+        log_prob = lattice_log_prob(leaves, trie=cells.trie, lengths=cells.lengths, durations=durations)
         feasible = torch.where(log_prob.isfinite(), log_prob, torch.zeros_like(log_prob)).sum()
         flow = torch.autograd.grad(feasible, (leaves.blank, leaves.label))
-    return flow[0].index_add(1, trie.parent.clamp_min(0), flow[1])
+    return flow[0].index_add(1, cells.trie.parent.clamp_min(0), flow[1])
 
 
-def _cell_logits(setting: JointSetting, frames: Tensor, nodes: Tensor, place: Tensor, node: Tensor) -> Tensor:
-    """[n, V] logits of n cells."""
-    chosen = frames.flatten(0, 1).index_select(0, place)[:, None], nodes.index_select(0, node)[:, None]
-    logits = joint_logits(setting, *chosen)[:, 0, 0]
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _chunk_kl(policy: JointCells, reference: JointCells, modes: Modes, chunk: Chunk) -> Tensor:
+    """[n] KL of the outputs of a chunk's cells, the policy's modules in the modes given."""
+    with torch.no_grad():
+        target = _outputs(reference, chunk)
+    with in_modes(modes):  # the second run happens in the backward, when the model may be in train mode again
+        found = _outputs(policy, chunk)
+    return torch.stack([_kl(a, b) for a, b in zip(target, found, strict=True)]).sum(0)
 
 
-def _cell_kl(reference: Tensor, policy: Tensor, *, num_durations: int) -> Tensor:
-    """[n] KL of the cells' outputs from [n, V] logits, the durations being the last of them."""
-    labels = policy.shape[1] - num_durations
-    parts = [(reference[:, :labels], policy[:, :labels])]
-    if num_durations:
-        parts.append((reference[:, labels:], policy[:, labels:]))
-    return torch.stack([_kl(a.log_softmax(-1), b.log_softmax(-1)) for a, b in parts]).sum(0)
+def _outputs(cells: JointCells, chunk: Chunk) -> list[Tensor]:
+    """[n, V+1] log-probabilities of labels and blank in a chunk's cells and, of a TDT model, [n, M] of durations."""
+    logits = cells.chunk_logits(*cells.inputs(chunk))
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    parts = logits[:, : cells.blank + 1], logits[:, cells.blank + 1 :]
+    return [part.log_softmax(-1) for part in parts if part.shape[1]]
 
 
 def _kl(reference: Tensor, policy: Tensor) -> Tensor:

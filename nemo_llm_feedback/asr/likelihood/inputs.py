@@ -8,7 +8,7 @@ from torch import Tensor
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 
-def clean_rows(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> tuple[Tensor, list[int], Tensor]:
+def clean_rows(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> tuple[Tensor, Tensor]:
     """Zeroes frames behind each row's length and all frames of rows that are not finite.
 
     So neither padding nor a broken row can reach another row, or the weights' gradient (0 · NaN = NaN).
@@ -19,7 +19,7 @@ def clean_rows(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> tuple[Tensor, li
         trie: the trie whose rows are looked up.
 
     Returns:
-        [B, max(T, 1), D] features, the lengths on the host, [B] whether the valid frames of the row are finite.
+        [B, max(T, 1), D] features, and [B] whether the valid frames of the row are finite.
 
     Raises:
         ValueError: ``x``, ``lengths`` and the trie do not fit together.
@@ -29,7 +29,7 @@ def clean_rows(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> tuple[Tensor, li
         x = torch.nn.functional.pad(x, (0, 0, 0, 1))
     valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # [B, T]
     row_ok = (x.isfinite().all(-1) | ~valid).all(-1)
-    return x.masked_fill(~(valid & row_ok[:, None])[..., None], 0.0), lengths.tolist(), row_ok
+    return x.masked_fill(~(valid & row_ok[:, None])[..., None], 0.0), row_ok
 
 
 def check_shapes(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> None:

@@ -10,16 +10,21 @@ posterior. The [B, T, U, V] tensor never exists. ``band.py`` chooses cells for t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.asr.likelihood.autograd import differentiable_once
+from nemo_llm_feedback.asr.likelihood.autograd import differentiable_once, in_modes, modes_of, random_state, replayed
+from nemo_llm_feedback.asr.likelihood.inputs import clean_rows
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores
+from nemo_llm_feedback.asr.likelihood.prediction import PredictionNetwork, prefix_outputs
 from nemo_llm_feedback.core.trie import PrefixTrie
+
+MEMORY_BUDGET_MB = 512  # of a joint's activations and their gradients, where nobody sets another
+_CPU_CHUNK_MB = 8  # measured: larger chunks fall out of the cache, smaller ones pay more launches
 
 
 class TransducerJoint(Protocol):
@@ -45,7 +50,7 @@ class TransducerJoint(Protocol):
     def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor: ...
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """n cells, and the m children of their nodes.
 
     Attributes:
@@ -62,36 +67,62 @@ class _Chunk(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class JointSetting:
-    """The parts of a call that carry no gradient.
+class JointCells:
+    """The cells (frame, trie node) of a batch, and the joint that is evaluated in them.
 
     Attributes:
+        frames: [B, T, J] encoder output after ``joint.project_encoder``, with gradient.
+        prefixes: [K, J] prediction-network output of each node after ``joint.project_prednet``, with gradient.
         joint: only what follows the projections is evaluated here.
         trie: on the tensors' device.
-        lengths: valid frames of each batch row.
-        cells: the most cells in a chunk.
+        lengths: [B] valid frames of each batch row, each ≤ T, on that device.
+        row_ok: [B] whether the row's valid frames are finite.
+        chunk: the most cells that are evaluated at once.
         autocast: device type, whether autocast is on, its dtype, as in the forward pass.
     """
 
+    frames: Tensor
+    prefixes: Tensor
     joint: TransducerJoint
     trie: PrefixTrie
-    lengths: list[int]
-    cells: int
+    lengths: Tensor
+    row_ok: Tensor
+    chunk: int
     autocast: tuple[str, bool, torch.dtype]
 
     @classmethod
     def of(
-        cls, encoder: Tensor, *, joint: TransducerJoint, trie: PrefixTrie, lengths: list[int], memory_budget_mb: float
-    ) -> JointSetting:
-        """The setting for [B, T, J] projected encoder output under the present autocast."""
-        device_type = encoder.device.type
-        autocast = (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        cls,
+        encoded: Tensor,
+        lengths: Tensor,
+        trie: PrefixTrie,
+        decoder: PredictionNetwork,
+        joint: TransducerJoint,
+        *,
+        memory_budget_mb: float,
+    ) -> JointCells:
+        """Projects the encoder output and runs the prediction network, under the present autocast.
+
+        Args:
+            encoded: [B, T, D] encoder output.
+            lengths: [B] valid frames of each row.
+            trie: the prefix trie of the hypotheses, at least one.
+            decoder, joint: NeMo's prediction network and joint.
+            memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
+
+        Raises:
+            ValueError: rows, lengths and trie do not fit together.
+        """
+        trie = trie.to(encoded.device)
+        encoded, row_ok = clean_rows(encoded, lengths, trie)
+        frames, prefixes = joint.project_encoder(encoded), joint.project_prednet(prefix_outputs(decoder, trie))
+        kind = frames.device.type
         # Held at once in the backward: sum, activation and their gradients (J wide), logits and theirs (V wide).
-        cell_bytes = 4 * (encoder.shape[-1] + joint.num_classes_with_blank) * encoder.element_size()
-        if device_type == "cpu":
-            memory_budget_mb = min(memory_budget_mb, _CPU_CHUNK_MB)
-        cells = max(1, int(memory_budget_mb * 2**20) // cell_bytes)
-        return cls(joint, trie, lengths, cells, autocast)
+        cell_bytes = 4 * (frames.shape[-1] + joint.num_classes_with_blank) * frames.element_size()
+        budget = min(memory_budget_mb, _CPU_CHUNK_MB) if kind == "cpu" else memory_budget_mb
+        chunk = max(1, int(budget * 2**20) // cell_bytes)
+        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return cls(frames, prefixes, joint, trie, lengths.to(frames.device), row_ok, chunk, autocast)
 
     @property
     def num_durations(self) -> int:
@@ -103,102 +134,119 @@ class JointSetting:
         """Index of blank."""
         return self.joint.num_classes_with_blank - self.num_durations - 1
 
-    def all_cells(self, num_frames: int) -> Tensor:
+    def all_cells(self) -> Tensor:
         """[T, K] whether the frame belongs to the node's utterance."""
-        device = self.trie.parent.device
-        limit = torch.tensor(self.lengths, device=device)[self.trie.utterance]
-        return torch.arange(num_frames, device=device)[:, None] < limit
+        return (
+            torch.arange(self.frames.shape[1], device=self.lengths.device)[:, None] < self.lengths[self.trie.utterance]
+        )
 
-    def empty_scores(self, encoder: Tensor) -> ArcScores:
-        """Zeros to be filled: float32, float64 for float64 input."""
-        wide = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-        size = (encoder.shape[1], self.trie.num_nodes)
-        blank, label = (encoder.new_zeros(size, dtype=wide) for _ in range(2))
-        return ArcScores(blank, label, encoder.new_zeros((self.num_durations, *size), dtype=wide))
+    def empty_scores(self, dtype: torch.dtype | None = None) -> ArcScores:
+        """Zeros to be filled: float32, float64 for a joint in float64, unless another dtype is asked for."""
+        dtype = dtype or (torch.float64 if self.frames.dtype == torch.float64 else torch.float32)
+        size = (self.frames.shape[1], self.trie.num_nodes)
+        blank, label = (self.frames.new_zeros(size, dtype=dtype) for _ in range(2))
+        return ArcScores(blank, label, self.frames.new_zeros((self.num_durations, *size), dtype=dtype))
+
+    def logits(self, frames: Tensor, prefixes: Tensor) -> Tensor:
+        """[b, t, J] and [b, k, J] → [b, t, k, V] unnormalised outputs, under the forward pass's autocast cells."""
+        joint, (kind, enabled, dtype) = self.joint, self.autocast
+        # On a CPU NeMo's joint otherwise applies one log-softmax over labels and durations together.
+        before, joint.log_softmax = joint.log_softmax, False
+        try:
+            with torch.autocast(kind, dtype=dtype) if enabled else nullcontext():
+                return joint.joint_after_projection(frames, prefixes)
+        finally:
+            joint.log_softmax = before
+
+    def inputs(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """[n, J] frames and [n, J] prefixes of a chunk's cells."""
+        return self.frames.flatten(0, 1).index_select(0, chunk.place), self.prefixes.index_select(0, chunk.node)
+
+    def chunk_logits(self, frames: Tensor, prefixes: Tensor) -> Tensor:
+        """[n, J] and [n, J] of n cells → [n, V] unnormalised outputs."""
+        return self.logits(frames[:, None], prefixes[:, None])[:, 0, 0]
+
+    def chunks(self, chosen: Tensor, size: int | None = None) -> Iterator[Chunk]:
+        """The true entries of ``chosen`` [T, K], by frame, at most ``size`` (``chunk`` if None) at a time."""
+        trie, size = self.trie, size or self.chunk
+        child = (trie.parent >= 0).nonzero()[:, 0]
+        child = child[trie.parent[child].argsort(stable=True)]  # the children of a node stand together
+        count = torch.bincount(trie.parent[child], minlength=trie.num_nodes)
+        first = count.cumsum(0) - count  # node → its first child in that order
+        frames, nodes = chosen.nonzero(as_tuple=True)
+        for frame, node in zip(frames.split(size), nodes.split(size), strict=True):
+            arcs = count[node]
+            cell = torch.repeat_interleave(arcs)
+            offset = first[node] - (arcs.cumsum(0) - arcs)
+            place = trie.utterance[node] * len(chosen) + frame
+            yield Chunk(frame, node, place, cell, child[offset[cell] + torch.arange(len(cell), device=cell.device)])
+
+    @torch.no_grad()
+    def evaluate(self, chosen: Tensor, into: ArcScores) -> ArcScores:
+        """Evaluates the joint in the true entries of ``chosen`` [T, K]; writes the scores of the arcs that leave them.
+
+        No gradient is recorded; returns ``into``.
+        """
+        for chunk in self.chunks(chosen):
+            logits = self.chunk_logits(*self.inputs(chunk))
+            log_probs = logits[:, : self.blank + 1].to(into.blank.dtype).log_softmax(-1)
+            into.blank[chunk.frame, chunk.node] = log_probs[:, self.blank]
+            into.label[chunk.frame[chunk.cell], chunk.child] = log_probs[chunk.cell, self.trie.token[chunk.child]]
+            if self.num_durations:
+                share = logits[:, self.blank + 1 :].to(into.blank.dtype).log_softmax(-1)
+                into.durations[:, chunk.frame, chunk.node] = share.T
+        return into
 
 
-def arc_scores(
-    encoder: Tensor, *, prediction: Tensor, setting: JointSetting, evaluated: ArcScores | None = None
-) -> ArcScores:
+def arc_scores(cells: JointCells, *, evaluated: ArcScores | None = None) -> ArcScores:
     """Scores of all arcs of the lattice.
 
     Args:
-        encoder: [B, T, J] encoder output after ``joint.project_encoder``.
-        prediction: [K, J] prediction-network output of each node after ``joint.project_prednet``.
-        setting: the rest of the call; its lengths are each ≤ T.
+        cells: what the joint is evaluated in.
         evaluated: the scores where they are known already, −inf for arcs that are left out; then the forward pass
             evaluates nothing. Only for a joint in eval mode.
 
     Returns:
-        The scores in float32 (float64 for float64 input), differentiable once in ``encoder``, ``prediction`` and the
-        joint's parameters. Cells whose gradient is below the square of the rounding unit of the largest one of their
-        utterance are left out of the backward pass; their sum is far below the rounding error of the rest.
+        The scores in float32 (float64 for float64 input), differentiable once in ``cells.frames``, ``cells.prefixes``
+        and the joint's parameters. Cells whose gradient is below the square of the rounding unit of the largest one of
+        their utterance are left out of the backward pass; their sum is far below the rounding error of the rest.
     """
-    params = tuple(param for param in setting.joint.parameters() if param.requires_grad)
-    return ArcScores(*_JointScores.apply(encoder, prediction, setting, evaluated, *params))
-
-
-@torch.no_grad()
-def evaluate(setting: JointSetting, encoder: Tensor, prediction: Tensor, *, cells: Tensor, into: ArcScores) -> None:
-    """Evaluates the joint in cells and writes the scores of the arcs that leave them.
-
-    Args:
-        setting, encoder, prediction: as in ``arc_scores``; no gradient is recorded.
-        cells: [T, K] which ones.
-        into: is written to.
-    """
-    flat = encoder.flatten(0, 1)
-    for chunk in _chunks(setting, cells):
-        logits = _chunk_logits(setting, flat.index_select(0, chunk.place), prediction.index_select(0, chunk.node))
-        log_probs = logits[:, : setting.blank + 1].to(into.blank.dtype).log_softmax(-1)
-        into.blank[chunk.frame, chunk.node] = log_probs[:, setting.blank]
-        into.label[chunk.frame[chunk.cell], chunk.child] = log_probs[chunk.cell, setting.trie.token[chunk.child]]
-        if setting.num_durations:
-            share = logits[:, setting.blank + 1 :].to(into.blank.dtype).log_softmax(-1)
-            into.durations[:, chunk.frame, chunk.node] = share.T
+    params = tuple(param for param in cells.joint.parameters() if param.requires_grad)
+    return ArcScores(*_JointScores.apply(cells.frames, cells.prefixes, cells, evaluated, *params))
 
 
 class _JointScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        encoder: Tensor,
-        prediction: Tensor,
-        setting: JointSetting,
-        evaluated: ArcScores | None,
-        *params: Tensor,
+        ctx: Any, frames: Tensor, prefixes: Tensor, cells: JointCells, evaluated: ArcScores | None, *params: Tensor
     ) -> Any:
-        ctx.rng = _rng_state(encoder) if setting.joint.training else None
-        ctx.modes = [(module, module.training) for module in setting.joint.modules()]
-        scores = evaluated or setting.empty_scores(encoder)
-        if evaluated is None:
-            evaluate(setting, encoder, prediction, cells=setting.all_cells(encoder.shape[1]), into=scores)
-        ctx.save_for_backward(encoder, prediction, *params)
-        ctx.setting = setting
-        return tuple(scores)
+        ctx.rng = random_state(frames) if cells.joint.training else None
+        ctx.modes = modes_of(cells.joint.modules())
+        ctx.save_for_backward(frames, prefixes, *params)
+        ctx.cells = cells
+        return tuple(evaluated or cells.evaluate(cells.all_cells(), cells.empty_scores()))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, blank: Tensor, label: Tensor, durations: Tensor) -> tuple[Tensor | None, ...]:
-        encoder, prediction, *params = inputs = ctx.saved_tensors
-        setting: JointSetting = ctx.setting
+        frames, _, *params = inputs = ctx.saved_tensors
+        cells: JointCells = ctx.cells
         flow = ArcScores(blank, label, durations)
         # What flows through a cell in all is the weight of its softmax.
-        total = blank.index_add(1, setting.trie.parent.clamp_min(0), label)
+        total = blank.index_add(1, cells.trie.parent.clamp_min(0), label)
         # Random masks repeat only when the chunks do.
-        cells = setting.all_cells(encoder.shape[1]) if ctx.rng else _cells_with_gradient(setting, flow)
+        chosen = cells.all_cells() if ctx.rng else _cells_with_gradient(cells, flow)
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
-        frames, frame_sums = encoder.flatten(0, 1), sums[0].view(-1, encoder.shape[-1])
+        frame_sums = sums[0].view(-1, frames.shape[-1])
         unused: set[int] = set()
         # The caller may have left eval mode by now; dropout in the second evaluation would be another function.
-        with _as_in_forward(ctx.modes), _replayed(ctx.rng, encoder):
-            for chunk in _chunks(setting, cells):
-                enc = frames.index_select(0, chunk.place).requires_grad_()
-                pred = prediction.detach().index_select(0, chunk.node).requires_grad_()
+        with in_modes(ctx.modes), replayed(ctx.rng, frames):
+            for chunk in cells.chunks(chosen):
+                given = [x.detach().requires_grad_() for x in cells.inputs(chunk)]
                 with torch.enable_grad():
-                    logits = _chunk_logits(setting, enc, pred)
-                grad = _logits_grad(setting, chunk, logits.detach().to(blank.dtype), flow, total)
-                parts = torch.autograd.grad(logits, (enc, pred, *params), grad.to(logits.dtype), allow_unused=True)
+                    logits = cells.chunk_logits(*given)
+                grad = _logits_grad(cells, chunk, logits.detach().to(blank.dtype), flow, total)
+                parts = torch.autograd.grad(logits, (*given, *params), grad.to(logits.dtype), allow_unused=True)
                 frame_sums.index_add_(0, chunk.place, parts[0].to(frame_sums.dtype))
                 sums[1].index_add_(0, chunk.node, parts[1].to(sums[1].dtype))
                 for i, part in enumerate(parts[2:], start=2):
@@ -210,93 +258,25 @@ class _JointScores(torch.autograd.Function):
         return grads[0], grads[1], None, None, *grads[2:]
 
 
-def _chunk_logits(setting: JointSetting, encoder: Tensor, prediction: Tensor) -> Tensor:
-    """[n, J] and [n, J] of n cells → [n, V] logits."""
-    return joint_logits(setting, encoder[:, None], prediction[:, None])[:, 0, 0]
-
-
-def joint_logits(setting: JointSetting, encoder: Tensor, prediction: Tensor) -> Tensor:
-    """[b, t, J] and [b, k, J] → [b, t, k, V] unnormalised joint output, under the forward pass's autocast setting."""
-    joint = setting.joint
-    device_type, enabled, dtype = setting.autocast
-    # On a CPU NeMo's joint otherwise applies one log-softmax over labels and durations together.
-    before, joint.log_softmax = joint.log_softmax, False
-    try:
-        with torch.autocast(device_type, dtype=dtype) if enabled else nullcontext():
-            return joint.joint_after_projection(encoder, prediction)
-    finally:
-        joint.log_softmax = before
-
-
-def _logits_grad(setting: JointSetting, chunk: _Chunk, logits: Tensor, flow: ArcScores, total: Tensor) -> Tensor:
+def _logits_grad(cells: JointCells, chunk: Chunk, logits: Tensor, flow: ArcScores, total: Tensor) -> Tensor:
     """[n, V] gradient of the chunk's logits: flow into each output minus its softmax share of the cell's flow."""
     frame, node = chunk.frame, chunk.node
-    labels = logits[:, : setting.blank + 1].softmax(-1).mul_(-total[frame, node][:, None])
-    labels[:, setting.blank] += flow.blank[frame, node]
+    labels = logits[:, : cells.blank + 1].softmax(-1).mul_(-total[frame, node][:, None])
+    labels[:, cells.blank] += flow.blank[frame, node]
     # Children of a node differ in their token, so no place is written twice.
-    labels[chunk.cell, setting.trie.token[chunk.child]] += flow.label[frame[chunk.cell], chunk.child]
-    if not setting.num_durations:
+    labels[chunk.cell, cells.trie.token[chunk.child]] += flow.label[frame[chunk.cell], chunk.child]
+    if not cells.num_durations:
         return labels
     durations = flow.durations[:, frame, node].T
-    share = logits[:, setting.blank + 1 :].softmax(-1)
+    share = logits[:, cells.blank + 1 :].softmax(-1)
     return torch.cat([labels, durations - share * durations.sum(-1, keepdim=True)], dim=-1)
 
 
-def _cells_with_gradient(setting: JointSetting, flow: ArcScores) -> Tensor:
+def _cells_with_gradient(cells: JointCells, flow: ArcScores) -> Tensor:
     """[T, K] the cells that have more than a negligible gradient."""
-    weight = flow.blank.abs().index_add(1, setting.trie.parent.clamp_min(0), flow.label.abs())
+    weight = flow.blank.abs().index_add(1, cells.trie.parent.clamp_min(0), flow.label.abs())
     weight += flow.durations.abs().sum(0)
-    utterance = setting.trie.utterance
-    peak = weight.new_zeros(len(setting.lengths)).scatter_reduce(0, utterance, weight.amax(0), "amax")
+    utterance = cells.trie.utterance
+    peak = weight.new_zeros(len(cells.lengths)).scatter_reduce(0, utterance, weight.amax(0), "amax")
     # A NaN must stay visible: it fails "≤", and the cell is then kept.
     return ~(weight <= torch.finfo(weight.dtype).eps ** 2 * peak[utterance])
-
-
-def _chunks(setting: JointSetting, cells: Tensor) -> Iterator[_Chunk]:
-    """The true entries of [T, K] ``cells``, by frame, at most ``setting.cells`` at a time."""
-    trie = setting.trie
-    child = (trie.parent >= 0).nonzero()[:, 0]
-    child = child[trie.parent[child].argsort(stable=True)]  # the children of a node stand together
-    count = torch.bincount(trie.parent[child], minlength=trie.num_nodes)
-    first = count.cumsum(0) - count  # node → its first child in that order
-    frames, nodes = cells.nonzero(as_tuple=True)
-    for frame, node in zip(frames.split(setting.cells), nodes.split(setting.cells), strict=True):
-        arcs = count[node]
-        cell = torch.repeat_interleave(arcs)
-        offset = first[node] - (arcs.cumsum(0) - arcs)
-        place = trie.utterance[node] * len(cells) + frame
-        yield _Chunk(frame, node, place, cell, child[offset[cell] + torch.arange(len(cell), device=cell.device)])
-
-
-_CPU_CHUNK_MB = 8  # measured: larger chunks fall out of the cache, smaller ones pay more launches
-
-
-def _rng_state(like: Tensor) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(like.device) if like.is_cuda else None
-
-
-@contextmanager
-def _as_in_forward(modes: list[tuple[Any, bool]]) -> Iterator[None]:
-    """Inside, modules are in the train or eval mode that they had in the forward pass."""
-    now = [(module, module.training) for module, _ in modes]
-    for module, training in modes:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module, training in now:
-            module.training = training
-
-
-@contextmanager
-def _replayed(state: tuple[Tensor, Tensor | None] | None, like: Tensor) -> Iterator[None]:
-    """Inside, random numbers repeat from ``state``, so that the dropout masks of the forward pass come again."""
-    if state is None:
-        yield
-        return
-    host, device = state
-    with torch.random.fork_rng([like.device] if device is not None else []):
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device, like.device)
-        yield
