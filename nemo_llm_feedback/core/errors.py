@@ -1,5 +1,9 @@
 """Typed errors. Every message names what is wrong and the fix; a message may list several faults at once."""
 
+from collections.abc import Iterable
+
+MAX_LISTED = 20
+
 
 class FeedbackError(Exception):
     """Base class of all errors that this package raises for its users."""
@@ -31,3 +35,10 @@ class TrainingError(FeedbackError, RuntimeError):
 
 class DecodingError(FeedbackError, RuntimeError):
     """A decoder cannot give what was asked of it."""
+
+
+def list_faults(head: str, items: Iterable[object]) -> str:
+    """A message with one line per item, the first `MAX_LISTED` of them."""
+    lines = [f"\n  {item}" for item in items]
+    more = f"\n  … and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return head + "".join(lines[:MAX_LISTED]) + more

@@ -19,10 +19,9 @@ from typing import Any
 
 from nemo_llm_feedback.core.config.learning import REPLAY_VALUES
 from nemo_llm_feedback.core.config.renames import renamed
-from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.core.types import Context
 
-MAX_LISTED = 20
 MIN_HELD_OUT = 4
 _BRACES = {"_OP_": "{", "_CL_": "}", "(": "{", ")": "}", "<": "{", ">": "}"}
 
@@ -168,7 +167,7 @@ def read_manifest(manifest_filepath: Any, *, use_text: bool = True, tarred: bool
             else:
                 faults.append(row)
     if faults:
-        raise ManifestError(_listed(f"{len(faults)} fault(s) in the manifest(s); correct these lines:", faults))
+        raise ManifestError(list_faults(f"{len(faults)} fault(s) in the manifest(s); correct these lines:", faults))
     return rows
 
 
@@ -212,7 +211,7 @@ def stage(
     bad = {id(row): reason for row, reason in faulty}
     if bad and on_bad_audio == "error":
         head = f"{len(bad)} row(s) with unreadable audio (feedback.on_bad_audio=skip leaves them out):"
-        raise ManifestError(_listed(head, bad.values()))
+        raise ManifestError(list_faults(head, bad.values()))
     kept = [row for row in rows if id(row) not in dropped and id(row) not in bad]
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
@@ -368,9 +367,3 @@ def _expand_braces(pattern: str) -> list[str]:
         if nemo_form.startswith("_") or ".." in pattern:
             pattern = pattern.replace(nemo_form, brace)
     return list(braceexpand(pattern, escape=False))
-
-
-def _listed(head: str, items: Iterable[str]) -> str:
-    items = list(items)
-    more = f"\n  … and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return head + "".join(f"\n  {item}" for item in items[:MAX_LISTED]) + more

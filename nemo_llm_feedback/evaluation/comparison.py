@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.data.manifests import MAX_LISTED, Row, merge_context
-from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities, typed_spans
+from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities, row_entities, typed_spans
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
 from nemo_llm_feedback.evaluation.tables import Table, build_table, table_metrics
@@ -132,7 +132,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     """
     _check(rows, systems, scoring)
     normalize = get_normalizer(scoring.normalizer)
-    entities = row_entities(rows, scoring)
+    entities = row_entities(rows, scoring.entities_key)
     terms, source = _term_lists(rows, entities, scoring.context)
     bias = [_bias_words(row, scoring.bias_key) for row in rows] if scoring.bias_key else None
     references = [row.text for row in rows]
@@ -146,10 +146,10 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     scores = {system.name: score(system.texts) for system in systems}
     first = scores[systems[0].name]
     if first.missing and scoring.missing_entities == "error":
-        listed = [f"{rows[m.utterance].origin}: '{m.entity}' in '{rows[m.utterance].text}'" for m in first.missing]
+        absent = [f"{rows[m.utterance].origin}: '{m.entity}' in '{rows[m.utterance].text}'" for m in first.missing]
         raise ManifestError(
-            _listed(f"{len(listed)} entities are not in their reference (`missing_entities=skip` leaves them out; "
-                    f"normalisation: {scoring.normalizer}):", listed)
+            list_faults(f"{len(absent)} entities are not in their reference (`missing_entities=skip` leaves them out; "
+                    f"normalisation: {scoring.normalizer}):", absent)
         )  # fmt: skip
     oracles = {
         s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize).hypotheses)
@@ -157,8 +157,8 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
         if s.nbest and all(s.nbest)
     }
     spans = tuple(
-        typed_spans(row.text, ref, listed, lambda text: " ".join(normalize(text).split()))
-        for row, ref, listed in zip(rows, first.references, entities, strict=True)
+        typed_spans(row.text, ref, own, lambda text: " ".join(normalize(text).split()))
+        for row, ref, own in zip(rows, first.references, entities, strict=True)
     )
     return Comparison(
         rows=tuple(rows),
@@ -174,23 +174,6 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     )
 
 
-def row_entities(rows: Sequence[Row], scoring: Scoring) -> list[list[TypedEntity]]:
-    """The entities of each row.
-
-    Raises:
-        ManifestError: entities of unknown form, all of them listed.
-    """
-    out, faults = [], []
-    for row in rows:
-        try:
-            out.append(parse_entities(row.data.get(scoring.entities_key)))
-        except ValueError as error:
-            faults.append(f"{row.origin}: `{scoring.entities_key}`: {error}")
-    if faults:
-        raise ManifestError(_listed(f"{len(faults)} row(s) have entities that cannot be read:", faults))
-    return out
-
-
 def _check(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) -> None:
     if not rows:
         raise ManifestError("no utterances to score: the manifest is empty, or every utterance was left out.")
@@ -200,7 +183,7 @@ def _check(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) -> 
             f"none of the {len(rows)} rows has a reference: error rates need `text` in every row of the manifest."
         )
     if bare:
-        raise ManifestError(_listed(f"{len(bare)} of {len(rows)} rows have no reference `text`:", bare))
+        raise ManifestError(list_faults(f"{len(bare)} of {len(rows)} rows have no reference `text`:", bare))
     names = [system.name for system in systems]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"systems need different names, and at least one system: got {', '.join(names) or 'none'}.")
@@ -273,8 +256,3 @@ def _by_group(
         value: {name: system.select(indices) for name, system in scores.items()}
         for value, indices in sorted(members.items())
     }
-
-
-def _listed(head: str, items: Sequence[str]) -> str:
-    more = f"\n  … and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return head + "".join(f"\n  {item}" for item in items[:MAX_LISTED]) + more

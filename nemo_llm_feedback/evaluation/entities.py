@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.error_counts import occurrences
 
 Entity = str | Sequence[int]
@@ -68,6 +69,23 @@ def parse_entities(value: Any, *, type: str = "") -> list[TypedEntity]:
     return [e for item in value for e in parse_entities(item, type=type)]
 
 
+def row_entities(rows: Sequence[Row], key: str = "entities") -> list[list[TypedEntity]]:
+    """The entities of each row, under this key of the manifest.
+
+    Raises:
+        ManifestError: entities of unknown form, all of them listed.
+    """
+    out, faults = [], []
+    for row in rows:
+        try:
+            out.append(parse_entities(row.data.get(key)))
+        except ValueError as error:
+            faults.append(f"{row.origin}: `{key}`: {error}")
+    if faults:
+        raise ManifestError(list_faults(f"{len(faults)} row(s) have entities that cannot be read:", faults))
+    return out
+
+
 def locate_all(
     raw: Sequence[str],
     refs: Sequence[str],
@@ -87,8 +105,8 @@ def locate_all(
     """
     spans: list[set[tuple[int, int]]] = [set() for _ in refs]
     missing = []
-    for u, listed in enumerate(entities or ()):
-        for entity in listed:
+    for u, own in enumerate(entities or ()):
+        for entity in own:
             found = locate(raw[u], refs[u], entity, clean, utterance=u)
             spans[u] |= found
             if not found:

@@ -22,6 +22,7 @@ none):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -185,7 +186,8 @@ def score_corpus(
         ManifestError: no utterances, lists of different lengths, spans outside their reference, or missing entities.
     """
     _check_lengths(references, hypotheses=hypotheses, entities=entities, terms=terms, bias_words=bias_words)
-    clean = _Cleaner(normalize)
+    # The terms of a run recur in every utterance.
+    clean = functools.cache(lambda text: " ".join(normalize(text).split()))
     refs, hyps = [clean(t) for t in references], [clean(t) for t in hypotheses]
     spans, missing = locate_all(references, refs, entities, clean)
     if missing and strict_entities:
@@ -265,28 +267,13 @@ def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normali
     empty = [str(u) for u, members in enumerate(nbest) if not members]
     if empty:
         raise ManifestError(f"no hypotheses for utterance {', '.join(empty)}: every N-best list needs one member")
-    best, texts, errors, words = [], [], [], []
+    rows = []
     for reference, members in zip(references, nbest, strict=True):
         ref_words = normalize(reference).split()
         distances = [Levenshtein.distance(ref_words, normalize(member).split()) for member in members]
-        best.append(min(range(len(distances)), key=distances.__getitem__))
-        texts.append(members[best[-1]])
-        errors.append(distances[best[-1]])
-        words.append(len(ref_words))
-    return Oracle(tuple(best), tuple(texts), tuple(errors), tuple(words))
-
-
-class _Cleaner:
-    """Normalises and collapses white space, once for each text: the terms of a run recur in every utterance."""
-
-    def __init__(self, normalize: Callable[[str], str]) -> None:
-        self._normalize = normalize
-        self._seen: dict[str, str] = {}
-
-    def __call__(self, text: str) -> str:
-        if text not in self._seen:
-            self._seen[text] = " ".join(self._normalize(text).split())
-        return self._seen[text]
+        best = min(range(len(distances)), key=distances.__getitem__)
+        rows.append((best, members[best], distances[best], len(ref_words)))
+    return Oracle(*zip(*rows, strict=True))
 
 
 def _check_lengths(references: Sequence[str], **columns: Sequence[object] | None) -> None:
@@ -308,13 +295,9 @@ def _resample(systems: list[CorpusScores], metric: str, *, samples: int, seed: i
         draws = generator.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
         times_drawn = np.bincount(draws.ravel(), minlength=block * size).reshape(block, size)
         blocks.append(times_drawn @ columns)
-    totals = np.concatenate(blocks)
+    numerators, denominators = np.concatenate(blocks).T.reshape(len(systems), 2, -1).swapaxes(0, 1)
     scale = find_metric(metric).scale
-    values = []
-    for i in range(len(systems)):
-        numerator, denominator = totals[:, 2 * i], totals[:, 2 * i + 1]
-        values.append(np.where(denominator > 0, scale * numerator / np.maximum(denominator, 1), np.nan))
-    return values
+    return list(np.where(denominators > 0, scale * numerators / np.maximum(denominators, 1), np.nan))
 
 
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.core.errors import ManifestError
-from nemo_llm_feedback.data.manifests import MAX_LISTED, Row, parse_context
+from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.data.manifests import Row, parse_context
 from nemo_llm_feedback.evaluation.comparison import Member, System
 
 Line = tuple[int, dict[str, Any]]
@@ -43,12 +43,11 @@ def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> Sys
     if not faults:
         faults += [f"{path}:{lines[k][0]}: {lines[k][1].get('audio_filepath')} is no row." for k in strangers]
     if faults:
-        more = f"\n  … and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
-        raise ManifestError(
+        head = (
             f"{path} and the {len(rows)} rows to score are not the same set ({len(faults)} fault(s)); systems are "
-            f"compared on the same utterances only:{listed}{more}"
+            "compared on the same utterances only:"
         )
+        raise ManifestError(list_faults(head, faults))
     chosen = [lines[k][1] for k in found if k is not None]
     nbest = tuple(_nbest(data, path) for data in chosen)
     return System(name, tuple(data["pred_text"] for data in chosen), nbest if all(nbest) else ())
@@ -92,8 +91,7 @@ def _read_lines(path: str | Path) -> list[Line]:
     if not lines and not faults:
         faults.append(f"{path}: has no line in it.")
     if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
-        raise ManifestError(f"{len(faults)} fault(s) in the predictions; correct these lines:{listed}")
+        raise ManifestError(list_faults(f"{len(faults)} fault(s) in the predictions; correct these lines:", faults))
     return lines
 
 

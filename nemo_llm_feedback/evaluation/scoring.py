@@ -8,6 +8,7 @@ from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
+from nemo_llm_feedback.evaluation.entities import row_entities
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 
 
@@ -23,14 +24,14 @@ def score_rows(
         normalizer: name of the text normalisation of both sides.
 
     Raises:
-        ManifestError: a row has no text.
+        ManifestError: a row has no text, or entities of unknown form.
     """
     bare = [row.origin for row in rows if not row.text]
     if bare:
         raise ManifestError(
             f"{len(bare)} row(s) have no reference text, e.g. {bare[0]}; evaluation needs `text` in every row."
         )
-    entities = [row.data.get("entities") or [] for row in rows]
+    entities = [[e.entity for e in row] for row in row_entities(rows)]
     terms = [merge_context(run_context, row.context).terms for row in rows]
     return score_corpus(
         [row.text for row in rows],

@@ -150,6 +150,17 @@ def test_a_run_folder_gives_the_same_page_again(comparison: Comparison, tmp_path
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
 
 
+def test_what_was_said_before_is_kept_by_the_saved_report(rows: list[Row], tmp_path: Path) -> None:
+    context = Context("an order", ("mocha",), previous=("hello", "what would you like"))
+    said = [dataclasses.replace(row, context=context) for row in rows]
+    compared = compare(said, [System("base", tuple(BASE))], Scoring(context=context))
+    save_report(ReportData("t", "s", "now", sets={"dev": compared}, changes=(change(said[0]),)), tmp_path)
+    loaded = load_report(tmp_path)
+    assert loaded.sets["dev"].rows == tuple(said)
+    assert loaded.sets["dev"].scoring.context == context
+    assert loaded.changes[0].row.context == context
+
+
 def change(row: Row) -> Change:
     return Change(row, "a lada", "a latte please", {"llm": (-30.0, -22.5)}, (Member("a latte", {"llm": -21.0}),))
 

@@ -104,3 +104,18 @@ def test_bad_input():
     other = score_corpus(["z"], ["z"], normalize=none)
     with pytest.raises(ManifestError, match="short: scored on other references than base"):
         build_table({"base": BASE, "short": other}, metrics=["wer"], base=None, **SETTINGS)
+
+
+def test_score_rows_reads_entities_in_every_form_of_the_manifest() -> None:
+    from nemo_llm_feedback.core.errors import ManifestError
+    from nemo_llm_feedback.core.types import Context
+    from nemo_llm_feedback.data.manifests import Row
+    from nemo_llm_feedback.evaluation.scoring import score_rows
+
+    forms = ["latte", ["latte"], [[1, 2]], [{"text": "latte", "type": "drink"}], {"drink": "latte"}]
+    rows = [Row("a.wav", 1.0, 0.0, "a latte", Context(), "m:1", {"entities": form}) for form in forms]
+    scores = score_rows(rows, ["a latte", "a lada"] * 2 + ["a latte"], run_context=Context())
+    assert scores.column("entities").tolist() == [1] * 5
+    assert scores.value("entity_recall") == 60.0
+    with pytest.raises(ManifestError, match="m:1: `entities`: 7 is neither a string nor a span"):
+        score_rows([Row("a.wav", 1.0, 0.0, "a", Context(), "m:1", {"entities": 7})], ["a"], run_context=Context())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +13,16 @@ from markupsafe import Markup
 
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
 from nemo_llm_feedback.evaluation.comparison import Comparison
-from nemo_llm_feedback.evaluation.metrics import CorpusScores, PairedDifference, find_metric, paired_difference
+from nemo_llm_feedback.evaluation.metrics import PairedDifference, find_metric, paired_difference
 from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
 from nemo_llm_feedback.evaluation.report.data import ReportData
-from nemo_llm_feedback.evaluation.report.plots import Plot, bars, curves, read_numbers
+from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import Card, Listing, list_utterances
-from nemo_llm_feedback.evaluation.tables import Cell, Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _GROUP_METRICS = ("wer", "ewer", "entity_recall", "false_alarms")
 _TITLES = {"ewer": "Entity WER", "wer": "WER", "cer": "CER", "false_alarms": "Entity false alarms"}
 _BAR_METRICS = ("ewer", "wer", "u_wer", "cer", "entity_recall", "false_alarms", "b_wer", "b_u_wer")
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The number at the top: one metric of the base and of the second system on one set."""
-
-    metric: str
-    title: str
-    unit: str
-    set_name: str
-    base: Cell
-    other: Cell | None
-    base_name: str
-    other_name: str
-    difference: PairedDifference | None
-
-    @property
-    def verdict(self) -> str:
-        """``better``, ``worse`` or ``same`` by the paired test at 5 %."""
-        if self.difference is None or not self.difference.p_value < 0.05:
-            return "same"
-        down = self.difference.delta < 0
-        return "better" if down != find_metric(self.metric).higher_is_better else "worse"
-
-
-@dataclass(frozen=True)
-class Breakdown:
-    """One table of a type or a group key: (value, size, table) in order."""
-
-    title: str
-    size_name: str
-    metrics: tuple[str, ...]
-    groups: tuple[tuple[str, int, Table], ...]
-
-
-@dataclass(frozen=True)
-class SetView:
-    """One set as the page shows it."""
-
-    name: str
-    table: Table
-    bars: tuple[Plot, ...]
-    breakdowns: tuple[Breakdown, ...]
-    oracles: tuple[tuple[str, Cell, float], ...]
-    sentences: tuple[str, ...]
 
 
 def write_report(report: ReportData, path: str | Path, *, audio: bool = True) -> Path:
@@ -85,11 +38,10 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
     """
     listing = list_utterances(report.sets, report.changes)
     players = _players(listing.cards) if audio else {}
-    sets = tuple(_set_view(name, comparison) for name, comparison in report.sets.items())
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = _environment().get_template("report.html.j2").render(
         report=report,
-        sets=sets,
+        sets=[_set_view(name, comparison) for name, comparison in report.sets.items()],
         headlines=_headlines(report.sets),
         curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
         listing=listing,
@@ -135,56 +87,51 @@ def _with_base(steps: list[dict[str, float]], sets: Mapping[str, Comparison]) ->
     return [{name: value for name, value in start.items() if name in logged}, *steps]
 
 
-def _headlines(sets: Mapping[str, Comparison]) -> list[Headline]:
+def _headlines(sets: Mapping[str, Comparison]) -> list[dict[str, Any]]:
     """Entity WER and WER of the first set, then WER of the others; WER and CER where there are no entities."""
     out = []
     for k, (name, comparison) in enumerate(sets.items()):
-        entities = "ewer" in comparison.metrics
-        metrics = (["ewer", "wer"] if entities else ["wer", "cer"]) if k == 0 else ["wer"]
-        if k == 0 and "false_alarms" in comparison.metrics:
-            metrics.append("false_alarms")
+        metrics = ["wer"]
+        if k == 0:
+            metrics = ["ewer", "wer"] if "ewer" in comparison.metrics else ["wer", "cer"]
+            metrics += ["false_alarms"] if "false_alarms" in comparison.metrics else []
         table = comparison.table(metrics=metrics)
-        names = [system.name for system in comparison.systems]
+        base, *others = table.rows
         for m, metric in enumerate(metrics):
-            other = names[1] if len(names) > 1 else None
-            difference = _difference(comparison, metric, other) if other else None
+            difference = _difference(comparison, metric, others[0]) if others else None
             out.append(
-                Headline(
-                    metric,
-                    _TITLES.get(metric, find_metric(metric).title),
-                    "%" if find_metric(metric).unit == "%" else f" {find_metric(metric).unit}",
-                    name,
-                    table.rows[names[0]][m],
-                    table.rows[other][m] if other else None,
-                    names[0],
-                    other or "",
-                    difference,
-                )
+                {
+                    "title": _TITLES.get(metric, find_metric(metric).title),
+                    "unit": "%" if find_metric(metric).unit == "%" else f" {find_metric(metric).unit}",
+                    "set_name": name,
+                    "base": table.rows[base][m],
+                    "other": table.rows[others[0]][m] if others else None,
+                    "difference": difference,
+                    "verdict": _verdict(metric, difference),
+                }
             )
     return out
 
 
 def _difference(comparison: Comparison, metric: str, other: str) -> PairedDifference:
-    scoring = comparison.scoring
-    return paired_difference(
-        comparison.scores[other],
-        comparison.scores[comparison.base],
-        metric,
-        samples=scoring.samples,
-        seed=scoring.seed,
-    )
+    scores, scoring = comparison.scores, comparison.scoring
+    base = scores[comparison.base]
+    return paired_difference(scores[other], base, metric, samples=scoring.samples, seed=scoring.seed)
 
 
-def _set_view(name: str, comparison: Comparison) -> SetView:
-    table = comparison.table()
+def _verdict(metric: str, difference: PairedDifference | None) -> str:
+    """``better``, ``worse`` or ``same`` by the paired test at 5 %."""
+    if difference is None or not difference.p_value < 0.05:
+        return "same"
+    return "better" if (difference.delta < 0) != find_metric(metric).higher_is_better else "worse"
+
+
+def _set_view(name: str, comparison: Comparison) -> dict[str, Any]:
+    """One set as the page shows it."""
+    table, scoring = comparison.table(), comparison.scoring
     cells = {metric: {s: row[m] for s, row in table.rows.items()} for m, metric in enumerate(table.metrics)}
-    drawn = [metric for metric in _BAR_METRICS if metric in cells]
-    scoring = comparison.scoring
-    oracles = []
-    if comparison.oracles:
-        best = comparison.table(comparison.oracles, metrics=["wer"])
-        lengths = {s.name: sum(map(len, s.nbest)) / len(s.nbest) for s in comparison.systems if s.nbest}
-        oracles = [(system, row[0], lengths[system]) for system, row in best.rows.items()]
+    oracles = comparison.table(comparison.oracles, metrics=["wer"]).rows if comparison.oracles else {}
+    sizes = {s.name: sum(map(len, s.nbest)) / len(s.nbest) for s in comparison.systems if s.nbest}
     changes = (
         f"; before each value the change relative to {table.base}, * where p < 0.05 (paired)" if table.base else ""
     )
@@ -195,36 +142,35 @@ def _set_view(name: str, comparison: Comparison) -> SetView:
     ]
     if comparison.terms:
         sentences.append(f"False alarms: {comparison.terms} different terms, {comparison.terms_from}.")
-    missing = comparison.scores[comparison.base].missing
-    if missing:
+    if missing := comparison.scores[comparison.base].missing:
         listed = "; ".join(f"{comparison.rows[m.utterance].origin}: “{m.entity}”" for m in missing[:20])
         sentences.append(f"{len(missing)} entities are not in their reference and were left out: {listed}.")
-    return SetView(
-        name,
-        table,
-        tuple(bars(metric, cells[metric]) for metric in drawn),
-        tuple(_breakdowns(comparison)),
-        tuple(oracles),
-        tuple(sentences),
-    )
+    return {
+        "name": name,
+        "table": table,
+        "bars": [bars(metric, cells[metric]) for metric in _BAR_METRICS if metric in cells],
+        "breakdowns": _breakdowns(comparison),
+        "oracles": [(system, row[0], sizes[system]) for system, row in oracles.items()],
+        "sentences": sentences,
+    }
 
 
-def _breakdowns(comparison: Comparison) -> list[Breakdown]:
+def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
+    """One table for entity types, whose WER would be the same in every line, and one for each group key."""
+    metrics = [m for m in _GROUP_METRICS if m in comparison.metrics]
+    by_type = {"entity type": comparison.by_type} if comparison.by_type else {}
     out = []
-    if comparison.by_type:
-        metrics = [m for m in _GROUP_METRICS if m in comparison.metrics and m != "wer"]
-        groups = comparison.by_type.items()
-        sized = [(v, int(_first(s).column("entities").sum()), comparison.table(s, metrics=metrics)) for v, s in groups]
-        out.append(Breakdown("entity type", "mentions", tuple(metrics), tuple(sized)))
-    for key, values in comparison.by_group.items():
-        metrics = [m for m in _GROUP_METRICS if m in comparison.metrics]
-        sized = [(v, len(_first(s).references), comparison.table(s, metrics=metrics)) for v, s in values.items()]
-        out.append(Breakdown(key, "utterances", tuple(metrics), tuple(sized)))
+    for title, values in (by_type | comparison.by_group).items():
+        typed = title in by_type
+        columns = [m for m in metrics if m != "wer"] if typed else metrics
+        groups = []
+        for value, scores in values.items():
+            first = next(iter(scores.values()))
+            size = int(first.column("entities").sum()) if typed else len(first.references)
+            groups.append((value, size, comparison.table(scores, metrics=columns)))
+        unit = "mentions" if typed else "utterances"
+        out.append({"title": title, "size_name": unit, "metrics": columns, "groups": groups})
     return out
-
-
-def _first(scores: Mapping[str, CorpusScores]) -> CorpusScores:
-    return next(iter(scores.values()))
 
 
 def _entity_groups(listing: Listing) -> list[dict[str, Any]]:

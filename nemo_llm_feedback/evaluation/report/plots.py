@@ -227,7 +227,7 @@ def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
 def _svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(
-        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
     )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -236,11 +236,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     prefix = re.sub(r"\W+", "-", label)
     text = re.sub(r'(\bid="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", text)
-    # The drawing scales with its column.
-    head = f'<svg role="img" aria-label="{prefix.replace("-", " ")}" '
-    return re.sub(
-        r'<svg ((?:(?!>).)*?)width="[^"]*" ', r"<svg \1", re.sub(r'height="[\d.]+pt" ', "", text, count=1), count=1
-    ).replace("<svg ", head, 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{prefix.replace("-", " ")}" ', 1)
 
 
 def _short(name: str, limit: int = 18) -> str:
