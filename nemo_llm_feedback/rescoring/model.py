@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.core.config.faults import build
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Context
@@ -69,17 +70,17 @@ def enable_rescoring(
         CheckpointError: the model's class is not supported.
         ConfigError: the settings or the model's decoding configuration cannot be used.
     """
-    settings = RescoringConfig(
-        nbest=nbest,
-        boosted=boosted,
-        term_swap=term_swap,
-        boosting_weight=boosting_weight,
-        normalizer=normalizer,
-        memory_budget_mb=memory_budget_mb,
-        reward=None,
-    )
-    faults = settings.validate()
-    if faults:
+    given = {
+        "nbest": nbest,
+        "boosted": boosted,
+        "term_swap": term_swap,
+        "boosting_weight": boosting_weight,
+        "normalizer": normalizer,
+        "memory_budget_mb": memory_budget_mb,
+        "reward": None,
+    }
+    settings, faults = build(RescoringConfig, given, where="rescoring")
+    if settings is None:
         raise ConfigError(" ".join(faults))
     attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
 

@@ -210,6 +210,6 @@ def test_settings_are_checked_all_at_once() -> None:
         )
     for words in ("did you mean nbest", "boosted must be int", "did you mean reward.alpha"):
         assert words in str(error.value)
-    with pytest.raises(ConfigError, match="nothing to choose from"):
+    with pytest.raises(ConfigError, match="nbest must be ≥ 2"):
         parse_rescoring_config({"reward": None, "nbest": 1})
     assert parse_rescoring_config({"reward": None}) == RescoringConfig(reward=None)

@@ -93,7 +93,7 @@ def test_all_faults_come_in_one_error() -> None:
     }
     with pytest.raises(ConfigError) as error:
         parse_run_config(tree)
-    for words in ("feedback.weight must be", "feedback.heads=", "at least 2", "objective.name="):
+    for words in ("feedback.weight must be", "feedback.heads must be", "at least 2", "objective.name must be one of"):
         assert words in str(error.value)
 
 

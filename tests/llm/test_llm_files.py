@@ -15,6 +15,7 @@ import torch
 from helpers.tiny_llm import make_tiny_llm
 
 from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.config.faults import build
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
@@ -245,10 +246,12 @@ def test_all_faults_are_reported_at_once(tiny_llm, tmp_path):
     (folder / "tokenizer.json").unlink()
     edit(folder / "config.json", auto_map={})
     assert len(check_llm_folder(config(folder, template="/no/such"))) == 4
-    bad = LLMConfig(model="", quantization="nf3", device="gpu", compute_dtype="half", chat="yes", token_budget=0)
-    assert len(bad.validate()) == 6
-    with pytest.raises(LLMError, match="nf3"):
-        load_llm(bad)
+    bad = {"quantization": "nf3", "device": "gpu", "compute_dtype": "half", "chat": "yes", "token_budget": 0}
+    made, faults = build(LLMConfig, {"model": "x", **bad}, where="llm")
+    assert made is None
+    assert [fault.split()[0] for fault in faults] == [f"llm.{key}" for key in bad]
+    with pytest.raises(LLMError, match=r"llm\.model is missing"):
+        load_llm(LLMConfig(model=""))
     assert LLMConfig(model="x").validate() == []
 
 

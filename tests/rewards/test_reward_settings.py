@@ -50,7 +50,14 @@ def test_faults_of_a_composite_come_all_at_once():
              {"name": "length", "weight": "two"}, {"name": "composite"}]  # fmt: skip
     with pytest.raises(ConfigError) as error:
         run_config({"name": "composite", "settings": {"components": items}})
-    for words in ("did you mean weight", "normalize='std'", "[2]=", "[3]='length'", "weight='two'", "itself"):
+    for words in (
+        "[0].weight?",
+        "normalize must be one of none",
+        "[2]=",
+        "[3]='length'",
+        "weight must be float",
+        "itself",
+    ):
         assert words in str(error.value)
     with pytest.raises(ConfigError, match="weight 0 all"):
         run_config({"name": "composite", "settings": {"components": [{"name": "llm", "weight": 0}]}})

@@ -120,7 +120,8 @@ def test_where_there_is_no_pool_null_is_one_and_two() -> None:
     assert RewardConfig(name="remote").scaled_by_pool
     assert RewardConfig(name="entity").scaled_by_pool
     assert not any(RewardConfig(name=name).scaled_by_pool for name in ("judge", "rules", "composite"))
-    assert "reward.spread_factor must be > 0" in RewardConfig(spread_factor=0.0).validate()[0]
+    with pytest.raises(ConfigError, match=r"reward\.spread_factor must be > 0"):
+        parse_run_config({"reward": {"name": "length", "spread_factor": 0.0}})
     assert reward_line(RewardConfig(name="composite")) == "composite"
     assert reward_line(RewardConfig(spread_factor=3)) == "llm, alpha by the pool's spread (factor 3), beta 2·alpha"
 

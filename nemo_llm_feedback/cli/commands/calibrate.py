@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
 
 from cyclopts import Parameter
 
 from nemo_llm_feedback.cli.commands import quiet_nemo
 from nemo_llm_feedback.cli.options import JsonFile, ProbeOptions
+from nemo_llm_feedback.core.config.llm import ComputeDtype
 
 
 @Parameter(name="*")
@@ -25,7 +25,7 @@ class CalibrateOptions(ProbeOptions):
 
     _: KW_ONLY
     utterances: int = 50
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: ComputeDtype = "auto"
     show: int = 5
     json: JsonFile = None
 

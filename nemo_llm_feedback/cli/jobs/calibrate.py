@@ -11,6 +11,7 @@ from typing import Any
 from nemo_llm_feedback.cli.jobs.nbest_probe import baseline, open_look
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.config.llm import ComputeDtype
 from nemo_llm_feedback.core.errors import ConfigError, LLMError
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_member, rank_agreement
 from nemo_llm_feedback.hypotheses.groups import ScoredGroup
@@ -65,7 +66,7 @@ class Calibration:
     flips: tuple[Flip, ...]
 
 
-def calibrate(options: ProbeOptions, *, dtype: str = "auto") -> Calibration:
+def calibrate(options: ProbeOptions, *, dtype: ComputeDtype = "auto") -> Calibration:
     """Judges the groups of some rows with both LLMs, one after the other in memory.
 
     Args:
@@ -82,7 +83,7 @@ def calibrate(options: ProbeOptions, *, dtype: str = "auto") -> Calibration:
     if config.llm.quantization == "none":
         raise ConfigError("llm.quantization=none is the full LLM itself: set llm.quantization to nf4 or int8.")
     full = dataclasses.replace(config.llm, quantization="none", compute_dtype=dtype)
-    faults = full.validate() or check_llm_folder(full)
+    faults = check_llm_folder(full)
     if faults:
         raise LLMError("the full LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
 

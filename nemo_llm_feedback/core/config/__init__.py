@@ -4,10 +4,7 @@ stay NeMo's; the sections here are ours, are checked before any work, and unknow
 
 from nemo_llm_feedback.core.config.context import ContextConfig, read_terms
 from nemo_llm_feedback.core.config.learning import (
-    HEADS,
-    NORMALIZERS,
     OBJECTIVE_NAMES,
-    SAMPLED_OBJECTIVES,
     FeedbackConfig,
     ObjectiveConfig,
 )
@@ -18,10 +15,7 @@ from nemo_llm_feedback.core.config.run import SECTIONS, RunConfig, check_keys, p
 from nemo_llm_feedback.core.config.training import GuardConfig, ParametersConfig
 
 __all__ = [
-    "HEADS",
-    "NORMALIZERS",
     "OBJECTIVE_NAMES",
-    "SAMPLED_OBJECTIVES",
     "SECTIONS",
     "SOURCE_NAMES",
     "ContextConfig",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
+from nemo_llm_feedback.core.config.faults import STRICT, Section
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Context
 
 
-@dataclass(frozen=True)
-class ContextConfig:
+@dataclass(frozen=True, config=STRICT)
+class ContextConfig(Section):
     """What is known about the domain.
 
     Attributes:

@@ -1,27 +1,74 @@
-"""How the sections state their faults: as sentences that name the key and the fix."""
+"""How settings are checked: pydantic reads types and ranges; every fault is a sentence with the key and the fix."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
+
+from nemo_llm_feedback.core.config.renames import renamed
+
+T = TypeVar("T")
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # a bool is no int, "no" is not false; an int is a float
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_WANTED = {
+    "int_type": "int",
+    "float_type": "float",
+    "bool_type": "bool",
+    "string_type": "str",
+    "tuple_type": "a list",
+    "dict_type": "a section of keys",
+    "finite_number": "a finite number",
+    "greater_than": "> {gt:g}",
+    "greater_than_equal": "≥ {ge:g}",
+    "less_than": "< {lt:g}",
+    "less_than_equal": "≤ {le:g}",
+    "literal_error": "one of {expected}",
+}
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> list[str]:
-    """Returns a fault if the value is not one of the allowed ones."""
-    return [] if value in allowed else [f"{name}={value!r} must be one of {', '.join(allowed)}."]
+class Section:
+    """A section of the settings; its types and ranges are checked when it is made."""
+
+    def validate(self) -> list[str]:
+        """Returns what the values contradict each other in, as sentences."""
+        return []
 
 
-def positive(section: str, config: Any, *names: str) -> list[str]:
-    """Returns a fault for each named attribute that is not > 0."""
-    return [f"{section}.{n} must be > 0, got {getattr(config, n)}." for n in names if not getattr(config, n) > 0]
+def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> tuple[T | None, list[str]]:
+    """Makes a section from plain values, lists as tuples.
+
+    Args:
+        cls: a pydantic dataclass or model.
+        values: as read from YAML.
+        where: name of the section, for the sentences; "" = none.
+
+    Returns:
+        The section, or None, and every unknown key and faulty value as a sentence.
+    """
+    faults = key_faults(cls, values, where=where)
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return cls(**{key: value for key, value in kept.items() if key in _keys(cls)}), faults
+    except ValidationError as error:
+        return None, faults + [_sentence(where, dict(fault)) for fault in error.errors()]
 
 
-def non_negative(section: str, config: Any, *names: str) -> list[str]:
-    """Returns a fault for each named attribute that is not ≥ 0."""
-    return [f"{section}.{n} must be ≥ 0, got {getattr(config, n)}." for n in names if not getattr(config, n) >= 0]
+def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
+    """Returns a sentence for every key that the section does not know, with its new name or the nearest known one."""
+    faults = []
+    for key in sorted(set(keys) - set(_keys(cls)), key=str):
+        near = difflib.get_close_matches(str(key), _keys(cls), n=1, cutoff=0.0)[0]
+        path, right = (f"{where}.{key}", f"{where}.{near}") if where else (key, near)
+        faults.append(renamed(path) or f"unknown key {path}; did you mean {right}?")
+    return faults
+
+
+def _keys(cls: type) -> list[str]:
+    return list(cls.__pydantic_fields__)  # type: ignore[attr-defined]
 
 
 def listing(faults: list[str]) -> str:
@@ -30,21 +77,15 @@ def listing(faults: list[str]) -> str:
     return head + "".join(f"\n  - {fault}" for fault in faults)
 
 
-def sentences(error: ValidationError, section: str, known: Iterable[str]) -> list[str]:
-    """Returns what pydantic found, one sentence per fault; an unknown key comes with the nearest of the known ones."""
-    faults = []
-    for fault in error.errors(include_url=False):
-        key = ".".join((section, *map(str, fault["loc"])))
-        if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.0)
-            faults.append(
-                f"unknown key {key}" + (f"; did you mean {section}.{near[0]}?" if near else ": there is none.")
-            )
-        elif fault["type"] == "missing":
-            faults.append(f"{key} is missing.")
-        elif fault["type"] == "value_error":
-            words = str(fault["ctx"]["error"])
-            faults.append(f"{key}{words if words.startswith('=') else f' {words}'}")
-        else:
-            faults.append(f"{key}={fault['input']!r}: {fault['msg'].lower()}.")
-    return faults
+def _sentence(where: str, fault: dict[str, Any]) -> str:
+    value, context = fault["input"], fault.get("ctx", {})
+    path = where + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+    path = path.removeprefix(".")
+    if fault["type"] == "literal_error":
+        context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
+    if fault["type"] == "value_error":
+        words = str(context["error"])
+        return f"{path}{words}" if words.startswith("=") else f"{path} {words}"
+    wanted = _WANTED.get(fault["type"])
+    must = f"must be {wanted.format(**context)}" if wanted else fault["msg"]
+    return renamed(path, value) or f"{path} {must}, got {value!r}."

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, get_args
 
-from nemo_llm_feedback.core.config.faults import choice, non_negative, positive
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
-OBJECTIVE_NAMES = ("distill", "mwer", "reinforce", "grpo", "dpo", "self_training")
+from nemo_llm_feedback.core.config.faults import STRICT, Section, Share
+
+HeadChoice = Literal["auto", "ctc", "transducer", "both"]
+NormalizerName = Literal["none", "lower", "basic"]
+ObjectiveName = Literal["distill", "mwer", "reinforce", "grpo", "dpo", "self_training"]
+OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
 AUGMENTED_OBJECTIVES = ("distill", "mwer")
 SAMPLED_OBJECTIVES = ("reinforce",)
-HEADS = ("auto", "ctc", "transducer", "both")
-LABELLED_USES = ("supervised", "replay")
 REPLAY_VALUES = ("supervised", "kl")
-NORMALIZERS = ("none", "lower", "basic")
 
 
-@dataclass(frozen=True)
-class FeedbackConfig:
+@dataclass(frozen=True, config=STRICT)
+class FeedbackConfig(Section):
     """How the feedback enters the training step.
 
     Attributes:
@@ -46,39 +49,31 @@ class FeedbackConfig:
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
     """
 
-    weight: float = 1.0
-    labelled: str = "supervised"
-    supervised_weight: float = 1.0
-    replay_weight: float = 1.0
-    heads: str = "auto"
+    weight: NonNegativeFloat = 1.0
+    labelled: Literal["supervised", "replay"] = "supervised"
+    supervised_weight: NonNegativeFloat = 1.0
+    replay_weight: NonNegativeFloat = 1.0
+    heads: HeadChoice = "auto"
     use_text: bool = True
-    normalizer: str = "basic"
-    on_bad_audio: str = "error"
-    refresh_every: int = 50
-    pool_utterances: int = 64
-    log_hypotheses_every: int = 50
+    normalizer: NormalizerName = "basic"
+    on_bad_audio: Literal["error", "skip"] = "error"
+    refresh_every: PositiveInt = 50
+    pool_utterances: PositiveInt = 64
+    log_hypotheses_every: NonNegativeInt = 50
     augment: bool | None = None
     replay_augment: bool = False
-    memory_budget_mb: int = 512
-    band_tolerance: float = 0.0
+    memory_budget_mb: PositiveInt = 512
+    band_tolerance: NonNegativeFloat = 0.0
 
     def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = non_negative(
-            "feedback", self, "weight", "supervised_weight", "replay_weight", "log_hypotheses_every", "band_tolerance"
-        )
-        faults += positive("feedback", self, "refresh_every", "pool_utterances", "memory_budget_mb")
-        faults += choice("feedback.heads", self.heads, HEADS)
-        faults += choice("feedback.labelled", self.labelled, LABELLED_USES)
+        """Returns what the values contradict each other in, as sentences."""
         if self.labelled == "replay" and self.weight == 0:
-            faults.append("feedback.labelled=replay with feedback.weight=0: nothing would be learned.")
-        faults += choice("feedback.normalizer", self.normalizer, NORMALIZERS)
-        faults += choice("feedback.on_bad_audio", self.on_bad_audio, ("error", "skip"))
-        return faults
+            return ["feedback.labelled=replay with feedback.weight=0: nothing would be learned."]
+        return []
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
+@dataclass(frozen=True, config=STRICT)
+class ObjectiveConfig(Section):
     """What is optimised over a group. Names and formulas are those of ``objectives.py``.
 
     Attributes:
@@ -103,32 +98,19 @@ class ObjectiveConfig:
         reference_kl_weight: weight of KL(reference ‖ policy) over the group in the sum.
     """
 
-    name: str = "distill"
-    min_spread: float = 0.01
-    temperature: float = 1.0
-    correction: str = "kl_optimum"
-    mixture: float = 0.5
-    clip: float = 0.2
-    kl_weight: float = 0.04
+    name: ObjectiveName = "distill"
+    min_spread: NonNegativeFloat = 0.01
+    temperature: PositiveFloat = 1.0
+    correction: Literal["none", "kl_optimum", "proposal"] = "kl_optimum"
+    mixture: Share = 0.5
+    clip: PositiveFloat = 0.2
+    kl_weight: NonNegativeFloat = 0.04
     standardize: bool = True
-    std_floor: float = 0.1
-    beta: float = 0.1
-    label: str = "reference"
-    min_confidence: float = 0.0
+    std_floor: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.1
+    label: Literal["reference", "reward"] = "reference"
+    min_confidence: Share = 0.0
     augment: bool = True
-    pseudo_label_weight: float = 0.0
-    mass_weight: float = 0.0
-    reference_kl_weight: float = 0.0
-
-    def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = choice("objective.name", self.name, OBJECTIVE_NAMES)
-        faults += choice("objective.correction", self.correction, ("none", "kl_optimum", "proposal"))
-        faults += choice("objective.label", self.label, ("reference", "reward"))
-        faults += positive("objective", self, "temperature", "clip", "beta", "std_floor")
-        anchors = ("pseudo_label_weight", "mass_weight", "reference_kl_weight")
-        faults += non_negative("objective", self, "min_spread", "kl_weight", *anchors)
-        for name in ("mixture", "min_confidence"):
-            if not 0 <= getattr(self, name) <= 1:
-                faults.append(f"objective.{name} is a share and must be in [0, 1], got {getattr(self, name)}.")
-        return faults
+    pseudo_label_weight: NonNegativeFloat = 0.0
+    mass_weight: NonNegativeFloat = 0.0
+    reference_kl_weight: NonNegativeFloat = 0.0

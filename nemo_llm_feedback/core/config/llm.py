@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-QUANTIZATIONS = ("nf4", "int8", "none")
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-PHASES = ("inline", "cached")
-CHAT_MODES = ("auto", "on", "off")
-RESTORATIONS = ("none", "sentence", "english")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+from pydantic import AfterValidator, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from nemo_llm_feedback.core.config.faults import STRICT, Section
+
+NO_MODEL = "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class LLMConfig:
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"must be one of auto, cpu, cuda, cuda:<number>, got {value!r}.")
+    return value
+
+
+@dataclass(frozen=True, config=STRICT)
+class LLMConfig(Section):
     """Which LLM scores, how it is stored, and how it is prompted.
 
     Attributes:
@@ -43,39 +49,19 @@ class LLMConfig:
 
     model: str
     revision: str | None = None
-    quantization: str = "nf4"
-    device: str = "auto"
-    compute_dtype: str = "auto"
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    compute_dtype: ComputeDtype = "auto"
     template: str | None = None
     correction_template: str | None = None
-    chat: str = "auto"
+    chat: Literal["auto", "on", "off"] = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_context_tokens: int = 1024
-    max_terms: int = 200
-    truecasing: str = "none"
-    phase: str = "inline"
-    token_budget: int = 8192
+    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
+    max_terms: PositiveInt = 200
+    truecasing: Literal["none", "sentence", "english"] = "none"
+    phase: Literal["inline", "cached"] = "inline"
+    token_budget: PositiveInt = 8192
 
     def validate(self) -> list[str]:
-        """Returns every fault of the values as a sentence; the LLM's files are ``check_llm_folder``'s matter."""
-        faults = []
-        if not isinstance(self.model, str) or not self.model.strip():
-            faults.append("llm.model is empty: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct.")
-        for name, allowed in (
-            ("quantization", QUANTIZATIONS),
-            ("phase", PHASES),
-            ("compute_dtype", COMPUTE_DTYPES),
-            ("chat", CHAT_MODES),
-            ("truecasing", RESTORATIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                faults.append(f"llm.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            faults.append(f"llm.device={self.device!r} is not one of auto, cpu, cuda, cuda:<number>.")
-        if not isinstance(self.chat_template_kwargs, Mapping):
-            faults.append(f"llm.chat_template_kwargs={self.chat_template_kwargs!r} is not a mapping.")
-        for name, least in (("max_context_tokens", 8), ("max_terms", 1), ("token_budget", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                faults.append(f"llm.{name}={value!r} is not a whole number of at least {least}.")
-        return faults
+        """Returns a fault if there is no model; its files are ``check_llm_folder``'s matter."""
+        return [] if self.model.strip() else [NO_MODEL]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from nemo_llm_feedback.core.config.faults import non_negative, positive
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from nemo_llm_feedback.core.config.faults import STRICT, Section
 
 SOURCE_NAMES = ("beam", "boosted", "term_swap", "llm_correction", "samples")
 
 
-@dataclass(frozen=True)
-class ProposalConfig:
+@dataclass(frozen=True, config=STRICT)
+class ProposalConfig(Section):
     """Where the members of a group come from.
 
     Attributes:
@@ -31,35 +34,21 @@ class ProposalConfig:
         max_symbols: largest number of labels a transducer beam emits in one frame.
     """
 
-    beam: int = 8
-    boosted: int = 8
-    term_swap: int = 4
-    llm_correction: int = 0
-    samples: int = 0
-    max_members: int = 24
-    boosting_weight: float = 1.0
-    boosting_weights: tuple[float, ...] = (0.5, 1.0, 2.0)
-    context_score: float = 1.0
-    depth_scaling: float = 2.0
-    swap_similarity: float = 50.0
-    max_symbols: int = 10
+    beam: NonNegativeInt = 8
+    boosted: NonNegativeInt = 8
+    term_swap: NonNegativeInt = 4
+    llm_correction: Annotated[int, Field(ge=0, le=1)] = 0
+    samples: NonNegativeInt = 0
+    max_members: Annotated[int, Field(ge=2)] = 24
+    boosting_weight: NonNegativeFloat = 1.0
+    boosting_weights: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
+    context_score: PositiveFloat = 1.0
+    depth_scaling: PositiveFloat = 2.0
+    swap_similarity: Annotated[float, Field(gt=0, le=100)] = 50.0
+    max_symbols: PositiveInt = 10
 
     def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = non_negative("proposals", self, *SOURCE_NAMES, "boosting_weight")
-        faults += positive("proposals", self, "context_score", "depth_scaling", "max_symbols")
-        if not 0 < self.swap_similarity <= 100:
-            faults.append(f"proposals.swap_similarity must be in (0, 100], got {self.swap_similarity}.")
+        """Returns what the values contradict each other in, as sentences."""
         if self.beam + self.boosted + self.samples < 2:
-            faults.append(
-                "proposals.beam + boosted + samples must be at least 2: a group of one has nothing to prefer."
-            )
-        if not all(isinstance(w, (int, float)) and w > 0 for w in self.boosting_weights):
-            faults.append(f"proposals.boosting_weights must be numbers > 0, got {list(self.boosting_weights)}.")
-        if self.llm_correction not in (0, 1):
-            faults.append(
-                f"proposals.llm_correction must be 0 or 1, got {self.llm_correction}: the LLM writes one text a group."
-            )
-        if self.max_members < 2:
-            faults.append(f"proposals.max_members must be at least 2, got {self.max_members}.")
-        return faults
+            return ["proposals.beam + boosted + samples must be at least 2: a group of one has nothing to prefer."]
+        return []

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.context import ContextConfig
-from nemo_llm_feedback.core.config.faults import choice, listing, non_negative, positive
-from nemo_llm_feedback.core.config.learning import NORMALIZERS
+from nemo_llm_feedback.core.config.faults import STRICT, Section, build, listing
+from nemo_llm_feedback.core.config.learning import NormalizerName
 from nemo_llm_feedback.core.config.llm import LLMConfig
 from nemo_llm_feedback.core.config.proposals import ProposalConfig
 from nemo_llm_feedback.core.config.reward import RewardConfig
@@ -21,8 +22,8 @@ from nemo_llm_feedback.core.errors import ConfigError
 SHARED_SECTIONS = ("reward", "llm", "context")
 
 
-@dataclass(frozen=True)
-class RescoringConfig:
+@dataclass(frozen=True, config=STRICT)
+class RescoringConfig(Section):
     """How the N-best of NeMo's beam decoders are rescored.
 
     Attributes:
@@ -37,24 +38,15 @@ class RescoringConfig:
         context: the section ``context`` as in ``adapt``.
     """
 
-    nbest: int | None = None
-    boosted: int = ProposalConfig.boosted
-    term_swap: int = ProposalConfig.term_swap
-    boosting_weight: float = ProposalConfig.boosting_weight
-    normalizer: str = "basic"
-    memory_budget_mb: int = 512
+    nbest: Annotated[int, Field(ge=2)] | None = None
+    boosted: NonNegativeInt = ProposalConfig.boosted
+    term_swap: NonNegativeInt = ProposalConfig.term_swap
+    boosting_weight: NonNegativeFloat = ProposalConfig.boosting_weight
+    normalizer: NormalizerName = "basic"
+    memory_budget_mb: PositiveInt = 512
     reward: RewardConfig | None = field(default_factory=RewardConfig)
     llm: LLMConfig | None = None
     context: ContextConfig = field(default_factory=ContextConfig)
-
-    def validate(self) -> list[str]:
-        """Returns every fault of the values outside the three shared sections as a sentence."""
-        faults = non_negative("rescoring", self, "boosted", "term_swap", "boosting_weight")
-        faults += positive("rescoring", self, "memory_budget_mb")
-        faults += choice("rescoring.normalizer", self.normalizer, NORMALIZERS)
-        if self.nbest is not None and self.nbest < 2:
-            faults.append(f"rescoring.nbest={self.nbest} leaves nothing to choose from: give at least 2, or null.")
-        return faults
 
 
 def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
@@ -65,33 +57,17 @@ def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"the rescoring settings must be a mapping of keys, got {type(tree).__name__}.")
-    fields = {f.name: f for f in dataclasses.fields(RescoringConfig)}
-    faults = [
-        f"unknown key {key}; did you mean {difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]}?"
-        for key in tree
-        if key not in fields
-    ]
-    own = {key: value for key, value in tree.items() if key in fields and key not in SHARED_SECTIONS}
-    for key, value in own.items():
-        if not _fits(value, str(fields[key].type)):
-            faults.append(f"{key} must be {fields[key].type}, got {value!r}.")
+    simple = {key: value for key, value in tree.items() if key not in SHARED_SECTIONS}
+    config, faults = build(RescoringConfig, simple, where="")
     judged = tree.get("reward", {}) is not None
-    shared = {key: tree[key] for key in SHARED_SECTIONS if tree.get(key) is not None} if judged else {}
-    parts: dict[str, Any] = {"reward": None}
+    shared = {key: tree.get(key) for key in SHARED_SECTIONS} if judged else {"reward": {"name": "length"}}
     try:
-        if judged:
-            run = parse_run_config(shared)
-            parts = {"reward": run.reward, "llm": run.llm, "context": run.context}
-        elif tree.get("context"):
-            parts["context"] = parse_run_config({"context": tree["context"], "reward": {"name": "length"}}).context
+        run = parse_run_config({**shared, "context": tree.get("context")})
     except ConfigError as error:
-        faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]] or [str(error)]
-    if not faults:
-        config = RescoringConfig(**own, **parts)
-        faults = config.validate()
-        if not faults:
-            return config
-    raise ConfigError("the rescoring settings have " + listing(faults))
+        faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
+    if faults or config is None:
+        raise ConfigError("the rescoring settings have " + listing(faults))
+    return replace(config, reward=run.reward if judged else None, llm=run.llm, context=run.context)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -118,12 +94,3 @@ def read_rescoring_config(path: str | Path) -> RescoringConfig:
         ConfigError: the file is missing or no YAML, or has faults.
     """
     return parse_rescoring_config(read_yaml(path))
-
-
-def _fits(value: Any, kind: str) -> bool:
-    if value is None:
-        return "None" in kind
-    if isinstance(value, bool):
-        return False
-    wanted: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
-    return isinstance(value, wanted[kind.split(" |")[0]])

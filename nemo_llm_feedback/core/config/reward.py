@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Any, Literal, get_args
 
-from nemo_llm_feedback.core.config.faults import choice, non_negative, positive
+from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from nemo_llm_feedback.core.config.faults import STRICT, Section, build
 
 # Rewards that ask the LLM of the section ``llm``; those that read a context beside them; those whose value is
 # combined as alpha·value + asr_weight·log p_ref + beta·length.
@@ -18,12 +19,12 @@ ANCHORED_REWARDS = ("judge", "correction", "entity", "rules")
 # Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
 SCALED_REWARDS = ("llm", "remote", "entity")
 DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
-GROUP_NORMALIZATIONS = ("none", "center", "z", "rank")
-_COMPONENT_KEYS = ("name", "weight", "normalize", "settings")
+GroupNormalization = Literal["none", "center", "z", "rank"]
+GROUP_NORMALIZATIONS: tuple[str, ...] = get_args(GroupNormalization)
 
 
-@dataclass(frozen=True)
-class RewardConfig:
+@dataclass(frozen=True, config=STRICT)
+class RewardConfig(Section):
     """R(h) = alpha·logP_LLM(h | context) + logP_ref(h | audio) + beta·length(h), the one form used everywhere.
 
     Attributes:
@@ -45,25 +46,21 @@ class RewardConfig:
     """
 
     name: str = "llm"
-    alpha: float | None = None
+    alpha: NonNegativeFloat | None = None
     beta: float | None = None
-    spread_factor: float = 2.0
-    normalize: str = "sum"
-    asr_weight: float = 1.0
+    spread_factor: PositiveFloat = 2.0
+    normalize: Literal["sum", "token", "word", "pmi"] = "sum"
+    asr_weight: NonNegativeFloat = 1.0
     cache: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = non_negative("reward", self, *(["alpha"] if self.alpha is not None else []), "asr_weight")
-        faults += positive("reward", self, "spread_factor")
-        faults += choice("reward.normalize", self.normalize, ("sum", "token", "word", "pmi"))
+        """Returns what the values contradict each other in, as sentences, and the faults of a composite."""
+        faults = []
         if self.weighed and not (any(self.weights) or self.asr_weight):
             faults.append(
                 "reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."
             )
-        if not isinstance(self.settings, Mapping):
-            return [*faults, f"reward.settings={self.settings!r} must be a section of keys."]
         return faults + (_composite_faults(self.settings) if self.name == "composite" else [])
 
     @property
@@ -119,30 +116,31 @@ class RewardConfig:
         return any(name in CONTEXT_REWARDS for name in self.names)
 
 
+@dataclass(frozen=True, config=STRICT)
+class _Component(Section):
+    name: str
+    weight: float = 1.0
+    normalize: GroupNormalization = "none"
+    settings: dict[str, Any] | None = None
+
+
 def _composite_faults(settings: Mapping[str, Any]) -> list[str]:
     where = "reward.settings.components"
     items = settings.get("components")
-    faults = [f"unknown key reward.settings.{key} of composite: it has components." for key in settings]
-    faults = [fault for fault in faults if ".components " not in fault]
+    others = [key for key in settings if key != "components"]
+    faults = [f"unknown key reward.settings.{key} of composite: it has components." for key in others]
     if not isinstance(items, (list, tuple)) or not items:
         return [*faults, f"{where} must be a list of {{name, weight, normalize, settings}}, at least one."]
-    weights = []
+    parts = []
     for n, item in enumerate(items):
         if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
             faults.append(f"{where}[{n}]={item!r} must have a name, e.g. {{name: llm, weight: 1.0}}.")
             continue
-        for key in set(map(str, item)) - set(_COMPONENT_KEYS):
-            near = difflib.get_close_matches(key, _COMPONENT_KEYS, n=1, cutoff=0.0)[0]
-            faults.append(f"unknown key {where}[{n}].{key}; did you mean {near}?")
         if item["name"] == "composite":
             faults.append(f"{where}[{n}] is a composite itself: list its components here.")
-        if not isinstance(item.get("settings") or {}, Mapping):
-            faults.append(f"{where}[{n}].settings={item['settings']!r} must be a section of keys.")
-        faults += choice(f"{where}[{n}].normalize", item.get("normalize", "none"), GROUP_NORMALIZATIONS)
-        weight = item.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            faults.append(f"{where}[{n}].weight={weight!r} must be a finite number.")
-        weights.append(weight)
-    if weights and not any(weights):
+        part, found = build(_Component, item, where=f"{where}[{n}]")
+        faults += found
+        parts.append(part)
+    if parts and all(part is not None and part.weight == 0 for part in parts):
         faults.append(f"{where} have weight 0 all of them: there would be no reward.")
     return faults

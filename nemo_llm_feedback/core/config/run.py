@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_llm_feedback.core.config.context import ContextConfig
-from nemo_llm_feedback.core.config.faults import listing
+from nemo_llm_feedback.core.config.faults import Section, build, key_faults, listing
 from nemo_llm_feedback.core.config.learning import (
     AUGMENTED_OBJECTIVES,
     SAMPLED_OBJECTIVES,
     FeedbackConfig,
     ObjectiveConfig,
 )
-from nemo_llm_feedback.core.config.llm import LLMConfig
+from nemo_llm_feedback.core.config.llm import NO_MODEL, LLMConfig
 from nemo_llm_feedback.core.config.proposals import ProposalConfig
-from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.training import GuardConfig, ParametersConfig
 from nemo_llm_feedback.core.errors import ConfigError
@@ -39,11 +36,9 @@ class RunConfig:
 
     def validate(self) -> list[str]:
         """Returns every fault of all sections, and of their combination, as sentences."""
-        faults = [f for section in _sections(self) for f in section.validate()]
+        faults = [f for section in self.sections for f in section.validate()]
         if self.needs_llm and self.llm is None:
-            faults.append(
-                "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
-            )
+            faults.append(NO_MODEL)
         if self.needs_context and not self.context.validate() and not self.context.load():
             faults.append(
                 "no context: the LLM reward needs context.description, context.terms or context.terms_file "
@@ -66,6 +61,11 @@ class RunConfig:
         if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:
             faults.append("feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.")
         return faults
+
+    @property
+    def sections(self) -> list[Section]:
+        """All sections that there are; a run without LLM has no ``llm``."""
+        return [s for s in (getattr(self, name) for name in SECTIONS) if s is not None]
 
     @property
     def scores_in_phases(self) -> bool:
@@ -94,7 +94,7 @@ class RunConfig:
         return self.context.required and self.needs_reward and self.reward.reads_context
 
 
-SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type[Section]] = {
     "feedback": FeedbackConfig,
     "objective": ObjectiveConfig,
     "proposals": ProposalConfig,
@@ -112,31 +112,23 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
     """
-    faults = _key_faults({name: tree[name] for name in SECTIONS if isinstance(tree.get(name), Mapping)})
-    parts: dict[str, Any] = {}
-    for section, cls in SECTIONS.items():
-        values = tree.get(section)
-        if values is None:
-            continue
-        if not isinstance(values, Mapping):
-            faults.append(f"{section} must be a section of keys, got {type(values).__name__}.")
-            continue
-        known = {f.name for f in dataclasses.fields(cls)}
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        if section == "llm" and not kept.get("model"):
-            continue
-        try:
-            parts[section] = cls(**kept)
-        except (TypeError, ValueError) as error:
-            faults.append(f"{section}: {error}")
-    config = RunConfig(**parts)
-    of_type = {name: _type_faults(name, getattr(config, name)) for name in SECTIONS}
-    faults += [fault for found in of_type.values() for fault in found]
-    if any(of_type.values()):
-        # A value of the wrong type cannot be compared; the sections that are sound still are.
-        sound = [getattr(config, name) for name, found in of_type.items() if not found]
-        faults += [fault for section in sound if section is not None for fault in section.validate()]
+    faults: list[str] = []
+    made: dict[str, Any] = {}
+    for name, cls in SECTIONS.items():
+        values = tree.get(name)
+        if values is None or (name == "llm" and isinstance(values, Mapping) and not values.get("model")):
+            faults += key_faults(cls, values or (), where=name)
+        elif not isinstance(values, Mapping):
+            faults.append(f"{name} must be a section of keys, got {type(values).__name__}.")
+        else:
+            section, found = build(cls, values, where=name)
+            faults += found
+            made[name] = section
+    # A section with a faulty value cannot be compared with the others; the sound ones are still checked alone.
+    if None in made.values():
+        faults += [fault for section in made.values() if section is not None for fault in section.validate()]
     else:
+        config = RunConfig(**made)
         faults += config.validate()
     if faults:
         raise ConfigError("the configuration has " + listing(faults))
@@ -149,48 +141,6 @@ def check_keys(tree: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: lists every unknown key with the nearest known one.
     """
-    faults = _key_faults(tree)
+    faults = [fault for name, keys in tree.items() for fault in key_faults(SECTIONS[name], keys or (), where=name)]
     if faults:
         raise ConfigError("the configuration has " + listing(faults))
-
-
-def _key_faults(tree: Mapping[str, Any]) -> list[str]:
-    faults = []
-    for section, values in tree.items():
-        known = {f.name for f in dataclasses.fields(SECTIONS[section])}
-        for key, value in (values or {}).items():
-            path = f"{section}.{key}"
-            if now := renamed(path, value):
-                faults.append(now)
-            elif key not in known:
-                faults.append(_unknown(path, key, known))
-    return faults
-
-
-def _sections(config: RunConfig) -> list[Any]:
-    return [s for s in (getattr(config, name) for name in SECTIONS) if s is not None]
-
-
-def _type_faults(name: str, section: Any) -> list[str]:
-    """Numbers given as words and the like; dataclasses do not check types themselves."""
-    faults = []
-    for f in dataclasses.fields(section) if section is not None else ():
-        value, kind = getattr(section, f.name), str(f.type)
-        if value is None and "None" in kind:
-            continue
-        wanted = kind.split(" |")[0]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        wrong = (
-            (wanted == "float" and not number)
-            or (wanted == "int" and not (isinstance(value, int) and not isinstance(value, bool)))
-            or (wanted == "bool" and not isinstance(value, bool))
-            or (wanted == "str" and not isinstance(value, str))
-        )
-        if wrong:
-            faults.append(f"{name}.{f.name} must be {wanted}, got {value!r}.")
-    return faults
-
-
-def _unknown(path: str, key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-    return f"unknown key {path}; did you mean {path.rsplit('.', 1)[0]}.{near[0]}?"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from nemo_llm_feedback.core.config.faults import choice, non_negative, positive
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from nemo_llm_feedback.core.config.faults import STRICT, Section
 
 # Of a run that names no interval of looks: how many there are, and the fewest steps between two.
 _LOOKS, _SHORTEST_INTERVAL = 16, 10
 
 
-@dataclass(frozen=True)
-class ParametersConfig:
+@dataclass(frozen=True, config=STRICT)
+class ParametersConfig(Section):
     """Which parameters learn, and how. Learning rates a module are NeMo's ``model.optim_param_groups``.
 
     Attributes:
@@ -31,31 +34,22 @@ class ParametersConfig:
 
     freeze_encoder: bool = False
     freeze_batchnorm: bool = True
-    lora_rank: int = 0
-    lora_alpha: int = 16
-    ema_decay: float = 0.0
-    lr_candidates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
-    lr_trial_steps: int = 12
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: PositiveInt = 16
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lr_candidates: tuple[PositiveFloat, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
+    lr_trial_steps: PositiveInt = 12
     recompute_encoder: bool = False
 
     def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = non_negative("parameters", self, "lora_rank") + positive(
-            "parameters", self, "lora_alpha", "lr_trial_steps"
-        )
-        if not all(isinstance(rate, (int, float)) and rate > 0 for rate in self.lr_candidates):
-            faults.append(f"parameters.lr_candidates must be numbers > 0, got {list(self.lr_candidates)}.")
-        if not 0 <= self.ema_decay < 1:
-            faults.append(f"parameters.ema_decay must be in [0, 1), got {self.ema_decay}.")
+        """Returns what the values contradict each other in, as sentences."""
         if self.freeze_encoder and self.lora_rank:
-            faults.append(
-                "parameters.freeze_encoder and parameters.lora_rank both speak of the encoder: set one of them."
-            )
-        return faults
+            return ["parameters.freeze_encoder and parameters.lora_rank both speak of the encoder: set one of them."]
+        return []
 
 
-@dataclass(frozen=True)
-class GuardConfig:
+@dataclass(frozen=True, config=STRICT)
+class GuardConfig(Section):
     """Looks at utterances that training does not see; limits beyond which it is stopped. No label is needed.
 
     Attributes:
@@ -81,20 +75,20 @@ class GuardConfig:
             al. 2022, arXiv 2109.01903).
     """
 
-    every: int | None = None
-    held_out: float = 0.1
-    held_out_utterances: int = 24
-    patience: int = 6
-    max_length_ratio: float = 1.5
-    max_empty_rise: float = 0.2
-    max_repetition_rise: float = 0.1
-    max_style_change: float = 0.05
-    max_kl: float = 4.0
+    every: NonNegativeInt | None = None
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out_utterances: PositiveInt = 24
+    patience: NonNegativeInt = 6
+    max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
+    max_empty_rise: NonNegativeFloat = 0.2
+    max_repetition_rise: NonNegativeFloat = 0.1
+    max_style_change: NonNegativeFloat = 0.05
+    max_kl: PositiveFloat = 4.0
     manifest_filepath: str | None = None
-    max_wer_rise: float = 0.02
-    max_nonfinite_steps: int = 3
-    on_violation: str = "rollback"
-    interpolation: float | None = None
+    max_wer_rise: NonNegativeFloat = 0.02
+    max_nonfinite_steps: PositiveInt = 3
+    on_violation: Literal["rollback", "stop"] = "rollback"
+    interpolation: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
     def looks(self) -> bool:
@@ -108,19 +102,7 @@ class GuardConfig:
         return max(_SHORTEST_INTERVAL, round(steps / _LOOKS)) if math.isfinite(steps) else _SHORTEST_INTERVAL
 
     def validate(self) -> list[str]:
-        """Returns every fault of this section as a sentence."""
-        faults = non_negative(
-            "guards", self, "patience", "max_empty_rise", "max_repetition_rise", "max_style_change", "max_wer_rise"
-        )
-        faults += non_negative("guards", self, "every") if self.every is not None else []
-        faults += positive("guards", self, "held_out_utterances", "max_kl", "max_nonfinite_steps")
-        faults += choice("guards.on_violation", self.on_violation, ("rollback", "stop"))
-        if not 0 <= self.held_out < 1:
-            faults.append(f"guards.held_out is a share and must be in [0, 1), got {self.held_out}.")
-        if not self.max_length_ratio > 1:
-            faults.append(f"guards.max_length_ratio must be > 1, got {self.max_length_ratio}.")
-        if self.interpolation is not None and not 0 < self.interpolation <= 1:
-            faults.append(f"guards.interpolation is a share and must be in (0, 1], or null, got {self.interpolation}.")
+        """Returns what the values contradict each other in, as sentences."""
         if self.manifest_filepath and not self.looks:
-            faults.append("guards.manifest_filepath needs looks: set guards.every above 0.")
-        return faults
+            return ["guards.manifest_filepath needs looks: set guards.every above 0."]
+        return []
