@@ -51,7 +51,6 @@ setup(
         "matplotlib",
         "silero-vad>=6",
         "tensorboard",
-        "pydantic>=2.10",
     ],
     extras_require={"remote": REMOTE, "dev": [*REMOTE, "pytest", "hypothesis", "ruff", "mypy"]},
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},

@@ -125,6 +125,12 @@ def test_contradictions_of_all_sections_come_in_one_error_beside_typos_and_types
         assert words in str(error.value)
 
 
+def test_whole_numbers_are_numbers_and_lists_of_yaml_are_read() -> None:
+    config = parse_run_config({**GOOD, "feedback": {"weight": 2}, "proposals": {"boosting_weights": [1, 2]}})
+    assert config.feedback.weight == 2.0
+    assert config.proposals.boosting_weights == (1.0, 2.0)
+
+
 def test_the_proposal_correction_works_on_samples() -> None:
     samples = {"beam": 0, "boosted": 0, "term_swap": 0, "samples": 8}
     config = parse_run_config({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}, "proposals": samples})
@@ -142,6 +148,14 @@ def test_the_proposal_correction_works_on_samples() -> None:
         ({**GOOD, "feedback": {"augment": True}, "objective": {"name": "grpo"}}, "for distill and mwer"),
         ({**GOOD, "feedback": {"refresh_every": "often"}}, "must be int"),
         ({**GOOD, "reward": "llm"}, "section of keys"),
+        ({**GOOD, "feedback": {"refresh_every": True}}, r"refresh_every must be int, got True"),
+        ({**GOOD, "feedback": {"use_text": "no"}}, r"use_text must be bool, got 'no'"),
+        ({**GOOD, "feedback": {"weight": "1.0"}}, r"feedback\.weight must be float, got '1\.0'"),
+        ({**GOOD, "feedback": {"weight": float("nan")}}, r"weight must be a finite number, got nan"),
+        ({**GOOD, "parameters": {"lr_candidates": [1e-5, 0]}}, r"parameters\.lr_candidates\[1\] must be > 0, got 0"),
+        ({**GOOD, "parameters": {"lr_candidates": 1e-5}}, r"lr_candidates must be a list, got 1e-05"),
+        ({**GOOD, "reward": {"settings": None}}, r"reward\.settings must be a section of keys, got None"),
+        ({"llm": {"model": "a/b", "device": "gpu"}}, r"llm\.device must be one of auto, cpu, cuda, cuda:<number>"),
         ({**GOOD, "context": {"terms_file": "/absent/file"}}, "cannot be read"),
     ],
 )

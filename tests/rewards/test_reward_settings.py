@@ -41,7 +41,7 @@ def test_which_rewards_need_the_llm_and_a_context():
     with pytest.raises(ConfigError, match="llm_correction=0"):
         run_config({"name": "llm"}, objective={"name": "reinforce"}, proposals={"beam": 0, "boosted": 0,
                    "term_swap": 0, "samples": 8, "llm_correction": 1})  # fmt: skip
-    with pytest.raises(ConfigError, match="0 or 1"):
+    with pytest.raises(ConfigError, match="llm_correction must be ≤ 1"):
         run_config({"name": "llm"}, proposals={"llm_correction": 2})
 
 

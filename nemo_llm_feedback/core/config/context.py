@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.faults import STRICT, Section
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.types import Context
+
+if TYPE_CHECKING:
+    from nemo_llm_feedback.core.types import Context
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,6 +45,8 @@ class ContextConfig(Section):
         Raises:
             ConfigError: the terms file is missing, empty or of another form.
         """
+        from nemo_llm_feedback.core.types import Context  # brings torch
+
         terms = list(self.terms) + (read_terms(self.terms_file) if self.terms_file else [])
         return Context(description=self.description.strip(), terms=tuple(dict.fromkeys(t for t in terms if t)))
 

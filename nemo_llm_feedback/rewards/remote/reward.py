@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.core.config.faults import listing, sentences
+from nemo_llm_feedback.core.config.faults import build, listing
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm import TextScore, load_llm
@@ -178,10 +178,10 @@ def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
     Raises:
         ConfigError: lists every unknown key with the nearest known one, and every fault.
     """
-    try:
-        return RemoteConfig.model_validate(dict(settings))
-    except ValidationError as error:
-        raise ConfigError("reward=remote has " + listing(sentences(error, _KEY, RemoteConfig.model_fields))) from None
+    config, faults = build(RemoteConfig, settings, where=_KEY)
+    if config is None or faults:
+        raise ConfigError("reward=remote has " + listing(faults))
+    return config
 
 
 class RemoteScorer:
