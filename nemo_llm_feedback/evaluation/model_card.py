@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
-from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores, find_metric
+from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 
-_SAMPLES, _SEED = 2000, 0
+_TEMPLATES = Path(__file__).parent / "report" / "templates"
+_LABELS = {
+    "base": "Base",
+    "llm": "Language model (frozen, in training only)",
+    "objective": "Objective",
+    "reward": "Reward",
+    "steps": "Optimizer steps",
+    "averaged": "Mean of the weights of so many runs",
+    "base_share": "Share of the base's weights in it",
+    "context_sha256": "SHA-256 of description and terms",
+    "plugin": "Made with",
+}
 
 
 def write_model_card(
@@ -36,40 +49,24 @@ def write_model_card(
         The path written.
     """
     path = Path(nemo)
+    shown = {key: value for key, value in facts.items() if key != "llm" or value is not None}
+    if "llm" in shown:
+        shown["llm"] = public_name(str(shown["llm"]))
+    scores = {name: {"before": before[name], "after": (after or {})[name]} for name in before or {}}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"plain": _plain, "code": _code}
+    page = environment.get_template("model_card.md.j2").render(
+        name=path.stem,
+        file=repr(path.name),
+        facts=shown,
+        labels=_LABELS,
+        tables={name: _intervals(systems) for name, systems in scores.items()} or _values(facts),
+        normalization=f"{normalizer} ({NORMALIZER_WORDS[normalizer]})" if scores and normalizer else None,
+    )
     target = path.with_suffix(".md")
-    name = _plain(path.stem)
-    lines = [
-        f"# {name}",
-        "",
-        f"Speech recognition model in NeMo's format: {_code(facts.get('base') or 'a base model')} adapted with "
-        "nemo_llm_feedback to unlabeled audio by the feedback of a language model.",
-        "",
-        "## How it was made",
-        "",
-        *_fact_lines(facts),
-        "",
-        "## Before and after",
-        "",
-        *_results(facts, before or {}, after or {}, normalizer),
-        "",
-        "## Use",
-        "",
-        "It loads in stock NeMo; this plugin and the language model are not needed.",
-        "",
-        "```python",
-        "from nemo.collections.asr.models import ASRModel",
-        "",
-        f"model = ASRModel.restore_from({path.name!r})",
-        'print(model.transcribe(["audio.wav"]))',
-        "```",
-        "",
-        "## Licence and limits",
-        "",
-        "The weights derive from the base model, whose licence applies to them; the language model's licence may say "
-        "more about what its outputs are used for. Numbers hold for the sets named above; on other speech the model "
-        "may be better or worse than its base.",
-    ]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    target.write_text(page, encoding="utf-8")
     return target
 
 
@@ -83,62 +80,24 @@ def public_name(model: str) -> str:
     return path.name if path.is_absolute() or path.exists() else model
 
 
-def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
-    labels = {
-        "base": "Base",
-        "llm": "Language model (frozen, in training only)",
-        "objective": "Objective",
-        "reward": "Reward",
-        "steps": "Optimizer steps",
-        "averaged": "Mean of the weights of so many runs",
-        "base_share": "Share of the base's weights in it",
-        "context_sha256": "SHA-256 of description and terms",
-        "plugin": "Made with",
-    }
-    known = {key: facts[key] for key in labels if facts.get(key) is not None}
-    if "llm" in known:
-        known["llm"] = public_name(str(known["llm"]))
-    shown = [f"- {labels[key]}: {_code(value)}" for key, value in known.items()]
-    return shown or ["- The checkpoint says nothing of how it was made."]
+def _intervals(systems: Mapping[str, CorpusScores]) -> str:
+    metrics = table_metrics(systems["before"])
+    return build_table(systems, metrics=metrics, base="before", samples=2000, seed=0).to_markdown()
 
 
-def _results(
-    facts: Mapping[str, Any],
-    before: Mapping[str, CorpusScores],
-    after: Mapping[str, CorpusScores],
-    normalizer: str | None,
-) -> list[str]:
-    lines: list[str] = []
-    for name in before:
-        systems = {"before": before[name], "after": after[name]}
-        table = build_table(
-            systems, metrics=table_metrics(before[name]), base="before", samples=_SAMPLES, seed=_SEED
-        )  # fmt: skip
-        lines += [f"### {_plain(name)}", "", table.to_markdown(), ""]
-    if lines and normalizer is not None:
-        lines += [f"Text normalisation: {normalizer} ({NORMALIZER_WORDS[normalizer]})."]
-    if not lines:
-        lines = _values(facts)
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines or ["No labelled set was given, so nothing was measured."]
-
-
-def _values(facts: Mapping[str, Any]) -> list[str]:
+def _values(facts: Mapping[str, Any]) -> dict[str, str]:
     """Tables without intervals, from the numbers inside the checkpoint."""
-    lines: list[str] = []
-    old, new = facts.get("before") or {}, facts.get("after") or {}
-    for name in old:
-        metrics = [m for m in METRICS if m in old[name] and m in new.get(name, {})]
-        if metrics:
-            lines += [f"### {_plain(str(name))}", "", "| metric | before | after |", "| --- | ---: | ---: |"]
-            lines += [
-                f"| {find_metric(m).title} ({find_metric(m).unit}) | {float(old[name][m]):.1f} | "
-                f"{float(new[name][m]):.1f} |"
-                for m in metrics
-            ]
-            lines.append("")
-    return lines
+    tables = {}
+    new = facts.get("after") or {}
+    for name, old in (facts.get("before") or {}).items():
+        rows = [
+            f"| {m.title} ({m.unit}) | {float(old[key]):.1f} | {float(new[name][key]):.1f} |"
+            for key, m in METRICS.items()
+            if key in old and key in new.get(name, {})
+        ]
+        if rows:
+            tables[str(name)] = "\n".join(["| metric | before | after |", "| --- | ---: | ---: |", *rows])
+    return tables
 
 
 def _plain(text: str) -> str:

@@ -41,7 +41,6 @@ class Card:
     Attributes:
         id: anchor on the page.
         set_name: which set it belongs to.
-        name: of the audio file, with the segment's start where it has one.
         row: the manifest row.
         lines: reference, base, adapted, as far as there are.
         change: words that differ between the first two systems; for one system its errors.
@@ -50,21 +49,29 @@ class Card:
         groups: manifest keys worth a chip, e.g. the speaker.
         scores: score part → (before, after).
         nbest: system → its N-best, best first.
-        nbest_parts: names of the members' score parts.
     """
 
     id: str
     set_name: str
-    name: str
     row: Row
     lines: tuple[Line, ...]
     change: int
-    gain: int | None
-    flags: tuple[str, ...]
+    gain: int | None = None
+    flags: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     nbest: Mapping[str, tuple[Member, ...]] = field(default_factory=dict)
-    nbest_parts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The audio file, with the segment's start where it has one."""
+        name = Path(self.row.audio).name
+        return f"{name} at {self.row.offset:.1f} s" if self.row.offset else name
+
+    @property
+    def nbest_parts(self) -> tuple[str, ...]:
+        """Names of the members' score parts."""
+        return tuple(dict.fromkeys(name for members in self.nbest.values() for m in members for name in m.scores))
 
 
 @dataclass(frozen=True)
@@ -93,74 +100,58 @@ def list_utterances(sets: Mapping[str, Comparison], changes: Sequence[Change]) -
     fixed: dict[str, tuple[EntityChange, ...]] = {}
     broken: dict[str, tuple[EntityChange, ...]] = {}
     for k, (name, comparison) in enumerate(sets.items()):
-        own, better, worse = _set_cards(name, comparison, prefix=f"u{k}")
-        cards += own
+        mentions: list[_Mention] = []
+        cards += [_set_card(name, comparison, i, f"u{k}-{i}", mentions) for i in range(len(comparison.rows))]
         if len(comparison.systems) > 1:
-            fixed[name], broken[name] = _counted(better), _counted(worse)
+            fixed[name], broken[name] = (_counted([m for m in mentions if m[3] == up]) for up in (True, False))
     cards += [_change_card(change, i) for i, change in enumerate(changes)]
     cards.sort(key=lambda card: (-card.change, -abs(card.gain or 0), card.name))
     return Listing(tuple(cards[:MAX_CARDS]), len(cards), fixed, broken)
 
 
-_Mention = tuple[str, str, str]  # entity, what was heard instead, card
+_Mention = tuple[str, str, str, bool]  # entity, what was heard instead, card, whether the second system is right
 
 
-def _set_cards(name: str, comparison: Comparison, *, prefix: str) -> tuple[list[Card], list[_Mention], list[_Mention]]:
-    first = comparison.scores[comparison.base]
-    cards, better, worse = [], [], []
-    for i, row in enumerate(comparison.rows):
-        reference, spans = first.references[i], comparison.spans[i]
-        texts = [comparison.scores[s.name].hypotheses[i] for s in comparison.systems]
-        aligned = [align(reference, text, spans) for text in texts]
-        card_id = f"{prefix}-{i}"
-        flags = set()
-        if len(aligned) > 1:
-            mentions = list(_mentions(reference, spans, aligned[0], aligned[1]))
-            better += [(text, heard, card_id) for text, heard, up in mentions if up]
-            worse += [(text, heard, card_id) for text, heard, up in mentions if not up]
-            flags |= {"fixed" if up else "broken" for _, _, up in mentions}
-        change = changed_words(texts[0], texts[1]) if len(texts) > 1 else aligned[0].errors
-        gain = aligned[0].errors - aligned[1].errors if len(aligned) > 1 else None
-        flags |= {"changed"} if len(texts) > 1 and change else set()
-        flags |= {"better"} if gain and gain > 0 else {"worse"} if gain and gain < 0 else set()
-        flags |= {"wrong"} if aligned[min(1, len(aligned) - 1)].errors else set()
-        lines = [Line("reference", reference_pieces(reference, spans))]
-        lines += [Line(s.name, a.pieces, a.errors) for s, a in zip(comparison.systems, aligned, strict=True)]
-        nbest = {s.name: s.nbest[i][:_MAX_MEMBERS] for s in comparison.systems if s.nbest and s.nbest[i]}
-        groups = tuple(str(row.data[key]) for key in comparison.scoring.group_by if row.data.get(key) is not None)
-        cards.append(
-            Card(
-                card_id,
-                name,
-                _name(row),
-                row,
-                tuple(lines),
-                change,
-                gain,
-                tuple(sorted(flags)),
-                groups,
-                nbest=nbest,
-                nbest_parts=_parts(m for members in nbest.values() for m in members),
-            )
-        )
-    return cards, better, worse
+def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions: list[_Mention]) -> Card:
+    """The card of one row; appends to ``mentions`` the entities that only one of the first two systems got right."""
+    row, reference, spans = comparison.rows[i], comparison.scores[comparison.base].references[i], comparison.spans[i]
+    texts = [comparison.scores[s.name].hypotheses[i] for s in comparison.systems]
+    aligned = [align(reference, text, spans) for text in texts]
+    judged = aligned[min(1, len(aligned) - 1)]
+    change, gain, flags = judged.errors, None, {"wrong"} if judged.errors else set()
+    if len(texts) > 1:
+        found = [(text, heard, card_id, up) for text, heard, up in _mentions(reference, spans, *aligned[:2])]
+        mentions += found
+        flags |= {"fixed" if up else "broken" for *_, up in found}
+        change, gain = changed_words(*texts[:2]), aligned[0].errors - aligned[1].errors
+        flags |= {"changed"} if change else set()
+        flags |= {"better"} if gain > 0 else {"worse"} if gain < 0 else set()
+    lines = [Line("reference", reference_pieces(reference, spans))]
+    lines += [Line(s.name, a.pieces, a.errors) for s, a in zip(comparison.systems, aligned, strict=True)]
+    return Card(
+        id=card_id,
+        set_name=name,
+        row=row,
+        lines=tuple(lines),
+        change=change,
+        gain=gain,
+        flags=tuple(sorted(flags)),
+        groups=tuple(str(row.data[key]) for key in comparison.scoring.group_by if row.data.get(key) is not None),
+        nbest={s.name: s.nbest[i][:_MAX_MEMBERS] for s in comparison.systems if s.nbest and s.nbest[i]},
+    )
 
 
 def _change_card(change: Change, index: int) -> Card:
     before, after = diff_pieces(change.before, change.after)
-    nbest = {"candidates": change.nbest[:_MAX_MEMBERS]} if change.nbest else {}
     return Card(
-        f"c-{index}",
-        "without reference",
-        _name(change.row),
-        change.row,
-        (Line("base", before), Line("adapted", after)),
-        changed_words(change.before, change.after),
-        None,
-        ("changed",),
+        id=f"c-{index}",
+        set_name="without reference",
+        row=change.row,
+        lines=(Line("base", before), Line("adapted", after)),
+        change=changed_words(change.before, change.after),
+        flags=("changed",),
         scores=change.scores,
-        nbest=nbest,
-        nbest_parts=_parts(iter(change.nbest)),
+        nbest={"candidates": change.nbest[:_MAX_MEMBERS]} if change.nbest else {},
     )
 
 
@@ -179,16 +170,7 @@ def _counted(mentions: Sequence[_Mention]) -> tuple[EntityChange, ...]:
     for mention in mentions:
         by_text.setdefault(mention[0], []).append(mention)
     out = [
-        EntityChange(text, len(group), Counter(heard for _, heard, _ in group).most_common(1)[0][0], group[0][2])
+        EntityChange(text, len(group), Counter(m[1] for m in group).most_common(1)[0][0], group[0][2])
         for text, group in by_text.items()
     ]
     return tuple(sorted(out, key=lambda e: (-e.count, e.text))[:_MAX_ENTITIES])
-
-
-def _name(row: Row) -> str:
-    name = Path(row.audio).name
-    return f"{name} at {row.offset:.1f} s" if row.offset else name
-
-
-def _parts(members: Iterator[Member]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for member in members for name in member.scores))
