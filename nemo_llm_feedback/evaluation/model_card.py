@@ -52,7 +52,7 @@ def write_model_card(
     shown = {key: value for key, value in facts.items() if key != "llm" or value is not None}
     if "llm" in shown:
         shown["llm"] = public_name(str(shown["llm"]))
-    scores = {name: {"before": before[name], "after": (after or {})[name]} for name in before or {}}
+    scores = {name: {"before": old, "after": (after or {})[name]} for name, old in (before or {}).items()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
