@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nemo_llm_feedback.asr.checkpoints import read_config
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, settings_text
+from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start, settings_text
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import FolderLock, in_use, read_steps
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
@@ -199,6 +199,22 @@ def test_the_same_command_starts_anew_after_a_finished_run(tmp_path: Path) -> No
     assert experiment(cfg).get("version") is None
     with pytest.raises(ConfigError, match="resume="):
         experiment(OmegaConf.merge(cfg, {"resume": "perhaps"}))
+
+
+def test_a_run_folder_holds_no_secrets_and_its_run_still_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = {"reward": {"settings": {"api_key": "sk-123"}}, "exp_manager": {"exp_dir": str(tmp_path), "name": "n"}}
+    cfg = OmegaConf.create(secret)
+    folder = tmp_path / "n" / "version_0"
+    folder.mkdir(parents=True)
+    (folder / "cmd-args.log").write_text("adapt reward.settings.api_key=sk-123")  # as exp_manager writes it
+    monkeypatch.setattr("sys.argv", ["adapt", "reward.settings.api_key=sk-123", "reward.settings={api_key: sk-123}"])
+    record_start(cfg, folder, checkpoint=None)
+    for path in folder.iterdir():
+        assert "sk-123" not in path.read_text(), path.name
+    assert json.loads((folder / "run.json").read_text())["command"][1] == "reward.settings.api_key=(hidden)"
+    assert experiment(cfg).version == "version_0"
 
 
 def test_what_a_kill_leaves_of_checkpoints_is_tidied(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.core.config.faults import listing
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, SETTINGS_FILE, collect, in_use, newest, write_json
+from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.core.version import __version__
 
 # Rank 0's choice, for the ranks that Lightning starts as copies of this process.
@@ -103,15 +104,16 @@ def experiment(cfg: DictConfig) -> DictConfig:
 
 
 def settings_text(cfg: DictConfig) -> str:
-    """The composed configuration as YAML, by which runs are known to be the same."""
+    """The composed configuration as YAML without secrets, by which runs are known to be the same."""
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     tree.pop("resume", None)
     tree.pop("hydra", None)
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return OmegaConf.to_yaml(OmegaConf.create(masked(tree)))
 
 
 def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> None:
-    """Writes ``settings.yaml`` and ``run.json`` (versions, command, date of every attempt; nothing about the host).
+    """Writes ``settings.yaml`` and ``run.json`` (versions, command, date of every attempt; nothing about the host,
+    and no secrets).
 
     Args:
         cfg: the composed configuration.
@@ -128,7 +130,9 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> No
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    command = masked_command([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if (nemos := folder / "cmd-args.log").is_file():  # exp_manager's copy of the command
+        nemos.write_text(" ".join(command), encoding="utf-8")
     write_json(run, {"command": command, "versions": versions, "attempts": attempts})
     (folder / RESULT_FILE).unlink(missing_ok=True)
     temporary = folder / f".{SETTINGS_FILE}.tmp"

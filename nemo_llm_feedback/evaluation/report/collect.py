@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import itertools
 import json
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from omegaconf import OmegaConf
 
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE
+from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
@@ -26,8 +25,6 @@ from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.report.data import Change, ReportData
 
 _PACKAGES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes", "jiwer", "kaldialign", "numpy")
-_NAMES = r"(?:api[_-]?key|token|secret|password|passwd|credentials?)"
-_SECRET = re.compile(rf"(?:^|[._-]){_NAMES}$", re.IGNORECASE)
 _FACTS = {"base": "Base", "llm": "Language model", "objective": "Objective", "steps": "Steps"}
 _ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
 _GROUP_KEYS = ("domain", "speaker", "voice")
@@ -165,19 +162,12 @@ def current_command() -> str:
 def _command(arguments: Sequence[str]) -> str:
     """A command line that a shell takes, with secrets hidden."""
     name = Path(arguments[0]).name
-    shown = ["nemo-llm-feedback" if name == "cli.py" else name]
-    for before, argument in itertools.pairwise(arguments):
-        key, equals, _ = argument.partition("=")
-        if equals and _SECRET.search(key):
-            shown.append(f"{key}=(hidden)")
-        else:
-            shown.append("(hidden)" if before.startswith("-") and _SECRET.search(before) else argument)
-    return shlex.join(shown)
+    return shlex.join(masked_command(["nemo-llm-feedback" if name == "cli.py" else name, *arguments[1:]]))
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings as YAML, with secrets hidden."""
-    return OmegaConf.to_yaml(OmegaConf.create(_hide(settings))) if settings else ""
+    return OmegaConf.to_yaml(OmegaConf.create(masked(settings))) if settings else ""
 
 
 def _saved_settings(path: Path) -> str:
@@ -186,19 +176,6 @@ def _saved_settings(path: Path) -> str:
         return ""
     found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return settings_text(found)
-
-
-def _hide(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {
-            str(key): "(hidden)"
-            if value and _SECRET.search(str(key)) and not isinstance(value, Mapping)
-            else _hide(value)
-            for key, value in node.items()
-        }
-    if isinstance(node, (list, tuple)):
-        return [_hide(item) for item in node]
-    return node if isinstance(node, (str, int, float, bool)) or node is None else str(node)
 
 
 def _group_keys(rows: Sequence[Row]) -> list[str]:
