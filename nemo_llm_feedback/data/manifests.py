@@ -8,14 +8,15 @@ long rows without naming them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemo_llm_feedback.core.config.learning import REPLAY_VALUES
 from nemo_llm_feedback.core.config.renames import renamed
@@ -117,7 +118,7 @@ def parse_context(value: Any) -> Context:
             return Context(description.description, terms.terms, tuple(v.strip() for v in previous if v.strip()))
     raise ValueError(
         "`context` must be a string or a list of strings, or an object with `description` (a string), `terms` and "
-        f"`previous` (lists of strings), got {value!r}"
+        f"`previous` (lists of strings), got {value!r}."
     )
 
 
@@ -151,21 +152,11 @@ def read_manifest(manifest_filepath: Any, *, use_text: bool = True, tarred: bool
     faults: list[str] = []
     rows: list[Row] = []
     for path in expand_paths(manifest_filepath):
-        file = Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            faults.append(f"{path}: cannot be read ({error}).")
-            continue
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if not lines:
-            faults.append(f"{path}: has no line in it.")
-        for number, line in lines:
-            row = _parse_line(line, file, number, use_text=use_text, tarred=tarred)
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
-                faults.append(row)
+        for origin, data in json_lines(path, faults):
+            try:
+                rows.append(_parse_row(data, origin, use_text=use_text, tarred=tarred))
+            except ValueError as error:
+                faults.append(f"{origin}: {error}")
     if faults:
         raise ManifestError(list_faults(f"{len(faults)} fault(s) in the manifest(s); correct these lines:", faults))
     return rows
@@ -279,38 +270,53 @@ def missing_members(rows: Iterable[Row], tar_paths: Any) -> list[tuple[Row, str]
     return [(row, f"{row.origin}: {row.audio}: in no tar file") for row in rows if Path(row.audio).name not in names]
 
 
-def _parse_line(line: str, file: Path, number: int, *, use_text: bool, tarred: bool) -> Row | str:
-    origin = f"{file}:{number}"
+def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``file:line`` and object of each line that is not blank in a JSON Lines file; appends to ``faults``."""
+    file = Path(path).expanduser()
     try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"{origin}: not JSON ({error})."
-    if not isinstance(data, dict):
-        return f"{origin}: a line must be a JSON object."
-    audio = data.get("audio_filepath") or data.get("audio_filename")
-    duration = data.get("duration")
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path}: cannot be read ({error}).")
+        return
+    if not text.strip():
+        faults.append(f"{path}: has no line in it.")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            data = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            faults.append(f"{file}:{number}: not JSON ({error}).")
+            continue
+        if isinstance(data, dict):
+            yield f"{file}:{number}", data
+        elif line.strip():
+            faults.append(f"{file}:{number}: a line must be a JSON object.")
+
+
+def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: bool) -> Row:
+    """Raises ValueError: what is wrong with the line."""
+    audio, duration = data.get("audio_filepath") or data.get("audio_filename"), data.get("duration")
+    text, offset, replay = data.get("text"), data.get("offset") or 0.0, data.get("replay") or ""
     if not isinstance(audio, str) or not audio:
-        return f"{origin}: lacks `audio_filepath`."
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not duration > 0:
-        return f"{origin}: lacks a positive `duration` in seconds (got {duration!r})."
-    text = data.get("text")
+        raise ValueError("lacks `audio_filepath`.")
+    if not _is_number(duration) or not duration > 0:
+        raise ValueError(f"lacks a positive `duration` in seconds (got {duration!r}).")
     if text is not None and not isinstance(text, str):
-        return f"{origin}: `text` must be a string or null (got {text!r})."
-    offset = data.get("offset") or 0.0
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)) or offset < 0:
-        return f"{origin}: `offset` must be seconds ≥ 0 (got {offset!r})."
-    try:
-        context = parse_context(data.get("context"))
-    except ValueError as error:
-        return f"{origin}: {error}."
-    replay = data.get("replay") or ""
+        raise ValueError(f"`text` must be a string or null (got {text!r}).")
+    if not _is_number(offset) or offset < 0:
+        raise ValueError(f"`offset` must be seconds ≥ 0 (got {offset!r}).")
     if now := renamed("replay", replay):
-        return f"{origin}: {now}"
+        raise ValueError(now)
     if replay not in ("", *REPLAY_VALUES) or (replay == "supervised" and not text):
-        return f"{origin}: `replay` must be kl or, for a row with text, supervised (got {replay!r})."
-    path = audio if tarred else str(_resolve(audio, file))
-    text = (text or "").strip() if use_text else ""
-    return Row(path, float(duration), float(offset), text, context, origin, data, replay)
+        raise ValueError(f"`replay` must be kl or, for a row with text, supervised (got {replay!r}).")
+    context = parse_context(data.get("context"))
+    path = audio if tarred else str(_resolve(audio, Path(origin.rsplit(":", 1)[0])))
+    return Row(
+        path, float(duration), float(offset), (text or "").strip() if use_text else "", context, origin, data, replay
+    )
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _resolve(audio: str, manifest: Path) -> Path:
@@ -322,37 +328,33 @@ def _resolve(audio: str, manifest: Path) -> Path:
 
 
 def _write_copies(manifest_filepath: Any, rows: list[Row], folder: Path) -> Any:
-    """Writes one copy a file, ``folder/<k>/<name>``, and returns the user's structure with the new paths."""
+    """Writes one copy per file, ``folder/<k>/<name>``, and returns the user's structure with the new paths."""
     by_file: dict[str, list[Row]] = {}
     for row in rows:
         by_file.setdefault(row.origin.rsplit(":", 1)[0], []).append(row)
-    counter = 0
+    targets = (folder / str(k) for k in itertools.count())
 
-    def copy(pattern: str) -> str:
-        nonlocal counter
-        source = Path(pattern)
-        if any(brace in str(source.parent) for brace in ("{", "_OP_")):
-            raise ManifestError(f"{pattern}: braces are supported in the file name only; list the folders instead.")
-        target = folder / str(counter)
-        target.mkdir(parents=True, exist_ok=True)
-        counter += 1
-        for file in _expand_braces(pattern):
-            lines = [
-                json.dumps(_staged_line(row), ensure_ascii=False)
-                for row in by_file.get(str(Path(file).expanduser()), [])
-            ]
-            # Every rank writes the same copies, perhaps while another reads them: a rename shows no half of a file.
-            temporary = target / f".{Path(file).name}.{os.getpid()}"
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            temporary.replace(target / Path(file).name)
-        return str(target / source.name)
+    def copy(node: Any) -> Any:
+        if not isinstance(node, (str, Path)):
+            return [copy(item) for item in node]
+        return ",".join(_write_copy(part.strip(), by_file, next(targets)) for part in str(node).split(","))
 
-    def walk(node: Any) -> Any:
-        if isinstance(node, (str, Path)):
-            return ",".join(copy(part.strip()) for part in str(node).split(","))
-        return [walk(item) for item in node]
+    return copy(manifest_filepath)
 
-    return walk(manifest_filepath)
+
+def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) -> str:
+    """Copies the files of one pattern, and returns the pattern of the copies."""
+    source = Path(pattern)
+    if any(brace in str(source.parent) for brace in ("{", "_OP_")):
+        raise ManifestError(f"{pattern}: braces are supported in the file name only; list the folders instead.")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in map(Path, _expand_braces(pattern)):
+        lines = [json.dumps(_staged_line(row), ensure_ascii=False) for row in by_file.get(str(file.expanduser()), [])]
+        # Every rank writes the same copies, perhaps while another reads them: a rename shows no half of a file.
+        temporary = target / f".{file.name}.{os.getpid()}"
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(target / file.name)
+    return str(target / source.name)
 
 
 def _staged_line(row: Row) -> dict[str, Any]:

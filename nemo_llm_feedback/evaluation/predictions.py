@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
-from nemo_llm_feedback.data.manifests import Row, parse_context
+from nemo_llm_feedback.data.manifests import Row, json_lines, parse_context
 from nemo_llm_feedback.evaluation.comparison import Member, System
 
-Line = tuple[int, dict[str, Any]]
+Line = tuple[str, dict[str, Any]]
 
 
 def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> System:
@@ -32,16 +31,16 @@ def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> Sys
     lines = _read_lines(path)
     index: dict[tuple[str, float], int] = {}
     faults = []
-    for k, (number, data) in enumerate(lines):
+    for k, (origin, data) in enumerate(lines):
         keys = _keys(data, Path(path))
         if any(key in index for key in keys):
-            faults.append(f"{path}:{number}: {data.get('audio_filepath')} occurs twice.")
+            faults.append(f"{origin}: {data.get('audio_filepath')} occurs twice.")
         index.update(dict.fromkeys(keys, k))
     found = [next((index[key] for key in _row_keys(row) if key in index), None) for row in rows]
     faults += [f"{row.origin}: {row.audio} is not in it." for row, k in zip(rows, found, strict=True) if k is None]
     strangers = sorted(set(range(len(lines))) - {k for k in found if k is not None})
     if not faults:
-        faults += [f"{path}:{lines[k][0]}: {lines[k][1].get('audio_filepath')} is no row." for k in strangers]
+        faults += [f"{lines[k][0]}: {lines[k][1].get('audio_filepath')} is no row." for k in strangers]
     if faults:
         head = (
             f"{path} and the {len(rows)} rows to score are not the same set ({len(faults)} fault(s)); systems are "
@@ -56,40 +55,26 @@ def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> Sys
 def rows_of_predictions(path: str | Path) -> list[Row]:
     """The rows that a predictions file holds itself: its ``text`` is the reference; a ``duration`` is not needed."""
     rows = []
-    for number, data in _read_lines(path):
+    for origin, data in _read_lines(path):
         audio = _absolute(str(data.get("audio_filepath") or data.get("audio_filename")), Path(path).parent)
         try:
             context = parse_context(data.get("context"))
         except ValueError as error:
-            raise ManifestError(f"{path}:{number}: {error}.") from None
+            raise ManifestError(f"{origin}: {error}") from None
         text, duration = data.get("text") or "", float(data.get("duration") or 0.0)
-        rows.append(Row(audio, duration, _offset(data), str(text).strip(), context, f"{path}:{number}", data))
+        rows.append(Row(audio, duration, _offset(data), str(text).strip(), context, origin, data))
     return rows
 
 
 def _read_lines(path: str | Path) -> list[Line]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path}: cannot be read ({error}).") from None
-    lines: list[Line] = []
-    faults = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON ({error}).")
-            continue
-        if not isinstance(data, dict) or not (data.get("audio_filepath") or data.get("audio_filename")):
-            faults.append(f"{path}:{number}: lacks `audio_filepath`.")
+    lines, faults = [], []  # type: list[Line], list[str]
+    for origin, data in json_lines(path, faults):
+        if not (data.get("audio_filepath") or data.get("audio_filename")):
+            faults.append(f"{origin}: lacks `audio_filepath`.")
         elif not isinstance(data.get("pred_text"), str):
-            faults.append(f"{path}:{number}: lacks `pred_text`, the transcript ('' where nothing was heard).")
+            faults.append(f"{origin}: lacks `pred_text`, the transcript ('' where nothing was heard).")
         else:
-            lines.append((number, data))
-    if not lines and not faults:
-        faults.append(f"{path}: has no line in it.")
+            lines.append((origin, data))
     if faults:
         raise ManifestError(list_faults(f"{len(faults)} fault(s) in the predictions; correct these lines:", faults))
     return lines
