@@ -5,7 +5,6 @@ model.transcribe(["a.wav"])            # and validation, WER, predict_step, afte
 """
 
 from nemo_llm_feedback.rescoring.decoding import NBest
-from nemo_llm_feedback.rescoring.installation import accept_key, install, uninstall
 from nemo_llm_feedback.rescoring.model import (
     RescoringMixin,
     attach,
@@ -20,11 +19,8 @@ __all__ = [
     "Rescorer",
     "RescoringMixin",
     "ScoredHypothesis",
-    "accept_key",
     "attach",
     "disable_rescoring",
     "enable_rescoring",
-    "install",
-    "uninstall",
     "utterance_contexts",
 ]

@@ -17,15 +17,12 @@ from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding,
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels
+from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels, TransducerHead, plain_labels, without_padding
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.hypotheses.proposals import Proposer
-from nemo_llm_feedback.rescoring.alignment import align_ctc, align_transducer, plain_ids
+from nemo_llm_feedback.rescoring.alignment import align_ctc, align_transducer
 from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
-
-# NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
-_CERTAIN, _IMPOSSIBLE = 0.0, -1e4
 
 
 class NBest(list):
@@ -60,13 +57,12 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
             if hyps is None:
                 raise DecodingError(f"{type(self.decoding).__name__} returned no N-best: rescoring needs one.")
             # Some searches leave their start symbol, which is blank, in the sequence.
-            rows.append([tuple(i for i in plain_ids(hyp.y_sequence) if 0 <= i < size) for hyp in hyps])
+            rows.append([tuple(i for i in plain_labels(hyp.y_sequence) if 0 <= i < size) for hyp in hyps])
         ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, proposer=self.proposer)
         results: list[Any] = []
-        for b, members in enumerate(ranked):
+        for members, x, frames in zip(ranked, encoded, lengths.tolist(), strict=True):
             shown = members if self.return_nbest else members[:1]
-            frames = int(lengths[b])
-            hyps = NBest(self._hypothesis(member, members, encoded[b, :, :frames]) for member in shown)
+            hyps = NBest(self._hypothesis(member, members, x[:, :frames]) for member in shown)
             results.append(hyps if self.return_nbest else hyps[0])
         return results
 
@@ -122,27 +118,20 @@ class _CTCHook(_Hook):
         if lengths is None:
             lengths = torch.full((len(log_probs),), log_probs.shape[1], device=log_probs.device)
         with torch.inference_mode():
-            padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
-            neutral = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
-            neutral[-1] = _CERTAIN
-            (found,) = self.decoding(
-                decoder_output=torch.where(padded[..., None], neutral, log_probs), decoder_lengths=lengths
-            )
+            (found,) = self.decoding(decoder_output=without_padding(log_probs, lengths), decoder_lengths=lengths)
             return self._rescored(found, log_probs.transpose(1, 2), lengths)
 
     def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
-        path = align_ctc(encoded.T, labels)
-        starts = (0, *path.frames)
+        starts, hyp.timestamp = align_ctc(encoded.T, labels)
         text = hyp.text
         # What NeMo's greedy decoder hands to this method: labels, and for each the frames since the one before.
-        hyp.timestamp = list(path.spoken)
-        hyp.text = (list(labels), [b - a for a, b in itertools.pairwise(starts)])
+        hyp.text = (list(labels), [b - a for a, b in itertools.pairwise([0, *starts])])
         self.compute_ctc_timestamps(hyp, self.cfg.get("ctc_timestamp_type", "all"))  # type: ignore[attr-defined]
         hyp.text = text
 
 
 class _TransducerHook(_Hook):
-    durations: Any
+    head: TransducerHead
 
     def rnnt_decoder_predictions_tensor(
         self,
@@ -175,14 +164,7 @@ class _TransducerHook(_Hook):
             return self._rescored(found, encoder_output, encoded_lengths)
 
     def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
-        path = align_transducer(
-            encoded,
-            labels,
-            decoder=self.decoding.decoder,
-            joint=self.decoding.joint,
-            durations=tuple(self.durations or ()),
-        )
-        hyp.timestamp, hyp.token_duration = list(path.frames), list(path.durations)
+        hyp.timestamp, hyp.token_duration = align_transducer(self.head, encoded, labels)
         self.compute_rnnt_timestamps(hyp, self.cfg.get("rnnt_timestamp_type", "all"))  # type: ignore[attr-defined]
 
     def decode_ids_to_tokens(self, tokens: list[int]) -> list[str]:
@@ -191,30 +173,17 @@ class _TransducerHook(_Hook):
         if labels is None:
             found: list[str] = super().decode_ids_to_tokens(tokens)  # type: ignore[misc]
             return found
-        return [labels[token] for token in plain_ids(tokens) if token in labels]
+        return [labels[token] for token in plain_labels(tokens) if token in labels]
 
 
-class RescoredCTCDecoding(_CTCHook, CTCDecoding):
-    """Character CTC."""
-
-
-class RescoredCTCBPEDecoding(_CTCHook, CTCBPEDecoding):
-    """BPE CTC."""
-
-
-class RescoredRNNTDecoding(_TransducerHook, RNNTDecoding):
-    """Character RNN-T and TDT."""
-
-
-class RescoredRNNTBPEDecoding(_TransducerHook, RNNTBPEDecoding):
-    """BPE RNN-T and TDT."""
-
-
+# NeMo's class → the hooked subclass of it.
 _HOOKED: dict[type, type] = {
-    CTCDecoding: RescoredCTCDecoding,
-    CTCBPEDecoding: RescoredCTCBPEDecoding,
-    RNNTDecoding: RescoredRNNTDecoding,
-    RNNTBPEDecoding: RescoredRNNTBPEDecoding,
+    cls: type(f"Rescored{cls.__name__}", (hook, cls), {"__module__": __name__})
+    for hook, classes in (
+        (_CTCHook, (CTCDecoding, CTCBPEDecoding)),
+        (_TransducerHook, (RNNTDecoding, RNNTBPEDecoding)),
+    )
+    for cls in classes
 }
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.core.config.faults import build
-from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.rescoring.decoding import adopt
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
 else:
     _Base = object
-
-KEY = "rescoring"
 
 
 def enable_rescoring(
@@ -63,7 +61,7 @@ def enable_rescoring(
         reward: the judge, e.g. ``LLMReward``, which weighs log p(y|x) itself; None = log p(y|x) alone.
         alpha, beta: weights of any other reward and of the length; by default those of ``RewardConfig``, and β = 0
             without a reward.
-        context: of all utterances; see :func:`utterance_contexts` for one a row.
+        context: of all utterances; see :func:`utterance_contexts` for one per row.
         nbest, boosted, term_swap, boosting_weight, normalizer, memory_budget_mb: see ``RescoringConfig``.
 
     Raises:
@@ -113,7 +111,7 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
 
     Args:
         model: with rescoring on.
-        names: one a row, stable over runs.
+        names: one per row, stable over runs.
         contexts: each row's own, merged over the model's.
 
     Raises:
@@ -149,8 +147,7 @@ class RescoringMixin(_Base):
         """NeMo's method; the strategy may be any that gives an N-best, or greedy.
 
         Args:
-            decoding_cfg: NeMo's decoding configuration, whose key ``rescoring`` may hold new settings, or null to
-                switch rescoring off; None = the model's own.
+            decoding_cfg: NeMo's decoding configuration; None = the model's own.
             decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = ``rnnt``, as in NeMo.
             verbose: log the configuration.
 
@@ -159,22 +156,17 @@ class RescoringMixin(_Base):
         """
         if isinstance(decoder_type, bool):  # NeMo's signature of models with one head
             decoder_type, verbose = None, decoder_type
-        decoding_cfg, key = take_key(decoding_cfg)
-        if key is None:
-            disable_rescoring(self)
-            return _stock_change(self, decoding_cfg, decoder_type, verbose)
-        rescorer = self._rescorer if key is _ABSENT else rescorer_of(key, known=self._rescorer)
+        hybrid = hasattr(self, "cur_decoder")
         kind = "ctc" if decoder_type == "ctc" or not hasattr(self, "joint") else "transducer"
-        section = self.cfg.aux_ctc if kind == "ctc" and hasattr(self, "joint") else self.cfg
+        section = self.cfg.aux_ctc if kind == "ctc" and hybrid else self.cfg
         own = section.decoding if decoding_cfg is None else _completed(self, decoding_cfg, kind)
-        tokenizer = getattr(self, "tokenizer", None)
-        cfg = nbest_config(own, kind=kind, nbest=rescorer.settings.nbest, characters=tokenizer is None)
+        rescorer: Rescorer = self._rescorer
+        characters = getattr(self, "tokenizer", None) is None
+        cfg = nbest_config(own, kind=kind, nbest=rescorer.settings.nbest, characters=characters)
         if kind == "transducer" and self.joint.num_extra_outputs:
             cfg.model_type = "tdt"  # without it NeMo takes a character TDT's durations for labels
-        if rescorer is not self._rescorer:
-            self._rescorer = rescorer
-            _rebuild(self)  # the other head of a hybrid, too
-        _stock_change(super(), cfg, decoder_type, False)
+        # Models with one head know no decoder_type.
+        super().change_decoding_strategy(cfg, verbose=False, **({"decoder_type": decoder_type} if hybrid else {}))
         with open_dict(section):
             section.decoding = own
         adopt(
@@ -231,32 +223,6 @@ class RescoringMixin(_Base):
         return list(found)
 
 
-_ABSENT = object()
-
-
-def take_key(decoding_cfg: Any) -> tuple[Any, Any]:
-    """The configuration without its key ``rescoring``, and the key's value as plain data (or ``_ABSENT``)."""
-    if not isinstance(decoding_cfg, (dict, DictConfig)) or KEY not in decoding_cfg:
-        return decoding_cfg, _ABSENT
-    tree: Any = OmegaConf.to_container(OmegaConf.create(dict(decoding_cfg)), resolve=True)
-    key = tree.pop(KEY)
-    return OmegaConf.create(tree), key
-
-
-def has_key(decoding_cfg: Any) -> bool:
-    """Whether a decoding configuration has the key ``rescoring``, with settings in it."""
-    return isinstance(decoding_cfg, (dict, DictConfig)) and decoding_cfg.get(KEY) is not None
-
-
-def rescorer_of(tree: Any, *, known: Rescorer | None = None) -> Rescorer:
-    """The rescorer of a key's value; the one there is where the settings are its own, so that no LLM loads twice.
-
-    A path to code is refused here: a decoding configuration may have come out of somebody's checkpoint.
-    """
-    settings = parse_rescoring_config(tree)
-    return known if known is not None and known.settings == settings else Rescorer.from_settings(settings)
-
-
 def _rebuild(model: Any) -> None:
     """Builds the decoding objects anew from the model's own configuration; the current head of a hybrid last."""
     if not hasattr(model, "cur_decoder"):
@@ -265,14 +231,6 @@ def _rebuild(model: Any) -> None:
     current = model.cur_decoder
     for decoder_type in sorted(("rnnt", "ctc"), key=lambda name: name == current):
         model.change_decoding_strategy(None, decoder_type=decoder_type, verbose=False)
-
-
-def _stock_change(model: Any, cfg: Any, decoder_type: Any, verbose: bool) -> None:
-    """Calls NeMo's method, which takes a ``decoder_type`` in hybrids only; ``model`` may be a ``super()``."""
-    if decoder_type is None:
-        model.change_decoding_strategy(cfg, verbose=verbose)
-    else:
-        model.change_decoding_strategy(cfg, decoder_type=decoder_type, verbose=verbose)
 
 
 def _completed(model: Any, given: Any, kind: str) -> DictConfig:

@@ -16,8 +16,7 @@ from nemo_llm_feedback.core.config import ProposalConfig, RewardConfig, RunConfi
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
-from nemo_llm_feedback.core.trie import PrefixTrie
-from nemo_llm_feedback.core.types import Context, HypothesisGroup
+from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput
 from nemo_llm_feedback.data.manifests import merge_context
 from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.llm import open_llm
@@ -44,14 +43,6 @@ class ScoredHypothesis:
     source: str
 
 
-@dataclass(frozen=True)
-class Utterances:
-    """What is known about the rows of the batch that is decoded next."""
-
-    names: tuple[str, ...]
-    contexts: tuple[Context, ...]
-
-
 @dataclass(eq=False)
 class Rescorer:
     """Chooses among hypotheses by log p(y|x) + α·reward + β·length; not a module, nothing of it is ever saved.
@@ -64,7 +55,7 @@ class Rescorer:
         reward: the judge, or None for log p(y|x) + β·length.
         alpha, beta: of the formula; None = left to a reward that weighs log p(y|x) itself, otherwise those of
             ``settings.reward`` or its defaults (β = 0 without a reward).
-        context: of all utterances; an utterance's own is merged over it.
+        context: of all utterances; each utterance's own is merged over it.
         settings: sizes, normalisation and memory.
     """
 
@@ -73,7 +64,7 @@ class Rescorer:
     beta: float | None = None
     context: Context = field(default_factory=Context)
     settings: RescoringConfig = field(default_factory=lambda: RescoringConfig(reward=None))
-    _batch: Utterances | None = None
+    _batch: tuple[tuple[str, ...], tuple[Context, ...]] | None = None  # names and contexts of the rows decoded next
 
     def __post_init__(self) -> None:
         self._normalize = get_normalizer(self.settings.normalizer)
@@ -88,28 +79,31 @@ class Rescorer:
         return self
 
     @classmethod
-    def from_settings(cls, settings: RescoringConfig, *, allow_dotted: bool = False) -> Rescorer:
-        """Loads what the settings name.
-
-        Args:
-            settings: checked settings.
-            allow_dotted: accept a path to code as ``reward.name``; True only for the user's own command line or file.
+    def from_settings(cls, settings: RescoringConfig) -> Rescorer:
+        """Loads what the settings name; they are the user's, who may name a reward by a path to code.
 
         Raises:
             LLMError, RewardError: the LLM or the reward cannot be used.
         """
-        return cls(_build(settings, allow_dotted=allow_dotted), context=settings.context.load(), settings=settings)
+        reward = None
+        if settings.reward is not None:
+            config = RunConfig(reward=settings.reward, llm=settings.llm, context=settings.context)
+            if faults := reward_faults(config):
+                raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+            needed = settings.llm if settings.reward.needs_llm else None
+            reward = reward_from_config(config, open_llm(needed) if needed is not None else None)
+        return cls(reward, context=settings.context.load(), settings=settings)
 
     @contextmanager
     def utterances(self, names: Sequence[str], contexts: Sequence[Context]) -> Iterator[None]:
         """Within it, the rows of every decoded batch are these utterances, in this order.
 
         Args:
-            names: one a row, stable over runs.
+            names: one per row, stable over runs.
             contexts: each row's own context, merged here over the run's.
         """
         before = self._batch
-        self._batch = Utterances(tuple(names), tuple(merge_context(self.context, own) for own in contexts))
+        self._batch = tuple(names), tuple(merge_context(self.context, own) for own in contexts)
         try:
             yield
         finally:
@@ -118,12 +112,10 @@ class Rescorer:
     def proposer(self, head: Head) -> Proposer | None:
         """What adds boosted hypotheses and term swaps to a head's N-best, or None where neither is asked for."""
         s = self.settings
-        if not s.boosted and not s.term_swap:
-            return None
         config = ProposalConfig(
             beam=0, boosted=s.boosted, term_swap=s.term_swap, samples=0, boosting_weight=s.boosting_weight
         )
-        return Proposer(head, config)
+        return Proposer(head, config) if s.boosted or s.term_swap else None
 
     @torch.no_grad()
     def rescore(
@@ -148,96 +140,70 @@ class Rescorer:
             ConfigError: the utterances announced are not as many as the rows, or alpha or beta have no use.
             RewardError: the reward cannot work at all.
         """
-        utterances = self._rows(len(nbest))
+        names, contexts = self._rows(len(nbest))
         candidates = [[Candidate(tuple(y), "beam") for y in row] or [Candidate((), "beam")] for row in nbest]
-        boosted = [b for b, context in enumerate(utterances.contexts) if context.terms]
-        if proposer is not None and boosted:
-            contexts = [utterances.contexts[b] for b in boosted]
-            more = proposer.propose(encoded[boosted], lengths[boosted], contexts)
-            for b, found in zip(boosted, more, strict=True):
+        with_terms = [b for b, context in enumerate(contexts) if context.terms]
+        if proposer is not None and with_terms:
+            more = proposer.propose(encoded[with_terms], lengths[with_terms], [contexts[b] for b in with_terms])
+            for b, found in zip(with_terms, more, strict=True):
                 candidates[b] += found
-        trie = PrefixTrie.build(
-            [list(c.labels) for row in candidates for c in row], [b for b, row in enumerate(candidates) for _ in row]
-        )
-        flat = iter(head.log_prob(encoded, lengths, trie.to(encoded.device)).tolist())
+        scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
         groups = []
-        for b, row in enumerate(candidates):
-            logp = [next(flat) for _ in row]
+        for name, context, row, logp in zip(names, contexts, candidates, scores, strict=True):
             keep = build_members(
                 row,
-                logp,
+                logp[: len(row)],
                 vocabulary=head.vocabulary,
                 normalize=self._normalize,
                 max_members=len(row),
                 distinct=True,
             )
             members = tuple(to_hypothesis(row[i], head.vocabulary, self._normalize) for i in keep)
-            ref_logp = tuple(logp[i] for i in keep)
-            groups.append(HypothesisGroup(utterances.names[b], members, utterances.contexts[b], ref_logp))
-        return [self._ordered(group, scores) for group, scores in zip(groups, self._scores(groups), strict=True)]
+            groups.append(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep)))
+        return self._ordered(groups)
 
-    def _rows(self, count: int) -> Utterances:
+    def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...]]:
+        """Names and contexts of the rows that are decoded."""
         if self._batch is None:
-            return Utterances(tuple(f"row {b}" for b in range(count)), (self.context,) * count)
-        if len(self._batch.names) != count:
+            return tuple(f"row {b}" for b in range(count)), (self.context,) * count
+        if len(self._batch[0]) != count:
             raise ConfigError(
-                f"{len(self._batch.names)} utterances were announced but {count} rows are decoded: announce every "
+                f"{len(self._batch[0])} utterances were announced but {count} rows are decoded: announce every "
                 "batch with its own names and contexts."
             )
         return self._batch
 
-    def _scores(self, groups: Sequence[HypothesisGroup]) -> list[list[tuple[float, dict[str, float]]]]:
-        """(score, parts) of every member."""
-        output = self.reward(groups) if self.reward is not None else None
-        weighed = output is not None and "asr" in output.parts
+    def _ordered(self, groups: Sequence[HypothesisGroup]) -> list[list[ScoredHypothesis]]:
+        """The groups' members by score, best first; those that cannot be judged last, by log p(y|x)."""
+        output = self.reward(groups) if self.reward is not None else RewardOutput(torch.empty(0))
+        weighed = "asr" in output.parts
         if weighed and (self.alpha is not None or self.beta is not None):
-            assert self.reward is not None
             raise ConfigError(
-                f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "
+                f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "  # type: ignore[union-attr]
                 "not on enable_rescoring."
             )
-        own_alpha, own_beta = (self.settings.reward or RewardConfig()).weights
-        alpha = own_alpha if self.alpha is None else self.alpha
-        beta = self.beta if self.beta is not None else own_beta if output is not None else 0.0
-        scored = []
+        alpha, beta = (self.settings.reward or RewardConfig()).weights
+        alpha = alpha if self.alpha is None else self.alpha
+        beta = self.beta if self.beta is not None else beta if self.reward is not None else 0.0
+        ranked = []
         for b, group in enumerate(groups):
-            row = []
-            for n, (text, asr) in enumerate(zip(group.texts, group.ref_logp, strict=True)):
-                parts = {"asr": asr, "length": float(text_length(text))}
-                score = asr + beta * parts["length"]
-                if output is not None:
+            members = []
+            for n, (hyp, asr) in enumerate(zip(group.hypotheses, group.ref_logp, strict=True)):
+                length = float(text_length(hyp.text))
+                parts = (
+                    {"asr": asr, "length": length}
+                    | {k: float(v[b, n]) for k, v in output.parts.items()}
+                    | {"asr": asr}
+                )
+                score = asr + beta * length
+                if self.reward is not None:
                     value = float(output.values[b, n])
-                    parts |= {name: float(part[b, n]) for name, part in output.parts.items()} | {"asr": asr}
                     score = value if weighed else score + alpha * value
-                row.append((score, parts))
-            scored.append(row)
-        return scored
-
-    @staticmethod
-    def _ordered(group: HypothesisGroup, scores: Sequence[tuple[float, dict[str, float]]]) -> list[ScoredHypothesis]:
-        members = [
-            ScoredHypothesis(h.tokens, h.text, score, parts, h.source)
-            for h, (score, parts) in zip(group.hypotheses, scores, strict=True)
-        ]
-
-        def rank(member: ScoredHypothesis) -> tuple[bool, float]:
-            judged = not math.isnan(member.score)
-            return judged, member.score if judged else member.parts["asr"]
-
-        return sorted(members, key=rank, reverse=True)
+                members.append(ScoredHypothesis(hyp.tokens, hyp.text, score, parts, hyp.source))
+            ranked.append(sorted(members, key=_rank, reverse=True))
+        return ranked
 
 
-def _build(settings: RescoringConfig, *, allow_dotted: bool) -> Reward | None:
-    reward = settings.reward
-    if reward is None:
-        return None
-    if reward.code_paths and not allow_dotted:
-        raise RewardError(
-            f"reward {', '.join(reward.code_paths)}: a path to code is accepted from your own command line or YAML "
-            "file only, not from a decoding configuration."
-        )
-    config = RunConfig(reward=reward, llm=settings.llm, context=settings.context)
-    if faults := reward_faults(config):
-        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
-    scorer = open_llm(settings.llm) if reward.needs_llm and settings.llm is not None else None
-    return reward_from_config(config, scorer)
+def _rank(member: ScoredHypothesis) -> tuple[bool, float]:
+    judged = not math.isnan(member.score)
+    return judged, member.score if judged else member.parts["asr"]

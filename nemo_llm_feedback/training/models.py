@@ -18,7 +18,6 @@ from nemo.core import ModelPT
 
 from nemo_llm_feedback.asr.checkpoints import keep_artifacts, read_config, supported_class
 from nemo_llm_feedback.core.errors import CheckpointError
-from nemo_llm_feedback.rescoring import accept_key
 from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 
 
@@ -70,8 +69,6 @@ CLASSES: dict[str, Any] = {
     "EncDecHybridRNNTCTCModel": FeedbackHybridRNNTCTCModel,
     "EncDecHybridRNNTCTCBPEModel": FeedbackHybridRNNTCTCBPEModel,
 }
-for _class in CLASSES.values():
-    accept_key(_class)
 
 
 def locate(path_or_name: str | Path) -> Path:

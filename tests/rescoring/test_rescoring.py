@@ -14,14 +14,12 @@ from helpers.rescored import decode, decoding_cfg, encoded, exact, stock_models
 from nemo.collections.asr.models import ASRModel
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback import rescoring
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import FrozenReference
-from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, DecodingError, RewardError
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, DecodingError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.rescoring import disable_rescoring, enable_rescoring, utterance_contexts
 from nemo_llm_feedback.rewards import CallableReward, LLMReward, build_reward
-from nemo_llm_feedback.training.models import restore
 
 FAMILIES = ("ctc_char", "ctc_bpe", "rnnt_bpe", "tdt_bpe", "tdt_char", "hybrid_bpe", "hybrid_tdt_char")
 SHORT = build_reward("negative_length")
@@ -313,49 +311,6 @@ def test_a_member_that_cannot_be_judged_loses_and_log_p_decides_where_none_can(s
         assert hyp.n_best[-1].text == text
     enable_rescoring(model, CallableReward(lambda texts: [None] * len(texts)), nbest=4)
     assert [hyp.n_best[0].text for hyp in decode(model, *encoded())] == first
-
-
-@pytest.fixture
-def installed() -> Iterator[None]:
-    rescoring.install()
-    yield
-    rescoring.uninstall()
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("kind", ["ctc_bpe", "hybrid_bpe"])
-def test_the_key_of_a_decoding_configuration_switches_rescoring_on_and_off(kind: str, stock: Any) -> None:
-    model = stock(kind)
-    cls, cfg = type(model), decoding_cfg(model)
-    key = {"rescoring": {"reward": {"name": "negative_length", "alpha": 2.0, "beta": 0.5}, "nbest": 4}}
-    model.change_decoding_strategy(OmegaConf.merge(cfg, key), verbose=False)
-    hyp = decode(model, *encoded())[0]
-    parts = hyp.score_parts
-    assert hyp.score == pytest.approx(parts["asr"] + 2.0 * parts["negative_length"] + 0.5 * parts["length"], abs=1e-4)
-    assert "rescoring" not in model.cfg.get("decoding", {})
-    kept = model._rescorer
-    model.change_decoding_strategy(OmegaConf.merge(cfg, key), verbose=False)
-    assert model._rescorer is kept, "the same settings must not load an LLM again"
-    for settings, words in (
-        ({"alhpa": 1}, "unknown key alhpa"),
-        ({"reward": {"name": "os:getcwd"}}, "path to code"),
-        ({"reward": {"name": "length"}, "nbest": 1}, "nothing to choose"),
-    ):
-        with pytest.raises((ConfigError, RewardError), match=words):
-            model.change_decoding_strategy(OmegaConf.merge(cfg, {"rescoring": settings}), verbose=False)
-        assert model._rescorer is kept
-    model.change_decoding_strategy(OmegaConf.merge(cfg, {"rescoring": None}), verbose=False)
-    assert type(model) is cls
-
-
-def test_models_of_this_package_know_the_key_and_stock_ones_do_not_without_install(nemo_file: Any, stock: Any) -> None:
-    key = {"strategy": "greedy_batch", "rescoring": {"reward": {"name": "length"}}}
-    ours = restore(nemo_file("rnnt_bpe"), map_location="cpu").eval()
-    ours.change_decoding_strategy(OmegaConf.create(key), verbose=False)
-    assert decode(ours, *encoded())[0].n_best
-    theirs = stock("rnnt_bpe")
-    theirs.change_decoding_strategy(OmegaConf.create(key), verbose=False)
-    assert not hasattr(decode(theirs, *encoded())[0], "n_best")
 
 
 def test_streaming_and_plain_labels_are_refused(stock: Any) -> None:

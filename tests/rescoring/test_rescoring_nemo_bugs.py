@@ -15,9 +15,10 @@ from helpers.rescored import decode, decoding_cfg, encoded, exact, stock_models
 from helpers.tiny import write_audio
 from omegaconf import OmegaConf
 
+from nemo_llm_feedback.asr.heads import TransducerHead, heads_of
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.rescoring import NBest, enable_rescoring
-from nemo_llm_feedback.rescoring.alignment import _best_scores, _trace, align_ctc, align_transducer
+from nemo_llm_feedback.rescoring.alignment import _best_path, align_ctc, align_transducer
 from nemo_llm_feedback.rewards import build_reward
 
 SHORT = build_reward("negative_length")
@@ -183,14 +184,18 @@ def test_ctc_alignment_is_the_best_of_all_paths() -> None:
                 best, path = score, frames
         assert path is not None
         starts = [t for t, v in enumerate(path) if v != 2 and (t == 0 or path[t - 1] != v)]
-        found = align_ctc(log_probs, labels)
-        assert list(found.frames) == starts
-        assert list(found.spoken) == [t for t, v in enumerate(path) if v != 2]
-        assert sum(found.durations) == len(found.spoken)
-    assert align_ctc(log_probs, ()).frames == ()
-    for impossible in [(0, 0, 0, 0), (0, 1, 0, 1, 0, 1)]:
+        assert align_ctc(log_probs, labels) == (starts, [t for t, v in enumerate(path) if v != 2])
+    assert align_ctc(log_probs, ()) == ([], [])
+    never = log_probs.clone()
+    never[:, 1] = -math.inf
+    for scores, impossible in [
+        (log_probs, (0, 0, 0, 0)),
+        (log_probs, (0, 1, 0, 1, 0, 1)),
+        (log_probs[:0], (0,)),
+        (never, (0, 1)),
+    ]:
         with pytest.raises(DecodingError, match="no path spells"):
-            align_ctc(log_probs, impossible)
+            align_ctc(scores, impossible)
 
 
 @pytest.mark.parametrize("durations", [(), (0, 1, 2), (1, 2, 4)])
@@ -214,31 +219,23 @@ def test_transducer_alignment_is_the_best_of_all_paths(durations: tuple[int, ...
                 found += [(arcs[t, k] + s, ((t, m), *rest)) for s, rest in paths(t + m, k + 1)]
         return found
 
-    score, steps = max(paths(0, 0))
-    best = _best_scores(blank, label)
-    path = _trace(best, blank, label, (7, 8))
-    assert path.frames == tuple(t for t, _ in steps)
-    assert path.durations == tuple(m if durations else 1 for _, m in steps)
-    last = max(best[frames - m, width] + a[frames - m, width] for m, a in blank.items() if m <= frames)
-    assert last == pytest.approx(score)
+    assert _best_path(blank, label) == list(max(paths(0, 0))[1])
+    assert _best_path({9: blank[1]}, label) is None, "nothing reaches the end"
 
 
 @pytest.mark.parametrize("kind", ["rnnt_bpe", "tdt_bpe"])
-def test_transducer_timestamps_ascend_within_the_audio_and_chunks_do_not_matter(
-    kind: str, stock: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transducer_timestamps_ascend_within_the_audio_and_chunks_do_not_matter(kind: str, stock: Any) -> None:
     model = stock(kind)
-    durations = tuple(model.cfg.loss.tdt_kwargs.durations) if kind == "tdt_bpe" else ()
+    (head,) = heads_of(model)
+    assert isinstance(head, TransducerHead)
     x, _ = encoded(rows=1, frames=9)
-    parts = {"decoder": model.decoder, "joint": model.joint, "durations": durations}
-    path = align_transducer(x[0], (3, 5, 5), **parts)
-    assert 0 <= path.frames[0] <= path.frames[1] <= path.frames[2] < 9
-    assert all(d in durations if durations else d == 1 for d in path.durations)
-    monkeypatch.setattr("nemo_llm_feedback.rescoring.alignment._CELLS", 1)
-    assert align_transducer(x[0], (3, 5, 5), **parts) == path
-    if durations:
-        with pytest.raises(DecodingError, match="too short"):
-            align_transducer(x[0, :, :0], (3,), **parts)
+    path = frames, taken = align_transducer(head, x[0], (3, 5, 5))
+    assert 0 <= frames[0] <= frames[1] <= frames[2] < 9
+    assert all(d in head.durations if head.durations else d == 1 for d in taken)
+    (small,) = heads_of(model, memory_budget_mb=0)  # a cell at a time
+    assert align_transducer(small, x[0], (3, 5, 5)) == path
+    with pytest.raises(DecodingError, match="too short"):
+        align_transducer(head, x[0, :, :0], (3,))
 
 
 def test_the_settings_shown_are_the_defaults() -> None:

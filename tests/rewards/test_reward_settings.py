@@ -97,14 +97,6 @@ def test_functions_come_from_the_users_settings_only():
         build_reward("callable", function="builtins:len", allow_dotted=True)
 
 
-def test_paths_to_code_are_known_wherever_they_stand():
-    inner = {"name": "callable", "settings": {"function": "os:system"}}
-    assert run_config(inner).reward.code_paths == ("os:system",)
-    composite = {"name": "composite", "settings": {"components": [inner, {"name": "a.b:C"}, {"name": "length"}]}}
-    assert run_config(composite).reward.code_paths == ("a.b:C", "os:system")
-    assert run_config({"name": "judge", "settings": {"function": "os:system"}}).reward.code_paths == ()
-
-
 def test_every_yaml_of_a_reward_composes_and_shows_its_functions_defaults():
     docs = DOCS.read_text(encoding="utf-8")
     for file in sorted((conf_dir() / "reward").glob("*.yaml")):

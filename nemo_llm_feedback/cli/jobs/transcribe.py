@@ -167,7 +167,7 @@ def _row_of(path: Path) -> Row:
 def _load(name: str, options: TranscribeOptions) -> Any:
     path = locate(name)
     supported_class(read_config(path), origin=path)
-    rescorer = None if options.rescoring is None else Rescorer.from_settings(options.rescoring, allow_dotted=True)
+    rescorer = None if options.rescoring is None else Rescorer.from_settings(options.rescoring)
     model = ASRModel.restore_from(str(path), map_location=torch.device(options.device))
     if options.decoder_type is not None and not hasattr(model, "cur_decoder"):
         raise ConfigError(f"--decoder-type is for hybrid models; {type(model).__name__} has one decoder.")

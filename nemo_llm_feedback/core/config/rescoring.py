@@ -85,12 +85,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, as conf/rescoring.yaml does.")
     return tree
-
-
-def read_rescoring_config(path: str | Path) -> RescoringConfig:
-    """Reads the settings from a YAML file.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, or has faults.
-    """
-    return parse_rescoring_config(read_yaml(path))

@@ -94,18 +94,6 @@ class RewardConfig(Section):
         return tuple(str(item.get("name")) for item in named if isinstance(item, Mapping))
 
     @property
-    def code_paths(self) -> tuple[str, ...]:
-        """The paths to code that building this reward would import; none may come from a checkpoint."""
-        items = self.settings.get("components") if self.name == "composite" else [vars(self)]
-        named = [item for item in items if isinstance(item, Mapping)] if isinstance(items, (list, tuple)) else []
-        functions = [
-            str(settings["function"])
-            for item in named
-            if item.get("name") == "callable" and "function" in (settings := item.get("settings") or {})
-        ]
-        return (*(name for name in self.names if ":" in name or "." in name), *functions)
-
-    @property
     def needs_llm(self) -> bool:
         """Whether the reward asks the LLM of the section ``llm``."""
         return any(name in LLM_REWARDS for name in self.names)
