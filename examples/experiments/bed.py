@@ -16,7 +16,7 @@ from inference import nemo_beam, rescored
 from nemo.utils import logging
 from settings import ablation_rows
 
-from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text, make_scoring
 
 POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's own step, and no looks, as none is unlabeled.
@@ -154,7 +154,7 @@ def run_rows(options: argparse.Namespace, bed: Bed, *, sets: Sequence[TestSet]) 
         found = evaluate(models, manifest=str(one.manifest), predictions=ready, scoring=scoring)
         print(f"\n{one.name}\n{evaluation_text(found)}", flush=True)
         target = options.out / f"{one.name}_seed{options.seed}.json"
-        target.write_text(json.dumps(evaluation_json(found), indent=1) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(evaluation_record(found), indent=1) + "\n", encoding="utf-8")
 
 
 def _predictions(options: argparse.Namespace, bed: Bed, one: TestSet) -> list[str]:

@@ -84,7 +84,7 @@ def main() -> None:
         print(f"\n{name}\n{table.to_text()}")
     print(f"\n{time.monotonic() - started:.0f} s. The adapted checkpoint, for stock NeMo: {paths['LLM feedback']}")
     if options.json:
-        options.json.write_text(json.dumps({n: json.loads(t.to_json()) for n, t in tables.items()}, indent=1) + "\n")
+        options.json.write_text(json.dumps({n: t.record for n, t in tables.items()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
@@ -12,7 +12,7 @@ from nemo_llm_feedback.data.manifests import Row, merge_context
 from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities, row_entities, typed_spans
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
-from nemo_llm_feedback.evaluation.tables import Table, build_table, table_metrics
+from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table, table_metrics
 
 NO_GROUP = "(none)"
 """Value of a group key in rows that lack it."""
@@ -41,6 +41,11 @@ class System:
     texts: tuple[str, ...]
     nbest: tuple[tuple[Member, ...], ...] = ()
     rtfx: float | None = None
+
+    def select(self, rows: Sequence[int]) -> System:
+        """What it made of the rows at these positions."""
+        nbest = tuple(self.nbest[i] for i in rows) if self.nbest else ()
+        return replace(self, texts=tuple(self.texts[i] for i in rows), nbest=nbest)
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,22 @@ class Comparison:
         return self.systems[0].name
 
     @property
+    def breakdowns(self) -> dict[str, dict[str, dict[str, CorpusScores]]]:
+        """``entity type``, if entities have types, and every group key → value → system → counts."""
+        return ({"entity type": self.by_type} if self.by_type else {}) | self.by_group
+
+    @property
+    def missing(self) -> list[str]:
+        """The entities that are not in their reference, each with its row."""
+        found = self.scores[self.base].missing
+        return [f"{self.rows[m.utterance].origin}: '{m.entity}'" for m in found]
+
+    @property
     def metrics(self) -> list[str]:
         """The metrics that are defined here, in the order of tables."""
         return table_metrics(next(iter(self.scores.values())))
 
-    def table(self, scores: Mapping[str, CorpusScores] | None = None, *, metrics: Sequence[str] = ()) -> Table:
+    def table(self, scores: Mapping[str, CorpusScores] | None = None, *, metrics: Sequence[str] = ()) -> ScoreTable:
         """The table of some scores, all systems' by default, relative to the base where there are several systems."""
         chosen = scores if scores is not None else self.scores
         return build_table(

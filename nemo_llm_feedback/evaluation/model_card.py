@@ -82,7 +82,7 @@ def public_name(model: str) -> str:
 
 def _intervals(systems: Mapping[str, CorpusScores]) -> str:
     metrics = table_metrics(systems["before"])
-    return build_table(systems, metrics=metrics, base="before", samples=2000, seed=0).to_markdown()
+    return build_table(systems, metrics=metrics, base="before").table.to_markdown()
 
 
 def _values(facts: Mapping[str, Any]) -> dict[str, str]:

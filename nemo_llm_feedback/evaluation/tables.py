@@ -1,14 +1,15 @@
-"""Tables of systems × metrics with bootstrap intervals: plain text, Markdown and JSON."""
+"""Tables of systems × metrics with bootstrap intervals and changes."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap, find_metric, paired_difference
+from nemo_llm_feedback.evaluation.records import Table, to_plain
 
 _SIGNIFICANT = 0.05
 
@@ -42,12 +43,12 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Scores of several systems on one set of utterances; ``str`` gives the plain-text form.
+class ScoreTable:
+    """Scores of several systems on one set of utterances.
 
     Attributes:
         metrics: keys of `metrics.METRICS`, the columns.
-        rows: system name → one cell a metric.
+        rows: system name → one cell per metric.
         base: the system that changes are relative to, or None.
         utterances: how many were scored.
         samples, seed: of the bootstrap.
@@ -60,9 +61,6 @@ class Table:
     samples: int
     seed: int
 
-    def __str__(self) -> str:
-        return self.to_text()
-
     @property
     def caption(self) -> str:
         """What the numbers are, in words."""
@@ -71,32 +69,31 @@ class Table:
             words += f"; in round brackets the change relative to {self.base}, * where p < {_SIGNIFICANT} (paired)"
         return words + "."
 
+    @property
+    def table(self) -> Table:
+        """A row per system, with the caption."""
+        rows = [[name, *map(str, cells)] for name, cells in self.rows.items()]
+        return Table(["system", *map(column_title, self.metrics)], rows, self.caption)
+
     def to_text(self) -> str:
-        """Aligned columns for a terminal, with the caption below."""
-        return f"{align(self._grid())}\n\n{self.caption}"
+        """For a terminal."""
+        return self.table.to_text()
 
-    def to_markdown(self) -> str:
-        """A GitHub table, with the caption below."""
-        header, *body = [[_escape(cell) for cell in line] for line in self._grid()]
-        rule = ["---"] + ["---:"] * len(self.metrics)
-        return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body]) + f"\n\n{self.caption}"
-
-    def to_json(self) -> str:
-        """All numbers in full precision; undefined ones are null."""
-        systems = {
+    @property
+    def systems(self) -> dict[str, dict[str, Any]]:
+        """System → metric → all numbers of its cell."""
+        return {
             name: {
-                metric: {key: _null(value) for key, value in asdict(cell).items()} | {"unit": find_metric(metric).unit}
-                for metric, cell in zip(self.metrics, cells, strict=True)
+                m: to_plain(cell) | {"unit": find_metric(m).unit} for m, cell in zip(self.metrics, row, strict=True)
             }
-            for name, cells in self.rows.items()
+            for name, row in self.rows.items()
         }
-        head = {"utterances": self.utterances, "base": self.base, "samples": self.samples, "seed": self.seed}
-        return json.dumps(head | {"systems": systems}, indent=2, ensure_ascii=False, allow_nan=False)
 
-    def _grid(self) -> list[list[str]]:
-        return [["system", *map(column_title, self.metrics)]] + [
-            [name, *map(str, cells)] for name, cells in self.rows.items()
-        ]
+    @property
+    def record(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        head = {"utterances": self.utterances, "base": self.base, "samples": self.samples, "seed": self.seed}
+        return head | {"systems": self.systems}
 
 
 def table_metrics(scores: CorpusScores) -> list[str]:
@@ -114,18 +111,14 @@ def column_title(metric: str) -> str:
     return f"{m.title} {'↑' if m.higher_is_better else '↓'} ({m.unit})"
 
 
-def align(grid: Sequence[Sequence[str]]) -> str:
-    """Lines of equal columns for a terminal; the first line is the header and gets a rule below it."""
-    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = [grid[0], ["-" * width for width in widths], *grid[1:]]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def build_table(
-    systems: Mapping[str, CorpusScores], *, metrics: Sequence[str], base: str | None, samples: int, seed: int
-) -> Table:
+    systems: Mapping[str, CorpusScores],
+    *,
+    metrics: Sequence[str],
+    base: str | None,
+    samples: int = 2000,
+    seed: int = 0,
+) -> ScoreTable:
     """Values, intervals and changes of several systems over the same utterances.
 
     Args:
@@ -154,7 +147,7 @@ def build_table(
     for name, scores in systems.items():
         reference = None if base in (None, name) else systems[str(base)]
         rows[name] = tuple(_cell(scores, reference, metric, samples=samples, seed=seed) for metric in metrics)
-    return Table(tuple(metrics), rows, base, len(first.references), samples, seed)
+    return ScoreTable(tuple(metrics), rows, base, len(first.references), samples, seed)
 
 
 def _cell(scores: CorpusScores, base: CorpusScores | None, metric: str, *, samples: int, seed: int) -> Cell:
@@ -165,13 +158,4 @@ def _cell(scores: CorpusScores, base: CorpusScores | None, metric: str, *, sampl
     difference = paired_difference(scores, base, metric, samples=samples, seed=seed)
     before = base.value(metric)
     change = 100 * difference.delta / before if before else None
-    return Cell(cell.value, cell.low, cell.high, change, difference.p_value)
-
-
-def _escape(text: str) -> str:
-    """Keeps a name with a bar or a line break inside its cell."""
-    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
-
-
-def _null(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
+    return replace(cell, change=change, p_value=difference.p_value)

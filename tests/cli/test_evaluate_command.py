@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from helpers.tiny import write_manifest
 
-from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring, system_names
+from nemo_llm_feedback.cli.jobs.evaluate import (
+    evaluate,
+    evaluation_record,
+    evaluation_text,
+    make_scoring,
+    system_names,
+)
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.types import Context
@@ -67,7 +73,7 @@ def test_two_systems_from_ready_transcripts(tmp_path: Path) -> None:
     assert "Text normalisation: basic (NFKC" in text
     assert "(−50.0 %)" in text
     assert "False alarms: 2 different terms, the context's terms." in text
-    numbers = evaluation_json(evaluation)
+    numbers = evaluation_record(evaluation)
     assert numbers["by_group"]["speaker"]["x"]["better"]["wer"]["value"] == 0
     assert numbers["normalizer"] == "basic"
     assert json.dumps(numbers, allow_nan=False)

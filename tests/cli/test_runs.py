@@ -44,9 +44,10 @@ def runs(tmp_path: Path) -> Path:
 
 def test_runs_show_what_differs_and_what_they_gave(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(runs)]) == 0
-    head, first, second, hint = capsys.readouterr().out.splitlines()
+    head, rule, first, second, hint = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "state", "steps"]
     assert head.endswith("model.optim.lr")
+    assert set(rule) == {"-", " "}
     assert "manifest" not in head
     assert "exp_dir" not in head
     assert first.split() == ["b/version_0", "finished", "10/10", "+1.00", "20.00", "→", "15.50", "0.0001"]

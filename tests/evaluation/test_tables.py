@@ -9,7 +9,8 @@ import pytest
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.text import none
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap, paired_difference, score_corpus
-from nemo_llm_feedback.evaluation.tables import Cell, Table, build_table
+from nemo_llm_feedback.evaluation.records import Table, facts_text, to_json, to_plain
+from nemo_llm_feedback.evaluation.tables import Cell, ScoreTable, build_table
 
 REFERENCES = ["a b c d", "e f g h", "i j k l", "m n o p", "q r s t"]
 
@@ -24,7 +25,7 @@ BASE, BETTER = system([2, 2, 2, 2, 2]), system([1, 2, 1, 1, 1])
 SETTINGS = {"samples": 500, "seed": 3}
 
 
-def table(**changes) -> Table:
+def table(**changes) -> ScoreTable:
     arguments = {"metrics": ["wer", "entity_recall", "false_alarms"], "base": "base"} | SETTINGS | changes
     return build_table({"base": BASE, "ours": BETTER}, **arguments)
 
@@ -41,7 +42,7 @@ def test_cells_are_those_of_the_metrics():
 
 
 def test_text_form():
-    lines = str(table()).splitlines()
+    lines = table().to_text().splitlines()
     assert lines[0].split("  ")[0] == "system"
     assert "WER ↓ (%)" in lines[0]
     assert "entity recall ↑ (%)" in lines[0]
@@ -58,8 +59,8 @@ def test_text_form():
 
 
 def test_markdown_form():
-    markdown = build_table({"a|b": BASE, "two\nlines": BETTER}, metrics=["wer"], base="a|b", **SETTINGS).to_markdown()
-    lines = markdown.splitlines()
+    made = build_table({"a|b": BASE, "two\nlines": BETTER}, metrics=["wer"], base="a|b", **SETTINGS)
+    lines = made.table.to_markdown().splitlines()
     assert lines[0] == "| system | WER ↓ (%) |"
     assert lines[1] == "| --- | ---: |"
     assert lines[2] == "| a\\|b | 50.0 [50.0, 50.0] |"
@@ -74,7 +75,7 @@ def test_without_base_there_is_no_change():
 
 
 def test_json_form():
-    data = json.loads(table().to_json())
+    data = json.loads(to_json(table().record))
     assert (data["utterances"], data["base"], data["samples"], data["seed"]) == (5, "base", 500, 3)
     ours = data["systems"]["ours"]
     assert ours["wer"]["value"] == 30.0
@@ -83,6 +84,24 @@ def test_json_form():
     assert ours["false_alarms"] == {
         "value": None, "low": None, "high": None, "change": None, "p_value": None, "unit": "per 100 utterances",
     }  # fmt: skip
+
+
+def test_any_values_as_text_and_as_json():
+    table = Table(["name", "share", "rows"], [["one", 0.125, 3], ["another", float("nan"), None]], "A caption.")
+    assert table.to_text().splitlines() == [
+        "name     share  rows",
+        "-------  -----  ----",
+        "one       0.12     3",
+        "another      –",
+        "",
+        "A caption.",
+    ]
+    assert Table(["a"], []).to_text() == "a\n-"
+    assert facts_text({"LLM": "none", "spread": 1.0}) == "LLM     none\nspread  1.00"
+    record = {"cell": Cell(1.0, float("nan"), float("inf")), 3: (1, "x")}
+    plain = {"value": 1.0, "low": None, "high": None, "change": None, "p_value": None}
+    assert to_plain(record) == {"cell": plain, "3": [1, "x"]}
+    assert json.loads(to_json(record)) == to_plain(record)
 
 
 def test_a_cell_in_words():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -62,7 +60,8 @@ class EvaluateOptions:
 
 def run(options: EvaluateOptions = EvaluateOptions()) -> int:
     """Scores checkpoints or ready transcripts on a labelled manifest."""
-    from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_json, evaluation_text, make_scoring
+    from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text, make_scoring
+    from nemo_llm_feedback.evaluation.records import write_record
 
     scoring = make_scoring(
         normalizer=options.normalizer,
@@ -92,8 +91,7 @@ def run(options: EvaluateOptions = EvaluateOptions()) -> int:
     )
     print(evaluation_text(evaluation))
     if options.json:
-        text = json.dumps(evaluation_json(evaluation), indent=2, ensure_ascii=False)
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_record(options.json, evaluation_record(evaluation))
     if options.report:
         from nemo_llm_feedback.evaluation.report import evaluation_report, write_report
 

@@ -24,8 +24,9 @@ class RunsOptions:
 
 def run(options: RunsOptions) -> int:
     """Lists the runs of a folder with their settings and results."""
-    from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_json, runs_table
+    from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
+    from nemo_llm_feedback.evaluation.records import to_json
 
     runs = list_runs(options.folder)
-    print(runs_json(runs) if options.json else runs_table(runs))
+    print(to_json(runs) if options.json else runs_text(runs))
     return 0

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.core.config import ProposalConfig, read_terms
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
-from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap
+from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.predictions import read_predictions, rows_of_predictions
-from nemo_llm_feedback.evaluation.tables import Table, align, column_title
+from nemo_llm_feedback.evaluation.records import Table
+from nemo_llm_feedback.evaluation.tables import column_title
 
-_MAX_LINES = 20
 _BROKEN_DOWN = ("wer", "ewer", "entity_recall", "false_alarms")
 
 
@@ -80,15 +79,16 @@ def evaluate(
     # Every fault of the manifest shows before the first model is loaded.
     compare(rows, [System("references", tuple(row.text for row in rows))], scoring)
     usable = [i for i in range(len(rows)) if i not in failed]
-    systems = []
+    decoded = []
     for path in models:
         name, given = names[str(path)], [rows[i] for i in usable]
         system, failures = _decode(path, given, name, scoring, head, batch_size, oracle, device)
         failed |= {usable[k]: f"{given[k].origin}: {name}: {why}" for k, why in failures.items()}
-        systems.append(_spread(system, usable, len(rows)))
+        decoded.append(system)
     kept = [i for i in range(len(rows)) if i not in failed]
-    chosen = [_select(system, kept) for system in [*systems, *ready]]
-    comparison = compare([rows[i] for i in kept], chosen, scoring)
+    positions = [k for k, i in enumerate(usable) if i not in failed]
+    systems = [system.select(positions) for system in decoded] + [system.select(kept) for system in ready]
+    comparison = compare([rows[i] for i in kept], systems, scoring)
     return Evaluation(comparison, tuple(failed[i] for i in sorted(failed)), len(rows))
 
 
@@ -116,34 +116,28 @@ def evaluation_text(evaluation: Evaluation) -> str:
     lines = [comparison.table().to_text(), *_statements(evaluation)]
     if comparison.oracles or any(s.rtfx is not None for s in comparison.systems):
         lines += ["", *_extras(comparison)]
-    breakdowns = {"entity type": comparison.by_type, **comparison.by_group}
-    lines += [_breakdown(comparison, key, groups) for key, groups in breakdowns.items() if groups]
+    lines += [_breakdown(comparison, key, groups) for key, groups in comparison.breakdowns.items()]
     return "\n".join(lines)
 
 
-def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All numbers in full precision."""
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """All numbers in full precision, for JSON."""
     comparison = evaluation.comparison
 
-    def plain(table: Table) -> Any:
-        return json.loads(table.to_json())["systems"]
+    def tables(groups: Mapping[str, Mapping[str, CorpusScores]]) -> dict[str, Any]:
+        return {value: comparison.table(scores).systems for value, scores in groups.items()}
 
-    out: dict[str, Any] = json.loads(comparison.table().to_json())
-    out |= {
+    return comparison.table().record | {
         "manifest_rows": evaluation.total,
         "left_out": list(evaluation.left_out),
-        "missing_entities": _missing(comparison),
+        "missing_entities": comparison.missing,
         "normalizer": comparison.scoring.normalizer,
         "false_alarm_terms": {"number": comparison.terms, "from": comparison.terms_from},
         "rtfx": {s.name: s.rtfx for s in comparison.systems},
-        "oracle": plain(comparison.table(comparison.oracles)) if comparison.oracles else {},
-        "by_type": {name: plain(comparison.table(scores)) for name, scores in comparison.by_type.items()},
-        "by_group": {
-            key: {value: plain(comparison.table(scores)) for value, scores in groups.items()}
-            for key, groups in comparison.by_group.items()
-        },
+        "oracle": comparison.table(comparison.oracles).systems if comparison.oracles else {},
+        "by_type": tables(comparison.by_type),
+        "by_group": {key: tables(groups) for key, groups in comparison.by_group.items()},
     }
-    return out
 
 
 def system_names(paths: Sequence[str]) -> dict[str, str]:
@@ -202,75 +196,49 @@ def _decode(
     if oracle:
         boosted = oracle if scoring.context.terms or any(row.context.terms for row in rows) else 0
         config = ProposalConfig(beam=oracle, boosted=boosted, term_swap=0, max_members=2 * oracle + 1)
-    decoded = decode_rows(
-        model,
-        rows,
-        head=head,
-        batch_size=batch_size,
-        nbest=config,
-        run_context=scoring.context,
-        skip_failing=True,
-        on_batch=lambda done: _progress(name, done, len(rows)),
-    )
+    with progress(name, len(rows)) as on_batch:
+        decoded = decode_rows(
+            model,
+            rows,
+            head=head,
+            batch_size=batch_size,
+            nbest=config,
+            run_context=scoring.context,
+            skip_failing=True,
+            on_batch=on_batch,
+        )
     if len(decoded.failures) == len(rows):
         raise ManifestError(f"{name} failed on all {len(rows)} rows, e.g. {next(iter(decoded.failures.values()))}")
     nbest = tuple(tuple(Member(text, {"asr": logp}) for text, logp in members) for members in decoded.nbest)
     return System(name, decoded.texts, nbest, decoded.rtfx), decoded.failures
 
 
-def _progress(name: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{name}: {done}/{total} utterances", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def _spread(system: System, indices: Sequence[int], size: int) -> System:
-    """The system over all rows; rows that it was not given are empty, and left out later."""
-    texts, nbest = [""] * size, [()] * size  # type: list[str], list[tuple[Member, ...]]
-    for k, i in enumerate(indices):
-        texts[i] = system.texts[k]
-        nbest[i] = system.nbest[k] if system.nbest else ()
-    return System(system.name, tuple(texts), tuple(nbest) if system.nbest else (), system.rtfx)
-
-
-def _select(system: System, kept: Sequence[int]) -> System:
-    nbest = tuple(system.nbest[i] for i in kept) if system.nbest else ()
-    return System(system.name, tuple(system.texts[i] for i in kept), nbest, system.rtfx)
-
-
 def _statements(evaluation: Evaluation) -> list[str]:
+    """What the numbers rest on, and what was left out."""
     comparison = evaluation.comparison
     normalizer = comparison.scoring.normalizer
     lines = [f"Text normalisation: {normalizer} ({NORMALIZER_WORDS[normalizer]})."]
     if comparison.terms:
         lines.append(f"False alarms: {comparison.terms} different terms, {comparison.terms_from}.")
-    missing = _missing(comparison)
-    if missing:
-        lines.append(f"{len(missing)} entities are not in their reference and are left out:")
-        lines += [f"  {item}" for item in missing[:_MAX_LINES]]
-    if evaluation.left_out:
-        count = len(evaluation.left_out)
-        lines.append(f"{count} of {evaluation.total} utterances failed and are left out of ALL systems:")
-        lines += [f"  {item}" for item in evaluation.left_out[:_MAX_LINES]]
-        lines += [f"  … and {count - _MAX_LINES} more"] if count > _MAX_LINES else []
+    if missing := comparison.missing:
+        lines.append(list_faults(f"{len(missing)} entities are not in their reference and are left out:", missing))
+    if left_out := evaluation.left_out:
+        head = f"{len(left_out)} of {evaluation.total} utterances failed and are left out of ALL systems:"
+        lines.append(list_faults(head, left_out))
     return lines
 
 
-def _missing(comparison: Comparison) -> list[str]:
-    first = comparison.scores[comparison.base]
-    return [f"{comparison.rows[m.utterance].origin}: '{m.entity}'" for m in first.missing]
-
-
 def _extras(comparison: Comparison) -> list[str]:
+    """Per system its speed and the oracle of its N-best."""
     lines = []
     for system in comparison.systems:
         parts = []
         if system.rtfx is not None:
             parts.append(f"RTFx {system.rtfx:.1f}")
         if system.name in comparison.oracles:
-            best = comparison.oracles[system.name]
-            for metric in ("wer", *(["ewer"] if "ewer" in comparison.metrics else [])):
-                cell = bootstrap(best, metric, samples=comparison.scoring.samples, seed=comparison.scoring.seed)
-                parts.append(f"oracle {metric.upper()} {cell.value:.1f} [{cell.low:.1f}, {cell.high:.1f}]")
+            metrics = ["wer", *(["ewer"] if "ewer" in comparison.metrics else [])]
+            cells = comparison.table({system.name: comparison.oracles[system.name]}, metrics=metrics).rows[system.name]
+            parts += [f"oracle {metric.upper()} {cell}" for metric, cell in zip(metrics, cells, strict=True)]
             parts.append(f"mean N {sum(map(len, system.nbest)) / len(system.nbest):.1f}")
         lines += [f"{system.name}: " + ", ".join(parts)] if parts else []
     return lines
@@ -280,10 +248,11 @@ def _breakdown(comparison: Comparison, key: str, groups: Mapping[str, Mapping[st
     """One table of value × system; a type's table has no WER, which would be the same in every line."""
     by_type = key == "entity type"
     metrics = [m for m in _BROKEN_DOWN if m in comparison.metrics and not (by_type and m == "wer")]
-    grid = [[key, "mentions" if by_type else "utterances", "system", *map(column_title, metrics)]]
+    rows: list[list[Any]] = []
     for value, scores in groups.items():
         first = next(iter(scores.values()))
         size = int(first.column("entities").sum()) if by_type else len(first.references)
         for k, (system, cells) in enumerate(comparison.table(scores, metrics=metrics).rows.items()):
-            grid.append([value if k == 0 else "", str(size) if k == 0 else "", system, *map(str, cells)])
-    return "\n" + align(grid)
+            rows.append([*((value, size) if k == 0 else ("", "")), system, *map(str, cells)])
+    columns = [key, "mentions" if by_type else "utterances", "system", *map(column_title, metrics)]
+    return "\n" + Table(columns, rows).to_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, SETTINGS_FILE, STEPS_FILE, in_use, read_steps
+from nemo_llm_feedback.evaluation.records import Table
 
 # Where a run writes does not make it another run.
 _PLACES = ("exp_manager.", "output")
@@ -66,41 +67,33 @@ def list_runs(folder: str | Path) -> list[Run]:
     places = {path.parent if path.name.startswith("run_") and path.parent in places else path for path in places}
     if not places:
         raise ConfigError(f"{folder} holds no run: {SETTINGS_FILE} is in none of its folders.")
-    settings = {path: _flat(_read_yaml(path / SETTINGS_FILE)) for path in places}
+    settings = {path: _flat(yaml.safe_load((path / SETTINGS_FILE).read_text(encoding="utf-8"))) for path in places}
     keys = sorted({key for own in settings.values() for key in own if not key.startswith(_PLACES)})
     differing = [key for key in keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
     runs = [_run(top, path, own, differing) for path, own in settings.items()]
     return sorted(runs, key=lambda run: (run.started, run.folder))
 
 
-def runs_table(runs: list[Run]) -> str:
-    """The runs as text: a line each, then the settings that differ."""
-    sets = list(dict.fromkeys(name for run in runs for name in (*run.before, *run.after)))
-    columns = [
-        (name, score) for name in sets for score in _SCORES if any(score in run.before.get(name, {}) for run in runs)
-    ]
-    gains = any(run.held_out_gain is not None for run in runs)
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    head = ["run", "state", "steps", *(["held-out gain"] if gains else [])]
-    head += [f"{name} {score} %" for name, score in columns] + keys
-    rows = [head]
-    for run in runs:
-        row = [run.folder, run.state, f"{run.steps}/{run.max_steps}" if run.max_steps else str(run.steps)]
-        if gains:
-            row.append("" if run.held_out_gain is None else f"{run.held_out_gain:+.2f}")
-        row += [_change(run, name, score) for name, score in columns]
-        rows.append(row + [_short(run.settings.get(key)) for key in keys])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def runs_text(runs: list[Run]) -> str:
+    """The runs as text: a line per run, with the settings that differ."""
+    measured = {(name, score) for run in runs for name, scores in run.before.items() for score in scores}
+    sets = dict.fromkeys(name for run in runs for name in (*run.before, *run.after))
+    columns: dict[str, list[Any]] = {
+        "run": [run.folder for run in runs],
+        "state": [run.state for run in runs],
+        "steps": [f"{run.steps}/{run.max_steps}" if run.max_steps else str(run.steps) for run in runs],
+    }
+    if any(run.held_out_gain is not None for run in runs):
+        columns["held-out gain"] = [None if run.held_out_gain is None else f"{run.held_out_gain:+.2f}" for run in runs]
+    for name, score in ((name, score) for name in sets for score in _SCORES if (name, score) in measured):
+        columns[f"{name} {score} %"] = [_change(run, name, score) for run in runs]
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        columns[key] = [_short(run.settings.get(key)) for run in runs]
+    lines = [Table(list(columns), list(zip(*columns.values(), strict=True))).to_text()]
     lines += [f"{run.folder} ended early: {run.ended}" for run in runs if run.ended]
     if any(run.state == "interrupted" for run in runs):
         lines.append("an interrupted run goes on when its command is given again")
     return "\n".join(lines)
-
-
-def runs_json(runs: list[Run]) -> str:
-    """The runs as a JSON list."""
-    return json.dumps([asdict(run) for run in runs], indent=1, ensure_ascii=False)
 
 
 def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) -> Run:
@@ -139,10 +132,6 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
     return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

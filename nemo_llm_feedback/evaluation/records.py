@@ -1,0 +1,87 @@
+"""The one form of results: records as plain data and JSON, values as tables and as lists of facts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def to_plain(record: Any) -> Any:
+    """Dataclasses, mappings and sequences as JSON has them; what is not a finite number is None."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
+    if isinstance(record, Mapping):
+        return {str(key): to_plain(value) for key, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [to_plain(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
+def to_json(record: Any) -> str:
+    """A record as JSON text, all numbers in full precision; undefined ones are null."""
+    return json.dumps(to_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def write_record(path: str | Path, record: Any) -> None:
+    """Writes a record as a JSON file."""
+    Path(path).expanduser().write_text(to_json(record) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values in named columns; None and '' leave a cell empty, NaN is shown as '–', numbers get two decimals.
+
+    Attributes:
+        columns: their heads.
+        rows: one value per column.
+        caption: a sentence below.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+
+    def to_text(self) -> str:
+        """Aligned columns for a terminal (numbers to the right), with a rule below the heads and the caption last."""
+        lines = [list(self.columns), *([_shown(value) for value in row] for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        right = [any(isinstance(row[i], (int, float)) for row in self.rows) for i in range(len(self.columns))]
+        lines.insert(1, ["-" * width for width in widths])
+        text = "\n".join(
+            "  ".join(
+                cell.rjust(width) if to_right else cell.ljust(width)
+                for cell, width, to_right in zip(line, widths, right, strict=True)
+            ).rstrip()
+            for line in lines
+        )
+        return f"{text}\n\n{self.caption}" if self.caption else text
+
+    def to_markdown(self) -> str:
+        """A GitHub table, with the caption below."""
+        lines = [[_escape(_shown(value)) for value in line] for line in (self.columns, *self.rows)]
+        lines.insert(1, ["---", *["---:"] * (len(self.columns) - 1)])
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"{text}\n\n{self.caption}" if self.caption else text
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """One line per fact: its name, then its value; names are aligned."""
+    width = max(map(len, facts), default=0)
+    return "\n".join(f"{name:<{width}}  {_shown(value)}".rstrip() for name, value in facts.items())
+
+
+def _shown(value: Any) -> str:
+    """A value in a cell."""
+    if isinstance(value, float):
+        return f"{value:.2f}" if math.isfinite(value) else "–"
+    return "" if value is None else str(value)
+
+
+def _escape(text: str) -> str:
+    """Keeps a name with a bar or a line break inside its cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
