@@ -17,7 +17,7 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, oracle
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_member, rank_agreement
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.tables import Table, build_table
+from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table
 from nemo_llm_feedback.hypotheses.groups import ScoredGroup
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references
 from nemo_llm_feedback.training.group_math import signal
@@ -233,7 +233,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     return "\n".join(lines)
 
 
-def _table(systems: Mapping[str, CorpusScores]) -> Table:
+def _table(systems: Mapping[str, CorpusScores]) -> ScoreTable:
     first = systems["greedy"]
     metrics = ["wer"] + (["ewer", "entity_recall"] if first.column("entity_words").sum() else [])
     metrics += ["false_alarms"] if first.column("term_utterances").sum() else []
