@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
 import weakref
 from pathlib import Path
 from typing import Any
 
+from nemo_llm_feedback.core.version import __version__
+
+_PACKAGES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes", "jiwer", "kaldialign", "numpy")
 SETTINGS_FILE = "settings.yaml"
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -16,6 +22,15 @@ RESULT_FILE = "result.json"
 # A killed run's score cache has a journal beside it, without which it cannot be repaired.
 _SCORES = [f"llm_scores.sqlite{suffix}" for suffix in ("-journal", "-wal", "-shm", "")]
 _KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, "survey.json", *_SCORES)
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this package, Python and the libraries that numbers depend on; absent ones are left out."""
+    out = {"nemo_llm_feedback": __version__, "Python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # bitsandbytes is not needed to evaluate
+            out[name] = importlib.metadata.version(name)
+    return out
 
 
 def collect(folder: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.core.config.faults import listing
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, SETTINGS_FILE, collect, in_use, newest, write_json
+from nemo_llm_feedback.core.run_folder import (
+    RESULT_FILE,
+    RUN_FILE,
+    SETTINGS_FILE,
+    collect,
+    in_use,
+    newest,
+    package_versions,
+    write_json,
+)
 from nemo_llm_feedback.core.secrets import masked, masked_command
-from nemo_llm_feedback.core.version import __version__
 
 # Rank 0's choice, for the ranks that Lightning starts as copies of this process.
 _CHOICE = "NEMO_LLM_FEEDBACK_RUN"
-_LIBRARIES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes")
 # A checkpoint holds the weights, AdamW's two moments and the best weights; two are there while one is written.
 _COPIES_RUN, _COPIES_OUTPUT, _COPIES_TEMPORARY = 2 * 4, 2, 4
 
@@ -124,16 +130,10 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> No
     settings, run = folder / SETTINGS_FILE, folder / RUN_FILE
     attempts = json.loads(run.read_text(encoding="utf-8"))["attempts"] if run.is_file() and settings.is_file() else []
     attempts.append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": checkpoint})
-    versions = {"nemo_llm_feedback": __version__, "python": sys.version.split()[0]}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
     command = masked_command([Path(sys.argv[0]).name, *sys.argv[1:]])
     if (nemos := folder / "cmd-args.log").is_file():  # exp_manager's copy of the command
         nemos.write_text(" ".join(command), encoding="utf-8")
-    write_json(run, {"command": command, "versions": versions, "attempts": attempts})
+    write_json(run, {"command": command, "versions": package_versions(), "attempts": attempts})
     (folder / RESULT_FILE).unlink(missing_ok=True)
     temporary = folder / f".{SETTINGS_FILE}.tmp"
     temporary.write_text(settings_text(cfg), encoding="utf-8")

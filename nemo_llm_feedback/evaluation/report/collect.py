@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from nemo_llm_feedback.core.errors import ManifestError
-from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE
-from nemo_llm_feedback.core.secrets import masked, masked_command
+from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE, package_versions
+from nemo_llm_feedback.core.secrets import masked
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
-from nemo_llm_feedback.evaluation.report.data import Change, ReportData
+from nemo_llm_feedback.evaluation.report.data import Change, ReportData, command_text
 
-_PACKAGES = ("nemo_toolkit", "torch", "lightning", "transformers", "bitsandbytes", "jiwer", "kaldialign", "numpy")
 _FACTS = {"base": "Base", "llm": "Language model", "objective": "Objective", "steps": "Steps"}
 _ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
 _GROUP_KEYS = ("domain", "speaker", "voice")
@@ -51,11 +43,8 @@ def evaluation_report(
     return ReportData(
         title=title,
         subtitle=" against ".join(names[:2]) if len(names) == 2 else ", ".join(names),
-        created=_now(),
         sets={"evaluation set": comparison},
         facts=facts,
-        versions=package_versions(),
-        commands=(current_command(),),
         notes=tuple(notes),
     )
 
@@ -105,14 +94,11 @@ def adaptation_report(
     return ReportData(
         title="Adaptation",
         subtitle=f"{base}, adapted to {context.description or 'unlabeled audio'}",
-        created=_now(),
         sets=sets,
         changes=tuple(changes),
         surveyed=surveyed,
         facts=shown,
         settings=settings_text(settings),
-        versions=package_versions(),
-        commands=(current_command(),),
         steps_file=str(Path(log_dir) / STEPS_FILE),
     )
 
@@ -129,53 +115,25 @@ def unfinished_report(run_dir: str | Path) -> ReportData:
             f"{run_dir} has neither report_data.json nor {STEPS_FILE}: give the folder of an `adapt` run "
             "(with its date, e.g. runs/adapted/2026-01-31_12-00-00)."
         )
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) if (folder / RUN_FILE).is_file() else {}
+    saved, run = (
+        yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for path in (folder / SETTINGS_FILE, folder / RUN_FILE)
+    )
     return ReportData(
         title="Adaptation in progress",
         subtitle=folder.name,
-        created=_now(),
         facts={"Run folder": folder.name},
-        settings=_saved_settings(folder / SETTINGS_FILE),
+        settings=settings_text(saved),
         versions=run.get("versions") or package_versions(),
-        commands=(_command(run["command"]),) if run.get("command") else (),
+        commands=(command_text(run["command"]),) if run.get("command") else (),
         notes=("The run has not finished, so there is no comparison yet; the curves are up to the last logged step.",),
         steps_file=str(folder / STEPS_FILE),
     )
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of this package, Python and the libraries that numbers depend on; absent ones are left out."""
-    out = {"nemo_llm_feedback": __version__, "Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # bitsandbytes, for one, is not needed to evaluate
-    return out
-
-
-def current_command() -> str:
-    """The command line of this process, with secrets hidden."""
-    return _command(sys.argv)
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """A command line that a shell takes, with secrets hidden."""
-    name = Path(arguments[0]).name
-    return shlex.join(masked_command(["nemo-llm-feedback" if name == "cli.py" else name, *arguments[1:]]))
-
-
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings as YAML, with secrets hidden."""
-    return OmegaConf.to_yaml(OmegaConf.create(masked(settings))) if settings else ""
-
-
-def _saved_settings(path: Path) -> str:
-    """The settings that a run keeps in its folder, as YAML with secrets hidden; empty where it keeps none."""
-    if not path.is_file():
-        return ""
-    found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return settings_text(found)
+    return yaml.safe_dump(masked(settings), sort_keys=False, allow_unicode=True) if settings else ""
 
 
 def _group_keys(rows: Sequence[Row]) -> list[str]:
@@ -189,7 +147,3 @@ def _group_keys(rows: Sequence[Row]) -> list[str]:
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

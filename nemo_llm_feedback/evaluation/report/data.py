@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.run_folder import package_versions
+from nemo_llm_feedback.core.secrets import masked_command
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
 
@@ -43,13 +48,13 @@ class _Facts:
 
     title: str
     subtitle: str
-    created: str
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
     changes: tuple[Change, ...] = ()
     surveyed: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
     settings: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    commands: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+    commands: tuple[str, ...] = field(default_factory=lambda: (command_text(sys.argv),))
     notes: tuple[str, ...] = ()
     steps_file: str | None = None
 
@@ -60,13 +65,13 @@ class ReportData(_Facts):
 
     Attributes:
         title, subtitle: of the page.
-        created: date and time, as shown.
+        created: date and time, as shown; now by default.
         changes: utterances without reference whose transcript changed.
         surveyed: how many utterances without reference were compared; 0 = none.
         facts: label → value, the short list at the top.
         settings: the run's settings as YAML.
         versions: package → version.
-        commands: that made the report.
+        commands: that made the report; this process's by default.
         notes: sentences on what was left out.
         steps_file: JSON Lines of the training metrics, or None.
         sets: name → comparison on a set with references; the target domain first.
@@ -122,6 +127,11 @@ def load_report(folder: str | Path) -> ReportData:
     return ReportData(
         **_facts(saved), sets={name: compare(t.rows, t.systems, t.scoring) for name, t in saved.sets.items()}
     )
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """A command line that a shell takes, with secrets hidden."""
+    return shlex.join(masked_command([Path(arguments[0]).name, *arguments[1:]]))
 
 
 def _facts(report: _Facts) -> dict[str, Any]:

@@ -45,7 +45,6 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
         headlines=_headlines(report.sets),
         curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
         listing=listing,
-        groups=_entity_groups(listing),
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
         players=players,
         audio_note=_audio_note(listing, players, audio),
@@ -171,14 +170,6 @@ def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
         unit = "mentions" if typed else "utterances"
         out.append({"title": title, "size_name": unit, "metrics": columns, "groups": groups})
     return out
-
-
-def _entity_groups(listing: Listing) -> list[dict[str, Any]]:
-    return [
-        {"set": name, "fixed": listing.fixed[name], "broken": listing.broken[name]}
-        for name in listing.fixed
-        if listing.fixed[name] or listing.broken[name]
-    ]
 
 
 def _players(cards: Sequence[Card]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -61,47 +62,7 @@ class Panel:
     smooth: bool = True
 
 
-PANELS = (
-    Panel(
-        "Reward",
-        "On the pool, in nats.",
-        {"feedback/reward_policy": "expected under the model", "feedback/reward_best": "best of the group"},
-    ),
-    Panel(
-        "Parts of the reward",
-        "Mean over the members of the groups, change since the start.",
-        {"feedback/reward/": ""},
-        change=True,
-    ),
-    Panel(
-        "Reward on held-out utterances",
-        "Gain of the model's transcripts over the base's, in nats.",
-        {"held_out/gain": "gain"},
-        rule=0.0,
-        smooth=False,
-    ),
-    Panel(
-        "KL to the frozen base",
-        "In nats, of the renormalised groups; a label, of held-out transcripts.",
-        {"feedback/kl_reference": "groups", "held_out/kl": "held-out, a label"},
-        rule=0.0,
-    ),
-    Panel(
-        "Length ratio",
-        "Length of the texts against the base's; 1 = unchanged.",
-        {"feedback/length_ratio": "expected, on the groups", "held_out/length_ratio": "held-out transcripts"},
-        rule=1.0,
-    ),
-    Panel("WER on the validation sets", "In %; step 0 is the base.", {"val/*/wer": ""}, smooth=False),
-    Panel("Entity WER on the validation sets", "In %; step 0 is the base.", {"val/*/ewer": ""}, smooth=False),
-    Panel(
-        "WER on the guard set",
-        "Relative rise over the base; 0.1 = a tenth more errors.",
-        {"held_out/wer_rise": "rise"},
-        rule=0.0,
-        smooth=False,
-    ),
-)
+_PANELS = Path(__file__).parent / "templates" / "panels.yaml"
 
 
 def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
@@ -116,7 +77,8 @@ def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
 
 def curves(steps: Sequence[Mapping[str, float]]) -> list[Plot]:
     """One plot for each panel that has values."""
-    return [plot for panel in PANELS if (plot := _curve(panel, steps)) is not None]
+    panels = (Panel(**settings) for settings in yaml.safe_load(_PANELS.read_text(encoding="utf-8")))
+    return [plot for panel in panels if (plot := _curve(panel, steps)) is not None]
 
 
 def bars(metric: str, cells: Mapping[str, Cell]) -> Plot:
@@ -173,9 +135,7 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
         return Plot(panel.title, _svg(figure, panel.title), panel.note + " Thin: each step." * thin)
 
 
-def _series(
-    panel: Panel, steps: Sequence[Mapping[str, float]]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+def _series(panel: Panel, steps: Sequence[Mapping[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Label → ([S] steps, [S] values), thinned to what a small drawing can show."""
     names = list(dict.fromkeys(name for step in steps for name in step))
     out = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,27 +86,25 @@ class EntityChange:
 
 @dataclass(frozen=True)
 class Listing:
-    """All cards of a page, most changed first, and the entities of each set that were fixed and broken."""
+    """All cards of a page, most changed first, and set → the entities that were fixed, and those that were broken."""
 
     cards: tuple[Card, ...]
     total: int
-    fixed: Mapping[str, tuple[EntityChange, ...]]
-    broken: Mapping[str, tuple[EntityChange, ...]]
+    entities: Mapping[str, tuple[tuple[EntityChange, ...], tuple[EntityChange, ...]]]
 
 
 def list_utterances(sets: Mapping[str, Comparison], changes: Sequence[Change]) -> Listing:
     """The cards of all sets and of the changes without reference; beyond `MAX_CARDS` only the most changed."""
     cards: list[Card] = []
-    fixed: dict[str, tuple[EntityChange, ...]] = {}
-    broken: dict[str, tuple[EntityChange, ...]] = {}
+    entities = {}
     for k, (name, comparison) in enumerate(sets.items()):
         mentions: list[_Mention] = []
         cards += [_set_card(name, comparison, i, f"u{k}-{i}", mentions) for i in range(len(comparison.rows))]
-        if len(comparison.systems) > 1:
-            fixed[name], broken[name] = (_counted([m for m in mentions if m[3] == up]) for up in (True, False))
+        if mentions:
+            entities[name] = _counted(m for m in mentions if m[3]), _counted(m for m in mentions if not m[3])
     cards += [_change_card(change, i) for i, change in enumerate(changes)]
     cards.sort(key=lambda card: (-card.change, -abs(card.gain or 0), card.name))
-    return Listing(tuple(cards[:MAX_CARDS]), len(cards), fixed, broken)
+    return Listing(tuple(cards[:MAX_CARDS]), len(cards), entities)
 
 
 _Mention = tuple[str, str, str, bool]  # entity, what was heard instead, card, whether the second system is right
@@ -164,7 +162,7 @@ def _mentions(reference: str, spans: Sequence, base: Aligned, other: Aligned) ->
             yield " ".join(words[span.start : span.end]), (base if up else other).heard[k] or "(nothing)", up
 
 
-def _counted(mentions: Sequence[_Mention]) -> tuple[EntityChange, ...]:
+def _counted(mentions: Iterable[_Mention]) -> tuple[EntityChange, ...]:
     """Alike entities as one line: the count, the most frequent wrong form, and the first card."""
     by_text: dict[str, list[_Mention]] = {}
     for mention in mentions:
