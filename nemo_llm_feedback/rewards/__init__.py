@@ -1,7 +1,7 @@
 """Rewards by name: ``build_reward("llm", scorer=…, alpha=…, beta=…)``. Importing this registers the built-in ones."""
 
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register, reward_names
-from nemo_llm_feedback.rewards.cache import MemoryCache, ScoreCache, SQLiteCache, open_cache, score_key
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.correction import CorrectionReward
 from nemo_llm_feedback.rewards.entity import EntityReward
@@ -9,9 +9,10 @@ from nemo_llm_feedback.rewards.from_config import corrector_from_config, reward_
 from nemo_llm_feedback.rewards.judge import JudgeReward
 from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.reward import RemoteConfig, RemoteReward, RemoteScorer, parse_remote
-from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward
+from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, as_reward
 
 __all__ = [
+    "CachedScore",
     "CallableReward",
     "Component",
     "CompositeReward",
@@ -19,14 +20,13 @@ __all__ = [
     "EntityReward",
     "JudgeReward",
     "LLMReward",
-    "MemoryCache",
     "RemoteConfig",
     "RemoteReward",
     "RemoteScorer",
     "Reward",
     "RuleReward",
-    "SQLiteCache",
     "ScoreCache",
+    "as_reward",
     "build_reward",
     "corrector_from_config",
     "open_cache",

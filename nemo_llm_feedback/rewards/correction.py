@@ -11,31 +11,20 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm.generation import Corrector
+from nemo_llm_feedback.rewards.asking import AskingReward
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
-from nemo_llm_feedback.rewards.lookup import check_contexts, look_up
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, score_key
 from nemo_llm_feedback.rewards.rules import word_distance
 
 logger = logging.getLogger(__name__)
 
 
-class Corrector(Protocol):
-    """Writes one text a group, or None; ``llm.generation.Corrector`` is one."""
-
-    identity: str
-
-    @property
-    def uses_context(self) -> bool: ...
-
-    def __call__(self, contexts: Sequence[Context], nbest: Sequence[Sequence[str]]) -> Sequence[str | None]: ...
-
-
 @register("correction")
-class CorrectionReward:
+class CorrectionReward(AskingReward):
     """Minus the edit distance in words to the LLM's correction of the group.
 
     The N-best is listed for the LLM by the frozen reference's score where groups have one, else in the group's order.
@@ -44,8 +33,7 @@ class CorrectionReward:
     Args:
         corrector: writes the correction.
         normalizer: name of the run's text normalisation, under which texts are compared.
-        cache: store of the distances, or its path; in memory by default.
-        allow_no_context: correct groups that have no context instead of refusing.
+        cache, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
     Attributes:
         num_groups, num_unusable: distinct groups judged so far, and those without a usable correction.
@@ -61,11 +49,13 @@ class CorrectionReward:
         cache: ScoreCache | str | None = None,
         allow_no_context: bool = False,
     ) -> None:
+        # The corrector has its own view of groups; distances are those of the texts as they are.
+        super().__init__(
+            reads_context=corrector.uses_context, cache=cache, view=None, allow_no_context=allow_no_context
+        )
         self._corrector = corrector
         self._normalize: Callable[[str], str] = get_normalizer(normalizer)
         self._identity = f"{corrector.identity}:{normalizer}"
-        self._needs_context = corrector.uses_context and not allow_no_context
-        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
         self.num_groups = self.num_unusable = 0
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
@@ -74,17 +64,15 @@ class CorrectionReward:
         Raises:
             RewardError: a group has no context.
         """
-        check_contexts(groups, needed=self._needs_context)
         keys = {}
-        for group in groups:
+        for group in self._shown(groups):
             nbest = _by_score(group)
             listing = hashlib.sha256(json.dumps(nbest).encode()).hexdigest()
             name = f"{self._identity}:{listing}"
             keys[group.context, nbest, group.texts] = [score_key(name, group.context, text) for text in group.texts]
-        found = look_up(self.cache, keys, self._ask)
+        found = self._look_up(keys, self._ask)
         self.num_groups += len(keys)
-        rows = [[value for value, _ in found[g.context, _by_score(g), g.texts]] for g in groups]
-        values = pad_groups(rows)
+        values = pad_groups([[value for value, _ in found[g.context, _by_score(g), g.texts]] for g in groups])
         return RewardOutput(values, {self.name: values})
 
     def _ask(self, items: list[tuple[Context, tuple[str, ...], tuple[str, ...]]]) -> list[list[CachedScore]]:
@@ -95,7 +83,7 @@ class CorrectionReward:
             logger.warning("The LLM's correction of a group is unusable: its reward is NaN. Later ones are counted.")
         self.num_unusable += lacking
         return [
-            [(self._value(text, correction), 1) for text in texts]
+            [CachedScore(self._value(text, correction), 1) for text in texts]
             for (_, _, texts), correction in zip(items, corrections, strict=True)
         ]
 

@@ -18,19 +18,19 @@ cannot be known, only suspected: the definition is ours.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.queries import score_terms
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
+from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
-from nemo_llm_feedback.rewards.lookup import View, check_contexts, look_up
-from nemo_llm_feedback.rewards.rules import GroupRuleReward, anchor_text
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
+from nemo_llm_feedback.rewards.rules import GroupRuleReward, best_transcript
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer
@@ -45,7 +45,7 @@ class _Spelled(NamedTuple):
 
 
 @register("entity")
-class EntityReward:
+class EntityReward(AskingReward):
     """The LLM's log-probability with another weight on the tokens of listed terms.
 
     Args:
@@ -54,9 +54,7 @@ class EntityReward:
         relative: weigh what the term list changes for them instead of their whole log-probability.
         shared_price: every mention counts the mean over the listed terms, not what its own tokens cost. For terms that
             the LLM knows equally little; of a menu it may well know which item is likely.
-        cache: store of the sums, or its path; in memory by default.
-        view: how groups are shown to the LLM; as they are by default.
-        allow_no_context: score groups that have no context instead of refusing.
+        cache, view, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
     Raises:
         RewardError: the weight is negative.
@@ -77,10 +75,9 @@ class EntityReward:
     ) -> None:
         if not weight >= 0:
             raise RewardError(f"reward.settings.weight={weight} must be ≥ 0; 1 weighs all tokens alike.")
-        self._scorer, self._view = scorer, view
+        super().__init__(reads_context=scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
+        self._scorer = scorer
         self._weight, self._relative, self._shared_price = weight, relative, shared_price
-        self._needs_context = scorer.uses_context and not allow_no_context
-        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N] in nats, and the parts ``entity`` (the same) and ``entity_terms``, in nats.
@@ -90,12 +87,11 @@ class EntityReward:
         Raises:
             RewardError: a group has no context.
         """
-        check_contexts(groups, needed=self._needs_context)
-        shown = [self._view(group) for group in groups] if self._view else list(groups)
+        shown = self._shown(groups)
         asked = [(group.context, text) for group in shown for text in group.texts]
         if self._shared_price:
             asked += [(group.context, term) for group in shown for term in group.context.terms]
-        found = self._find(list(dict.fromkeys(asked)))
+        found = self._find(asked)
         values, terms = [], []
         for group in shown:
             rows = [found[group.context, text] for text in group.texts]
@@ -120,30 +116,26 @@ class EntityReward:
         worth = [value for value in map(self._worth, alone) if math.isfinite(value)]
         return sum(worth) / len(worth) if worth else math.nan
 
-    def _find(self, pairs: list[tuple[Context, str]]) -> dict[tuple[Context, str], _Spelled]:
-        name = f"entity:{self._scorer.identity}"
+    def _find(self, pairs: Sequence[Pair]) -> dict[Pair, _Spelled]:
         kinds = ("total", "inside", *(["baseline"] if self._relative else []))
-        keys = {pair: [score_key(f"{name}:{kind}", *pair) for kind in kinds] for pair in pairs}
-        scores = {pair: [value for value, _ in row] for pair, row in look_up(self.cache, keys, self._ask).items()}
+        found = self._scores(pairs, [f"entity:{self._scorer.identity}:{kind}" for kind in kinds], self._ask)
         return {
-            pair: _Spelled(row[0] - row[1], row[1], row[2] if self._relative else 0.0) for pair, row in scores.items()
+            pair: _Spelled(row[0].logp - row[1].logp, row[1].logp, row[2].logp if self._relative else 0.0)
+            for pair, row in found.items()
         }
 
-    def _ask(self, pairs: list[tuple[Context, str]]) -> list[list[CachedScore]]:
-        texts: dict[Context, list[str]] = {}
-        for context, text in pairs:
-            texts.setdefault(context, []).append(text)
-        requests = [(context, context.terms, column) for context, column in texts.items()]
-        bare = [(dataclasses.replace(context, terms=()), terms, column) for context, terms, column in requests]
-        rows = score_terms(self._scorer, requests)
-        baselines = score_terms(self._scorer, bare) if self._relative else rows
-        found: dict[tuple[Context, str], list[CachedScore]] = {}
-        for (context, _, column), scores, base in zip(requests, rows, baselines, strict=True):
-            for text, score, without in zip(column, scores, base, strict=True):
-                found[context, text] = [(score.total, score.num_tokens), (score.inside, score.num_inside)]
-                if self._relative:
-                    found[context, text].append((without.inside, without.num_inside))
-        return [found[pair] for pair in pairs]
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+        asked = [(context, context.terms, texts) for context, texts in requests]
+        rows = [
+            [[CachedScore(s.total, s.num_tokens), CachedScore(s.inside, s.num_inside)] for s in row]
+            for row in score_terms(self._scorer, asked)
+        ]
+        if self._relative:
+            bare = [(replace(context, terms=()), terms, texts) for context, terms, texts in asked]
+            for row, baselines in zip(rows, score_terms(self._scorer, bare), strict=True):
+                for scores, base in zip(row, baselines, strict=True):
+                    scores.append(CachedScore(base.inside, base.num_inside))
+        return rows
 
 
 @register("entity_hits")
@@ -158,17 +150,16 @@ def entity_false_alarms_reward(*, min_likeness: float = 60.0) -> GroupRuleReward
 
     Args:
         min_likeness: a term is supported where the likeness (0 to 100, see ``llm.term_ranking``) of it and some span
-            of the group's anchor (see ``rules.anchor_text``) is at least this.
+            of the recogniser's best transcript (see ``rules.best_transcript``) is at least this.
     """
 
-    def judge(group: HypothesisGroup) -> list[float]:
-        anchor = anchor_text(group)
+    def false_alarms(group: HypothesisGroup) -> list[float]:
         mentioned = [_mentioned(group, text) for text in group.texts]
         terms = sorted(set().union(*mentioned))
-        likest = dict(zip(terms, likeness(terms, [anchor]).tolist(), strict=True)) if terms else {}
+        likest = dict(zip(terms, likeness(terms, [best_transcript(group)]).tolist(), strict=True)) if terms else {}
         return [0.0 - sum(likest[term] < min_likeness for term in found) for found in mentioned]
 
-    return GroupRuleReward("entity_false_alarms", judge)
+    return GroupRuleReward("entity_false_alarms", false_alarms)
 
 
 def _mentioned(group: HypothesisGroup, text: str) -> set[str]:

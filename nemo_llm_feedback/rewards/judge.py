@@ -8,48 +8,36 @@ else and its judgement means little.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_llm_feedback.core.errors import LLMError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
+from nemo_llm_feedback.llm.queries import AnswerJudge
+from nemo_llm_feedback.rewards.asking import AskingReward, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
-from nemo_llm_feedback.rewards.lookup import View, by_context, check_contexts, look_up
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer
 
 logger = logging.getLogger(__name__)
 
-JUDGE_MODES = ("yes_no", "log_odds", "rating")
+Mode = Literal["yes_no", "log_odds", "rating"]
 _LITTLE = 0.5
 
 
-class Judge(Protocol):
-    """What the reward asks; ``llm.queries.AnswerJudge`` is one."""
-
-    answers: tuple[str, ...]
-    identity: str
-
-    @property
-    def uses_context(self) -> bool: ...
-
-    def __call__(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[Sequence[float]]]: ...
-
-
-class JudgeReward:
+class JudgeReward(AskingReward):
     """A judgement of each member, as a number.
 
     Args:
         judge: returns the log-probabilities of its answers.
         mode: ``yes_no``, ``log_odds`` (two answers, the good one first) or ``rating`` (answers that are numbers).
-        cache: store of the answers' log-probabilities, or its path; in memory by default.
-        view: how groups are shown to the LLM; as they are by default.
-        allow_no_context: judge groups that have no context instead of refusing.
+        cache, view, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
     Raises:
         RewardError: the answers do not fit the mode.
@@ -59,18 +47,17 @@ class JudgeReward:
 
     def __init__(
         self,
-        judge: Judge,
+        judge: AnswerJudge,
         *,
-        mode: str = "yes_no",
+        mode: Mode = "yes_no",
         cache: ScoreCache | str | None = None,
         view: View | None = None,
         allow_no_context: bool = False,
     ) -> None:
-        self._judge, self._mode, self._view = judge, mode, view
+        super().__init__(reads_context=judge.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
+        self._judge, self._mode = judge, mode
         self._numbers = _numbers(judge.answers, mode)
-        self._needs_context = judge.uses_context and not allow_no_context
         self._warned = False
-        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N] and the parts ``judge`` (the same) and ``judge_mass`` (probability, 0 to 1, that the
@@ -79,26 +66,18 @@ class JudgeReward:
         Raises:
             RewardError: a group has no context.
         """
-        check_contexts(groups, needed=self._needs_context)
-        shown = [self._view(group) for group in groups] if self._view else list(groups)
-        pairs = list(dict.fromkeys((group.context, text) for group in shown for text in group.texts))
-        keys = {pair: [score_key(f"{self._judge.identity}:{a}", *pair) for a in self._judge.answers] for pair in pairs}
-        found = look_up(self.cache, keys, self._ask)
-        logps = {pair: [logp for logp, _ in scores] for pair, scores in found.items()}
+        shown = self._shown(groups)
+        pairs = [(group.context, text) for group in shown for text in group.texts]
+        found = self._scores(pairs, [f"{self._judge.identity}:{a}" for a in self._judge.answers], self._ask)
+        logps = {pair: [score.logp for score in scores] for pair, scores in found.items()}
         values = pad_groups([[self._value(logps[g.context, text]) for text in g.texts] for g in shown])
         mass = pad_groups([[sum(map(math.exp, logps[g.context, text])) for text in g.texts] for g in shown])
         mass = mass.clamp(max=1.0)  # a difference of rounded sums
         self._watch(float(mass[values.isfinite()].mean()) if values.isfinite().any() else 1.0)
         return RewardOutput(values, {self.name: values, "judge_mass": mass})
 
-    def _ask(self, pairs: list[tuple[Context, str]]) -> list[list[CachedScore]]:
-        requests = by_context(pairs)
-        answers = {
-            (context, text): [(float(logp), 1) for logp in row]
-            for (context, texts), rows in zip(requests, self._judge(requests), strict=True)
-            for text, row in zip(texts, rows, strict=True)
-        }
-        return [answers[pair] for pair in pairs]
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+        return [[[CachedScore(float(logp), 1) for logp in text] for text in row] for row in self._judge(requests)]
 
     def _value(self, logps: Sequence[float]) -> float:
         if not all(map(math.isfinite, logps)):
@@ -122,8 +101,8 @@ class JudgeReward:
 
 def _numbers(answers: Sequence[str], mode: str) -> tuple[float, ...]:
     """What each answer is worth."""
-    if mode not in JUDGE_MODES:
-        raise RewardError(f"reward.settings.mode={mode!r} is not one of {', '.join(JUDGE_MODES)}.")
+    if mode not in get_args(Mode):
+        raise RewardError(f"reward.settings.mode={mode!r} is not one of {', '.join(get_args(Mode))}.")
     if mode != "rating":
         if len(answers) != 2:
             raise RewardError(f"reward.settings.mode={mode} needs two answers, the good one first, got {answers}.")
@@ -138,9 +117,9 @@ def _numbers(answers: Sequence[str], mode: str) -> tuple[float, ...]:
 def judge_reward(
     scorer: LLMScorer,
     *,
-    mode: str = "yes_no",
+    mode: Mode = "yes_no",
     template: str | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[Any] | None = None,
     cache: ScoreCache | str | None = None,
     view: View | None = None,
     allow_no_context: bool = False,
@@ -159,21 +138,19 @@ def judge_reward(
         LLMError: the template is faulty, or an answer is not one token.
         RewardError: the answers do not fit the mode.
     """
-    from nemo_llm_feedback.llm.queries import AnswerJudge
-
     chat = scorer.encoder.chat
     use = "rating" if mode == "rating" else "yes_no"
     prompt = read_template(template, chat=chat, use=use, key="reward.settings.template")
-    built_in = [word if chat else word.lower() for word in ANSWERS[use]]
-    forms = [[f" {word}" for word in built_in], built_in]  # some tokenizers keep digits apart from a space
-    forms = [[str(answer) for answer in answers]] if answers else forms[1:] if chat else forms
-    for last, words in enumerate(forms, 1 - len(forms)):
-        _numbers(words, mode)
-        try:
-            judge = AnswerJudge(scorer, template=prompt, answers=words)
-        except LLMError:
-            if not last:
-                raise
-            continue
+
+    def reward(words: Sequence[str]) -> JudgeReward:
+        judge = AnswerJudge(scorer, template=prompt, answers=words)
         return JudgeReward(judge, mode=mode, cache=cache, view=view, allow_no_context=allow_no_context)
-    raise AssertionError("the last form either returned or raised")
+
+    if answers:
+        return reward([str(answer) for answer in answers])
+    if chat:
+        return reward(ANSWERS[use])
+    built_in = [word.lower() for word in ANSWERS[use]]
+    with contextlib.suppress(LLMError):
+        return reward([f" {word}" for word in built_in])
+    return reward(built_in)  # some tokenizers keep digits apart from a space

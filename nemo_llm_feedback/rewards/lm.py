@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
 _NO_CONTEXT = Context()
@@ -49,7 +50,7 @@ class Scorer(Protocol):
 
 
 @register("llm")
-class LLMReward:
+class LLMReward(AskingReward):
     """α·logP_LLM(h | context) + asr_weight·log p_ref(h | audio) + β·length(h).
 
     A member is NaN where the LLM's score is not finite (it does not fit the LLM) or its ``ref_logp`` is not (−∞: the
@@ -81,20 +82,15 @@ class LLMReward:
         normalize: str = "sum",
         asr_weight: float = 1.0,
         allow_no_context: bool = False,
-        view: Callable[[HypothesisGroup], HypothesisGroup] | None = None,
+        view: View | None = None,
         cache: ScoreCache | str | None = None,
     ) -> None:
         if normalize not in NORMALIZATIONS:
             raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
         _check_weights(alpha, beta, asr_weight)
-        self._scorer = scorer
+        super().__init__(reads_context=scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
+        self._scorer, self._normalize = scorer, normalize
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
-        self._normalize = normalize
-        self._allow_no_context = allow_no_context
-        self._view = view
-        self.cache: ScoreCache = open_cache(cache) if cache is None or isinstance(cache, str) else cache
-        self.num_requested = 0
-        self.num_scored = 0
 
     def with_weights(self, *, alpha: float, beta: float) -> LLMReward:
         """The same reward, LLM and cache, with other weights.
@@ -107,19 +103,14 @@ class LLMReward:
         other._alpha, other._beta = alpha, beta
         return other
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of the looked-up (context, text) pairs that the cache knew so far; 0 before the first."""
-        return 1.0 - self.num_scored / self.num_requested if self.num_requested else 0.0
-
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N] and the unweighted parts ``llm`` (nats), ``asr`` (nats; where used) and ``length``.
 
         Raises:
             RewardError: a group has no context or no reference scores.
         """
-        self._check(groups)
-        groups = [self._view(group) for group in groups] if self._view else groups
+        groups = self._shown(groups)
+        self._check_reference(groups)
         llm = _padded(self._llm_part(groups))
         length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])
 
@@ -135,14 +126,8 @@ class LLMReward:
         masked = {name: part.float().masked_fill(~values.isfinite(), math.nan) for name, part in parts.items()}
         return RewardOutput(values, masked, combined if self._asr_weight else None)
 
-    def _check(self, groups: Sequence[HypothesisGroup]) -> None:
-        needs_context = self._scorer.uses_context and not self._allow_no_context
+    def _check_reference(self, groups: Sequence[HypothesisGroup]) -> None:
         for group in groups:
-            if needs_context and not group.context:
-                raise RewardError(
-                    f"Utterance {group.utterance} has no context for the LLM: set context.description, context.terms "
-                    "or context.terms_file, or a 'context' in the manifest row (context.required=false goes without)."
-                )
             if self._asr_weight and len(group.ref_logp) != len(group):
                 raise RewardError(
                     f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} "
@@ -150,39 +135,25 @@ class LLMReward:
                 )
 
     def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
-        wanted = {(group.context, text): None for group in groups for text in group.texts}
+        pairs = [(group.context, text) for group in groups for text in group.texts]
         if self._normalize == "pmi":
-            wanted.update({(_NO_CONTEXT, text): None for group in groups for text in group.texts})
-        scores = self._look_up(list(wanted))
+            pairs += [(_NO_CONTEXT, text) for group in groups for text in group.texts]
+        found = self._scores(pairs, [self._scorer.identity], self._ask)
+        scores = {pair: score for pair, (score,) in found.items()}
         return [[self._normalized(scores, group.context, text) for text in group.texts] for group in groups]
 
-    def _normalized(self, scores: dict[tuple[Context, str], CachedScore], context: Context, text: str) -> float:
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+        return [[[CachedScore(s.logp, s.num_tokens)] for s in row] for row in self._scorer.score(requests)]
+
+    def _normalized(self, scores: dict[Pair, CachedScore], context: Context, text: str) -> float:
         logp, num_tokens = scores[context, text]
         if self._normalize == "token":
             return logp / num_tokens
         if self._normalize == "word":
             return logp / max(1, text_length(text))
         if self._normalize == "pmi":
-            return logp - scores[_NO_CONTEXT, text][0]
+            return logp - scores[_NO_CONTEXT, text].logp
         return logp
-
-    def _look_up(self, wanted: list[tuple[Context, str]]) -> dict[tuple[Context, str], CachedScore]:
-        """Returns the raw score of every (context, text) pair, asking the LLM for those that the cache lacks."""
-        keys = {pair: score_key(self._scorer.identity, *pair) for pair in wanted}
-        known = self.cache.get_many(keys.values())
-        scores = {pair: known[key] for pair, key in keys.items() if key in known}
-        lacking: dict[Context, list[str]] = {}
-        for context, text in wanted:
-            if (context, text) not in scores:
-                lacking.setdefault(context, []).append(text)
-        answers = self._scorer.score(list(lacking.items())) if lacking else []
-        for (context, texts), row in zip(lacking.items(), answers, strict=True):
-            scores.update({(context, text): (s.logp, s.num_tokens) for text, s in zip(texts, row, strict=True)})
-        num_lacking = sum(map(len, lacking.values()))
-        self.cache.put_many({keys[c, text]: scores[c, text] for c, texts in lacking.items() for text in texts})
-        self.num_requested += len(wanted)
-        self.num_scored += num_lacking
-        return scores
 
 
 def _padded(rows: list[list[float]]) -> Tensor:

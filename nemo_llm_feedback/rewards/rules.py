@@ -20,9 +20,9 @@ from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import UNSPACED, text_length
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.prompts import BASE_TEMPLATE, Template
-from nemo_llm_feedback.rewards.base import register
+from nemo_llm_feedback.rewards.base import Reward, register
 
-Judge = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RuleReward:
@@ -48,7 +48,7 @@ class GroupRuleReward:
 
     Args:
         name: the part's name in the output.
-        rule: group → one reward a member, any finite number; NaN = cannot judge.
+        rule: group → one reward per member, any finite number; NaN = cannot judge.
     """
 
     def __init__(self, name: str, rule: Callable[[HypothesisGroup], Sequence[float]]) -> None:
@@ -57,16 +57,16 @@ class GroupRuleReward:
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], which are also the only part."""
-
-        def judged(shown: Sequence[HypothesisGroup]) -> Tensor:
-            return pad_groups([[float(value) for value in self._rule(group)] for group in shown])
+        values = self._values(groups)
 
         def revalue(ref_logp: Tensor) -> Tensor:
-            rows = [row[: len(group)] for group, row in zip(groups, ref_logp.tolist(), strict=True)]
-            return judged([replace(g, ref_logp=tuple(row)) for g, row in zip(groups, rows, strict=True)])
+            rows = zip(groups, ref_logp.tolist(), strict=True)
+            return self._values([replace(group, ref_logp=tuple(row[: len(group)])) for group, row in rows])
 
-        values = judged(groups)
         return RewardOutput(values, {self.name: values}, revalue)
+
+    def _values(self, groups: Sequence[HypothesisGroup]) -> Tensor:
+        return pad_groups([[float(value) for value in self._rule(group)] for group in groups])
 
 
 @register("asr")
@@ -107,8 +107,8 @@ def word_distance(one: str, two: str) -> int:
     return int(Levenshtein.distance(words(one), words(two)))
 
 
-def anchor_text(group: HypothesisGroup) -> str:
-    """The recogniser's own best transcript of a group: its greedy member, else its most probable one.
+def best_transcript(group: HypothesisGroup) -> str:
+    """The recogniser's best transcript of a group: its greedy member, else its most probable one.
 
     A group of samples has no greedy member. The most probable one is that of the highest reference score, or the first
     where there are no such scores.
@@ -129,11 +129,11 @@ def empty_reward() -> RuleReward:
 
 @register("edit_distance")
 def edit_distance_reward() -> GroupRuleReward:
-    """Minus the edit distance in words to the recogniser's own best transcript: an anchor against free invention."""
+    """Minus the edit distance in words to the recogniser's best transcript, against free invention."""
 
     def distances(group: HypothesisGroup) -> list[float]:
-        anchor = anchor_text(group)
-        return [0.0 - word_distance(text, anchor) for text in group.texts]
+        best = best_transcript(group)
+        return [0.0 - word_distance(text, best) for text in group.texts]
 
     return GroupRuleReward("edit_distance", distances)
 
@@ -164,14 +164,15 @@ def repetition_reward() -> RuleReward:
 class CallableReward:
     """A Python function as a reward.
 
-    Two signatures are accepted. Ours: ``function(texts, **columns)``. TRL's, known by an argument ``completions``:
+    Three signatures are accepted. ``function(texts, context)`` is called per group, with the group's ``Context``.
+    ``function(texts, **columns)`` is called once for all groups. So is TRL's, known by an argument ``completions``:
     ``function(prompts=…, completions=…, **columns)``, where a prompt is the context in the words of the built-in
     template and a completion is a transcript; ``prompts`` is given if the function takes it. The columns are
     ``descriptions``, ``terms``, ``utterances``, ``sources``, ``ref_logp`` and ``completion_ids`` (labels of the ASR
-    vocabulary), as far as the signature takes them: lists with one entry a text.
+    vocabulary), as far as the signature takes them: lists with one entry per text.
 
     Args:
-        function: called once for all groups; returns one number a text, None (or NaN) where it cannot judge.
+        function: returns one number per text, None (or NaN) where it cannot judge.
         name: the part's name; the function's own by default.
 
     Raises:
@@ -179,61 +180,74 @@ class CallableReward:
             returned something else.
     """
 
-    def __init__(self, function: Judge, *, name: str | None = None) -> None:
+    def __init__(self, function: RewardFunction, *, name: str | None = None) -> None:
         if not callable(function):
             raise RewardError(f"A callable reward needs a function, got {function!r}.")
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self._function = function
         parameters = inspect.signature(function).parameters.values()
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._taken = {p.name for p in parameters}
-        self._trl = "completions" in self._taken
-        positional = () if self._trl else tuple(parameters)[:1]
-        known = {p.name for p in positional} | set(_COLUMNS) | ({"prompts", "completions"} if self._trl else set())
         variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        lacking = [
-            p.name for p in parameters if p.name not in known and p.default is p.empty and p.kind not in variadic
-        ]
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._taken = {p.name for p in parameters if p.kind not in variadic}
+        self._trl = "completions" in self._taken
+        self._per_group = "context" in self._taken and not self._trl
+        texts = {"prompts", "completions"} if self._trl else {p.name for p in tuple(parameters)[:1]}
+        offered = {*texts, *_COLUMNS, *(["context"] if self._per_group else [])}
+        lacking = [p.name for p in parameters if p.name in self._taken - offered and p.default is p.empty]
         if lacking:
             raise RewardError(
                 f"The reward function {self.name} needs {', '.join(lacking)}, which is not offered: it may take the "
-                f"texts (or TRL's prompts and completions) and {', '.join(_COLUMNS)}."
+                f"texts (or TRL's prompts and completions), context, and {', '.join(_COLUMNS)}."
             )
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], which are also the only part.
 
         Raises:
-            RewardError: the function raised, or did not return one number or None a text.
+            RewardError: the function raised, or did not return one number or None per text.
         """
+        batches = [[group] for group in groups] if self._per_group else [groups]
+        rest = iter([number for batch in batches for number in self._numbers(batch)])
+        values = pad_groups([[next(rest) for _ in group.hypotheses] for group in groups])
+        values[values.isinf()] = math.nan
+        return RewardOutput(values, {self.name: values})
+
+    def _numbers(self, groups: Sequence[HypothesisGroup]) -> list[float]:
         texts = [text for group in groups for text in group.texts]
         try:
-            answers = list(self._call(texts, groups))
-            numbers = [math.nan if answer is None else float(answer) for answer in answers]
+            numbers = [math.nan if answer is None else float(answer) for answer in self._call(texts, groups)]
         except Exception as error:  # whatever the user's function raises is reported under its name
             raise RewardError(f"The reward function {self.name} failed: {type(error).__name__}: {error}") from error
         if len(numbers) != len(texts):
             raise RewardError(
                 f"The reward function {self.name} returned {len(numbers)} values for {len(texts)} texts."
             )
-        rest = iter(numbers)
-        values = pad_groups([[next(rest) for _ in group.hypotheses] for group in groups])
-        values[values.isinf()] = math.nan
-        return RewardOutput(values, {self.name: values})
+        return numbers
 
     def _call(self, texts: list[str], groups: Sequence[HypothesisGroup]) -> Sequence[float | None]:
         members = [(group, n) for group in groups for n in range(len(group))]
-        columns = {
+        columns: dict[str, Any] = {
             name: [column(group, n) for group, n in members]
             for name, column in _COLUMNS.items()
             if self._takes_all or name in self._taken
         }
+        if self._per_group:
+            columns["context"] = groups[0].context
         if not self._trl:
             return self._function(texts, **columns)
         if self._takes_all or "prompts" in self._taken:
             template = Template(BASE_TEMPLATE)
             columns["prompts"] = [template.render(group.context) for group, _ in members]
         return self._function(completions=texts, **columns)
+
+
+def as_reward(judge: Reward | RewardFunction) -> Reward:
+    """Returns a reward as it is, and a plain Python function as a :class:`CallableReward`.
+
+    Raises:
+        RewardError: neither of the two, or a function whose signature does not fit.
+    """
+    return judge if isinstance(judge, Reward) else CallableReward(judge)
 
 
 _COLUMNS: dict[str, Callable[[HypothesisGroup, int], Any]] = {

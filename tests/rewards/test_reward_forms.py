@@ -24,7 +24,7 @@ from nemo_llm_feedback.rewards import (
     CorrectionReward,
     EntityReward,
     JudgeReward,
-    MemoryCache,
+    ScoreCache,
     build_reward,
     reward_faults,
     reward_from_config,
@@ -98,7 +98,7 @@ def test_judgements_follow_their_formulas_and_the_mass_is_a_part():
 
 
 def test_judgements_are_cached_for_every_mode_and_little_mass_is_a_warning(caplog):
-    cache, judge = MemoryCache(), FakeJudge(mass=0.1)
+    cache, judge = ScoreCache(), FakeJudge(mass=0.1)
     with caplog.at_level(logging.WARNING):
         for mode in ("yes_no", "log_odds", "yes_no"):
             JudgeReward(judge, mode=mode, cache=cache)([group("a", "b"), group("a", "c")])

@@ -19,9 +19,9 @@ from nemo_llm_feedback.llm import TextScore, load_llm
 from nemo_llm_feedback.rewards import (
     CallableReward,
     LLMReward,
-    MemoryCache,
     Reward,
-    SQLiteCache,
+    ScoreCache,
+    as_reward,
     build_reward,
     open_cache,
     register,
@@ -133,7 +133,7 @@ def test_equal_texts_are_asked_once_and_cached_over_calls():
 
 
 def test_cache_serves_every_normalisation_but_no_other_scorer():
-    cache = MemoryCache()
+    cache = ScoreCache()
     LLMReward(FakeScorer(), alpha=1.0, beta=0.0, normalize="pmi", cache=cache)([group("a")])
     silent, other = FakeScorer(), FakeScorer(identity="other")
     LLMReward(silent, alpha=1.0, beta=0.0, normalize="token", cache=cache)([group("a")])
@@ -150,13 +150,11 @@ def test_nan_is_never_cached():
     assert len(scorer.asked) == 2
 
 
-def test_memory_cache_forgets_the_least_recently_used():
-    cache = MemoryCache(max_entries=2)
-    cache.put_many({"a": (-1.0, 1), "b": (-2.0, 1)})
-    assert cache.get_many(["a"]) == {"a": (-1.0, 1)}
-    cache.put_many({"c": (-3.0, 1), "d": (-math.inf, 1)})
+def test_the_cache_counts_hits_and_keeps_finite_scores_only():
+    cache = ScoreCache()
+    cache.put_many({"a": (-1.0, 1), "c": (-3.0, 1), "d": (-math.inf, 1)})
     assert cache.get_many(["a", "b", "c", "d"]) == {"a": (-1.0, 1), "c": (-3.0, 1)}
-    assert (cache.hits, cache.misses, len(cache)) == (3, 2, 2)
+    assert (cache.hits, cache.misses, len(cache)) == (2, 2, 2)
 
 
 def test_disk_cache_survives_the_process_and_keeps_no_nan(tmp_path):
@@ -175,7 +173,7 @@ def test_disk_cache_survives_the_process_and_keeps_no_nan(tmp_path):
 
 
 def test_disk_cache_is_safe_after_a_fork(tmp_path):
-    cache = SQLiteCache(str(tmp_path / "scores.sqlite"))
+    cache = ScoreCache(str(tmp_path / "scores.sqlite"))
     before = cache._connect()
     cache._process += 1  # what a forked child sees: an inherited connection of another process
     assert cache._connect() is not before
@@ -282,6 +280,23 @@ def test_functions_may_take_everything_or_only_texts():
     assert set(seen) == {"descriptions", "terms", "utterances", "sources", "ref_logp", "completion_ids"}
     assert seen["descriptions"] == ["a test"]
     assert_rows(CallableReward(lambda texts: [1] * len(texts), name="one")([group("a")]).values, [[1]])
+
+
+def test_functions_that_take_a_context_are_called_per_group():
+    def judge(texts, context):
+        return [None if text == "b" else len(text) + len(context.terms) for text in texts]
+
+    out = CallableReward(judge)([group("aa", "b"), group("", context=Context("x", ("y", "z")))])
+    assert_rows(out.values, [[3, NAN], [2, NAN]])
+
+
+def test_the_python_api_takes_functions_and_reward_objects():
+    length = build_reward("length")
+    assert as_reward(length) is length
+    assert_rows(as_reward(lambda texts, context: [len(context.terms)] * len(texts))([group("a")]).values, [[1]])
+    for wrong in ("length", 3):
+        with pytest.raises(RewardError, match="needs a function"):
+            as_reward(wrong)
 
 
 @pytest.mark.parametrize(

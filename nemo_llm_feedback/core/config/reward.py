@@ -15,7 +15,7 @@ from nemo_llm_feedback.core.config.faults import STRICT, Section, build
 # combined as alpha·value + asr_weight·log p_ref + beta·length.
 LLM_REWARDS = ("llm", "judge", "correction", "entity")
 CONTEXT_REWARDS = (*LLM_REWARDS, "remote")
-ANCHORED_REWARDS = ("judge", "correction", "entity", "rules")
+ASR_WEIGHTED_REWARDS = ("judge", "correction", "entity", "rules")
 # Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
 SCALED_REWARDS = ("llm", "remote", "entity")
 DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
@@ -66,7 +66,7 @@ class RewardConfig(Section):
     @property
     def weighed(self) -> bool:
         """Whether alpha, asr_weight and beta play a part; some rewards are taken as they are."""
-        return self.name in (*CONTEXT_REWARDS, *ANCHORED_REWARDS)
+        return self.name in (*CONTEXT_REWARDS, *ASR_WEIGHTED_REWARDS)
 
     @property
     def weights(self) -> tuple[float, float]:

@@ -28,14 +28,14 @@ from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.config.faults import build, listing
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
-from nemo_llm_feedback.llm import TextScore, load_llm
+from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.folder import check_llm_folder, fingerprint, is_hub_id
 from nemo_llm_feedback.llm.loading import load_tokenizer
 from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards.base import RefusedError, register
-from nemo_llm_feedback.rewards.cache import score_key
+from nemo_llm_feedback.rewards.cache import CachedScore, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
 
 logger = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ class RemoteScorer:
         """Attempts after a first one so far."""
         return self._client.num_retries
 
-    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[CachedScore]]:
         """Scores texts behind their contexts; equal (context, text) pairs are sent once.
 
         Args:
@@ -295,7 +295,7 @@ class RemoteScorer:
         for (context, given), (prompt, rows) in zip(requests, encoded, strict=True):
             pairs = zip(given, rows, strict=True)
             self._failed.update((context, text) for text, ids in pairs if (prompt, ids) in failed)
-        return [[TextScore(wanted[prompt][ids], len(ids)) for ids in texts] for prompt, texts in encoded]
+        return [[CachedScore(wanted[prompt][ids], len(ids)) for ids in texts] for prompt, texts in encoded]
 
     def take_failures(self) -> set[tuple[Context, str]]:
         """Returns the (context, text) pairs whose requests failed since the last call."""
@@ -352,7 +352,7 @@ class RemoteScorer:
             )
         return served[self._config.model]
 
-    def _check_self(self) -> dict[str, TextScore]:
+    def _check_self(self) -> dict[str, CachedScore]:
         """Scores short texts in several ways and returns their scores.
 
         Whole texts must score as the sum of their two parts, and a generated token must have the log p that it has
@@ -383,7 +383,7 @@ class RemoteScorer:
             local = load_llm(self._config.prompting).score([(_PROBE_CONTEXT, _PROBE_TEXTS)])[0]
             for score, whole in zip(local, sums, strict=True):
                 self._compare("by reward.settings.check_against", score.logp, whole, score.num_tokens)
-        return {text: TextScore(logp, len(ids)) for text, ids, logp in zip(_PROBE_TEXTS, texts, sums, strict=True)}
+        return {text: CachedScore(logp, len(ids)) for text, ids, logp in zip(_PROBE_TEXTS, texts, sums, strict=True)}
 
     def _compare(self, way: str, score: float, reference: float, num_tokens: int) -> None:
         if not _agree(score, reference, num_tokens):
@@ -465,14 +465,12 @@ class RemoteReward(LLMReward):
         keys = {text: score_key(self.remote.identity, _PROBE_CONTEXT, text) for text in scores}
         known = self.cache.get_many(keys.values())
         for text, key in keys.items():
-            if key in known and not _agree(known[key][0], scores[text].logp, scores[text].num_tokens):
+            if key in known and not _agree(known[key].logp, *scores[text]):
                 raise RewardError(
                     "reward.cache holds scores of another model that was served under the same name: give a new "
                     "reward.cache, or set reward.settings.version to tell the two apart."
                 )
-        self.cache.put_many(
-            {keys[text]: (s.logp, s.num_tokens) for text, s in scores.items() if keys[text] not in known}
-        )
+        self.cache.put_many({keys[text]: score for text, score in scores.items() if keys[text] not in known})
 
 
 @register("remote")
