@@ -11,10 +11,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, create_model
 
 from nemo_llm_feedback.core.config import RunConfig
-from nemo_llm_feedback.core.config.faults import sentences
+from nemo_llm_feedback.core.config.faults import STRICT, build
 from nemo_llm_feedback.core.config.reward import ASR_WEIGHTED_REWARDS
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, RewardError
 from nemo_llm_feedback.llm.generation import Corrector
@@ -163,18 +163,15 @@ def _argument_faults(
         parameters = inspect.signature(factory, eval_str=True, locals={"LLMScorer": Any}).parameters.values()
     except (NameError, AttributeError, TypeError):  # a user's annotations may not be there at run time
         parameters = inspect.signature(factory).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return []
     fields: dict[str, Any] = {
         p.name: (
             Any if p.annotation is p.empty or isinstance(p.annotation, str) else p.annotation,
             ... if p.default is p.empty else p.default,
         )
         for p in parameters
-        if p.name not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if p.name not in given
     }
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    rules = ConfigDict(extra="allow" if takes_all else "forbid", arbitrary_types_allowed=True)
-    try:
-        create_model(factory.__name__, __config__=rules, **fields).model_validate(dict(settings))
-    except ValidationError as error:
-        return sentences(error, where, fields)
-    return []
+    rules = ConfigDict(**{**STRICT, "arbitrary_types_allowed": True})
+    return build(create_model(factory.__name__, __config__=rules, **fields), settings, where=where)[1]

@@ -69,12 +69,15 @@ def test_faults_of_a_composite_come_all_at_once():
     ("reward", "words"),
     [
         ({"name": "lenght"}, "Did you mean 'length'"),
-        ({"name": "judge", "settings": {"mode": "stars"}}, "mode='stars'"),
+        (
+            {"name": "judge", "settings": {"mode": "stars"}},
+            "settings.mode must be one of yes_no, log_odds, rating, got 'stars'",
+        ),
         ({"name": "judge", "settings": {"modes": "yes_no"}}, "did you mean reward.settings.mode"),
         ({"name": "judge", "settings": {"template": "/absent/file"}}, "settings.template"),
         ({"name": "entity", "settings": {"scorer": 1}}, "unknown key reward.settings.scorer"),
         ({"name": "llm", "settings": {"normalize": "pmi"}}, "there is none"),
-        ({"name": "entity", "settings": {"weight": "two", "relativ": False}}, "weight='two'"),
+        ({"name": "entity", "settings": {"weight": "two", "relativ": False}}, "weight must be float, got 'two'"),
         ({"name": "entity", "settings": {"weight": "two", "relativ": False}}, "did you mean reward.settings.relative"),
         ({"name": "judge", "settings": {"mode": "rating", "answers": [1, 2, 3]}}, ""),
         ({"name": "callable"}, "function is missing"),

@@ -61,9 +61,10 @@ def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
     """Returns a sentence for every key that the section does not know, with its new name or the nearest known one."""
     faults = []
     for key in sorted(set(keys) - set(_keys(cls)), key=str):
-        near = difflib.get_close_matches(str(key), _keys(cls), n=1, cutoff=0.0)[0]
-        path, right = (f"{where}.{key}", f"{where}.{near}") if where else (key, near)
-        faults.append(renamed(path) or f"unknown key {path}; did you mean {right}?")
+        near = difflib.get_close_matches(str(key), _keys(cls), n=1, cutoff=0.0)
+        path, *right = [f"{where}.{name}" if where else str(name) for name in (key, *near)]
+        hint = f"did you mean {right[0]}?" if right else "there is none."
+        faults.append(renamed(path) or f"unknown key {path}; {hint}")
     return faults
 
 
@@ -81,6 +82,8 @@ def _sentence(where: str, fault: dict[str, Any]) -> str:
     value, context = fault["input"], fault.get("ctx", {})
     path = where + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
     path = path.removeprefix(".")
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{path} is missing."
     if fault["type"] == "literal_error":
         context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
     if fault["type"] == "value_error":
