@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from nemo_llm_feedback.core.config.learning import REPLAY_VALUES
 from nemo_llm_feedback.core.config.renames import renamed
+from nemo_llm_feedback.core.config.sections import REPLAY_VALUES
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.core.types import Context
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.heads import heads_of
-from nemo_llm_feedback.core.config.faults import build
+from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Context
@@ -77,9 +77,7 @@ def enable_rescoring(
         "memory_budget_mb": memory_budget_mb,
         "reward": None,
     }
-    settings, faults = build(RescoringConfig, given, where="rescoring")
-    if settings is None:
-        raise ConfigError(" ".join(faults))
+    settings = make(RescoringConfig, given, where="rescoring", what="the rescoring settings have")
     attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
 
 

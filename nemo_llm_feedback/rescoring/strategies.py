@@ -6,8 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.core.config.faults import listing
-from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.config.faults import refuse
 
 DEFAULT_NBEST = 8
 """Beam size where a greedy strategy is replaced by a beam and no size was asked for."""
@@ -54,8 +53,7 @@ def nbest_config(given: DictConfig, *, kind: str, nbest: int | None, characters:
     elif nbest is not None:
         cfg.beam.beam_size = nbest
     faults = _faults(cfg, asked=strategy, kind=kind, characters=characters)
-    if faults:
-        raise ConfigError("this decoding configuration cannot be rescored: " + listing(faults))
+    refuse("this decoding configuration cannot be rescored:", faults)
     cfg.beam.return_best_hypothesis = False
     cfg.compute_timestamps = False  # N-best decoders give none; the chosen hypothesis is aligned afterwards
     cfg.preserve_alignments = False

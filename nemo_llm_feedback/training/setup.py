@@ -17,7 +17,7 @@ from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
-from nemo_llm_feedback.core.config.learning import AUGMENTED_OBJECTIVES
+from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config

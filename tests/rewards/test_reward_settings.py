@@ -53,8 +53,8 @@ def test_faults_of_a_composite_come_all_at_once():
     for words in (
         "[0].weight?",
         "normalize must be one of none",
-        "[2]=",
-        "[3]='length'",
+        "components[2].name is missing",
+        "components[3] must be a section of keys, got 'length'",
         "weight must be float",
         "itself",
     ):

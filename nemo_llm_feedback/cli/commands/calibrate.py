@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from nemo_llm_feedback.cli.commands import quiet_nemo
 from nemo_llm_feedback.cli.options import JsonFile, ProbeOptions
-from nemo_llm_feedback.core.config.llm import ComputeDtype
+from nemo_llm_feedback.core.config.sections import ComputeDtype
 
 
 @Parameter(name="*")

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_llm_feedback.cli.jobs.nbest_probe import baseline, open_look
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.core.config.llm import ComputeDtype
+from nemo_llm_feedback.core.config.sections import ComputeDtype
 from nemo_llm_feedback.core.errors import ConfigError, LLMError
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_member, rank_agreement
 from nemo_llm_feedback.hypotheses.groups import ScoredGroup

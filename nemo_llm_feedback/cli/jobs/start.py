@@ -18,7 +18,7 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.core.config.faults import listing
+from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import (
     RESULT_FILE,
@@ -71,8 +71,7 @@ def check_room(folders: Mapping[str, Path], *, model_bytes: int) -> None:
                 f"{folder} has {free / 2**20:.0f} MB left and {' and '.join(uses)} need about {size / 2**20:.0f} MB: "
                 f"free some, or set {' or '.join(setting[use] for use in uses)}."
             )
-    if faults:
-        raise ConfigError("the results could not be written; " + listing(faults))
+    refuse("the results could not be written;", faults)
 
 
 def experiment(cfg: DictConfig) -> DictConfig:

@@ -3,16 +3,18 @@ stay NeMo's; the sections here are ours, are checked before any work, and unknow
 """
 
 from nemo_llm_feedback.core.config.context import ContextConfig, read_terms
-from nemo_llm_feedback.core.config.learning import (
-    OBJECTIVE_NAMES,
-    FeedbackConfig,
-    ObjectiveConfig,
-)
-from nemo_llm_feedback.core.config.llm import LLMConfig
-from nemo_llm_feedback.core.config.proposals import SOURCE_NAMES, ProposalConfig
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.run import SECTIONS, RunConfig, check_keys, parse_run_config
-from nemo_llm_feedback.core.config.training import GuardConfig, ParametersConfig
+from nemo_llm_feedback.core.config.sections import (
+    OBJECTIVE_NAMES,
+    SOURCE_NAMES,
+    FeedbackConfig,
+    GuardConfig,
+    LLMConfig,
+    ObjectiveConfig,
+    ParametersConfig,
+    ProposalConfig,
+)
 
 __all__ = [
     "OBJECTIVE_NAMES",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from nemo_llm_feedback.core.config.renames import renamed
+from nemo_llm_feedback.core.errors import ConfigError
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # a bool is no int, "no" is not false; an int is a float
-Share = Annotated[float, Field(ge=0, le=1)]
 
 _WANTED = {
     "int_type": "int",
@@ -38,7 +38,7 @@ class Section:
         return []
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> tuple[T | None, list[str]]:
+def build(cls: type[T], values: Any, *, where: str) -> tuple[T | None, list[str]]:
     """Makes a section from plain values, lists as tuples.
 
     Args:
@@ -49,12 +49,22 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> tuple[T | N
     Returns:
         The section, or None, and every unknown key and faulty value as a sentence.
     """
+    if not isinstance(values, Mapping):
+        return None, [f"{where} must be a section of keys, got {values!r}."]
     faults = key_faults(cls, values, where=where)
-    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    kept = {key: value for key, value in values.items() if key in _keys(cls)}
     try:
-        return cls(**{key: value for key, value in kept.items() if key in _keys(cls)}), faults
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()}), faults
     except ValidationError as error:
         return None, faults + [_sentence(where, dict(fault)) for fault in error.errors()]
+
+
+def make(cls: type[T], values: Any, *, where: str, what: str) -> T:
+    """:func:`build`, with a ConfigError that lists all faults after ``what``."""
+    section, faults = build(cls, values, where=where)
+    refuse(what, faults)
+    assert section is not None
+    return section
 
 
 def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
@@ -68,21 +78,22 @@ def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
     return faults
 
 
+def refuse(what: str, faults: list[str]) -> None:
+    """Raises a ConfigError that lists the faults, counted and one a line, if there are any."""
+    if faults:
+        head = "1 fault:" if len(faults) == 1 else f"{len(faults)} faults:"
+        raise ConfigError(f"{what} {head}" + "".join(f"\n  - {fault}" for fault in faults))
+
+
 def _keys(cls: type) -> list[str]:
     return list(cls.__pydantic_fields__)  # type: ignore[attr-defined]
-
-
-def listing(faults: list[str]) -> str:
-    """Returns the faults as one text, counted and one a line."""
-    head = "1 fault:" if len(faults) == 1 else f"{len(faults)} faults:"
-    return head + "".join(f"\n  - {fault}" for fault in faults)
 
 
 def _sentence(where: str, fault: dict[str, Any]) -> str:
     value, context = fault["input"], fault.get("ctx", {})
     path = where + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
     path = path.removeprefix(".")
-    if fault["type"] in ("missing", "missing_argument"):
+    if "missing" in fault["type"]:
         return f"{path} is missing."
     if fault["type"] == "literal_error":
         context = {"expected": context["expected"].replace("'", "").replace(" or ", ", ")}
@@ -90,5 +101,5 @@ def _sentence(where: str, fault: dict[str, Any]) -> str:
         words = str(context["error"])
         return f"{path}{words}" if words.startswith("=") else f"{path} {words}"
     wanted = _WANTED.get(fault["type"])
-    must = f"must be {wanted.format(**context)}" if wanted else fault["msg"]
-    return renamed(path, value) or f"{path} {must}, got {value!r}."
+    wanted = wanted.format(**context) if wanted else f"valid ({fault['msg']})"
+    return renamed(path, value) or f"{path} must be {wanted}, got {value!r}."

@@ -11,12 +11,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.context import ContextConfig
-from nemo_llm_feedback.core.config.faults import STRICT, Section, build, listing
-from nemo_llm_feedback.core.config.learning import NormalizerName
-from nemo_llm_feedback.core.config.llm import LLMConfig
-from nemo_llm_feedback.core.config.proposals import ProposalConfig
+from nemo_llm_feedback.core.config.faults import STRICT, Section, build, refuse
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.run import parse_run_config
+from nemo_llm_feedback.core.config.sections import LLMConfig, NormalizerName, ProposalConfig
 from nemo_llm_feedback.core.errors import ConfigError
 
 SHARED_SECTIONS = ("reward", "llm", "context")
@@ -65,8 +63,8 @@ def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
         run = parse_run_config({**shared, "context": tree.get("context")})
     except ConfigError as error:
         faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
-    if faults or config is None:
-        raise ConfigError("the rescoring settings have " + listing(faults))
+    refuse("the rescoring settings have", faults)
+    assert config is not None
     return replace(config, reward=run.reward if judged else None, llm=run.llm, context=run.context)
 
 

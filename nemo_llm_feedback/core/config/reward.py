@@ -56,12 +56,11 @@ class RewardConfig(Section):
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences, and the faults of a composite."""
-        faults = []
+        if self.name == "composite":
+            return _composite_faults(self.settings)
         if self.weighed and not (any(self.weights) or self.asr_weight):
-            faults.append(
-                "reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."
-            )
-        return faults + (_composite_faults(self.settings) if self.name == "composite" else [])
+            return ["reward.alpha, reward.asr_weight and reward.beta are all 0: every text would be worth the same."]
+        return []
 
     @property
     def weighed(self) -> bool:
@@ -119,16 +118,11 @@ def _composite_faults(settings: Mapping[str, Any]) -> list[str]:
     faults = [f"unknown key reward.settings.{key} of composite: it has components." for key in others]
     if not isinstance(items, (list, tuple)) or not items:
         return [*faults, f"{where} must be a list of {{name, weight, normalize, settings}}, at least one."]
-    parts = []
-    for n, item in enumerate(items):
-        if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
-            faults.append(f"{where}[{n}]={item!r} must have a name, e.g. {{name: llm, weight: 1.0}}.")
-            continue
-        if item["name"] == "composite":
-            faults.append(f"{where}[{n}] is a composite itself: list its components here.")
-        part, found = build(_Component, item, where=f"{where}[{n}]")
-        faults += found
-        parts.append(part)
-    if parts and all(part is not None and part.weight == 0 for part in parts):
+    built = [build(_Component, item, where=f"{where}[{n}]") for n, item in enumerate(items)]
+    faults += [fault for _, found in built for fault in found]
+    parts = [part for part, _ in built]
+    if any(part is not None and part.name == "composite" for part in parts):
+        faults.append(f"{where} holds a composite itself: list its components here.")
+    if all(part is not None and part.weight == 0 for part in parts):
         faults.append(f"{where} have weight 0 all of them: there would be no reward.")
     return faults

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from nemo_llm_feedback.core.config.context import ContextConfig
-from nemo_llm_feedback.core.config.faults import Section, build, key_faults, listing
-from nemo_llm_feedback.core.config.learning import (
+from nemo_llm_feedback.core.config.faults import Section, build, key_faults, refuse
+from nemo_llm_feedback.core.config.reward import RewardConfig
+from nemo_llm_feedback.core.config.sections import (
     AUGMENTED_OBJECTIVES,
+    NO_MODEL,
     SAMPLED_OBJECTIVES,
     FeedbackConfig,
+    GuardConfig,
+    LLMConfig,
     ObjectiveConfig,
+    ParametersConfig,
+    ProposalConfig,
 )
-from nemo_llm_feedback.core.config.llm import NO_MODEL, LLMConfig
-from nemo_llm_feedback.core.config.proposals import ProposalConfig
-from nemo_llm_feedback.core.config.reward import RewardConfig
-from nemo_llm_feedback.core.config.training import GuardConfig, ParametersConfig
-from nemo_llm_feedback.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,27 @@ class RunConfig:
 
     def validate(self) -> list[str]:
         """Returns every fault of all sections, and of their combination, as sentences."""
-        faults = [f for section in self.sections for f in section.validate()]
-        if self.needs_llm and self.llm is None:
-            faults.append(NO_MODEL)
-        if self.needs_context and not self.context.validate() and not self.context.load():
-            faults.append(
-                "no context: the LLM reward needs context.description, context.terms or context.terms_file "
-                "(or context.required=false when every manifest row has its own `context`)."
-            )
-        proposals = self.proposals
+        feedback, objective, proposals = self.feedback, self.objective, self.proposals
+        made = [section for name in SECTIONS if (section := getattr(self, name)) is not None]
+        bare = self.needs_context and not self.context.validate() and not self.context.load()
         others = proposals.beam or proposals.boosted or proposals.term_swap or proposals.llm_correction
-        if self.wants_samples and others:
-            key = f"name={self.objective.name}" if self.objective.name in SAMPLED_OBJECTIVES else "correction=proposal"
-            faults.append(
-                f"objective.{key} is unbiased only for samples: "
-                "set proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.llm_correction=0 "
-                "proposals.samples=8."
-            )
-        if self.feedback.augment and self.objective.name not in AUGMENTED_OBJECTIVES:
-            own = ", which has objective.augment" if self.objective.name == "self_training" else ""
-            faults.append(
-                f"feedback.augment is for distill and mwer, not for objective.name={self.objective.name}{own}."
-            )
-        if self.feedback.weight == 0 and self.feedback.supervised_weight == 0:
-            faults.append("feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.")
-        return faults
-
-    @property
-    def sections(self) -> list[Section]:
-        """All sections that there are; a run without LLM has no ``llm``."""
-        return [s for s in (getattr(self, name) for name in SECTIONS) if s is not None]
+        sampled = f"name={objective.name}" if objective.name in SAMPLED_OBJECTIVES else "correction=proposal"
+        hint = ", which has objective.augment" if objective.name == "self_training" else ""
+        broken = {
+            NO_MODEL: self.needs_llm and self.llm is None,
+            "no context: the LLM reward needs context.description, context.terms or context.terms_file "
+            "(or context.required=false when every manifest row has its own `context`).": bare,
+            f"objective.{sampled} is unbiased only for samples: set proposals.beam=0 proposals.boosted=0 "
+            "proposals.term_swap=0 proposals.llm_correction=0 proposals.samples=8.": self.wants_samples and others,
+            f"feedback.augment is for distill and mwer, not for objective.name={objective.name}{hint}.": (
+                feedback.augment and objective.name not in AUGMENTED_OBJECTIVES
+            ),
+            "feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.": (
+                feedback.weight == feedback.supervised_weight == 0
+            ),
+        }
+        faults = [fault for section in made for fault in section.validate()]
+        return faults + [sentence for sentence, is_so in broken.items() if is_so]
 
     @property
     def scores_in_phases(self) -> bool:
@@ -94,16 +86,7 @@ class RunConfig:
         return self.context.required and self.needs_reward and self.reward.reads_context
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "feedback": FeedbackConfig,
-    "objective": ObjectiveConfig,
-    "proposals": ProposalConfig,
-    "reward": RewardConfig,
-    "llm": LLMConfig,
-    "context": ContextConfig,
-    "parameters": ParametersConfig,
-    "guards": GuardConfig,
-}
+SECTIONS: dict[str, type[Section]] = {**get_type_hints(RunConfig), "llm": LLMConfig}
 
 
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -115,23 +98,18 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     faults: list[str] = []
     made: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
-        values = tree.get(name)
-        if values is None or (name == "llm" and isinstance(values, Mapping) and not values.get("model")):
-            faults += key_faults(cls, values or (), where=name)
-        elif not isinstance(values, Mapping):
-            faults.append(f"{name} must be a section of keys, got {type(values).__name__}.")
+        values = tree.get(name) or {}
+        if name == "llm" and isinstance(values, Mapping) and not values.get("model"):
+            faults += key_faults(cls, values, where=name)
         else:
-            section, found = build(cls, values, where=name)
+            made[name], found = build(cls, values, where=name)
             faults += found
-            made[name] = section
-    # A section with a faulty value cannot be compared with the others; the sound ones are still checked alone.
     if None in made.values():
+        # A section with a faulty value cannot be compared with the others; the sound ones are still checked alone.
         faults += [fault for section in made.values() if section is not None for fault in section.validate()]
-    else:
-        config = RunConfig(**made)
-        faults += config.validate()
-    if faults:
-        raise ConfigError("the configuration has " + listing(faults))
+        refuse("the configuration has", faults)
+    config = RunConfig(**made)
+    refuse("the configuration has", faults + config.validate())
     return config
 
 
@@ -141,6 +119,5 @@ def check_keys(tree: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: lists every unknown key with the nearest known one.
     """
-    faults = [fault for name, keys in tree.items() for fault in key_faults(SECTIONS[name], keys or (), where=name)]
-    if faults:
-        raise ConfigError("the configuration has " + listing(faults))
+    found = [fault for name, keys in tree.items() for fault in key_faults(SECTIONS[name], keys or (), where=name)]
+    refuse("the configuration has", found)

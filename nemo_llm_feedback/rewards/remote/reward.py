@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.core.config.faults import build, listing
-from nemo_llm_feedback.core.errors import ConfigError, RewardError
+from nemo_llm_feedback.core.config.faults import make
+from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.llm.encoding import PromptEncoder
@@ -178,10 +178,7 @@ def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
     Raises:
         ConfigError: lists every unknown key with the nearest known one, and every fault.
     """
-    config, faults = build(RemoteConfig, settings, where=_KEY)
-    if config is None or faults:
-        raise ConfigError("reward=remote has " + listing(faults))
-    return config
+    return make(RemoteConfig, settings, where=_KEY, what="reward=remote has")
 
 
 class RemoteScorer:
