@@ -118,7 +118,12 @@ class Head(ABC):
 
     @abstractmethod
     def divergence(
-        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+        self,
+        encoded: Tensor,
+        reference: Head,
+        ref_encoded: Tensor,
+        lengths: Tensor,
+        labels: Sequence[Sequence[int]],
     ) -> Tensor:
         """How far this head's outputs have moved from those of a reference along some audio.
 
@@ -127,7 +132,7 @@ class Head(ABC):
             reference: the same kind of head, frozen.
             ref_encoded: [B, D, T] the reference's encoder output of the same audio.
             lengths: [B] frames.
-            trie: one text per row, along whose alignments a transducer is compared; not read by CTC.
+            labels: one label sequence per row, along whose alignments a transducer is compared; not read by CTC.
 
         Returns:
             [B] KL(reference ‖ policy) summed along the audio, nats per utterance, with gradient.
@@ -188,7 +193,12 @@ class CTCHead(Head):
         return ctc_log_prob(self._log_probs(encoded), lengths, trie)
 
     def divergence(
-        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+        self,
+        encoded: Tensor,
+        reference: Head,
+        ref_encoded: Tensor,
+        lengths: Tensor,
+        labels: Sequence[Sequence[int]],
     ) -> Tensor:
         """See :class:`Head`."""
         assert isinstance(reference, CTCHead)
@@ -279,10 +289,16 @@ class TransducerHead(Head):
         return JointCells.of(frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=budget)
 
     def divergence(
-        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, trie: PrefixTrie
+        self,
+        encoded: Tensor,
+        reference: Head,
+        ref_encoded: Tensor,
+        lengths: Tensor,
+        labels: Sequence[Sequence[int]],
     ) -> Tensor:
         """See :class:`Head`; within the memory budget, as the likelihood."""
         assert isinstance(reference, TransducerHead)
+        trie = PrefixTrie.build(labels, range(len(labels))).to(encoded.device)
         with torch.no_grad():
             frozen = reference.cells(ref_encoded, lengths, trie)
         return transducer_divergence(self.cells(encoded, lengths, trie), frozen, durations=self.durations)

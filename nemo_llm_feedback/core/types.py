@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,3 +117,13 @@ class Audio:
     signal_len: Tensor
     utterances: tuple[str, ...]
     contexts: tuple[Context, ...]
+
+    def select(self, rows: Sequence[int]) -> Audio:
+        """The utterances at these positions, with the padding that they have."""
+        chosen = list(rows)
+        return Audio(
+            self.signal[chosen],
+            self.signal_len[chosen],
+            tuple(self.utterances[b] for b in chosen),
+            tuple(self.contexts[b] for b in chosen),
+        )

@@ -21,13 +21,18 @@ class Parts(NamedTuple):
 
     Attributes:
         labelled: NeMo's batch of four of the rows whose text is learned; bit-equal to the input where these are all.
-        anchored: NeMo's batch of four of the rows on which the model shall stay what it is; a text may be empty.
-        audio: the unlabeled rows.
+        replay: NeMo's batch of four of the rows on which the model shall stay what it is; a text may be empty.
+        unlabeled: the rows that are learned from feedback.
     """
 
     labelled: Batch | None
-    anchored: Batch | None
-    audio: Audio | None
+    replay: Batch | None
+    unlabeled: Audio | None
+
+    @property
+    def all_labelled(self) -> bool:
+        """Whether the text of every row is learned."""
+        return self.replay is None and self.unlabeled is None
 
 
 class BatchReader:
@@ -40,7 +45,7 @@ class BatchReader:
         rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
 
     Attributes:
-        anchors: whether any row may be anchored.
+        replays: whether any row may be a replay row.
         seen: names of the unlabeled rows that batches have held; tarred rows show only here whether they can be read.
     """
 
@@ -49,7 +54,7 @@ class BatchReader:
     ) -> None:
         self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
         self._of_labelled = "kl" if labelled == "replay" else labelled
-        self.anchors = labelled == "replay" or any(row.replay == "kl" for row in rows)
+        self.replays = labelled == "replay" or any(row.replay == "kl" for row in rows)
         self._collection: Any = None
         self.seen: set[str] = set()
         self._marks = 0
@@ -67,23 +72,23 @@ class BatchReader:
         """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts)."""
         signal, signal_len, tokens, tokens_len, ids = batch
         labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
-        learned, anchored = self._by_use(labelled, ids)
+        learned, replayed = self._by_use(labelled, ids)
         if bool(learned.all()):
             return Parts((signal, signal_len, tokens, tokens_len), None, None)
         four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
-        unlabeled = ~(learned | anchored)
-        return Parts(_rows(four, learned), _rows(four, anchored), self._audio(signal, signal_len, unlabeled, ids))
+        unlabeled = ~(learned | replayed)
+        return Parts(_rows(four, learned), _rows(four, replayed), self._audio(signal, signal_len, unlabeled, ids))
 
     def _by_use(self, labelled: torch.Tensor, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] which rows with text are learned, and on which rows the model stays what it is."""
-        if not self.anchors:
+        if not self.replays:
             return labelled, torch.zeros_like(labelled)
         kept = [
             (self._replay_of(ids, b) or (self._of_labelled if flag else "")) == "kl"
             for b, flag in enumerate(labelled.tolist())
         ]
-        anchored = torch.tensor(kept, device=labelled.device)
-        return labelled & ~anchored, anchored
+        replayed = torch.tensor(kept, device=labelled.device)
+        return labelled & ~replayed, replayed
 
     def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, chosen: torch.Tensor, ids: Any) -> Audio | None:
         if not bool(chosen.any()):

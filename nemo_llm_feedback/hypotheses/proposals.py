@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels, Vocabulary
 from nemo_llm_feedback.core.config import ProposalConfig
+from nemo_llm_feedback.core.text import basic
 from nemo_llm_feedback.core.types import Context, Hypothesis
 from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 
@@ -35,11 +36,9 @@ class Proposer:
 
     Args:
         head: the policy's head; eval mode and no gradient are the caller's.
-        config: how many from which source.
-        seed: of the sampler.
-
-    Attributes:
-        boosting_weight: of the boosting tree; the configuration's until the survey chooses another.
+        config: how many from which source, and how strongly terms are boosted.
+        generator: of the sampler; its state belongs into checkpoints. One with seed 0 if None.
+        normalize: text normalisation under which a swapped text must come out as it went in.
     """
 
     def __init__(
@@ -47,17 +46,12 @@ class Proposer:
         head: Head,
         config: ProposalConfig,
         *,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
+        normalize: Callable[[str], str] = basic,
     ) -> None:
-        self._head, self._config = head, config
-        self.boosting_weight = config.boosting_weight
-        self._generator = torch.Generator().manual_seed(seed)
+        self._head, self._config, self._normalize = head, config, normalize
+        self._generator = generator or torch.Generator().manual_seed(0)
         self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Of the sampler; its state belongs into checkpoints."""
-        return self._generator
 
     @property
     def sampled_only(self) -> bool:
@@ -105,23 +99,24 @@ class Proposer:
         for _ in range(_SWAP_ROUNDS):
             top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
             swapped = [
-                _distinct(
-                    [
-                        Candidate(tuple(self._head.vocabulary.text_to_ids(text)), "term_swap")
-                        for seed in row
-                        for text in swap_terms(
-                            self._head.vocabulary.ids_to_text(seed.labels),
-                            context.terms,
-                            min_similarity=self._config.swap_similarity,
-                            limit=_SWAP_TRIED,
-                        )
-                    ]
-                )
+                _distinct([new for seed in row for new in self._swaps(seed, context)])
                 for row, context in zip(top, contexts, strict=True)
             ]
             seeds = self._best(swapped, encoded, lengths, keep=wanted)
             for row, new in zip(found, seeds, strict=True):
                 row += new
+
+    def _swaps(self, seed: Candidate, context: Context) -> list[Candidate]:
+        """The seed with spans replaced by terms; texts that the vocabulary cannot write are left out."""
+        vocabulary = self._head.vocabulary
+        texts = swap_terms(
+            vocabulary.ids_to_text(seed.labels),
+            context.terms,
+            min_similarity=self._config.swap_similarity,
+            limit=_SWAP_TRIED,
+        )
+        labels = [written_labels(text, vocabulary, self._normalize) for text in texts]
+        return [Candidate(found, "term_swap") for found in labels if found is not None]
 
     def _best(
         self, candidates: list[list[Candidate]], encoded: Tensor, lengths: Tensor, *, keep: int
@@ -147,7 +142,7 @@ class Proposer:
             size=self._config.boosted,
             max_symbols=self._config.max_symbols,
             tree=tree.to(encoded.device),
-            tree_weight=self.boosting_weight,
+            tree_weight=self._config.boosting_weight,
         )
 
 

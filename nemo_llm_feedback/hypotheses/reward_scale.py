@@ -1,37 +1,40 @@
-"""How much the LLM's say weighs, without a label: by how far the components of the reward spread within groups."""
+"""The weight of the LLM without labels: by how far the components of the reward spread within each N-best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA
 from nemo_llm_feedback.core.errors import RewardError
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
 
-def component_spread(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Mean over groups of the within-group standard deviation of each component, over judged members.
-
-    Args:
-        groups: at least one.
-
-    Returns:
-        Component → spread in its unit, NaN where no group has two judged members; groups of one judged member have
-        no spread and are left out.
-    """
-    found = {}
-    for name in groups[0].parts:
-        rows = [[v for v in g.parts[name] if math.isfinite(v)] for g in groups]
-        stds = [float(np.std(row)) for row in rows if len(row) > 1]
-        found[name] = sum(stds) / len(stds) if stds else math.nan
+def component_deviations(nbest: NBestBatch) -> dict[str, list[float]]:
+    """Component of the reward → standard deviation within each N-best that has two judged members, in its unit."""
+    found: dict[str, list[float]] = {}
+    for name, values in nbest.parts.items():
+        rows = [row[row.isfinite()].double().numpy() for row in values]
+        found[name] = [float(np.std(row)) for row in rows if len(row) > 1]
     return found
 
 
+def component_spread(deviations: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean within-group standard deviation of each component of the reward.
+
+    Args:
+        deviations: of :func:`component_deviations`, of one batch or of several joined.
+
+    Returns:
+        Component → spread in its unit; NaN where no utterance has two judged members.
+    """
+    return {name: sum(stds) / len(stds) if stds else math.nan for name, stds in deviations.items()}
+
+
 def from_spread(
-    spread: dict[str, float], *, factor: float, asr_weight: float, part: str = "llm"
+    spread: Mapping[str, float], *, factor: float, asr_weight: float, part: str = "llm"
 ) -> tuple[float, float]:
     """(α, β) with std(α·LLM) = factor · std(w·ASR) within groups, β = 2·α; rounded to two digits.
 
@@ -40,7 +43,7 @@ def from_spread(
 
     Args:
         spread: of :func:`component_spread`, with ``part`` and ``asr``.
-        factor: how many times the recogniser's say the LLM gets.
+        factor: how many times the recogniser's spread the LLM's is to have.
         asr_weight: w.
         part: what α weighs: ``llm``, or what stands in its place.
 
@@ -51,8 +54,7 @@ def from_spread(
     if not (llm > 0 and asr > 0):
         raise RewardError(
             "the groups have no spread to scale reward.alpha by (all members are scored alike, or "
-            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, look at more rows, give transcripts to "
-            "`tune`, or set reward.alpha."
+            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, look at more rows, or set reward.alpha."
         )
     alpha = float(f"{factor * asr / llm:.2g}")
     return alpha, float(f"{BETA_PER_ALPHA * alpha:.2g}")

@@ -1,33 +1,31 @@
-"""Scored groups of a manifest for a model as it is, without training; for looks, rescoring, tuning and oracles."""
+"""The scored N-best of a manifest for a model as it is, without training: for ``score`` and for oracles."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import encoded_rows
 from nemo_llm_feedback.asr.heads import Head, heads_of
-from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.text import get_normalizer
-from nemo_llm_feedback.core.trie import PrefixTrie
-from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
 from nemo_llm_feedback.data.manifests import Row
-from nemo_llm_feedback.hypotheses.groups import GroupMaker, ScoredGroup
+from nemo_llm_feedback.hypotheses.groups import ScoredGroup, groups_of
+from nemo_llm_feedback.hypotheses.maker import Corrector, NBestMaker, judged
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.rewards import Reward
-
-Corrector = Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]]
 
 
 @dataclass(frozen=True)
 class NBestSettings:
-    """How the groups of a manifest are made.
+    """How the N-best lists of a manifest are made.
 
     Attributes:
         proposals: how many members from which source, and the largest group.
@@ -50,19 +48,24 @@ class NBestSettings:
 
 @dataclass(frozen=True)
 class JudgedReference:
-    """A row's own text as a further member of its group.
+    """An utterance's own text as a further member of its N-best.
 
     Attributes:
-        scored: the row's members followed by the reference, judged together.
+        nbest: of one utterance: its members followed by the reference, judged together.
         feasible: whether the audio is long enough for the reference; its rewards mean nothing otherwise.
     """
 
-    scored: ScoredGroup
+    nbest: NBestBatch
     feasible: bool
+
+    @property
+    def scored(self) -> ScoredGroup:
+        """As a group."""
+        return groups_of(self.nbest)[0]
 
 
 @torch.no_grad()
-def scored_groups(
+def scored_nbest(
     model: Any,
     rows: Sequence[Row],
     *,
@@ -70,83 +73,93 @@ def scored_groups(
     reward: Reward | None,
     corrector: Corrector | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> list[ScoredGroup]:
+) -> NBestBatch:
     """Proposes, scores and judges the N-best of every row; the model's train/eval state is left as it was.
 
     Args:
         model: a NeMo CTC, transducer or hybrid model; it proposes and is its own reference (``parts["asr"]``).
-        rows: manifest rows, not tarred.
-        settings: how the groups are made.
+        rows: manifest rows, not tarred; at least one.
+        settings: how the N-best lists are made.
         reward: judges them; None leaves rewards at 0 (for oracles).
-        corrector: writes one more member a group, see ``GroupMaker``.
+        corrector: writes one more member per utterance, see ``NBestMaker``.
         on_batch: receives the number of rows done.
 
     Returns:
-        One group a row, in the rows' order; greedy is the first member unless all are samples.
+        One utterance per row, in the rows' order; greedy is the first member unless all are samples.
 
     Raises:
         RewardError, LLMError: the reward cannot work at all.
     """
     itself = _Itself(model, settings)
-    maker = GroupMaker(
-        Proposer(itself.heads[0], settings.proposals, seed=settings.seed),
-        cast(FrozenReference, itself),
-        reward,
+    maker = NBestMaker(
+        Proposer(itself.heads[0], settings.proposals, generator=torch.Generator().manual_seed(settings.seed)),
+        itself,
         normalize=get_normalizer(settings.normalizer),
         max_members=settings.proposals.max_members,
+        reward=reward,
+        corrector=corrector,
     )
-    maker.corrector = corrector
-    found: dict[int, ScoredGroup] = {}
+    order: list[int] = []
+    found: list[NBestBatch] = []
     for indices, audio, encoded, lengths in itself.batches(rows, settings):
-        found.update(zip(indices, maker.make(audio, encoded, lengths), strict=True))
-        on_batch(len(found))
-    return [found[i] for i in range(len(rows))]
+        found.append(maker.make(audio, encoded, lengths))
+        order += indices
+        on_batch(len(order))
+    return NBestBatch.cat(found).select(sorted(range(len(order)), key=order.__getitem__))
 
 
 @torch.no_grad()
 def judged_references(
     model: Any,
     rows: Sequence[Row],
-    groups: Sequence[ScoredGroup],
+    nbest: NBestBatch | Sequence[ScoredGroup],
     *,
     settings: NBestSettings,
     reward: Reward,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[JudgedReference | None]:
-    """Judges the rows' own texts beside the members of their groups: does the reward prefer the truth?
+    """Judges the rows' own texts beside the members of their N-best: does the reward prefer the truth?
 
     Args:
-        model, rows, settings, reward, on_batch: as in :func:`scored_groups`.
-        groups: what it returned for these rows.
+        model, rows, settings, reward, on_batch: as in :func:`scored_nbest`.
+        nbest: what it returned for these rows.
 
     Returns:
-        One entry a row, None where it has no text. The reference's acoustic score is that of the better of its
+        One entry per row, None where it has no text. The reference's acoustic score is that of the better of its
         spellings as given and as normalised.
     """
     itself = _Itself(model, settings)
     head, normalize = itself.heads[0], get_normalizer(settings.normalizer)
-    judged: list[JudgedReference | None] = [None] * len(rows)
+    found: list[JudgedReference | None] = [None] * len(rows)
     labelled = [i for i, row in enumerate(rows) if row.text]
     done = 0
-    for positions, _, encoded, lengths in itself.batches([rows[i] for i in labelled], settings):
+    for positions, audio, encoded, lengths in itself.batches([rows[i] for i in labelled], settings):
         indices = [labelled[p] for p in positions]
-        references = _spelled(head, encoded, lengths, [rows[i].text for i in indices], normalize, settings)
-        extended = [
-            _extended(groups[i].group, reference, logp)
-            for i, (reference, logp) in zip(indices, references, strict=True)
-        ]
-        output = reward(extended)
-        for b, (i, group) in enumerate(zip(indices, extended, strict=True)):
-            scored = ScoredGroup(
-                group,
-                rewards={head.name: output.values[b, : len(group)].tolist()},
-                ref_logp={head.name: list(group.ref_logp)},
-                parts={name: part[b, : len(group)].tolist() for name, part in output.parts.items()},
-            )
-            judged[i] = JudgedReference(scored, group.ref_logp[-1] > float("-inf"))
+        texts = [rows[i].text for i in indices]
+        spellings = [[tuple(head.vocabulary.text_to_ids(t)) for t in (text, normalize(text))] for text in texts]
+        scores, better = head.score(encoded, lengths, spellings).max(dim=1)
+        hypotheses, ref_logp = [], []
+        for b, i in enumerate(indices):
+            reference = Hypothesis(normalize(texts[b]), spellings[b][int(better[b])], "reference")
+            if isinstance(nbest, NBestBatch):
+                members = nbest.hypotheses[i]
+                known = nbest.ref_logp[head.name][i, : len(members)].tolist()
+            else:
+                members, known = nbest[i].group.hypotheses, nbest[i].ref_logp[head.name]
+            hypotheses.append((*members, reference))
+            ref_logp.append([*known, float(scores[b])])
+        padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
+        extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward)
+        for b, i in enumerate(indices):
+            found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))
         done += len(indices)
         on_batch(done)
-    return judged
+    return found
+
+
+def scored_groups(*args: Any, **kwargs: Any) -> list[ScoredGroup]:
+    """:func:`scored_nbest` as groups."""
+    return groups_of(scored_nbest(*args, **kwargs))
 
 
 class _Itself:
@@ -158,7 +171,7 @@ class _Itself:
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
-        """What the batch's audio was encoded to; ``GroupMaker`` asks its reference for it."""
+        """What the batch's audio was encoded to; ``NBestMaker`` asks its reference for it."""
         assert self._encoded is not None
         return self._encoded
 
@@ -171,28 +184,3 @@ class _Itself:
         ):
             self._encoded = encoded, lengths
             yield indices, audio, encoded, lengths
-
-
-def _spelled(
-    head: Head,
-    encoded: Tensor,
-    lengths: Tensor,
-    texts: Sequence[str],
-    normalize: Callable[[str], str],
-    settings: NBestSettings,
-) -> list[tuple[Hypothesis, float]]:
-    """Each reference with the more probable of its two spellings' labels, and that log p."""
-    spellings = [[tuple(head.vocabulary.text_to_ids(t)) for t in (text, normalize(text))] for text in texts]
-    trie = PrefixTrie.build(
-        [list(ids) for pair in spellings for ids in pair], [b for b, pair in enumerate(spellings) for _ in pair]
-    )
-    flat = head.log_prob(encoded, lengths, trie.to(encoded.device))
-    logp = flat.view(-1, 2).tolist()
-    return [
-        (Hypothesis(normalize(text), pair[int(second > first)], "reference"), max(first, second))
-        for text, pair, (first, second) in zip(texts, spellings, logp, strict=True)
-    ]
-
-
-def _extended(group: HypothesisGroup, reference: Hypothesis, logp: float) -> HypothesisGroup:
-    return dataclasses.replace(group, hypotheses=(*group.hypotheses, reference), ref_logp=(*group.ref_logp, logp))

@@ -1,22 +1,12 @@
-"""What the ranks of a distributed run do together: fail, count, average and decide.
-
-Lightning's DDP averages the gradients of the ranks. A loss that is a mean over *items* (groups with signal, labelled
-rows), of which every rank has another number c_r, would then count an item of a rank with few of them for more. So
-each of the R ranks multiplies its mean by R·c_r / Σ c: the average of the ranks is then the mean over all items, which
-is what one process with the whole batch computes. The counts travel in one exchange a step, and with them the message
-of a rank that has failed, so that no rank is left waiting in a collective.
-
-Nothing here does anything in a run of one process.
-"""
+"""What the ranks of a distributed run do together: fail, exchange and decide. Does nothing in a run of one process."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -26,11 +16,26 @@ from torchmetrics import Metric
 from nemo_llm_feedback.core import errors
 from nemo_llm_feedback.core.errors import FeedbackError, TrainingError
 
+# While it is set, this process counts as the only one: see `one_rank`.
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def num_ranks() -> int:
     """Processes of this run that train together."""
+    if _ALONE.get():
+        return 1
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return int(torch.distributed.get_world_size()) if ready else 1
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Inside this context nothing of this module talks to other ranks: for what one rank does while they wait."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def gather(value: Any) -> list[Any]:
@@ -51,10 +56,13 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-class Together:
-    """Runs a block on every rank; if it fails on one, every rank raises.
+Block = TypeVar("Block", bound="CollectiveBlock")
 
-    The block must hold no collective of its own. The rank that failed raises its own error; the others raise the same
+
+class CollectiveBlock:
+    """Runs a block on every rank; if it fails on one, every rank raises, so that none waits in a collective for ever.
+
+    The block must not hold another collective. The rank that failed raises its own error; the others raise the same
     class (``TrainingError`` for one that is not ours), naming the rank.
 
     Attributes:
@@ -66,7 +74,7 @@ class Together:
         self.mine: Any = None
         self.all: list[Any] = []
 
-    def __enter__(self) -> Together:
+    def __enter__(self: Block) -> Block:
         return self
 
     def __exit__(
@@ -90,52 +98,7 @@ def _error_of(rank: int, name: str, message: str) -> FeedbackError:
     return TrainingError(f"rank {rank} failed with {name}: {message}")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a rank tells the others about its step.
-
-    Attributes:
-        counts: term of the loss → number of items of which the term is the mean on this rank.
-        metrics: name → value; NaN where this rank has nothing to say.
-        metric_counts: name → number of items of which the metric is the mean; ``rows`` where a name is absent.
-        rows: unlabeled rows of this rank.
-    """
-
-    counts: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    metric_counts: Mapping[str, float] = field(default_factory=dict)
-    rows: int = 0
-
-
-def shares(mine: Report, reports: Sequence[Report]) -> dict[str, float]:
-    """Term → the factor R·c_r / Σ c that makes the average of the ranks the mean over all items; 0 without any.
-
-    It is exactly 1 in a run of one process and where all ranks have as many.
-    """
-    out = {}
-    for name, count in mine.counts.items():
-        total = sum(report.counts.get(name, 0.0) for report in reports)
-        out[name] = len(reports) * count / total if total else 0.0
-    return out
-
-
-def join_metrics(reports: Sequence[Report]) -> dict[str, float]:
-    """Metrics of all ranks: means weighted by their counts, names that end in ``groups`` summed; NaN is left out."""
-    if len(reports) == 1:
-        return dict(reports[0].metrics)
-    out: dict[str, float] = {}
-    for name in dict.fromkeys(n for report in reports for n in report.metrics):
-        pairs = [(r.metrics[name], r.metric_counts.get(name, r.rows)) for r in reports if name in r.metrics]
-        pairs = [(value, count) for value, count in pairs if not math.isnan(value)]
-        if name.endswith("groups"):
-            out[name] = sum(value for value, _ in pairs)
-        else:
-            total = sum(count for _, count in pairs)
-            out[name] = sum(value * count for value, count in pairs) / total if total else math.nan
-    return out
-
-
-def touch_all(module: nn.Module) -> Tensor:
+def zero_grad_for_unused(module: nn.Module) -> Tensor:
     """A zero that gives every trainable parameter a gradient of zeros.
 
     DDP waits for a gradient of every parameter on every rank. A hybrid's idle head, a rank whose groups have no signal

@@ -1,9 +1,10 @@
-"""From groups and log-probabilities to one loss: the objective of the run plus its anchors, for every head."""
+"""The loss of a step as a sum of means, joined over ranks, and the objective's part of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,110 +12,158 @@ from torch import Tensor
 from nemo_llm_feedback.core.config import SOURCE_NAMES, ObjectiveConfig
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import pad_groups
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.training.distributed import CollectiveBlock
 from nemo_llm_feedback.training.objectives import (
     OBJECTIVES,
     ObjectiveOutput,
+    group_mass,
     hyperparameters,
-    kl_anchor,
-    mass_anchor,
+    reference_kl,
     self_training,
     sequence_k3,
 )
 
 
 @dataclass(frozen=True)
-class Term:
-    """A part of a step's loss.
+class Mean:
+    """A mean over some items (groups with signal, rows) of this rank.
 
     Attributes:
-        value: scalar, mean over its items.
-        count: items (groups with signal, rows) on this rank.
-        weight: factor in the loss.
+        value: of the mean; a term of the loss has a gradient.
+        count: number of items.
+        weight: factor of a term in the loss.
     """
 
-    value: Tensor
+    value: Tensor | float
     count: float
     weight: float = 1.0
 
 
-def total(terms: Mapping[str, Term], shares: Mapping[str, float] | None = None) -> Tensor:
-    """The weighted sum of the terms.
+class LossSum(CollectiveBlock):
+    """The terms of a step's loss and its metrics, each a mean over other items; joined over ranks in one exchange.
 
-    Args:
-        terms: at least one.
-        shares: a further factor of each (see ``distributed.shares``); 1 if None.
-    """
-    parts = [term.weight * (shares[name] if shares else 1.0) * term.value for name, term in terms.items()]
-    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+    Lightning's DDP averages the gradients of the ranks. A term that is a mean over c_r items on rank r would then
+    count an item of a rank with few of them for more. So each of the R ranks multiplies its mean by R·c_r / Σ c: the
+    average of the ranks is then the mean over all items, which is what one process with the whole batch computes.
 
-
-@dataclass(frozen=True)
-class GroupLoss:
-    """The loss of a batch of groups under one head.
+    Used as a context it exchanges counts and metrics at its end, and an error of one rank is raised on all.
 
     Attributes:
-        terms: ``objective`` and the anchors.
-        metrics: name → value.
-        metric_counts: those metrics that are means over the groups with signal → their number; the others are means
-            over all groups.
+        terms: name → term of the loss.
+        metrics: name → value to log; a name that ends in ``groups`` is a number, which is added over ranks.
+        feedback_rows: unlabeled rows of this rank that are learned from.
     """
 
-    terms: dict[str, Term]
-    metrics: dict[str, Tensor]
-    metric_counts: dict[str, float]
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: dict[str, Mean] = {}
+        self.metrics: dict[str, Mean] = {}
+        self.feedback_rows = 0
+
+    def add(self, name: str, value: Tensor, *, count: float, weight: float = 1.0) -> None:
+        """Adds a term of the loss, the mean over ``count`` items."""
+        self.terms[name] = Mean(value, count, weight)
+
+    def log(self, metrics: Mapping[str, Tensor | float], *, count: float) -> None:
+        """Adds metrics that are means over ``count`` items; NaN = nothing to report on this rank."""
+        self.metrics |= {name: Mean(value, count) for name, value in metrics.items()}
+
+    def join(self, other: LossSum, *, weight: float = 1.0, head: str = "", prefix: str = "") -> None:
+        """Takes in the terms, times ``weight`` and named ``head/term``, and the metrics, named with ``prefix``."""
+        for name, term in other.terms.items():
+            self.terms[f"{head}/{name}" if head else name] = replace(term, weight=weight * term.weight)
+        self.metrics |= {prefix + name: metric for name, metric in other.metrics.items()}
+
+    def __exit__(self, *error: object) -> None:
+        self.mine = (
+            {name: term.count for name, term in self.terms.items()},
+            {name: (float(metric.value), metric.count) for name, metric in self.metrics.items()},
+            self.feedback_rows,
+        )
+        super().__exit__(*error)  # type: ignore[arg-type]
+
+    def reweigh(self, name: str, weight: float) -> None:
+        """Gives a term, if it is there, another weight."""
+        if name in self.terms:
+            self.terms[name] = replace(self.terms[name], weight=weight)
+
+    def total(self) -> Tensor | None:
+        """The weighted sum of the terms, each scaled by R·c_r / Σ c; None without any."""
+        parts = [term.weight * self._share(name) * term.value for name, term in self.terms.items()]
+        if not parts:
+            return None
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]  # type: ignore[arg-type, return-value]
+
+    def _share(self, name: str) -> float:
+        if not self.all:
+            return 1.0
+        total = sum(counts.get(name, 0.0) for counts, _, _ in self.all)
+        return len(self.all) * self.terms[name].count / total if total else 0.0
+
+    def joined_metrics(self) -> dict[str, float]:
+        """Metrics over all ranks: means weighted by their counts, numbers added; NaN is left out."""
+        if len(self.all) == 1:
+            return {name: value for name, (value, _) in self.all[0][1].items()}
+        out = {}
+        for name in dict.fromkeys(name for _, metrics, _ in self.all for name in metrics):
+            pairs = [metrics[name] for _, metrics, _ in self.all if name in metrics]
+            pairs = [(value, count) for value, count in pairs if not math.isnan(value)]
+            total = sum(count for _, count in pairs)
+            if name.endswith("groups"):
+                out[name] = sum(value for value, _ in pairs)
+            else:
+                out[name] = sum(value * count for value, count in pairs) / total if total else math.nan
+        return out
 
 
-def group_loss(config: ObjectiveConfig, logp: Tensor, groups: Sequence[ScoredGroup], *, head: str) -> GroupLoss:
-    """The run's objective and anchors for one head.
+def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, head: str) -> LossSum:
+    """The run's objective and its regularisers for one head.
 
     Args:
-        config: which objective, with its hyperparameters and anchor weights.
+        config: which objective, with its hyperparameters and the weights of the regularisers.
         logp: [B, N] policy log p of each member, natural log, with gradient; padding holds −inf.
-        groups: B scored groups.
+        nbest: the B groups.
         head: whose rewards and reference scores to use.
 
     Returns:
-        The terms of the loss and their metrics.
+        The term ``objective`` and the regularisers, with their metrics.
     """
-    rewards = pad_groups([g.rewards[head] for g in groups]).to(logp.device)
-    ref_logp = pad_groups([g.ref_logp[head] for g in groups], fill=float("-inf")).to(logp.device)
-    old_logp = pad_groups([g.old_logp[head] for g in groups]).to(logp.device)
-    mask = member_mask(groups).to(logp.device)
+    rewards, ref_logp, old_logp, mask = (
+        values.to(logp.device)
+        for values in (nbest.rewards[head], nbest.ref_logp[head], nbest.old_logp[head], nbest.mask)
+    )
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
     output = OBJECTIVES[config.name](logp, rewards=rewards, ref_logp=ref_logp, mask=mask, old_logp=old_logp, **chosen)
-    count = float(output.metrics["groups"])
-    terms, metrics = {"objective": Term(output.loss, count)}, dict(output.metrics)
-    counts = {name: count for name in metrics if name not in ("groups", "signal_fraction")}
-    anchors = {
+    groups = float(output.metrics["groups"])
+    loss = LossSum()
+    loss.add("objective", output.loss, count=groups)
+    loss.log(output.metrics, count=groups)
+    loss.log({name: output.metrics[name] for name in ("groups", "signal_fraction")}, count=len(nbest))
+    regularisers = {
         "pseudo_label": (config.pseudo_label_weight, lambda: _pseudo_label(logp, rewards, ref_logp, mask)),
-        "mass": (config.mass_weight, lambda: mass_anchor(logp, ref_logp=ref_logp, mask=mask)),
-        "kl_anchor": (config.reference_kl_weight, lambda: kl_anchor(logp, ref_logp=ref_logp, mask=mask)),
+        "mass": (config.mass_weight, lambda: group_mass(logp, ref_logp=ref_logp, mask=mask)),
+        "reference_kl": (config.reference_kl_weight, lambda: reference_kl(logp, ref_logp=ref_logp, mask=mask)),
     }
-    for name, (weight, anchor) in anchors.items():
+    for name, (weight, regulariser) in regularisers.items():
         if weight > 0:
-            term = anchor()
-            terms[name] = Term(term.loss, float(term.metrics["groups"]), weight)
-            metrics[f"anchor_{name}"] = term.loss.detach()
-    metrics["k3_reference"] = sequence_k3(logp.detach(), ref_logp=ref_logp, mask=mask).loss
-    return GroupLoss(terms, metrics, counts)
+            term = regulariser()
+            loss.add(name, term.loss, count=float(term.metrics["groups"]), weight=weight)
+            loss.log({f"{name}_loss": term.loss.detach()}, count=len(nbest))
+    k3 = sequence_k3(logp.detach(), ref_logp=ref_logp, mask=mask).loss
+    loss.log({"k3_reference": k3}, count=len(nbest))
+    return loss
 
 
 def _pseudo_label(logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
     return self_training(logp, rewards=rewards, ref_logp=ref_logp, mask=mask, label="reward", min_confidence=0.0)
 
 
-def member_mask(groups: Sequence[ScoredGroup]) -> Tensor:
-    """[B, N] bool, True for members."""
-    sizes = torch.tensor([len(g.group) for g in groups])
-    return torch.arange(int(sizes.max()))[None, :] < sizes[:, None]
-
-
-def group_metrics(groups: Sequence[ScoredGroup], logp: Tensor, *, head: str) -> dict[str, float]:
-    """What is logged of a batch of groups beside the objective's own metrics.
+def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, float]:
+    """What is logged of a batch of groups beside the objective's metrics.
 
     Args:
-        groups: B scored groups.
+        nbest: the B groups.
         logp: [B, N] policy log p, without gradient.
         head: whose scores to read.
 
@@ -124,23 +173,21 @@ def group_metrics(groups: Sequence[ScoredGroup], logp: Tensor, *, head: str) -> 
         policy ÷ under the reference; ``reward_length_correlation`` within groups; ``reward_gap`` = best reward −
         reward of the policy's favourite, nats; ``best_from_<source>`` = share of groups whose best member it gave.
     """
-    sizes = [len(g.group) for g in groups]
-    ref = pad_groups([g.ref_logp[head] for g in groups], fill=float("-inf"))
+    sizes, texts = nbest.sizes, nbest.texts
     policy = torch.softmax(logp.detach().float().cpu().nan_to_num(nan=-1e4, neginf=-1e4), dim=1)
-    reference = torch.softmax(ref.nan_to_num(neginf=-1e4), dim=1)
-    lengths = pad_groups([[float(text_length(t)) for t in g.group.texts] for g in groups], fill=0.0)
+    reference = torch.softmax(nbest.ref_logp[head].nan_to_num(neginf=-1e4), dim=1)
+    lengths = pad_groups([[float(text_length(t)) for t in row] for row in texts], fill=0.0)
     favourite = policy.argmax(dim=1).tolist()
     out = {
         "members": sum(sizes) / len(sizes),
-        "unique_fraction": sum(len(set(g.group.texts)) for g in groups) / sum(sizes),
-        "empty_fraction": sum(not g.group.texts[n] for g, n in zip(groups, favourite, strict=True)) / len(groups),
+        "unique_fraction": sum(len(set(row)) for row in texts) / sum(sizes),
+        "empty_fraction": sum(not row[n] for row, n in zip(texts, favourite, strict=True)) / len(texts),
         "length_ratio": float((policy * lengths).sum() / (reference * lengths).sum().clamp(min=1e-6)),
     }
-    for name in groups[0].parts:
-        values = torch.tensor([v for g in groups for v in g.parts[name]])
-        out[f"reward/{name}"] = float(values[torch.isfinite(values)].mean())
-    rewards = pad_groups([g.rewards[head] for g in groups])
-    judged = [b for b in range(len(groups)) if torch.isfinite(rewards[b, : sizes[b]]).all()]
+    for name, values in nbest.parts.items():
+        out[f"reward/{name}"] = float(values[values.isfinite()].mean())
+    rewards = nbest.rewards[head]
+    judged = [b for b, size in enumerate(sizes) if rewards[b, :size].isfinite().all()]
     if judged:
         best = {b: int(rewards[b, : sizes[b]].argmax()) for b in judged}
         out["reward_gap"] = sum(float(rewards[b, best[b]] - rewards[b, favourite[b]]) for b in judged) / len(judged)
@@ -148,7 +195,7 @@ def group_metrics(groups: Sequence[ScoredGroup], logp: Tensor, *, head: str) -> 
             [rewards[b, : sizes[b]] for b in judged], [lengths[b, : sizes[b]] for b in judged]
         )
         for source in ("greedy", *SOURCE_NAMES):
-            share = sum(groups[b].group.hypotheses[n].source == source for b, n in best.items()) / len(judged)
+            share = sum(nbest.hypotheses[b][n].source == source for b, n in best.items()) / len(judged)
             out[f"best_from_{source}"] = share
     return out
 

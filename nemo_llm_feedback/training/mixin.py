@@ -1,8 +1,21 @@
-"""The mixin that adds the feedback loss to a NeMo model. ``training_step`` and ``feedback_loss`` are the main path."""
+"""The mixin that adds the feedback loss to a NeMo model: ``training_step`` and ``feedback_loss`` are the main path.
+
+The paper (arXiv 2506.11091) says: an LLM that is given the context scores hypotheses, and the scores are the reward of
+reinforcement learning. What it leaves open, and what stands for it here:
+
+- where hypotheses come from: beam, boosted beam, term swaps, samples, corrections (``hypotheses.proposals``);
+- the reward: α·log p_LLM + log p_ASR under the frozen starting model + β·length (``rewards.lm``);
+- the objective: six, by default the distillation of the KL-regularised optimum (``training.objectives``);
+- what keeps the general domain: replay rows, held to the starting model by KL (``training.replay_kl``).
+
+What the mixin leaves to others: everything before the first step (``setup``, ``pool``), the exact likelihood
+(``asr.likelihood``), sums over ranks (``losses``), and held-out metrics, guards and logs (``callbacks``).
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +29,19 @@ from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.lora import merged
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
 from nemo_llm_feedback.core.errors import TrainingError
+from nemo_llm_feedback.core.run_folder import STATISTICS_FILE, write_json
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
-from nemo_llm_feedback.training.distributed import (
-    Report,
-    Together,
-    join_metrics,
-    local_metrics,
-    num_ranks,
-    shares,
-    touch_all,
-)
-from nemo_llm_feedback.training.losses import Term, group_loss, group_metrics, total
-from nemo_llm_feedback.training.replay_kl import anchor_terms
+from nemo_llm_feedback.rewards import Reward
+from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, callbacks_of, try_rates
+from nemo_llm_feedback.training.distributed import local_metrics, num_ranks, zero_grad_for_unused
+from nemo_llm_feedback.training.losses import LossSum, nbest_metrics, objective_loss
+from nemo_llm_feedback.training.pool import EncodedAudio, fill_cache, pool_share
+from nemo_llm_feedback.training.replay_kl import replay_kl
 from nemo_llm_feedback.training.resume import count_finished_batch, place_in_data
-from nemo_llm_feedback.training.setup import FeedbackState, check_starts, prepare, start
+from nemo_llm_feedback.training.setup import check_starts, prepare, start
+from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
 from nemo_llm_feedback.training.supervision import exact_supervised_step, pseudo_labelled_batch
-from nemo_llm_feedback.training.survey import fill_round
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -53,83 +61,114 @@ class LLMFeedbackMixin(_Base):
     stock_target: str
     """Dotted path of the stock class, written into every ``.nemo``."""
 
-    _feedback: FeedbackState | None = None
+    _setup: FeedbackSetup | None = None
+    _feedback: Feedback | None = None
+    _resumed: dict[str, Any] | None = None
     _adaptation_facts: dict[str, Any] | None = None
     _source_path: str = ""
 
     nonfinite_steps: int = 0
     """Optimizer steps in a row, up to now, that were skipped because a gradient was not finite."""
 
-    def setup_feedback(self, cfg: Any, *, work_dir: str | Path | None = None) -> None:
-        """Checks the configuration and the data, and prepares training; call once, before ``trainer.fit``.
-
-        Args:
-            cfg: mapping or OmegaConf config with ``model.train_ds`` and the plugin's sections.
-            work_dir: folder for staged manifests and scores; a temporary one if None.
-
-        Raises:
-            FeedbackError: whatever is wrong with the settings, the manifests or the LLM, before any work.
-        """
-        self._feedback = prepare(self, cfg, work_dir=work_dir)
-
-    def on_fit_start(self) -> None:
-        """Places the frozen reference and the LLM on this rank's device and measures the pool."""
-        super().on_fit_start()
-        if self._feedback is not None:
-            check_starts(self.trainer.ckpt_path)
-            start(self, self._feedback)
+    # ------------------------------------------------------------------------------------------------- the main path
 
     def training_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
-        """Labelled rows through NeMo's own step, unlabeled rows through the feedback loss, anchored rows held."""
-        state = self._feedback
-        if state is None:
+        """Replay rows are held, labelled rows learned by NeMo's step, unlabeled rows by the feedback loss."""
+        feedback = self._feedback
+        if feedback is None:
             return super().training_step(batch, batch_nb)
-        if state.config.feedback.weight == 0 and not state.reader.anchors:
-            return self._supervised_step(tuple(batch[:4]), batch_nb)
-        labelled, anchored, unlabeled = state.reader.split(batch)
-        if unlabeled is None and anchored is None and num_ranks() == 1:
-            return self._supervised_step(labelled, batch_nb)
+        rows, weights = feedback.reader.split(batch), feedback.config.feedback
+        if rows.all_labelled and num_ranks() == 1:
+            return self._labelled_step(rows.labelled, batch_nb)
         output: dict[str, Any] = {"log": {}}
-        with Together() as ranks:
-            terms: dict[str, Term] = {}
-            metrics: dict[str, Any] = {}
-            counts: dict[str, float] = {}
-            if anchored is not None:
-                terms, metrics = anchor_terms(self, state, anchored)
-                counts = dict.fromkeys(metrics, len(anchored[1]))
-            if labelled is not None and (unlabeled is None or state.config.feedback.supervised_weight > 0):
-                output = {"log": {}, **self._supervised_step(labelled, batch_nb)}
-                terms["supervised"] = Term(output["loss"], len(labelled[1]), state.config.feedback.supervised_weight)
-            if unlabeled is not None and state.config.feedback.weight > 0:
-                found, own_metrics, own_counts = self.feedback_loss(unlabeled, batch_nb)
-                metrics, counts = metrics | own_metrics, counts | own_counts
-                weight = state.config.feedback.weight
-                terms |= {name: dataclasses.replace(term, weight=weight * term.weight) for name, term in found.items()}
-            rows = len(unlabeled.utterances) if unlabeled is not None else 0
-            plain = {name: float(value) for name, value in metrics.items()}
-            ranks.mine = Report({name: term.count for name, term in terms.items()}, plain, counts, rows)
-        return self._joined(output, terms, ranks)
+        with LossSum() as loss:  # one exchange between ranks; if one fails, all do
+            if rows.replay is not None:
+                loss.join(replay_kl(self, feedback, rows.replay), weight=weights.replay_weight)
+            if rows.labelled is not None and (rows.unlabeled is None or weights.supervised_weight > 0):
+                output |= self._labelled_step(rows.labelled, batch_nb)
+                loss.add("supervised", output["loss"], count=len(rows.labelled[1]), weight=weights.supervised_weight)
+            if rows.unlabeled is not None and weights.weight > 0:
+                loss.feedback_rows = len(rows.unlabeled.utterances)
+                loss.join(self.feedback_loss(rows.unlabeled, batch_nb), weight=weights.weight)
+        return self._output(output, loss)
 
-    def _joined(self, output: dict[str, Any], terms: dict[str, Term], ranks: Together) -> dict[str, Any]:
+    def feedback_loss(self, audio: Audio, batch_nb: int = 0) -> LossSum:
+        """The feedback loss of unlabeled rows: encode, propose, reward, exact log p, objective.
+
+        Args:
+            audio: B unlabeled utterances.
+            batch_nb: handed to NeMo's step by augmented self-training.
+
+        Returns:
+            The terms of the loss with gradient, and their metrics.
+        """
+        feedback, config = self._started(), self._started().config
+        augment, by_nemo = config.feedback.augment, config.learns_by_nemo
+        with evaluation_mode(self), recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
+            encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
+            nbest = feedback.nbest(audio, encoded, lengths, refresh=self._refresh())  # [B, N], no gradient
+            if augment:
+                encoded, lengths = self._encode(audio, augment=True)
+            heads = () if by_nemo else feedback.heads
+            logp = {head.name: head.score(encoded, lengths, nbest.labels) for head in heads}  # [B, N], gradient on
+        if by_nemo:
+            return self._pseudo_label_loss(audio, nbest, batch_nb, zero=encoded.sum() * 0)
+        nbest = nbest.with_old_logp(logp)
+        feedback.cache.put(nbest)
+        loss, first = LossSum(), feedback.heads[0].name
+        for head, weight in feedback.head_weights.items():
+            part = objective_loss(config.objective, logp[head], nbest, head=head)
+            loss.join(part, weight=weight, head=head, prefix="" if head == first else f"{head}/")
+        loss.log(nbest_metrics(nbest, logp[first], head=first), count=len(nbest))
+        hit_rate = float(getattr(feedback.maker.reward, "hit_rate", float("nan")))
+        if hit_rate == hit_rate:
+            loss.log({"cache_hit_rate": hit_rate}, count=len(nbest))
+        return loss
+
+    # --------------------------------------------------------------------------------------------- parts of the path
+
+    def _encode(self, audio: Audio, *, gradient: bool = True, augment: bool = False) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient):
+            return encode(self, audio.signal, audio.signal_len, augment=augment)
+
+    def _pseudo_label_loss(self, audio: Audio, nbest: Any, batch_nb: int, *, zero: Tensor) -> LossSum:
+        """NeMo's step on one pseudo-label per utterance; ``zero`` stands for it where no label passed the filter."""
+        feedback, loss = self._started(), LossSum()
+        batch, found = pseudo_labelled_batch(feedback.config.objective, audio, nbest, head=feedback.heads[0].name)
+        with frozen_statistics(self, active=feedback.config.parameters.freeze_batchnorm):
+            value = self._labelled_step(batch, batch_nb)["loss"] if batch else zero
+        loss.add("pseudo_labels", value, count=len(batch[1]) if batch else 0)
+        loss.log(found, count=len(nbest))
+        return loss
+
+    def _labelled_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
+        """NeMo's step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
+        feedback = self._started()
+        if feedback.exact_supervision:
+            budget = feedback.config.feedback.memory_budget_mb
+            return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
+        with local_metrics(self):
+            return super().training_step(batch, batch_nb)
+
+    def _output(self, output: dict[str, Any], loss: LossSum) -> dict[str, Any]:
         """The step's loss and metrics over the rows of all ranks."""
-        metrics = join_metrics(ranks.all)
-        if not any(report.rows for report in ranks.all):
-            # A batch in which every row has text counts as NeMo counts it, whatever the weight of replay.
-            terms = {n: dataclasses.replace(t, weight=1.0) if n == "supervised" else t for n, t in terms.items()}
-        # Where the feedback has no weight, a batch of unlabeled rows alone has no term.
-        output["loss"] = total(terms, shares(ranks.mine, ranks.all)) if terms else touch_all(self)
+        if not sum(rows for _, _, rows in loss.all):
+            # A batch in which every row has text counts as NeMo counts it, whatever the weight of labelled rows.
+            loss.reweigh("supervised", 1.0)
+        metrics, total = loss.joined_metrics(), loss.total()
+        output["loss"] = zero_grad_for_unused(self) if total is None else total
         if num_ranks() > 1:
-            output["loss"] = output["loss"] + touch_all(self)
-        # As NeMo's own steps do; exp_manager's checkpoints are ordered by it.
+            output["loss"] = output["loss"] + zero_grad_for_unused(self)
+        # As NeMo's steps do; exp_manager's checkpoints are ordered by it.
         output["log"].setdefault("global_step", torch.tensor(float(self.trainer.global_step)))
         output["log"].update({f"feedback/{name}": value for name, value in metrics.items()})
         if "reward_policy" in metrics:
             self.log("reward", metrics["reward_policy"], prog_bar=True, logger=False)
         return output
 
-    def on_after_backward(self) -> None:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Skips a step with a gradient that is not finite, on all ranks (their gradients are already one)."""
-        super().on_after_backward()
+        super().on_before_optimizer_step(optimizer)
         if self._feedback is None:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -143,101 +182,81 @@ class LLMFeedbackMixin(_Base):
         for parameter in self.parameters():
             parameter.grad = None
 
-    def feedback_loss(
-        self, audio: Audio, batch_nb: int = 0
-    ) -> tuple[dict[str, Term], dict[str, Any], dict[str, float]]:
-        """The feedback loss of unlabeled rows: encode, propose, reward, exact log p, objective.
+    # ------------------------------------------------------------------------------------------ before the first step
+
+    def setup_feedback(self, cfg: Any, *, work_dir: str | Path | None = None, reward: Reward | None = None) -> None:
+        """Checks the configuration and the data, and prepares training; call once, before ``trainer.fit``.
 
         Args:
-            audio: the unlabeled rows.
-            batch_nb: handed to NeMo's step by augmented self-training.
+            cfg: the settings of the command ``adapt`` (``compose_config``), as mapping or OmegaConf config.
+            work_dir: folder for staged manifests, scores and logs; a temporary one if None.
+            reward: judges hypotheses in place of what the section ``reward`` names.
 
-        Returns:
-            The terms of the loss with gradient (see ``losses.total``), its metrics, and the number of groups of those
-            metrics that are means over other than all rows.
+        Raises:
+            FeedbackError: whatever is wrong with the settings, the manifests or the LLM, before any work.
         """
-        state = self._state()
-        config = state.config
-        self._fill_round()
+        self._setup, self._feedback = prepare(self, cfg, work_dir=work_dir, judge=reward), None
+
+    def configure_callbacks(self) -> list[Any]:
+        """Logs, held-out metrics and guards; Lightning adds them to the trainer's when training starts."""
+        return [*super().configure_callbacks(), *(callbacks_of(self._setup) if self._setup is not None else [])]
+
+    def on_fit_start(self) -> None:
+        """Measures the pool on this rank's device, and takes the learning rate by trial where none is given."""
+        super().on_fit_start()
+        if self._setup is None:
+            return
+        check_starts(self.trainer.ckpt_path)
         with evaluation_mode(self):
-            augment = config.feedback.augment
-            with recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not augment):
-                    encoded, lengths = encode(self, audio.signal, audio.signal_len)
-                groups = state.maker.get(audio, encoded, lengths, round=self._round())
-                if augment:
-                    encoded, lengths = encode(self, audio.signal, audio.signal_len, augment=True)
-            if config.objective.name == "self_training" and config.objective.augment:
-                logp = None
-            else:
-                logp = {h.name: self._group_logp(h, encoded, lengths, groups) for h in state.heads}
-        if logp is None:
-            state.last_groups = groups
-            batch, found = pseudo_labelled_batch(config.objective, audio, groups, head=state.heads[0].name)
-            with frozen_statistics(self, active=config.parameters.freeze_batchnorm):
-                loss = self._supervised_step(batch, batch_nb)["loss"] if batch else encoded.sum() * 0
-            return {"pseudo_labels": Term(loss, len(batch[1]) if batch else 0)}, dict(found), {}
-        terms: dict[str, Term] = {}
-        metrics: dict[str, Any] = {}
-        counts: dict[str, float] = {}
-        for head, weight in state.head_weights.items():
-            groups = self._with_old_logp(groups, logp[head], head)
-            result = group_loss(config.objective, logp[head], groups, head=head)
-            for name, term in result.terms.items():
-                terms[f"{head}/{name}"] = dataclasses.replace(term, weight=weight * term.weight)
-            prefix = "" if head == state.heads[0].name else f"{head}/"
-            metrics.update({prefix + name: value for name, value in result.metrics.items()})
-            counts.update({prefix + name: count for name, count in result.metric_counts.items()})
-        state.last_groups = groups
-        metrics.update(group_metrics(groups, logp[state.heads[0].name], head=state.heads[0].name))
-        hit_rate = float(getattr(state.maker.reward, "hit_rate", float("nan")))
-        if hit_rate == hit_rate:
-            metrics["cache_hit_rate"] = hit_rate
-        return terms, metrics, counts
+            self._feedback = start(self, self._setup, self.encoded_pool, self._resumed)
+        if self._resumed:
+            self._feedback.load_nbest(self._resumed, rank=self.global_rank)
+        self._feedback = try_rates(self, self._feedback)
+        if self._feedback.statistics is not None and is_global_rank_zero():
+            write_json(self._setup.work_dir / STATISTICS_FILE, asdict(self._feedback.statistics))
 
-    def _supervised_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
-        """NeMo's own step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
-        state = self._state()
-        if state.exact_supervision:
-            budget = state.config.feedback.memory_budget_mb
-            return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
-        with local_metrics(self):
-            return super().training_step(batch, batch_nb)
+    def pool_batches(self) -> Iterator[Any]:
+        """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""
+        loader = self._setup_dataloader_from_config(self._prepared().train_ds)
+        for batch in pool_share(loader, rank=self.global_rank):
+            yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
 
-    def _group_logp(self, head: Any, encoded: Tensor, lengths: Tensor, groups: list[ScoredGroup]) -> Tensor:
-        """[B, N] policy log p of every member with gradient, on the prefix trie; −inf on padding."""
-        labels = [[h.tokens for h in g.group.hypotheses] for g in groups]
-        scores: Tensor = head.score(encoded, lengths, labels)
-        return scores
+    @torch.no_grad()
+    def encoded_pool(self) -> Iterator[EncodedAudio]:
+        """The unlabeled rows of :meth:`pool_batches`, encoded; the caller puts the model into evaluation mode."""
+        for batch in self.pool_batches():
+            audio = self._prepared().reader.split(batch).unlabeled
+            if audio is not None:
+                yield EncodedAudio(audio, *self._encode(audio))
 
-    def _with_old_logp(self, groups: list[ScoredGroup], logp: Tensor, head: str) -> list[ScoredGroup]:
-        """Groups that are new remember the log p of the policy that proposed them (for ratios)."""
-        out = []
-        for b, scored in enumerate(groups):
-            if head not in scored.old_logp:
-                old = {**scored.old_logp, head: logp[b, : len(scored.group)].detach().tolist()}
-                scored = dataclasses.replace(scored, old_logp=old)
-                self._state().maker.kept[scored.group.utterance] = scored
-            out.append(scored)
-        return out
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Scores the whole pool at the start of each refresh where the LLM has a phase of its own."""
+        super().on_train_batch_start(batch, batch_idx)
+        feedback, refresh = self._feedback, self._refresh()
+        if feedback is None or not feedback.config.scores_in_phases or feedback.cache.filled == refresh:
+            return
+        with torch.random.fork_rng(), evaluation_mode(self), torch.no_grad():
+            torch.manual_seed(refresh)
+            fill_cache(feedback, self.encoded_pool(), refresh=refresh)
 
-    def _fill_round(self) -> None:
-        """Scores the whole pool where the LLM has a phase of its own."""
-        state, number = self._state(), self._round()
-        if state.config.scores_in_phases and state.filled_round != number:
-            fill_round(self, state, round=number)
-            state.filled_round = number
+    def _refresh(self) -> int:
+        """Index of the refresh of hypotheses that this step belongs to."""
+        return int(self.trainer.global_step) // self._prepared().config.feedback.refresh_every
 
-    def _round(self) -> int:
-        return int(self.trainer.global_step) // self._state().config.feedback.refresh_every
-
-    def _state(self) -> FeedbackState:
-        if self._feedback is None:
+    def _prepared(self) -> FeedbackSetup:
+        if self._setup is None:
             raise TrainingError("feedback is not set up: call model.setup_feedback(cfg) first.")
+        return self._setup
+
+    def _started(self) -> Feedback:
+        if self._feedback is None:
+            raise TrainingError("feedback has not started: call model.setup_feedback(cfg), then trainer.fit(model).")
         return self._feedback
 
+    # -------------------------------------------------------------------------------------------- checkpoints and end
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a resumed run needs: the kept groups and the measured scales, as plain data."""
+        """Adds what a resumed run needs: the kept hypotheses and the pool's statistics, as plain data."""
         super().on_save_checkpoint(checkpoint)
         if self._feedback is not None:
             learned = self._feedback.config.parameters
@@ -248,8 +267,8 @@ class LLMFeedbackMixin(_Base):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what :meth:`on_save_checkpoint` stored."""
         super().on_load_checkpoint(checkpoint)
-        if self._feedback is not None and CHECKPOINT_KEY in checkpoint:
-            self._feedback.load_plain(checkpoint[CHECKPOINT_KEY], rank=self.global_rank)
+        if self._setup is not None and CHECKPOINT_KEY in checkpoint:
+            self._resumed = checkpoint[CHECKPOINT_KEY]
             if isinstance(self._train_dl, ResumableLoader):
                 epoch, batches = place_in_data(checkpoint)
                 self._train_dl.start_at(epoch=epoch, batches=batches)
@@ -257,8 +276,16 @@ class LLMFeedbackMixin(_Base):
     def on_train_start(self) -> None:
         """Takes up the random states of a checkpoint; what ran before this drew from others."""
         super().on_train_start()
-        if self._feedback is not None:
-            self._feedback.restore_random(rank=self.global_rank)
+        if self._feedback is not None and self._resumed:
+            self._feedback.load_random(self._resumed, rank=self.global_rank)
+            self._resumed = None
+
+    def on_train_end(self) -> None:
+        """Puts the weights in place that the run gives; all callbacks, and so the last checkpoint, are done by now."""
+        super().on_train_end()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, HeldOutEarlyStopping):
+                callback.finish(self.trainer, self)
 
     def save_to(self, save_path: str) -> None:
         """Writes a plain ``.nemo``: stock class, stock weights; a failed save leaves the file that was there."""

@@ -64,11 +64,11 @@ __all__ = [
     "distill",
     "dpo",
     "feasible",
+    "group_mass",
     "grpo",
     "hyperparameters",
-    "kl_anchor",
-    "mass_anchor",
     "mwer",
+    "reference_kl",
     "reinforce",
     "self_training",
     "sequence_k3",
@@ -105,7 +105,7 @@ def distill(
     For a reward of the form R = R' + logP_ref, q at τ = 1 is the optimum of max_π E_π[R'] − KL(π ‖ π_ref) over the
     group, the distribution of LLM rescoring; other τ sharpen or flatten it. The gradient with respect to ``logp`` is
     P̂ − q: no sampling noise, entries in [−1, 1], 0 where P̂ = q. The loss says nothing about probability outside the
-    group; see `mass_anchor`.
+    group; see `group_mass`.
 
     Args:
         logp, rewards, ref_logp, mask, old_logp: see the module docstring; ``old_logp`` is not used.
@@ -147,9 +147,9 @@ def mwer(
     That is no estimation error which importance weights could mend: the expected reward itself is flat there. All that
     remains is pressure among the policy's own few probable members, which moves probability out of the group.
 
-    ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-anchored optimum
-    q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the policy
-    gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and q ≈ 1 on
+    ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised
+    optimum q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the
+    policy gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and q ≈ 1 on
     a better foreign member b: then ∂loss/∂s_b = −ε(1 − ε)(R_b − R_f), however small P̂_b, and s_f gets the opposite.
     Members that are bad *and* improbable have w ≈ 0, so nothing is wasted on pushing them further down, as a uniform
     mixture would; and where policy and optimum agree on one member the gradient is 0. ε = 0 is ``none``; ε = 1 forgets
@@ -281,7 +281,7 @@ def dpo(
 
     Args:
         logp, rewards, ref_logp, mask, old_logp: see the module docstring; ``old_logp`` is not used.
-        beta: strength of the implied KL anchor, > 0, per nat.
+        beta: strength of the implied KL penalty, > 0, per nat.
         min_spread: the margin filter: pairs with R⁺ − R⁻ ≤ ``min_spread`` are dropped (see `signal`).
 
     Returns:
@@ -336,11 +336,11 @@ def self_training(
     return _output(g, loss, {"confidence": confidence})
 
 
-def kl_anchor(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
+def reference_kl(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
     """Keeps the ranking of a group near the reference's: KL(P̂_ref ‖ P̂), mean over groups of two or more members.
 
     This direction has the gradient P̂ − P̂_ref, bounded, and it goes on pulling at a member that the policy has given
-    up, where KL(P̂ ‖ P̂_ref) falls silent. Both see ratios within the group only; `mass_anchor` sees the rest.
+    up, where KL(P̂ ‖ P̂_ref) falls silent. Both see ratios within the group only; `group_mass` sees the rest.
 
     Args:
         logp, ref_logp, mask: see the module docstring.
@@ -364,11 +364,11 @@ def sequence_k3(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOut
     return _output(g, k3_penalty(g.logp, g.ref_logp, g.valid), {})
 
 
-def mass_anchor(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
+def group_mass(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
     """Keeps probability inside the group: −log Σ_i p(h_i|x), for *distinct* members.
 
-    The gradients of `distill`, `mwer` and `kl_anchor` sum to zero over a group, so all of them let probability leak to
-    texts outside it. This term is what is missing: KL(q ‖ P̂) − log Σ p(h_i) = −Σ q_i log p(h_i) − H(q), the
+    The gradients of `distill`, `mwer` and `reference_kl` sum to zero over a group, so all of them let probability leak
+    to texts outside it. This term is what is missing: KL(q ‖ P̂) − log Σ p(h_i) = −Σ q_i log p(h_i) − H(q), the
     cross-entropy of soft labels.
 
     Args:

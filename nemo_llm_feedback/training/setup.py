@@ -1,116 +1,67 @@
-"""Everything before the first step: settings, data, reference, reward, and a look at the pool that sets the scales."""
+"""Everything before the first step, built once and in order: settings, data, reference, LLM, statistics, reward."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.heads import Head, heads_of
 from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
+from nemo_llm_feedback.core.config.compose import with_defaults
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
-from nemo_llm_feedback.data.manifests import Staged, stage
+from nemo_llm_feedback.data.manifests import Row, Staged, stage
 from nemo_llm_feedback.data.resumable_loader import resumable, run_seed
-from nemo_llm_feedback.hypotheses.groups import GroupMaker, ScoredGroup
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
-from nemo_llm_feedback.training.distributed import Together, broadcast, gather, local_lengths, num_ranks
-from nemo_llm_feedback.training.resume import random_states, set_random_states
-from nemo_llm_feedback.training.survey import Survey, apply_survey, survey
+from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
+from nemo_llm_feedback.training.inputs import labelled_rows, rates_to_try, set_optimizer, set_validation
+from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
+from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics
+from nemo_llm_feedback.training.weights import snapshot
 
-# Best-rewarded texts that are longer or shorter than the recogniser's own by more than this factor call for another β.
+# Best-rewarded texts that are longer or shorter than the recogniser's by more than this factor call for another β.
 _LENGTH_TOLERANCE = 1.2
 
 
-@dataclass
-class FeedbackState:
-    """All that the feedback needs beside the model; a plain holder, so no module in it is registered."""
-
-    config: RunConfig
-    staged: Staged
-    reader: BatchReader
-    reference: FrozenReference
-    heads: list[Head]
-    head_weights: dict[str, float]
-    maker: GroupMaker
-    work_dir: Path
-    train_ds: DictConfig
-    exact_supervision: bool = False
-    survey: Survey | None = None
-    llm_bytes: int = 0
-    scorer: Any = None
-    filled_round: int = -1
-    last_groups: list[ScoredGroup] = field(default_factory=list)
-    keep_alive: list[Any] = field(default_factory=list)
-    random: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_plain(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain data; the same on all ranks, each of which must call this."""
-        groups = {name: scored.to_plain() for name, scored in self.maker.kept.items()}
-        ranks = gather((groups, random_states([self.maker.generator])))
-        return {
-            "survey": asdict(self.survey) if self.survey else None,
-            "groups": [groups for groups, _ in ranks],
-            "random": [states for _, states in ranks],
-        }
-
-    def load_plain(self, plain: Mapping[str, Any], *, rank: int) -> None:
-        """Takes back what :meth:`to_plain` gave; with another number of ranks, all take the groups of all."""
-        self.survey = Survey(**plain["survey"]) if plain["survey"] else None
-        own = plain["groups"][rank : rank + 1] if len(plain["groups"]) == num_ranks() else plain["groups"]
-        self.maker.kept = {name: ScoredGroup.from_plain(scored) for kept in own for name, scored in kept.items()}
-        self.random = plain["random"]
-
-    def restore_random(self, *, rank: int) -> None:
-        """Takes up the random states of a loaded checkpoint; with another number of ranks there is none to take up."""
-        if len(self.random) == num_ranks():
-            set_random_states(self.random[rank], [self.maker.generator])
-        self.random = []
-
-
-def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackState:
-    """Checks settings and data and builds the state; the LLM is loaded by :func:`start`, on its rank's device.
+def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Reward | None = None) -> FeedbackSetup:
+    """Checks settings and data, and gives the model its optimizer, parameters and loaders.
 
     Args:
         model: a model of :mod:`nemo_llm_feedback.training.models`, in its starting weights.
-        cfg: mapping or OmegaConf config with ``model.train_ds`` and the plugin's sections.
+        cfg: mapping or OmegaConf config of the sections of ``adapt``; what is absent has its default.
         work_dir: folder of the run; a temporary one if None.
+        judge: a reward from Python in place of the section ``reward``.
 
     Raises:
         ConfigError, LLMError, ManifestError: every fault found, before any work.
     """
-    tree: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    config = parse_run_config(tree)
-    config = _with_augmentation(config, model)
-    if config.llm is not None and config.needs_llm:
-        faults = check_llm_folder(config.llm)
-        if faults:
-            raise LLMError("the LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
-    if config.needs_reward and (faults := reward_faults(config)):
-        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
-    train_ds = tree.get("model", {}).get("train_ds") or {}
-    keep_alive: list[Any] = []
+    tree = with_defaults(cfg)
+    settings = check_settings(tree, judge)
+    config, rates = _with_augmentation(settings.config, model), settings.rates
+    keep_alive: tuple[Any, ...] = ()
     if work_dir is None:
-        temporary = tempfile.TemporaryDirectory(prefix="nemo_llm_feedback_")
-        keep_alive.append(temporary)
-        work_dir = temporary.name
-    folder = Path(work_dir)
+        keep_alive = (tempfile.TemporaryDirectory(prefix="nemo_llm_feedback_"),)
+        work_dir = keep_alive[0].name
+    train_ds = tree["model"].get("train_ds") or {}
+    train_ds = {**train_ds, "sample_rate": train_ds.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)}
     staged = stage(
         train_ds,
-        folder / "manifests",
+        Path(work_dir) / "manifests",
         use_text=config.feedback.use_text,
         on_bad_audio=config.feedback.on_bad_audio,
         held_out=config.guards.held_out_utterances if config.guards.looks else 0,
@@ -127,11 +78,74 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
     heads = heads_of(model, **limits)
     if config.wants_samples and len(heads) > 1:
         raise ConfigError(
-            f"objective.name={config.objective.name} estimates over a head's own samples, and the groups of a hybrid "
+            f"objective.name={config.objective.name} estimates over a head's samples, and the groups of a hybrid "
             "are sampled from one head only: set feedback.heads=transducer or feedback.heads=ctc."
         )
+    set_optimizer(model, tree["model"], rates=rates)
+    set_validation(model, tree["model"])
     reference = FrozenReference(model, **limits)
     choose_parameters(model, config.parameters)
+    reader, nemo_ds = _training_data(model, train_ds, staged, config)
+    setup = FeedbackSetup(
+        config,
+        staged,
+        reader,
+        reference,
+        heads,
+        _head_weights(model, heads),
+        Path(work_dir),
+        nemo_ds,
+        torch.Generator().manual_seed(torch.initial_seed() % 2**31),
+        snapshot(model),
+        rates,
+        settings.guard_rows,
+        settings.validation,
+        judge,
+        keep_alive,
+    )
+    _check_held_out(setup)
+    return setup
+
+
+class Settings(NamedTuple):
+    """Checked settings with the labelled rows that they name; see ``FeedbackSetup``."""
+
+    config: RunConfig
+    rates: tuple[float, ...]
+    validation: dict[str, list[Row]]
+    guard_rows: tuple[Row, ...]
+
+
+def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Settings:
+    """Checks everything that needs neither the model nor the training manifest.
+
+    Args:
+        tree: all sections of ``adapt`` as plain mappings.
+        judge: see :func:`prepare`.
+
+    Raises:
+        ConfigError, LLMError, ManifestError, RewardError: every fault of its kind.
+    """
+    config = parse_run_config(tree if judge is None else {**tree, "reward": {"name": "python"}})
+    rates = rates_to_try(tree["model"], config)
+    _check_judges(config, judge)
+    validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"))
+    guard_rows = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
+    return Settings(config, rates, validation, tuple(guard_rows))
+
+
+def _check_judges(config: RunConfig, judge: Reward | None) -> None:
+    """Refuses an LLM or a reward that cannot be used, before anything is loaded."""
+    if config.llm is not None and config.needs_llm and (faults := check_llm_folder(config.llm)):
+        raise LLMError("the LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+    if judge is None and config.needs_reward and (faults := reward_faults(config)):
+        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+
+
+def _training_data(
+    model: Any, train_ds: Mapping[str, Any], staged: Staged, config: RunConfig
+) -> tuple[BatchReader, Any]:
+    """Gives the model its training loader; returns what splits its batches, and the loader's settings."""
     nemo_ds = training_config(
         train_ds,
         manifest_filepath=staged.manifest_filepath,
@@ -153,13 +167,19 @@ def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None) -> FeedbackSta
         num_ranks=model.world_size,
         shuffle=bool(train_ds.get("shuffle")),
     )
-    # The model's own config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
-    model._update_dataset_config("train", OmegaConf.create(train_ds))
-    maker = _group_maker(heads[0], reference, config)
-    weights = _head_weights(model, heads)
-    return FeedbackState(
-        config, staged, reader, reference, heads, weights, maker, folder, nemo_ds, keep_alive=keep_alive
-    )
+    # The model's config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
+    model._update_dataset_config("train", OmegaConf.create(dict(train_ds)))
+    return reader, nemo_ds
+
+
+def _check_held_out(setup: FeedbackSetup) -> None:
+    if setup.config.guards.looks and not setup.staged.held_out:
+        logging.warning(
+            "no rows are held out (tarred audio, or too few for guards.held_out="
+            f"{setup.config.guards.held_out}): the guards watch {len(setup.held_out_rows())} rows that are trained on."
+        )
+    if setup.rates and not setup.held_out_rows():
+        raise ConfigError("no audio file can be read to judge a trial by (tarred audio): set model.optim.lr.")
 
 
 def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
@@ -174,18 +194,6 @@ def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
     return replace(config, feedback=replace(config.feedback, augment=augment))
 
 
-def _group_maker(head: Head, reference: FrozenReference, config: RunConfig) -> GroupMaker:
-    """The maker of the run's groups; the reward comes to it when the run starts."""
-    seed = torch.initial_seed() % 2**31
-    return GroupMaker(
-        Proposer(head, config.proposals, seed=seed),
-        reference,
-        None,
-        normalize=get_normalizer(config.feedback.normalizer),
-        max_members=config.proposals.max_members,
-    )
-
-
 def check_starts(checkpoint: str | Path | None) -> None:
     """Raises a TrainingError on every rank unless all go on from the same checkpoint, or none does."""
     starts = {Path(path).name if path else "none" for path in gather(checkpoint)}
@@ -196,55 +204,72 @@ def check_starts(checkpoint: str | Path | None) -> None:
         )
 
 
-def start(model: Any, state: FeedbackState) -> None:
-    """Places the reference, loads the LLM, and surveys the pool unless a resumed run already has."""
-    state.reference.to(model.device)
+def start(
+    model: Any, setup: FeedbackSetup, pool: Callable[[], Iterable[EncodedAudio]], known: Mapping[str, Any] | None
+) -> Feedback:
+    """Places the reference, opens the LLM, measures the pool, and makes proposer and reward by what was found.
+
+    Args:
+        model: on its device.
+        setup: of :func:`prepare`.
+        pool: gives the batches of this rank's share of the pool.
+        known: what ``Feedback.to_plain`` gave, of a resumed run.
+    """
+    setup.reference.to(model.device)
+    config = setup.config
     tdt = any(getattr(head, "durations", ()) for head in heads_of(model))
-    state.exact_supervision = tdt and model.device.type == "cpu"
-    if state.exact_supervision and (state.staged.num_labelled or state.config.objective.name == "self_training"):
+    exact = tdt and model.device.type == "cpu"
+    if exact and (setup.staged.num_labelled or config.objective.name == "self_training"):
         logging.warning(
             "NeMo has no TDT loss on the CPU: labelled rows use the exact log-likelihood (no sigma, no omega)."
         )
-    config = state.config
-    if not (config.needs_reward or config.needs_llm):
-        return
-    known = state.survey is not None or not config.needs_reward
-    with Together():  # an LLM that one rank cannot load must not leave the others waiting
-        scorer = None
-        if config.needs_llm:
-            assert config.llm is not None
-            scorer = open_llm(config.llm)  # its weights are loaded at the first score that the cache lacks …
-            if known and num_ranks() > 1:
-                scorer.load()  # … but a rank that fails to load in mid-training would leave the others waiting
-        if config.proposals.llm_correction:
-            state.maker.corrector = corrector_from_config(config, scorer)
-        if config.needs_reward:
-            state.maker.reward = make_reward(_with_cache(config, state.work_dir), scorer)
-        if not known:
-            state.survey = survey(model, state)
-        if scorer is not None:
-            state.llm_bytes = scorer.memory_bytes
-            state.scorer = scorer
-            logging.info(_cache_line(scorer.loaded, state.maker.reward))
-    # Rank 0's: all must train with the same scales.
-    state.survey = broadcast(state.survey)
-    if state.survey is not None:
-        apply_survey(state)
-    if not known:
-        assert state.survey is not None
-        logging.info(f"survey of the pool: {state.survey}")
-        if not 1 / _LENGTH_TOLERANCE <= state.survey.length_ratio <= _LENGTH_TOLERANCE:
-            way = "lower" if state.survey.length_ratio > 1 else "raise"
-            now = "" if state.survey.beta is None else f" (now {state.survey.beta:g})"
-            logging.warning(
-                f"the best-rewarded texts have {state.survey.length_ratio:.2f} times the recogniser's length: "
-                f"{way} reward.beta{now}, or the model will learn to change its length."
-            )
-        if state.survey.signal_fraction == 0:
-            raise TrainingError(
-                "no group of the surveyed pool has a reward signal: all hypotheses are equal or equally rewarded. "
-                "Raise proposals.beam or proposals.boosted, add context.terms, or lower objective.min_spread."
-            )
+    statistics = PoolStatistics(**known["statistics"]) if known and known["statistics"] else None
+    with CollectiveBlock():  # an LLM that one rank cannot load must not leave the others waiting
+        build, scorer = _maker_builder(setup)
+        if scorer is not None and num_ranks() > 1 and (statistics is not None or not config.needs_reward):
+            scorer.load()  # a rank that fails to load in mid-training would leave the others waiting
+    if statistics is None and config.needs_reward:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            statistics = measure_pool(pool(), build, config, head=setup.heads[0].name)
+        _report(statistics)
+    if statistics is not None:
+        config = statistics.applied_to(config)
+    maker = build(config)
+    if scorer is not None:
+        logging.info(_cache_line(scorer.loaded, maker.reward))
+    extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact}
+    return Feedback(**{**vars(setup), "config": config, **extra})
+
+
+def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMaker], Any]:
+    """What makes an N-best maker by settings that differ in the pool's scales only, and the LLM."""
+    given = setup.config
+    scorer = None
+    if given.needs_llm:
+        assert given.llm is not None
+        scorer = open_llm(given.llm)  # its weights are loaded at the first score that the cache lacks
+    corrector = corrector_from_config(given, scorer) if given.proposals.llm_correction else None
+    base: Any = setup.judge
+    if base is None and given.needs_reward:
+        base = make_reward(_with_cache(given, setup.work_dir), scorer)
+    normalize = get_normalizer(given.feedback.normalizer)
+
+    def build(config: RunConfig) -> NBestMaker:
+        reward = base
+        if config.reward.weights != given.reward.weights:
+            alpha, beta = config.reward.weights
+            reward = base.with_weights(alpha=alpha, beta=beta)
+        return NBestMaker(
+            Proposer(setup.heads[0], config.proposals, generator=setup.generator, normalize=normalize),
+            setup.reference,
+            normalize=normalize,
+            max_members=config.proposals.max_members,
+            reward=reward,
+            corrector=corrector,
+        )
+
+    return build, scorer
 
 
 def make_reward(config: RunConfig, scorer: Any) -> Reward:
@@ -262,6 +287,27 @@ def _cache_line(loaded: bool, reward: Any) -> str:
     rate = float(getattr(reward, "hit_rate", float("nan")))
     known = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
     return known + ("the LLM is loaded." if loaded else "the LLM is not loaded until a score is not in the cache.")
+
+
+def _report(statistics: PoolStatistics) -> None:
+    """Logs what was measured, and what it warns of.
+
+    Raises:
+        TrainingError: no group has a reward signal.
+    """
+    logging.info(f"statistics of the pool: {statistics}")
+    if not 1 / _LENGTH_TOLERANCE <= statistics.length_ratio <= _LENGTH_TOLERANCE:
+        way = "lower" if statistics.length_ratio > 1 else "raise"
+        now = "" if statistics.beta is None else f" (now {statistics.beta:g})"
+        logging.warning(
+            f"the best-rewarded texts have {statistics.length_ratio:.2f} times the recogniser's length: "
+            f"{way} reward.beta{now}, or the model will learn to change its length."
+        )
+    if statistics.signal_fraction == 0:
+        raise TrainingError(
+            "no utterance of the pool has a reward signal: all hypotheses are equal or equally rewarded. "
+            "Raise proposals.beam or proposals.boosted, add context.terms, or lower objective.min_spread."
+        )
 
 
 def _check_rows(staged: Staged, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Supervised terms beside NeMo's own: pseudo-labelled batches, and an exact loss where NeMo has none."""
+"""Supervised terms beside NeMo's: pseudo-labelled batches, and an exact loss where NeMo has none."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import Tensor
 from nemo_llm_feedback.asr.heads import Head
 from nemo_llm_feedback.core.config import ObjectiveConfig
 from nemo_llm_feedback.core.types import Audio
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
 NemoBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def pseudo_labelled_batch(
-    config: ObjectiveConfig, audio: Audio, groups: Sequence[ScoredGroup], *, head: str
+    config: ObjectiveConfig, audio: Audio, nbest: NBestBatch, *, head: str
 ) -> tuple[NemoBatch | None, dict[str, float]]:
-    """The rows of a batch with one pseudo-label each, as NeMo's loaders would give them.
+    """The utterances of a batch with one pseudo-label each, as NeMo's loaders would give them.
 
     Args:
         config: ``label`` chooses by frozen model or by reward, ``min_confidence`` filters.
-        audio: B rows.
-        groups: their groups.
+        audio: B utterances.
+        nbest: their hypotheses.
         head: whose scores choose.
 
     Returns:
         NeMo's batch of four (None when no label passed the filter or all are empty), and metrics: mean ``confidence``
-        and ``kept_fraction`` of the rows.
+        and ``kept_fraction`` of the utterances.
     """
+    scores = (nbest.rewards if config.label == "reward" else nbest.ref_logp)[head]
     kept, labels, confidences = [], [], []
-    for b, scored in enumerate(groups):
-        scores = torch.tensor((scored.rewards if config.label == "reward" else scored.ref_logp)[head])
-        if not torch.isfinite(scores).all():
+    for b, members in enumerate(nbest.hypotheses):
+        row = scores[b, : len(members)]
+        if not torch.isfinite(row).all():
             continue
-        share = torch.softmax(scores, dim=0)
+        share = torch.softmax(row, dim=0)
         best = int(share.argmax())
         confidences.append(float(share[best]))
-        tokens = scored.group.hypotheses[best].tokens
-        if confidences[-1] >= config.min_confidence and tokens:
+        if confidences[-1] >= config.min_confidence and members[best].tokens:
             kept.append(b)
-            labels.append(torch.tensor(tokens))
+            labels.append(torch.tensor(members[best].tokens))
     metrics = {
         "confidence": sum(confidences) / max(len(confidences), 1),
-        "kept_fraction": len(kept) / len(groups),
+        "kept_fraction": len(kept) / len(nbest),
     }
     if not kept:
         return None, metrics

@@ -48,10 +48,10 @@ def test_the_export_has_the_stock_class_and_keys_and_new_weights(kind: str, adap
     assert "nemo_llm_feedback" not in "".join(line for line in text.splitlines() if "target" in line)
     assert "\nllm:" not in text
     assert (result.log_dir / "result.json").is_file()
-    survey = json.loads((result.log_dir / "survey.json").read_text())
-    assert survey["utterances"] >= 3
-    assert set(survey["spread"]) == {"llm", "asr", "length"}
-    assert 0 < survey["signal_fraction"] <= 1
+    statistics = json.loads((result.log_dir / "pool_statistics.json").read_text())
+    assert statistics["utterances"] >= 3
+    assert set(statistics["spread"]) == {"llm", "asr", "length"}
+    assert 0 < statistics["signal_fraction"] <= 1
 
 
 def test_validation_reports_wer_and_entities(adapted: dict[str, Any]) -> None:

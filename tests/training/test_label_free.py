@@ -11,6 +11,8 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.runs import MIXED, arguments, run
 from helpers.tiny import write_manifest
+from nemo_llm_feedback.training.callbacks.held_out_loss import HeldOutLoss
+from nemo_llm_feedback.training.survey import Survey, apply_survey, pool_audio
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.cli.jobs.inputs import rates_to_try
@@ -21,9 +23,7 @@ from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.hypotheses.groups import GroupMaker, ScoredGroup
 from nemo_llm_feedback.hypotheses.reward_scale import from_spread
-from nemo_llm_feedback.training.callbacks.held_out_loss import HeldOutLoss
 from nemo_llm_feedback.training.callbacks.lr_search import choose_rate, smallest_good
-from nemo_llm_feedback.training.survey import Survey, apply_survey, pool_audio
 
 STEP = "trainer.max_steps=1"
 
@@ -46,7 +46,7 @@ def test_the_spread_of_the_pool_weighs_the_llm(
 
     monkeypatch.setattr(GroupMaker, "get", spied)
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, STEP)
-    survey = json.loads((result.log_dir / "survey.json").read_text())
+    survey = json.loads((result.log_dir / "pool_statistics.json").read_text())
     # One boosting weight, so that the groups that are described are those that set the scale.
     wanted = from_spread(survey["spread"], factor=RewardConfig.spread_factor, asr_weight=1.0)
     assert (survey["alpha"], survey["beta"]) == wanted
@@ -65,13 +65,13 @@ def test_the_spread_of_the_pool_weighs_listed_terms_too(
     """`reward=entity` stands in the LLM's place and is scaled by its own spread, length bonus included."""
     entity = ("reward=entity", "reward.settings.weight=3", "context.terms=[latte,mocha]")
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *entity, STEP)
-    survey = json.loads((result.log_dir / "survey.json").read_text())
+    survey = json.loads((result.log_dir / "pool_statistics.json").read_text())
     spread = survey["spread"]
     wanted = from_spread(spread, factor=RewardConfig.spread_factor, asr_weight=1.0, part="entity")
     assert (survey["alpha"], survey["beta"]) == wanted == (wanted[0], pytest.approx(2 * wanted[0], rel=0.06))
     assert wanted[0] * spread["entity"] == pytest.approx(2 * spread["asr"], rel=0.06)
     given = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "given", *entity, "reward.alpha=2", STEP)
-    survey = json.loads((given.log_dir / "survey.json").read_text())
+    survey = json.loads((given.log_dir / "pool_statistics.json").read_text())
     assert (survey["alpha"], survey["beta"]) == (2.0, 4.0)
 
 
@@ -89,7 +89,7 @@ def test_what_is_given_is_kept(
     tmp_path: Path,
 ) -> None:
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *given, STEP)
-    survey = json.loads((result.log_dir / "survey.json").read_text())
+    survey = json.loads((result.log_dir / "pool_statistics.json").read_text())
     assert survey["beta"] == beta
     if alpha is not None:
         assert survey["alpha"] == alpha

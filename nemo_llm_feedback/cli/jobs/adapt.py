@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,12 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
-from nemo_llm_feedback.cli.jobs.inputs import (
-    labelled_rows,
-    prepare_model,
-    rates_to_try,
-    source,
-    trainer_settings,
-    with_sample_rate,
-)
+from nemo_llm_feedback.cli.jobs.inputs import source, trainer_settings
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
 from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start
-from nemo_llm_feedback.core.config import RunConfig, parse_run_config
-from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.run_folder import RESULT_FILE, FolderLock, write_json
+from nemo_llm_feedback.core.config import RunConfig
+from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
+from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
@@ -39,13 +33,11 @@ from nemo_llm_feedback.evaluation.report.changes import judged_changes, own_nbes
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
-from nemo_llm_feedback.training.callbacks.early_stopping import Finish, Watchman
-from nemo_llm_feedback.training.callbacks.entity_validation import EntityValidation
-from nemo_llm_feedback.training.callbacks.guards import Look
-from nemo_llm_feedback.training.callbacks.hypothesis_log import HypothesisLog
-from nemo_llm_feedback.training.callbacks.step_log import StepLog, StepLogger
-from nemo_llm_feedback.training.callbacks.weights import snapshot
+from nemo_llm_feedback.rewards import Reward
+from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
 from nemo_llm_feedback.training.models import restore
+from nemo_llm_feedback.training.setup import check_settings
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,13 @@ class AdaptResult:
         before, after: validation set → scores; empty without a validation manifest.
         changed: unlabeled rows (those held out, or some of the pool) whose greedy transcript changed, as
             (before, after).
+        learning_rate: peak of the run.
+        alpha, beta, boosting_weight: of the reward and of the boosting tree; None for a reward that has none.
+        kept_step: the step whose weights are exported; 0 = the start.
+        gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
         ended: why training ended before its last step; empty if it did not.
-        share: λ of the exported mix of start and adapted weights; 1 = the adapted ones.
-        looks: the held-out looks, in order.
+        share: share of the update that is exported; 1 = the adapted weights.
+        history: the held-out measurements, in order.
     """
 
     nemo: Path
@@ -68,27 +64,31 @@ class AdaptResult:
     before: dict[str, CorpusScores]
     after: dict[str, CorpusScores]
     changed: list[tuple[str, str]]
+    learning_rate: float
+    alpha: float | None
+    beta: float | None
+    boosting_weight: float
+    kept_step: int
+    gain: float
     ended: str = ""
     share: float = 1.0
-    looks: list[Look] = field(default_factory=list)
+    history: list[HeldOutMetrics] = field(default_factory=list)
 
 
-def adapt(cfg: DictConfig) -> AdaptResult:
+def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     """Runs the whole job.
 
     Args:
         cfg: a composed configuration (``conf/adapt.yaml``).
+        reward: judges hypotheses in place of what the section ``reward`` names.
 
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    config = parse_run_config(tree)
-    rates = rates_to_try(cfg, config)
+    check_settings(tree, reward)
     base = source(cfg)
     supported_class(read_config(base), origin=base)
-    validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
-    guard = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
     manager = experiment(cfg)
     folders = {"run": Path(manager.get("explicit_log_dir") or manager.get("exp_dir") or "nemo_experiments")}
     if cfg.output:
@@ -100,56 +100,72 @@ def adapt(cfg: DictConfig) -> AdaptResult:
     trainer = pl.Trainer(**trainer_settings(cfg))
     log_dir = Path(exp_manager(trainer, manager))
     model.set_trainer(trainer)
-    with _own_folder(cfg, log_dir, trainer):
-        prepare_model(model, cfg, validation, rates=rates)
-        model.setup_feedback(with_sample_rate(cfg, model), work_dir=log_dir)
-        logging.info(plan_text(model, config, source=base, log_dir=log_dir, rates=rates))
-        watchman = _watchman(model, config, guard, rates)
-        before, after, pool = _train(model, config, cfg, watchman, validation=validation, log_dir=log_dir)
-        target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
-        model._adaptation_facts = _facts(model._feedback.config, base, before, after, int(trainer.global_step))
-        model.save_to(str(target))
-        changed = [(a, b) for _, a, b in pool if a != b]
-        result = AdaptResult(target, log_dir, before, after, changed, watchman.reason, watchman.share, watchman.looks)
+    with _locked(log_dir):
+        with _nothing_left_if_refused(log_dir):
+            model.setup_feedback(tree, work_dir=log_dir, reward=reward)
         if is_global_rank_zero():
-            _write_reports(result, model, config, tree, validation, pool)
+            record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
+        logging.info(plan_text(model, source=base, log_dir=log_dir, device=trainer.strategy.root_device))
+        before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
+        target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
+        result = _result(model, target, log_dir, before, after, pool)
+        model._adaptation_facts = _facts(model._feedback.config, base, result, int(trainer.global_step))
+        model.save_to(str(target))
+        if is_global_rank_zero():
+            _write_reports(result, model, tree, pool)
             write_json(log_dir / RESULT_FILE, _result_json(result))
     return result
 
 
-def _train(
-    model: Any,
-    config: RunConfig,
-    cfg: DictConfig,
-    watchman: Watchman,
-    *,
-    validation: Mapping[str, list[Row]],
-    log_dir: Path,
-) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], list[tuple[Row, str, str]]]:
+Changed = list[tuple[Row, str, str]]
+
+
+def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
     """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
-    trainer, finish, step_log = model.trainer, Finish(watchman), StepLog(log_dir)
-    trainer.callbacks += [HypothesisLog(config.feedback.log_hypotheses_every), watchman]
-    if validation:
-        trainer.callbacks += [EntityValidation(validation, config)]
-    trainer.loggers = [*trainer.loggers, StepLogger(step_log)]
-    trainer.callbacks.insert(0, step_log)
-    # exp_manager's comes first, and would write checkpoints that lack what the others do after this step.
-    trainer.callbacks.sort(key=lambda callback: isinstance(callback, pl.callbacks.Checkpoint))
-    trainer.callbacks.append(finish)
+    trainer, setup = model.trainer, model._setup
     # One rank evaluates; nothing here is shared work.
-    sets, pool = (validation, _pool_sample(model, config)) if is_global_rank_zero() else ({}, [])
-    before, pool_before = _evaluate(model, sets, cfg, config), transcribe_rows(model, pool)
+    sets, pool = (setup.validation, _pool_sample(model)) if is_global_rank_zero() else ({}, ())
+    model.to(trainer.strategy.root_device)
+    before, pool_before = _evaluate(model, sets, batch_size), transcribe_rows(model, pool)
     trainer.fit(model)
-    if not finish.done:
-        # Killed after its last step: Lightning finds nothing left to run and calls none of these.
-        watchman.on_train_start(trainer, model)
-        finish.on_train_end(trainer, model)
+    # Lightning has moved the model to the CPU when training ends.
+    model.to(trainer.strategy.root_device)
+    model._feedback.reference.to(model.device)
+    stopping = _early_stopping(model)
+    if not stopping.done:
+        # Killed after its last step: Lightning finds nothing left to run and calls no callback.
+        stopping.on_train_start(trainer, model)
+        stopping.finish(trainer, model)
     logging.info(
-        f"{len(model._feedback.reader.seen)} different unlabeled rows were read; rows that no loader could decode are "
-        "not in it."
+        f"{len(setup.reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
     )
-    after, pool_after = _evaluate(model, sets, cfg, config), transcribe_rows(model, pool)
+    after, pool_after = _evaluate(model, sets, batch_size), transcribe_rows(model, pool)
     return before, after, list(zip(pool, pool_before, pool_after, strict=True))
+
+
+def _early_stopping(model: Any) -> HeldOutEarlyStopping:
+    return next(c for c in model.trainer.callbacks if isinstance(c, HeldOutEarlyStopping))
+
+
+def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, pool: Changed) -> AdaptResult:
+    stopping, config = _early_stopping(model), model._feedback.config
+    weighed = config.needs_reward and config.reward.weighed
+    return AdaptResult(
+        nemo=target,
+        log_dir=log_dir,
+        before=before,
+        after=after,
+        changed=[(a, b) for _, a, b in pool if a != b],
+        learning_rate=float(model.cfg.optim.lr),
+        alpha=config.reward.weights[0] if weighed else None,
+        beta=config.reward.weights[1] if weighed else None,
+        boosting_weight=config.proposals.boosting_weight,
+        kept_step=stopping.kept_step,
+        gain=stopping.best_gain,
+        ended=stopping.reason,
+        share=stopping.share,
+        history=stopping.history,
+    )
 
 
 def summary(result: AdaptResult) -> str:
@@ -167,20 +183,14 @@ def summary(result: AdaptResult) -> str:
     if result.ended:
         lines.append(f"\ntraining ended early: {result.ended}")
     if result.share < 1:
-        lines.append(f"\nexported: {100 * result.share:.0f} % of the update, as much as the guard set bears")
+        lines.append(f"\nexported: {100 * result.share:.0f} % of the update")
     lines.append(f"\nadapted checkpoint: {result.nemo}\nreport:             {result.log_dir / 'report.html'}")
     return "\n".join(lines)
 
 
-def _write_reports(
-    result: AdaptResult,
-    model: Any,
-    config: RunConfig,
-    settings: Mapping[str, Any],
-    validation: Mapping[str, list[Row]],
-    pool: list[tuple[Row, str, str]],
-) -> None:
+def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any], pool: Changed) -> None:
     """Writes ``report.html`` into the run's folder and the model card beside the checkpoint."""
+    config, validation = model._feedback.config, model._setup.validation
     data = adaptation_report(
         log_dir=result.log_dir,
         rows=validation,
@@ -208,60 +218,50 @@ def _write_reports(
     )
 
 
-def _own_folder(cfg: DictConfig, log_dir: Path, trainer: pl.Trainer) -> AbstractContextManager[Any]:
-    """Marks the run folder as rank 0's while inside, and records the settings in it."""
+@contextmanager
+def _locked(log_dir: Path) -> Iterator[None]:
+    """Marks the run folder as rank 0's while inside."""
     if not is_global_rank_zero():
-        return nullcontext()
-    lock = FolderLock(log_dir)
-    if not lock.held:
-        lock.release()
-        raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
-    record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
-    return lock
+        yield
+        return
+    with FolderLock(log_dir) as lock:
+        if not lock.held:
+            raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
+        collect(log_dir)
+        yield
 
 
-def _watchman(model: Any, config: RunConfig, guard: list[Row], rates: tuple[float, ...]) -> Watchman:
-    """Looks at held-out rows, or, of a pool too small or tarred, at rows that are also trained on."""
-    staged = model._feedback.staged
-    rows = list(staged.held_out)
-    if config.guards.looks and not rows:
-        rows = _spread(model, config.guards.held_out_utterances)
-        logging.warning(
-            f"no rows are held out (tarred audio, or too few for guards.held_out={config.guards.held_out}): "
-            f"the guards look at {len(rows)} rows that are trained on."
-        )
-    if rates and not rows:
-        raise ConfigError("no audio file can be read to judge a trial by (tarred audio): set model.optim.lr.")
-    parameters = replace(config.parameters, lr_candidates=rates)
-    return Watchman(config.guards, rows, guard, start=snapshot(model), parameters=parameters)
+@contextmanager
+def _nothing_left_if_refused(log_dir: Path) -> Iterator[None]:
+    """Removes the folder of a run that is refused before it begins; one that holds an earlier attempt stays."""
+    fresh = newest(log_dir, RUN_FILE) is None
+    try:
+        yield
+    except FeedbackError:
+        if fresh and is_global_rank_zero():
+            shutil.rmtree(log_dir, ignore_errors=True)
+        raise
 
 
-def _pool_sample(model: Any, config: RunConfig) -> list[Row]:
+def _pool_sample(model: Any) -> Sequence[Row]:
     """Unlabeled rows whose transcripts are compared before and after: those held out, or some of the pool."""
-    return list(model._feedback.staged.held_out) or _spread(model, config.feedback.pool_utterances)
+    setup = model._setup
+    return setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
 
 
-def _spread(model: Any, most: int) -> list[Row]:
-    """Unlabeled rows with audio files, evenly spaced over the pool."""
-    rows = [row for row in model._feedback.staged.rows if row.unlabeled and Path(row.audio).is_file()]
-    return rows[:: max(1, len(rows) // most)][:most]
-
-
-def _evaluate(
-    model: Any, validation: Mapping[str, list[Row]], cfg: DictConfig, config: RunConfig
-) -> dict[str, CorpusScores]:
-    scores = {}
+def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:
+    config, scores = model._setup.config, {}
     for name, rows in validation.items():
         logging.info(f"transcribing {name} ({len(rows)} utterances) …")
         head = config.feedback.heads if config.feedback.heads != "both" else "auto"
-        texts = transcribe_rows(model, rows, head=head, batch_size=int(cfg.evaluate_batch_size))
+        texts = transcribe_rows(model, rows, head=head, batch_size=batch_size)
         scores[name] = score_rows(
             rows, texts, run_context=config.context.load(), normalizer=config.feedback.normalizer
         )
     return scores
 
 
-def _facts(config: RunConfig, source: Path, before: Any, after: Any, steps: int) -> dict[str, Any]:
+def _facts(config: RunConfig, source: Path, result: AdaptResult, steps: int) -> dict[str, Any]:
     """Inert metadata for the exported configuration."""
     context = config.context.load()
     digest = hashlib.sha256(json.dumps([context.description, context.terms]).encode()).hexdigest()
@@ -271,10 +271,12 @@ def _facts(config: RunConfig, source: Path, before: Any, after: Any, steps: int)
         "llm": public_name(str(config.llm.model)) if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
         "reward": reward_line(config.reward) if config.needs_reward else None,
+        "learning_rate": result.learning_rate,
         "steps": steps,
+        "kept_step": result.kept_step,
         "context_sha256": digest,
-        "before": {name: _plain(scores) for name, scores in before.items()},
-        "after": {name: _plain(scores) for name, scores in after.items()},
+        "before": {name: _plain(scores) for name, scores in result.before.items()},
+        "after": {name: _plain(scores) for name, scores in result.after.items()},
     }
 
 
@@ -284,11 +286,12 @@ def _plain(scores: CorpusScores) -> dict[str, float]:
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
+    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "ended", "share")
     return {
         "nemo": str(result.nemo),
-        "ended": result.ended,
-        "share": result.share,
-        "looks": [asdict(look) for look in result.looks],
+        **{name: getattr(result, name) for name in kept},
+        "gain": result.gain if result.gain == result.gain else None,
+        "history": [asdict(found) for found in result.history],
         "before": {name: _plain(scores) for name, scores in result.before.items()},
         "after": {name: _plain(scores) for name, scores in result.after.items()},
         "changed": [{"before": a, "after": b} for a, b in result.changed],

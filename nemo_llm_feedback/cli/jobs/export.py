@@ -14,7 +14,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from nemo_llm_feedback.asr.checkpoints import read_config
 from nemo_llm_feedback.asr.lora import has_lora, inject
 from nemo_llm_feedback.cli.jobs.average import WeightAverage
-from nemo_llm_feedback.cli.jobs.inputs import labelled_rows
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.core.version import __version__
@@ -23,6 +22,7 @@ from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import write_model_card
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
 from nemo_llm_feedback.training.models import locate, restore
 

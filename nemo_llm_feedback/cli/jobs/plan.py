@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
 from nemo_llm_feedback.llm import estimate_memory, resolve_folder
@@ -12,18 +13,17 @@ from nemo_llm_feedback.llm import estimate_memory, resolve_folder
 _MB = 2**20
 
 
-def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rates: Sequence[float] = ()) -> str:
+def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) -> str:
     """The plan as lines of text.
 
     Args:
         model: prepared by ``setup_feedback``.
-        config: of the run.
         source: the checkpoint.
         log_dir: folder of the run.
-        rates: among which a trial will choose; none where the rate is given.
+        device: on which the run will train.
     """
-    state = model._feedback
-    staged = state.staged
+    setup = model._setup
+    config, staged, rates = setup.config, setup.staged, setup.rates
     held = sum(row.replay == "kl" for row in staged.rows if not row.text)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -32,7 +32,7 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
     lines = [
         "plan",
         f"  checkpoint   {source.name}: {type(model).__mro__[2].__name__}, {parameters / 1e6:.1f} M parameters, "
-        f"heads {' + '.join(h.name for h in state.heads)}",
+        f"heads {' + '.join(h.name for h in setup.heads)}",
         f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
         f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
         f"  left out     {len(staged.too_long)} too long, {len(staged.too_short)} too short, "
@@ -40,17 +40,17 @@ def plan_text(model: Any, config: RunConfig, *, source: Path, log_dir: Path, rat
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
-        f"  objective    {config.objective.name}{' under SpecAugment' if state.config.feedback.augment else ''}; "
+        f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
         "learning rate "
         + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
         *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
         f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
-        f"frozen reference {state.reference.memory_bytes / _MB:.0f} MB; "
+        f"frozen reference {setup.reference.memory_bytes / _MB:.0f} MB; "
         f"joint at most {config.feedback.memory_budget_mb} MB",
     ]
     if config.llm is not None and config.needs_llm:
         folder = resolve_folder(config.llm)
-        size = estimate_memory(folder, config.llm, compute_bytes=2 if model.device.type == "cuda" else 4)
+        size = estimate_memory(folder, config.llm, compute_bytes=2 if device.type == "cuda" else 4)
         lines.append(
             f"  LLM          {config.llm.model} ({config.llm.quantization}), about {size / _MB:.0f} MB (estimate)"
         )

@@ -152,7 +152,11 @@ def tune(options: ProbeOptions, choice: TuneOptions) -> Tuned:
         raise ConfigError("--metric ewer needs rows with `entities`; use --metric wer.")
     judge = look.open_judge()
     groups = look.make_groups(look.load_model(), judge)
-    spread = component_spread(groups)
+    parts: dict[str, list[float]] = {}
+    for name in groups[0].parts:
+        rows = [[v for v in g.parts[name] if v == v and abs(v) < float("inf")] for g in groups]
+        parts[name] = [float(np.std(row)) for row in rows if len(row) > 1]
+    spread = component_spread(parts)
     weight = look.config.reward.asr_weight
     grid = None
     if labelled:

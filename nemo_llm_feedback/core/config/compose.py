@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,6 +43,7 @@ def compose_config(
     if not folder.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder.")
     search = [f"hydra.searchpath=[file://{conf_dir()}]"] if config_dir else []
+    outer = get_gh_backup()  # of a program that uses Hydra itself
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
@@ -48,9 +51,28 @@ def compose_config(
             cfg = compose(config_name, overrides=search + [_open(o, groups) for o in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    finally:
+        restore_gh_from_backup(outer)
     OmegaConf.set_struct(cfg, False)
     check_keys({name: cfg.get(name) for name in SECTIONS})
     return cfg
+
+
+def with_defaults(settings: Any) -> dict[str, Any]:
+    """The settings of a run as plain nested mappings, over the defaults of the command ``adapt``.
+
+    Args:
+        settings: mapping or OmegaConf config of any of its sections; what :func:`compose_config` gave is complete.
+
+    Raises:
+        ConfigError: unknown keys of ours, or a section of the wrong type.
+    """
+    given = OmegaConf.create(settings)
+    chosen = {group: OmegaConf.select(given, f"{group}.name") for group in ("objective", "reward")}
+    known = [f"{group}={name}" for group, name in chosen.items() if (conf_dir() / group / f"{name}.yaml").is_file()]
+    complete = given if "exp_manager" in given else OmegaConf.merge(compose_config(known), given)
+    tree: Any = OmegaConf.to_container(complete, resolve=True, throw_on_missing=False)
+    return tree
 
 
 def _open(override: str, groups: set[str]) -> str:

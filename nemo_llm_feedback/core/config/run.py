@@ -65,6 +65,11 @@ class RunConfig:
         return self.llm is not None and self.llm.phase == "cached" and self.needs_llm
 
     @property
+    def learns_by_nemo(self) -> bool:
+        """Whether one pseudo-label per utterance is learned by NeMo's training step (augmented self-training)."""
+        return self.objective.name == "self_training" and self.objective.augment
+
+    @property
     def wants_samples(self) -> bool:
         """Whether the objective is an estimate over samples of the policy, for which members of a beam are none."""
         weighted = self.objective.name == "mwer" and self.objective.correction == "proposal"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.asr.reference import evaluation_mode
@@ -16,7 +17,7 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Member
 from nemo_llm_feedback.evaluation.report.data import Change
 from nemo_llm_feedback.evaluation.report.words import changed_words
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
 MAX_NBEST = 50
 _BATCH = 8
@@ -76,10 +77,15 @@ def own_nbest(
     chosen = [rows[i] for i in wanted]
     nbest: list[tuple[Member, ...]] = [() for _ in rows]
     state.reference.to(model.device)
-    found = map_rows(model, chosen, state.maker.make, batch_size=_BATCH, run_context=state.config.context.load())
-    for i, scored in zip(wanted, found, strict=True):
-        if scored is not None:
-            nbest[i] = _members(scored, head=state.heads[0].name, rewarded=state.maker.reward is not None)
+    rewarded, head = state.maker.reward is not None, state.heads[0].name
+
+    def members(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Member, ...]]:
+        found = state.maker.make(audio, encoded, lengths)
+        return [_members(found, b, head=head, rewarded=rewarded) for b in range(len(found))]
+
+    found = map_rows(model, chosen, members, batch_size=_BATCH, run_context=state.config.context.load())
+    for i, listed in zip(wanted, found, strict=True):
+        nbest[i] = listed or ()
     return tuple(nbest)
 
 
@@ -108,9 +114,10 @@ def _judge(state: Any, audio: Audio, texts: Sequence[tuple[str, str]]) -> list[d
     ]
 
 
-def _members(scored: ScoredGroup, *, head: str, rewarded: bool) -> tuple[Member, ...]:
-    """The members, best reward first, and those that the reward could not judge last; without a reward by log p."""
-    columns = {"reward": scored.rewards[head], **scored.parts} if rewarded else {"asr": scored.ref_logp[head]}
-    first = next(iter(columns.values()))
-    order = sorted(range(len(scored.group)), key=lambda n: (first[n] != first[n], -first[n]))
-    return tuple(Member(scored.group.texts[n], {name: values[n] for name, values in columns.items()}) for n in order)
+def _members(nbest: NBestBatch, b: int, *, head: str, rewarded: bool) -> tuple[Member, ...]:
+    """The members of an utterance, best reward first, unjudged ones last; without a reward by log p."""
+    columns = {"reward": nbest.rewards[head], **nbest.parts} if rewarded else {"asr": nbest.ref_logp[head]}
+    scores = {name: values[b].tolist() for name, values in columns.items()}
+    first, texts = next(iter(scores.values())), nbest.texts[b]
+    order = sorted(range(len(texts)), key=lambda n: (first[n] != first[n], -first[n]))
+    return tuple(Member(texts[n], {name: values[n] for name, values in scores.items()}) for n in order)

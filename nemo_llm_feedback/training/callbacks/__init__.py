@@ -1,1 +1,22 @@
-"""Lightning callbacks of a run: logs, held-out metrics, guards, early stopping, learning-rate search."""
+"""Lightning callbacks of a run: logs, held-out metrics, guards, early stopping, and the search for a learning rate."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
+from nemo_llm_feedback.training.callbacks.entity_validation import EntityValidation
+from nemo_llm_feedback.training.callbacks.lr_search import try_rates
+from nemo_llm_feedback.training.callbacks.step_log import HypothesisLog, StepLog
+from nemo_llm_feedback.training.state import FeedbackSetup
+
+__all__ = ["HeldOutEarlyStopping", "callbacks_of", "try_rates"]
+
+
+def callbacks_of(setup: FeedbackSetup) -> list[pl.Callback]:
+    """The callbacks of a run; the step log first, since others write into its lines."""
+    found: list[pl.Callback] = [StepLog(setup.work_dir), HypothesisLog(setup.config.feedback.log_hypotheses_every)]
+    found.append(HeldOutEarlyStopping(setup))
+    if setup.validation:
+        found.append(EntityValidation(setup.validation))
+    return found

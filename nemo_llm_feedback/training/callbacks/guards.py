@@ -1,4 +1,4 @@
-"""What a look at held-out utterances measures, and which of it goes beyond the limits. Pure functions on texts."""
+"""What is measured on held-out utterances, and which of it goes beyond the limits. Pure functions of texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_llm_feedback.rewards.rules import repetition
 
 
 @dataclass(frozen=True)
-class Look:
+class HeldOutMetrics:
     """The policy's greedy transcripts of the held-out utterances against the starting model's.
 
     Attributes:
@@ -22,7 +22,7 @@ class Look:
         empty_rise: share of empty transcripts − the starting model's.
         repetition_rise: mean share of repeated words − the starting model's.
         style_change: the larger change of the shares of upper-case letters and of punctuation marks.
-        kl: mean of log p(transcript | policy) − log p(transcript | starting model), nats a label: an estimate of
+        kl: mean of log p(transcript | policy) − log p(transcript | starting model), nats per label: an estimate of
             KL(policy ‖ start) at the policy's mode.
         changed: share of transcripts that differ from the starting model's.
         wer_rise: relative rise of the guard set's WER; NaN without one.
@@ -44,7 +44,7 @@ class Look:
 
 
 def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:
-    """The fields of :class:`Look` that texts alone give.
+    """The fields of :class:`HeldOutMetrics` that texts alone give.
 
     Args:
         now: the policy's transcripts as the model writes them, not normalised.
@@ -59,21 +59,25 @@ def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:
     }
 
 
-def violations(look: Look, limits: GuardConfig) -> list[str]:
-    """Every limit that the look is beyond, as a phrase; the guard set's WER only where no mixing can mend it."""
+def violations(metrics: HeldOutMetrics, limits: GuardConfig) -> list[str]:
+    """Every limit that is passed, as a phrase; the guard set's WER only where no interpolation can mend it."""
     found = []
-    if not 1 / limits.max_length_ratio <= look.length_ratio <= limits.max_length_ratio:
-        found.append(f"transcripts have {look.length_ratio:.2f} times their length (limit {limits.max_length_ratio})")
+    if not 1 / limits.max_length_ratio <= metrics.length_ratio <= limits.max_length_ratio:
+        found.append(
+            f"transcripts have {metrics.length_ratio:.2f} times their length (limit {limits.max_length_ratio})"
+        )
     for value, limit, what in (
-        (look.empty_rise, limits.max_empty_rise, "the share of empty transcripts rose by"),
-        (look.repetition_rise, limits.max_repetition_rise, "the share of repeated words rose by"),
-        (look.style_change, limits.max_style_change, "the share of capitals or punctuation changed by"),
-        (look.kl, limits.max_kl, "the policy's distance from the starting model, nats a label, is"),
+        (metrics.empty_rise, limits.max_empty_rise, "the share of empty transcripts rose by"),
+        (metrics.repetition_rise, limits.max_repetition_rise, "the share of repeated words rose by"),
+        (metrics.style_change, limits.max_style_change, "the share of capitals or punctuation changed by"),
+        (metrics.kl, limits.max_kl, "the policy's distance from the starting model, nats per label, is"),
     ):
         if value > limit:
             found.append(f"{what} {value:.3f} (limit {limit})")
-    if limits.interpolation is not None and look.wer_rise > limits.max_wer_rise:
-        found.append(f"the guard set's WER rose by {100 * look.wer_rise:.1f} % (limit {100 * limits.max_wer_rise} %)")
+    if limits.interpolation is not None and metrics.wer_rise > limits.max_wer_rise:
+        found.append(
+            f"the guard set's WER rose by {100 * metrics.wer_rise:.1f} % (limit {100 * limits.max_wer_rise} %)"
+        )
     return found
 
 

@@ -4,81 +4,116 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-import lightning.pytorch as pl
 import torch
 from nemo.utils import logging
+from omegaconf import OmegaConf, open_dict
 
-from nemo_llm_feedback.core.config import GuardConfig
+from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.core.types import Audio
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.training.callbacks.guards import violations
-from nemo_llm_feedback.training.callbacks.held_out import HeldOutWatch
-from nemo_llm_feedback.training.callbacks.held_out_loss import HeldOutLoss
-from nemo_llm_feedback.training.callbacks.weights import put_back, snapshot
-from nemo_llm_feedback.training.losses import total
-from nemo_llm_feedback.training.survey import pool_audio
+from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
+from nemo_llm_feedback.training.distributed import CollectiveBlock, one_rank
+from nemo_llm_feedback.training.losses import objective_loss
+from nemo_llm_feedback.training.state import Feedback
+from nemo_llm_feedback.training.weights import put_back, snapshot
 
 # A short trial flatters large rates (short-horizon bias, Wu et al. 2018, arXiv 1803.02021): a smaller rate that gains
 # nearly as much is taken.
 _NEARLY = 0.8
 
 
-def choose_rate(
-    model: Any, watch: HeldOutWatch, limits: GuardConfig, *, candidates: Sequence[float], steps: int
-) -> float:
-    """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
+def try_rates(model: Any, feedback: Feedback) -> Feedback:
+    """Chooses the learning rate where none is given, and makes the optimizer anew with it.
 
-    A trial is judged by how far the run's own loss falls on held-out utterances, on groups that the starting model
-    proposes: greedy transcripts may get worse before they get better, and a dozen steps then tell nothing. A trial
-    whose look breaks a guard is out, and so are the larger rates after it. The weights, the kept groups and all random
-    states are as before in the end. Nothing here talks to other ranks: one of them chooses for all.
+    Rank 0 chooses for all on its rows while the others wait. A resumed run takes the rate that it had.
 
     Args:
-        model: in its starting weights.
-        watch: looks at the held-out utterances.
-        limits: the guards.
-        candidates: peak learning rates of AdamW.
-        steps: batches of a trial, at a constant rate.
+        model: in its starting weights, on its device, with a trainer.
+        feedback: of the run.
+
+    Returns:
+        ``feedback`` with the rate in its statistics.
+    """
+    statistics = feedback.statistics
+    if not feedback.rates or statistics is None:
+        return feedback
+    rate = statistics.learning_rate
+    if rate is None:
+        with CollectiveBlock() as ranks:
+            if model.trainer.is_global_zero:
+                with one_rank(), _feedback_of(model, replace(feedback, cache=NBestCache())):
+                    ranks.mine = choose_rate(model, HeldOutEvaluator(model, feedback))
+        rate = ranks.all[0]
+    with open_dict(model.cfg):
+        model.cfg.optim.lr = rate
+    model.trainer.strategy.setup_optimizers(model.trainer)
+    return replace(feedback, statistics=replace(statistics, learning_rate=rate))
+
+
+@contextmanager
+def _feedback_of(model: Any, feedback: Feedback) -> Iterator[None]:
+    """Inside this context the model trains with another state; its sampler goes back to where it was."""
+    before, sampler = model._feedback, feedback.generator.get_state()
+    model._feedback = feedback
+    try:
+        yield
+    finally:
+        model._feedback, model.nonfinite_steps = before, 0
+        feedback.generator.set_state(sampler)
+
+
+def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
+    """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
+
+    A trial is judged by how far the run's loss falls on held-out utterances, on hypotheses that the starting model
+    proposes: greedy transcripts may get worse before they get better, and a dozen steps then tell nothing. A trial
+    that breaks a guard is out, and so are the larger rates after it. The weights are as before in the end.
+
+    Args:
+        model: in its starting weights; its state may be used up.
+        evaluator: of the held-out utterances.
 
     Returns:
         The smallest candidate with at least 0.8 of the greatest fall; the smallest where the loss fell with none.
     """
-    start, tried = snapshot(model), sorted(candidates)
-    state = model._feedback
-    sampler, kept = state.maker.generator.get_state(), (state.maker.kept, state.filled_round)
+    feedback: Feedback = model._feedback
+    config, tried, start = feedback.config, sorted(feedback.rates), snapshot(model)
     falls: dict[float, float] = {}
     with torch.random.fork_rng():
-        held_out = HeldOutLoss(model, state, watch.audio)
+        held_out = HeldOutLoss(model, feedback, evaluator.audio)
         before = held_out(model)
-        batches = list(itertools.islice(pool_audio(model, state), steps))
+        count = config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches
+        batches = list(itertools.islice(model.pool_batches(), count))
         for rate in tried:
             put_back(model, start)
             _train(model, batches, rate)
-            look = watch.look(model, step=len(batches))
-            beyond = violations(look, limits)
+            found = evaluator.measure(model, step=config.parameters.lr_trial_steps)
+            beyond = violations(found, config.guards)
             fall = before - held_out(model)
             logging.info(
                 f"learning rate {rate:g}: the held-out loss falls by {fall:.3f} of {before:.3f}, held-out gain "
-                f"{look.gain:+.2f}; {'; '.join(beyond) or 'all guards pass'}"
+                f"{found.gain:+.2f}; {'; '.join(beyond) or 'all guards pass'}"
             )
             if beyond:
                 break
             falls[rate] = fall
     best = smallest_good(falls) if falls else tried[0]
     put_back(model, start)
-    # A trial's policy proposed its groups; the run starts from its own.
-    state.maker.kept, state.filled_round = kept
-    state.maker.generator.set_state(sampler)
-    model.nonfinite_steps = 0
     logging.info(f"learning rate {best:g} is taken.")
     if not any(fall > 0 for fall in falls.values()):
-        logging.warning(nothing_learned(best, steps=len(batches)))
+        logging.warning(nothing_learned(best, steps=config.parameters.lr_trial_steps))
     return best
 
 
 def nothing_learned(rate: float, *, steps: int) -> str:
-    """What to tell of a trial that says nothing: the run would learn next to nothing, and look as if it could not.
+    """The warning after trials of which none lowered the loss: the run would learn next to nothing.
 
     Args:
         rate: the one that is taken.
@@ -101,28 +136,68 @@ def smallest_good(falls: Mapping[float, float]) -> float:
     return min((rate for rate, fall in falls.items() if fall >= _NEARLY * most), default=min(falls))
 
 
-def scale_rates(trainer: pl.Trainer, factor: float) -> None:
-    """Multiplies the rates of all parameter groups and of what their schedulers go back to."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            for key in ("lr", "initial_lr"):
-                if key in group:
-                    group[key] *= factor
-    for config in trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-        if getattr(scheduler, "min_lr", None):
-            scheduler.min_lr *= factor
-
-
 def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    for audio in batches:
+    """Training steps as the run takes them: its optimizer at a constant rate, its precision, clipping, accumulation
+    and mix of rows."""
+    trainer = model.trainer
+    settings = OmegaConf.to_container(model.cfg.optim, resolve=True)
+    assert isinstance(settings, dict)
+    settings.pop("sched", None)
+    optimizer = model.setup_optimization(OmegaConf.create({**settings, "lr": rate}))
+    optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
+    size = trainer.accumulate_grad_batches
+    silent = mock.patch.multiple(model, log=mock.DEFAULT, log_dict=mock.DEFAULT)
+    for first in range(0, len(batches), size):
         optimizer.zero_grad(set_to_none=True)
-        terms, _, _ = model.feedback_loss(audio)
-        loss = total(terms)
-        if loss.requires_grad:
-            loss.backward()
-            model.on_after_backward()
-            optimizer.step()
+        for number, batch in enumerate(batches[first : first + size]):
+            with silent, trainer.precision_plugin.train_step_context():
+                loss = model.training_step(batch, first + number)["loss"] / size
+            if loss.requires_grad:
+                loss.backward()
+        model.on_before_optimizer_step(optimizer)
+        trainer.precision_plugin.clip_gradients(optimizer, trainer.gradient_clip_val or 0, _algorithm(trainer))
+        optimizer.step()
     model.zero_grad(set_to_none=True)
+
+
+def _algorithm(trainer: Any) -> Any:
+    from lightning.pytorch.utilities import GradClipAlgorithmType
+
+    return GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
+
+
+class HeldOutLoss:
+    """Objective and regularisers on hypotheses of held-out utterances that the model proposes when this is made.
+
+    Transcripts jump, and a dozen updates may make them worse before they get better; the loss on hypotheses that stay
+    the same moves with every update, and rises where updates are too large, since the regularisers are in it.
+
+    Args:
+        model: the policy, in its starting weights.
+        feedback: with proposer, reward, heads and objective.
+        audio: the held-out utterances; at least one.
+    """
+
+    def __init__(self, model: Any, feedback: Feedback, audio: Sequence[Audio]) -> None:
+        self._feedback, self._audio = feedback, audio
+        self._nbest: list[NBestBatch] = []
+        with torch.no_grad(), evaluation_mode(model):
+            for part in audio:
+                encoded, lengths = encode(model, part.signal, part.signal_len)
+                nbest = feedback.maker.make(part, encoded, lengths)
+                logp = {head.name: head.score(encoded, lengths, nbest.labels) for head in feedback.heads}
+                self._nbest.append(nbest.with_old_logp(logp))
+
+    @torch.no_grad()
+    def __call__(self, model: Any) -> float:
+        """The loss under the model's weights now, without SpecAugment and dropout: mean over utterances, in nats for
+        the likelihood objectives, in the reward's unit for ``mwer``."""
+        feedback, found = self._feedback, 0.0
+        with evaluation_mode(model):
+            for part, nbest in zip(self._audio, self._nbest, strict=True):
+                encoded, lengths = encode(model, part.signal, part.signal_len)
+                for head in feedback.heads:
+                    logp = head.score(encoded, lengths, nbest.labels)
+                    total = objective_loss(feedback.config.objective, logp, nbest, head=head.name).total()
+                    found += feedback.head_weights[head.name] * float(total) * len(nbest)  # type: ignore[arg-type]
+        return found / sum(map(len, self._nbest))

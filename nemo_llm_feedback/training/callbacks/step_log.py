@@ -1,16 +1,19 @@
-"""One JSON line a step, for eyes and scripts that want no TensorBoard."""
+"""What a run writes down while it trains: one JSON line per step, and tables of hypotheses."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from nemo.utils import logging
 
 from nemo_llm_feedback.core.run_folder import STEPS_FILE, truncate_steps
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
 
 class StepLog(pl.Callback):
@@ -18,7 +21,7 @@ class StepLog(pl.Callback):
 
     A step's line holds ``step``, ``seconds`` of training up to here (over all attempts of a resumed run), ``lr`` and
     what the step logged (``train_loss``, ``feedback/*``); a later line of the same ``step`` holds what validation
-    (``val/<set>/wer`` …) or a look at held-out utterances found. Numbers that are not finite are left out. Every line
+    (``val/<set>/wer`` …) or held-out utterances gave. Numbers that are not finite are left out. Every line
     is flushed, so a killed run loses none but the one it was writing; a resumed run removes the lines behind its
     checkpoint, which it is about to write again.
 
@@ -62,41 +65,61 @@ class StepLog(pl.Callback):
             file.write(json.dumps({"step": step, **kept}) + "\n")
 
 
-class StepLogger(pl.loggers.Logger):
-    """Hands what callbacks log (validation, looks) to the step log; what steps log comes to it by itself.
+def log_values(trainer: pl.Trainer, values: Mapping[str, float], *, step: int) -> None:
+    """Gives what a callback measured to the trainer's loggers and to the step log.
 
     Args:
-        log: of the run.
+        trainer: of the run.
+        values: name → number.
+        step: optimizer steps so far.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+    for callback in trainer.callbacks:
+        if isinstance(callback, StepLog) and trainer.is_global_zero:
+            callback.write(step, {name: float(value) for name, value in values.items()})
+
+
+class HypothesisLog(pl.Callback):
+    """Prints the hypotheses of one utterance with their scores at intervals, and adds them to TensorBoard.
+
+    Args:
+        every: optimizer steps between two tables; 0 = never.
     """
 
-    def __init__(self, log: StepLog) -> None:
-        super().__init__()
-        self._log = log
+    def __init__(self, every: int) -> None:
+        self._every = every
 
-    @property
-    def name(self) -> str:
-        """Of the logger."""
-        return "steps"
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Shows the first utterance of the batch when its turn has come."""
+        feedback = pl_module._feedback
+        nbest = feedback.cache.latest
+        if not self._every or (trainer.global_step - 1) % self._every or nbest is None:
+            return
+        table = nbest_table(nbest, head=feedback.heads[0].name)
+        logging.info(f"step {trainer.global_step}, {nbest.utterances[0]}\n{table}")
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("hypotheses", f"```\n{table}\n```", trainer.global_step)
 
-    @property
-    def version(self) -> str:
-        """There is one a run."""
-        return ""
 
-    @property
-    def experiment(self) -> StepLog:
-        """What writes the lines."""
-        return self._log
+def nbest_table(nbest: NBestBatch, *, head: str, limit: int = 8) -> str:
+    """The best members of the first utterance, one per line: reward, its parts, source and text.
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Settings are in ``settings.yaml``."""
-
-    @pl.utilities.rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Writes a line of what is validation's or a look's."""
-        own = {k: _number(v) for k, v in metrics.items() if k.split("/", 1)[0] in ("val", "held_out")}
-        if own and step is not None:
-            self._log.write(step, own)
+    Args:
+        nbest: at least one utterance.
+        head: whose rewards to show.
+        limit: largest number of lines.
+    """
+    names, members = list(nbest.parts), nbest.hypotheses[0]
+    rewards = nbest.rewards[head][0].tolist()
+    parts = {name: values[0].tolist() for name, values in nbest.parts.items()}
+    order = sorted(range(len(members)), key=[-value for value in rewards].__getitem__)[:limit]
+    rows = ["  reward " + " ".join(f"{name:>8}" for name in names) + "  source   text"]
+    for n in order:
+        values = " ".join(f"{parts[name][n]:8.2f}" for name in names)
+        rows.append(f"{rewards[n]:8.2f} {values}  {members[n].source:<8} {members[n].text}")
+    return "\n".join(rows)
 
 
 def _number(value: Any) -> float:

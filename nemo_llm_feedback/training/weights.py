@@ -1,4 +1,4 @@
-"""Snapshots of the weights that learn: kept, put back, averaged, and mixed with where they started."""
+"""Snapshots of the weights that learn: kept, put back, averaged, and interpolated with where they started."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def put_back(model: Any, weights: Weights) -> None:
         value.copy_(weights[name])
 
 
-def mixed(start: Weights, end: Weights, share: float) -> Weights:
+def interpolated(start: Weights, end: Weights, share: float) -> Weights:
     """start + share·(end − start) (weight-space ensembles, Wortsman et al. 2022, arXiv 2109.01903).
 
     A LoRA update is B·A with B = 0 at the start: scaling B alone scales the update.

@@ -1,0 +1,153 @@
+"""From encoded audio to an N-best with rewards: propose, score under the frozen reference, reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_llm_feedback.asr.heads import Head
+from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, hypothesis_groups
+from nemo_llm_feedback.hypotheses.proposals import (
+    Candidate,
+    Proposer,
+    build_members,
+    to_hypothesis,
+    written_labels,
+)
+from nemo_llm_feedback.rewards import Reward
+
+# Contexts and their texts, most probable first → a corrected text per utterance, or None.
+Corrector = Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]]
+
+
+class Reference(Protocol):
+    """The frozen ASR model that scores hypotheses: a ``FrozenReference``, or a model that does not learn."""
+
+    @property
+    def heads(self) -> Sequence[Head]: ...
+
+    def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class NBestMaker:
+    """Makes N-best lists with everything that an objective needs.
+
+    Args:
+        proposer: of the policy's first head.
+        reference: the frozen reference, with the same heads in the same order.
+        normalize: the run's text normalisation.
+        max_members: largest number of members per utterance.
+        reward: judges them; None for plain self-training, whose rewards are zeros.
+        corrector: writes one more member from the best ones, or None.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        reference: Reference,
+        *,
+        normalize: Callable[[str], str],
+        max_members: int,
+        reward: Reward | None = None,
+        corrector: Corrector | None = None,
+    ) -> None:
+        self.proposer, self.reward = proposer, reward
+        self._reference, self._corrector = reference, corrector
+        self._normalize, self._max_members = normalize, max_members
+
+    @torch.no_grad()
+    def make(self, audio: Audio, encoded: Tensor, lengths: Tensor) -> NBestBatch:
+        """Proposes, scores and rewards.
+
+        Args:
+            audio: B utterances.
+            encoded: [B, D, T] the policy's encoder output.
+            lengths: [B] frames.
+        """
+        candidates = self.proposer.propose(encoded, lengths, audio.contexts)
+        reference = self._reference.encode(audio.signal, audio.signal_len)
+        scores = {head.name: _score(head, *reference, candidates) for head in self._reference.heads}
+        if self._corrector is not None:
+            self._add_corrections(audio.contexts, candidates, scores, *reference)
+        first = self._reference.heads[0]
+        members: list[tuple[Hypothesis, ...]] = []
+        kept: dict[str, list[list[float]]] = {name: [] for name in scores}
+        for b, row in enumerate(candidates):
+            keep = build_members(
+                row,
+                scores[first.name][b],
+                vocabulary=first.vocabulary,
+                normalize=self._normalize,
+                max_members=self._max_members,
+                distinct=not self.proposer.sampled_only,
+            )
+            members.append(tuple(to_hypothesis(row[i], first.vocabulary, self._normalize) for i in keep))
+            for name, logp in scores.items():
+                kept[name].append([logp[b][i] for i in keep])
+        ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
+        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward)
+
+    def _add_corrections(
+        self,
+        contexts: Sequence[Context],
+        candidates: list[list[Candidate]],
+        scores: dict[str, list[list[float]]],
+        encoded: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        """Puts the LLM's rewrite of each utterance's best texts second, behind greedy, with its scores."""
+        assert self._corrector is not None
+        first = self._reference.heads[0]
+        ranked = []
+        for row, logp in zip(candidates, scores[first.name], strict=True):
+            order = sorted(range(len(row)), key=[-value for value in logp].__getitem__)
+            ranked.append([self._normalize(first.vocabulary.ids_to_text(row[i].labels)) for i in order])
+        texts = self._corrector(contexts, ranked)
+        labels = [written_labels(text, first.vocabulary, self._normalize) if text else None for text in texts]
+        extra = [[Candidate(new, "llm_correction")] if new is not None else [] for new in labels]
+        if not any(extra):
+            return
+        for head in self._reference.heads:
+            for logp, new in zip(scores[head.name], _score(head, encoded, lengths, extra), strict=True):
+                logp[1:1] = new
+        for row, members in zip(candidates, extra, strict=True):
+            row[1:1] = members
+
+
+def judged(
+    utterances: Sequence[str],
+    contexts: Sequence[Context],
+    hypotheses: tuple[tuple[Hypothesis, ...], ...],
+    ref_logp: dict[str, Tensor],
+    reward: Reward | None,
+) -> NBestBatch:
+    """The N-best with the reward's judgement; the reward is asked once, also for a model with two heads.
+
+    Args:
+        utterances, contexts, hypotheses: B names, contexts and member tuples.
+        ref_logp: head → [B, N] log p under the frozen reference, the first head first.
+        reward: None = zeros.
+    """
+    first = next(iter(ref_logp))
+    parts: dict[str, Tensor] = {}
+    if reward is None:
+        zeros = pad_groups([[0.0] * len(row) for row in hypotheses])
+        rewards = dict.fromkeys(ref_logp, zeros)
+    else:
+        output = reward(hypothesis_groups(utterances, contexts, hypotheses, ref_logp[first]))
+        parts = output.parts
+        rewards = {name: output.values if name == first else output.with_reference(v) for name, v in ref_logp.items()}
+    return NBestBatch(tuple(utterances), tuple(contexts), hypotheses, ref_logp, rewards, parts=parts)
+
+
+def _score(
+    head: Head, encoded: Tensor, lengths: Tensor, candidates: Sequence[Sequence[Candidate]]
+) -> list[list[float]]:
+    """log p of every candidate under the reference's head."""
+    scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
+    return [logp[: len(row)] for logp, row in zip(scores, candidates, strict=True)]

@@ -1,0 +1,101 @@
+"""What NeMo's sections of a run's settings ask of the model: validation data, optimizer, learning rates to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf, open_dict
+
+from nemo_llm_feedback.core.config import RunConfig
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.data.audio import mix_channels, select_channels
+from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, unreadable
+
+
+def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
+    """Name → rows of each manifest, all of which must have text and readable audio."""
+    if not manifests:
+        return {}
+    sets: dict[str, list[Row]] = {}
+    for path in expand_paths(manifests):
+        rows = read_manifest(path)
+        bare = [row.origin for row in rows if not row.text]
+        bad = [reason for _, reason in unreadable(rows)]
+        if bare or bad:
+            listed = "".join(f"\n  {item}" for item in (bad or bare)[:20])
+            what = "unreadable audio" if bad else "no `text`"
+            raise ManifestError(f"{len(bad or bare)} row(s) of the manifest {path} have {what}:{listed}")
+        stem = Path(path).stem
+        name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
+        sets[name] = rows
+    return sets
+
+
+def rates_to_try(model_settings: Mapping[str, Any], config: RunConfig) -> tuple[float, ...]:
+    """The learning rates among which a trial chooses: ``parameters.lr_candidates`` where ``model.optim.lr`` is null.
+
+    Raises:
+        ConfigError: neither a rate nor what a trial of some needs.
+    """
+    if model_settings["optim"].get("lr") is not None:
+        return ()
+    lacking = []
+    if not config.parameters.lr_candidates:
+        lacking.append("parameters.lr_candidates is empty")
+    if not config.guards.looks:
+        lacking.append("guards.every=0 leaves no held-out measurement to judge by")
+    if not config.needs_reward:
+        lacking.append("plain self-training has no reward to judge by")
+    if any(group.get("lr") is not None for group in (model_settings.get("optim_param_groups") or {}).values()):
+        lacking.append("model.optim_param_groups have rates of their own")
+    if lacking:
+        raise ConfigError(
+            f"model.optim.lr is null, so a short trial would choose it, but {'; '.join(lacking)}. Set model.optim.lr."
+        )
+    return tuple(config.parameters.lr_candidates)
+
+
+def set_optimizer(model: Any, settings: Mapping[str, Any], *, rates: Sequence[float]) -> None:
+    """Replaces the optimizer section as a whole (a merge would keep the old scheduler).
+
+    Args:
+        model: to be trained.
+        settings: of the section ``model``.
+        rates: of :func:`rates_to_try`; the first stands in until the trial.
+    """
+    optim = dict(settings["optim"])
+    if rates:
+        optim["lr"] = rates[0]
+    if optim.get("sched") is None:
+        optim.pop("sched", None)  # NeMo writes into the section when the key is there, also when it is null
+    groups = settings.get("optim_param_groups") or {}
+    unknown = [name for name in groups if not hasattr(getattr(model, name, None), "parameters")]
+    if unknown:
+        parts = ", ".join(n for n in ("encoder", "decoder", "joint", "ctc_decoder") if hasattr(model, n))
+        raise ConfigError(f"model.optim_param_groups.{unknown[0]}: the model has no such part; it has {parts}.")
+    with open_dict(model.cfg):
+        model.cfg.optim = OmegaConf.create(optim)
+        if groups:
+            model.cfg.optim_param_groups = OmegaConf.create(dict(groups))
+
+
+def set_validation(model: Any, settings: Mapping[str, Any]) -> None:
+    """NeMo's validation on the manifests of ``validation_ds``, where there are any.
+
+    Args:
+        model: to be trained.
+        settings: of the section ``model``.
+    """
+    if hasattr(model, "compute_eval_loss") and model.cfg.get("loss", {}).get("loss_name") == "tdt":
+        # NeMo has no TDT loss on the CPU; WER is what validation is for.
+        model.compute_eval_loss = False
+    model.wer.log_prediction = False
+    validation = dict(settings.get("validation_ds") or {})
+    if validation.get("manifest_filepath"):
+        validation["sample_rate"] = validation.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)
+        nemo_ds = OmegaConf.create(validation)
+        select_channels(nemo_ds)
+        model.setup_multiple_validation_data(nemo_ds)
+        mix_channels(model._validation_dl)

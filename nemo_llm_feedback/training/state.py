@@ -1,0 +1,167 @@
+"""What a run knows beside the model: first what ``setup_feedback`` built, then what the start of training added.
+
+Plain holders, so that no module in them is registered with the model: neither the LLM nor the frozen reference reaches
+a state dict or an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_llm_feedback.asr.heads import Head
+from nemo_llm_feedback.asr.reference import FrozenReference
+from nemo_llm_feedback.core.config import RunConfig
+from nemo_llm_feedback.core.types import Audio
+from nemo_llm_feedback.data.batches import BatchReader
+from nemo_llm_feedback.data.manifests import Row, Staged
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
+from nemo_llm_feedback.rewards import Reward
+from nemo_llm_feedback.training.distributed import gather, num_ranks
+from nemo_llm_feedback.training.resume import random_states, set_random_states
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """What was measured on the pool before training.
+
+    Attributes:
+        utterances: unlabeled rows that were measured.
+        signal_fraction: share of them whose rewards differ.
+        members: mean number of hypotheses.
+        spread: component of the reward → mean within-group standard deviation over judged members, in its unit; NaN =
+            no utterance has two.
+        length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
+        boosting_weight: of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
+        alpha, beta: of the reward: the run's, or with ``reward.alpha`` null those that the pool's spread gave, before
+            the strength of boosting was chosen; None for a reward that has none.
+        learning_rate: chosen by the trial; None where ``model.optim.lr`` is given.
+    """
+
+    utterances: int
+    signal_fraction: float
+    members: float
+    spread: dict[str, float]
+    length_ratio: float
+    boosting_weight: float
+    alpha: float | None = None
+    beta: float | None = None
+    learning_rate: float | None = None
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """The settings with what the pool has set."""
+        proposals = replace(config.proposals, boosting_weight=self.boosting_weight)
+        reward = config.reward
+        if self.alpha is not None and (self.alpha, self.beta) != reward.weights:
+            reward = replace(reward, alpha=self.alpha, beta=self.beta)
+        return replace(config, proposals=proposals, reward=reward)
+
+
+@dataclass(frozen=True)
+class FeedbackSetup:
+    """What is known before the trainer has placed the model on its device.
+
+    Attributes:
+        config: the plugin's settings, as given.
+        staged: the rows of the training manifest.
+        reader: splits batches by what their rows are for.
+        reference: the frozen starting model.
+        heads: the heads that learn, the one that proposes first.
+        head_weights: name → weight in the loss.
+        work_dir: folder of the run.
+        train_ds: NeMo's settings of the training loader.
+        generator: of the sampler.
+        start: the weights that learn, as they were.
+        rates: learning rates to try; empty where the rate is given.
+        guard_rows: labelled general speech whose WER is watched.
+        validation: name → labelled rows, reported before and after.
+        judge: a reward from Python in place of ``config.reward``.
+        keep_alive: temporary folders of the run.
+    """
+
+    config: RunConfig
+    staged: Staged
+    reader: BatchReader
+    reference: FrozenReference
+    heads: list[Head]
+    head_weights: dict[str, float]
+    work_dir: Path
+    train_ds: DictConfig
+    generator: torch.Generator
+    start: dict[str, Tensor]
+    rates: tuple[float, ...] = ()
+    guard_rows: tuple[Row, ...] = ()
+    validation: Mapping[str, list[Row]] = field(default_factory=dict)
+    judge: Reward | None = None
+    keep_alive: tuple[Any, ...] = ()
+
+    def held_out_rows(self) -> tuple[Row, ...]:
+        """Rows that the guards watch: those kept from training, or, of a pool too small or tarred, some of it."""
+        return self.staged.held_out or self.some_rows(self.config.guards.held_out_utterances)
+
+    def some_rows(self, most: int) -> tuple[Row, ...]:
+        """Unlabeled rows with audio files, evenly spaced over the pool."""
+        rows = [row for row in self.staged.rows if row.unlabeled and Path(row.audio).is_file()]
+        return tuple(rows[:: max(1, len(rows) // most)][:most])
+
+
+@dataclass(frozen=True)
+class Feedback(FeedbackSetup):
+    """What the main path uses: the set-up, with what needed the device, the LLM and the pool.
+
+    Attributes:
+        config: with what the pool has set.
+        maker: proposes and rewards.
+        cache: the N-best of this refresh.
+        statistics: of the pool; None where there is no reward.
+        scorer: the LLM, or None.
+        exact_supervision: whether labelled rows need our likelihood, since NeMo has no TDT loss on a CPU.
+    """
+
+    maker: NBestMaker = None  # type: ignore[assignment]
+    cache: NBestCache = field(default_factory=NBestCache)
+    statistics: PoolStatistics | None = None
+    scorer: Any = None
+    exact_supervision: bool = False
+
+    def nbest(self, audio: Audio, encoded: Tensor, lengths: Tensor, *, refresh: int) -> NBestBatch:
+        """The hypotheses of a batch with their rewards: those kept from this refresh, and new ones for other rows.
+
+        Args:
+            audio: B utterances.
+            encoded: [B, D, T] the policy's encoder output.
+            lengths: [B] frames.
+            refresh: index of the refresh; what was proposed in another one is proposed anew.
+        """
+        self.cache.start(refresh)
+        stale = [b for b, utterance in enumerate(audio.utterances) if utterance not in self.cache]
+        if stale:
+            self.cache.put(self.maker.make(audio.select(stale), encoded.detach()[stale], lengths[stale]))
+        return self.cache.get(audio.utterances)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data; the same on all ranks, each of which must call this."""
+        ranks = gather((self.cache.to_plain(), random_states([self.generator])))
+        return {
+            "statistics": asdict(self.statistics) if self.statistics else None,
+            "nbest": [kept for kept, _ in ranks],
+            "random": [states for _, states in ranks],
+        }
+
+    def load_nbest(self, plain: Mapping[str, Any], *, rank: int) -> None:
+        """Takes back the kept hypotheses; with another number of ranks, all take those of all."""
+        own = plain["nbest"][rank : rank + 1] if len(plain["nbest"]) == num_ranks() else plain["nbest"]
+        for kept in own:
+            self.cache.load_plain(kept)
+
+    def load_random(self, plain: Mapping[str, Any], *, rank: int) -> None:
+        """Takes up the random states of a checkpoint; with another number of ranks there is none to take up."""
+        if len(plain["random"]) == num_ranks():
+            set_random_states(plain["random"][rank], [self.generator])
