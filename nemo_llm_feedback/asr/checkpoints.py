@@ -72,14 +72,13 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
             f"{origin} holds {target or 'no target class'}, which cannot be adapted: {why}. "
             f"Supported are exactly {', '.join(SUPPORTED)}."
         )
-    loss = str(config.get("loss", {}).get("loss_name", "default") if config.get("loss") else "default")
-    if "multiblank" in loss or config.get("decoding", {}).get("big_blank_durations"):
+    loss = str(OmegaConf.select(config, "loss.loss_name"))
+    if "multiblank" in loss or OmegaConf.select(config, "decoding.big_blank_durations"):
         raise CheckpointError(
             f"{origin} is a multi-blank transducer, which cannot be adapted: big blanks need a lattice of their own. "
             "Use an RNN-T, TDT or CTC checkpoint."
         )
-    joint = str(config.get("joint", {}).get("_target_", "") if config.get("joint") else "")
-    if joint.endswith("HATJoint"):
+    if str(OmegaConf.select(config, "joint._target_")).endswith("HATJoint"):
         raise CheckpointError(
             f"{origin} has a HAT joint, whose blank is factored out; use a checkpoint with RNNTJoint."
         )

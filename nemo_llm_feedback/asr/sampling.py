@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,27 +72,18 @@ def sample_transducer(
     Returns:
         B lists of at most ``size`` label sequences.
     """
-    found: list[list[tuple[int, ...]]] = [[] for _ in range(encoded.shape[0])]
+    found: list[list[tuple[int, ...]]] = [[] for _ in encoded]
+    draw = functools.partial(_sample_once, encoded, lengths, decoder, joint, durations, generator)
     for _ in range(MAX_ATTEMPTS):
         missing = [size - len(row) for row in found]
         if max(missing, default=0) == 0:
             break
-        drawn = _sample_once(
-            encoded, lengths, decoder, joint, size=max(missing), durations=durations, generator=generator
-        )
-        found = [row + new[:n] for row, new, n in zip(found, drawn, missing, strict=True)]
+        found = [row + new[:n] for row, new, n in zip(found, draw(max(missing)), missing, strict=True)]
     return found
 
 
 def _sample_once(
-    encoded: Tensor,
-    lengths: Tensor,
-    decoder: Any,
-    joint: Any,
-    *,
-    size: int,
-    durations: Sequence[int],
-    generator: torch.Generator,
+    encoded: Tensor, lengths: Tensor, decoder: Any, joint: Any, durations: Any, generator: torch.Generator, size: int
 ) -> list[list[tuple[int, ...]]]:
     """One attempt of ``size`` paths a row; incomplete ones are left out."""
     batch = encoded.shape[0]

@@ -6,14 +6,14 @@ having its class exchanged after NeMo built it (``adopt``).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecoding, CTCDecoding
-from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding, RNNTDecoding
+from nemo.collections.asr.parts.submodules.ctc_decoding import AbstractCTCDecoding
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
                 raise DecodingError(f"{type(self.decoding).__name__} returned no N-best: rescoring needs one.")
             # Some searches leave their start symbol, which is blank, in the sequence.
             rows.append([tuple(i for i in plain_labels(hyp.y_sequence) if 0 <= i < size) for hyp in hyps])
-        ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, proposer=self.proposer)
+        ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, self.proposer)
         results: list[Any] = []
         for members, x, frames in zip(ranked, encoded, lengths.tolist(), strict=True):
             shown = members if self.return_nbest else members[:1]
@@ -153,11 +153,7 @@ class _TransducerHook(_Hook):
         """
         if partial_hypotheses is not None and any(hyp is not None for hyp in partial_hypotheses):
             raise DecodingError("rescoring judges whole utterances: disable_rescoring(model) before streaming.")
-        with (
-            torch.inference_mode(),
-            evaluation_mode(self.decoding.decoder),
-            evaluation_mode(self.decoding.joint),
-        ):
+        with torch.inference_mode(), evaluation_mode(self.decoding.decoder), evaluation_mode(self.decoding.joint):
             (found,) = self.decoding(
                 encoder_output=encoder_output, encoded_lengths=encoded_lengths, partial_hypotheses=None
             )
@@ -176,15 +172,11 @@ class _TransducerHook(_Hook):
         return [labels[token] for token in plain_labels(tokens) if token in labels]
 
 
-# NeMo's class → the hooked subclass of it.
-_HOOKED: dict[type, type] = {
-    cls: type(f"Rescored{cls.__name__}", (hook, cls), {"__module__": __name__})
-    for hook, classes in (
-        (_CTCHook, (CTCDecoding, CTCBPEDecoding)),
-        (_TransducerHook, (RNNTDecoding, RNNTBPEDecoding)),
-    )
-    for cls in classes
-}
+@functools.cache
+def _hooked(cls: type) -> type:
+    """The rescoring subclass of one of NeMo's four decoding classes."""
+    hook = _CTCHook if issubclass(cls, AbstractCTCDecoding) else _TransducerHook
+    return type(f"Rescored{cls.__name__}", (hook, cls), {"__module__": __name__})
 
 
 def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_nbest: bool) -> None:
@@ -197,16 +189,12 @@ def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_
         align: give timestamps.
         return_nbest: return N-best lists instead of the best.
     """
-    decoding.__class__ = _HOOKED[type(decoding)]
+    decoding.__class__ = _hooked(decoding.__class__)
     if head.name == "ctc":
         # The decoder has run by the time its log-probabilities arrive here.
-        head = CTCHead(_log_probs_as_they_are, head.vocabulary)
+        head = CTCHead(lambda encoder_output: encoder_output.transpose(1, 2), head.vocabulary)
     decoding.rescorer, decoding.head, decoding.proposer = rescorer, head, rescorer.proposer(head)
     decoding.align, decoding.return_nbest = align, return_nbest
     decoding.compute_timestamps = align
     if head.name == "ctc":
         decoding.decoding.compute_timestamps = False  # NeMo's setter hands it on to the search, which has none
-
-
-def _log_probs_as_they_are(*, encoder_output: Tensor) -> Tensor:
-    return encoder_output.transpose(1, 2)

@@ -8,6 +8,7 @@ is the stock one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from nemo.collections.asr.parts.submodules.ctc_decoding import CTCBPEDecodingConfig, CTCDecodingConfig
 from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecodingConfig, RNNTDecodingConfig
 from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
-from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.asr.likelihood.autograd import modes_of
 from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import merge_context
 from nemo_llm_feedback.rescoring.decoding import adopt
 from nemo_llm_feedback.rescoring.scoring import Rescorer
 from nemo_llm_feedback.rescoring.strategies import nbest_config, wants_nbest, wants_timestamps
@@ -86,7 +88,7 @@ def attach(model: Any, rescorer: Rescorer) -> None:
     supported_class(model.cfg, origin=type(model).__name__)
     before = (type(model), getattr(model, "_rescorer", None))
     model._rescorer = rescorer
-    model.__class__ = rescored_class(type(model))
+    model.__class__ = rescored_class(model.__class__)
     try:
         _rebuild(model)
     except Exception:
@@ -117,20 +119,21 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
     """
     if not isinstance(model, RescoringMixin):
         raise ConfigError("rescoring is off: call enable_rescoring(model, …) first.")
-    with model._rescorer.utterances(names, contexts):
+    rescorer: Rescorer = model._rescorer
+    before = rescorer.batch
+    rescorer.batch = tuple(names), tuple(merge_context(rescorer.context, own) for own in contexts)
+    try:
         yield
+    finally:
+        rescorer.batch = before
 
 
-_CLASSES: dict[type, type] = {}
-
-
+@functools.cache
 def rescored_class(cls: type) -> type:
     """The subclass with rescoring of a model class; of the same name, since NeMo and its users print it."""
     if issubclass(cls, RescoringMixin):
         return cls
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(cls.__name__, (RescoringMixin, cls), {"_plain": cls, "__module__": cls.__module__})
-    return _CLASSES[cls]
+    return type(cls.__name__, (RescoringMixin, cls), {"_plain": cls, "__module__": cls.__module__})
 
 
 class RescoringMixin(_Base):
@@ -164,7 +167,7 @@ class RescoringMixin(_Base):
         if kind == "transducer" and self.joint.num_extra_outputs:
             cfg.model_type = "tdt"  # without it NeMo takes a character TDT's durations for labels
         # Models with one head know no decoder_type.
-        super().change_decoding_strategy(cfg, verbose=False, **({"decoder_type": decoder_type} if hybrid else {}))
+        super().change_decoding_strategy(cfg, verbose=verbose, **({"decoder_type": decoder_type} if hybrid else {}))
         with open_dict(section):
             section.decoding = own
         adopt(
@@ -174,8 +177,6 @@ class RescoringMixin(_Base):
             align=wants_timestamps(own),
             return_nbest=wants_nbest(own),
         )
-        if verbose:
-            logging.info(f"Rescoring the N-best of\n{OmegaConf.to_yaml(cfg)}")
 
     def change_vocabulary(self, *args: Any, **kwargs: Any) -> None:
         """NeMo's method; the new decoding objects rescore again."""
@@ -184,7 +185,7 @@ class RescoringMixin(_Base):
 
     def _transcribe_on_begin(self, audio: Any, trcfg: Any) -> None:
         """NeMo's; every module's mode is noted."""
-        self._modes = [(module, module.training) for module in self.modules()]
+        self._modes = modes_of(self.modules())
         super()._transcribe_on_begin(audio, trcfg)
 
     def _transcribe_on_end(self, trcfg: Any) -> None:
@@ -203,7 +204,7 @@ class RescoringMixin(_Base):
             if trcfg.return_hypotheses:
                 frames = logits.detach().cpu()
                 for b, hyps in enumerate(found):
-                    for hyp in hyps if isinstance(hyps, list) else [hyps]:
+                    for hyp in _listed(hyps):
                         hyp.alignments = frames[b, : int(lengths[b])].clone()
         else:
             found = self.decoding.rnnt_decoder_predictions_tensor(
@@ -215,10 +216,12 @@ class RescoringMixin(_Base):
         if trcfg.timestamps:
             stride = self.cfg["preprocessor"]["window_stride"]
             for hyps in found:
-                process_timestamp_outputs(
-                    list(hyps) if isinstance(hyps, list) else [hyps], self.encoder.subsampling_factor, stride
-                )
+                process_timestamp_outputs(_listed(hyps), self.encoder.subsampling_factor, stride)
         return list(found)
+
+
+def _listed(hyps: Any) -> list[Any]:
+    return list(hyps) if isinstance(hyps, list) else [hyps]
 
 
 def _rebuild(model: Any) -> None:
@@ -231,17 +234,20 @@ def _rebuild(model: Any) -> None:
         model.change_decoding_strategy(None, decoder_type=decoder_type, verbose=False)
 
 
+# NeMo's configurations of character and of BPE models.
+_DEFAULTS = {
+    "ctc": (CTCDecodingConfig, CTCBPEDecodingConfig),
+    "transducer": (RNNTDecodingConfig, RNNTBPEDecodingConfig),
+}
+
+
 def _completed(model: Any, given: Any, kind: str) -> DictConfig:
     """A user's configuration over NeMo's defaults, as NeMo itself would write it into the model's."""
     if dataclasses.is_dataclass(given):
         given = OmegaConf.structured(given)
-    bpe = hasattr(model, "tokenizer")
-    classes = {
-        "ctc": CTCBPEDecodingConfig if bpe else CTCDecodingConfig,
-        "transducer": RNNTBPEDecodingConfig if bpe else RNNTDecodingConfig,
-    }
-    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(classes[kind])))
-    merged = OmegaConf.merge(defaults, given)
+    characters, bpe = _DEFAULTS[kind]
+    defaults = OmegaConf.structured(bpe if hasattr(model, "tokenizer") else characters)
+    merged = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(defaults)), given)
     if kind == "transducer":
         merged = model.set_decoding_type_according_to_loss(merged)
     return DictConfig(merged)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,6 @@ from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput
-from nemo_llm_feedback.data.manifests import merge_context
 from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
@@ -57,6 +55,7 @@ class Rescorer:
             ``settings.reward`` or its defaults (β = 0 without a reward).
         context: of all utterances; each utterance's own is merged over it.
         settings: sizes, normalisation and memory.
+        batch: names and contexts of the rows that are decoded next, where they are known.
     """
 
     reward: Reward | None
@@ -64,7 +63,7 @@ class Rescorer:
     beta: float | None = None
     context: Context = field(default_factory=Context)
     settings: RescoringConfig = field(default_factory=lambda: RescoringConfig(reward=None))
-    _batch: tuple[tuple[str, ...], tuple[Context, ...]] | None = None  # names and contexts of the rows decoded next
+    batch: tuple[tuple[str, ...], tuple[Context, ...]] | None = None
 
     def __post_init__(self) -> None:
         self._normalize = get_normalizer(self.settings.normalizer)
@@ -94,21 +93,6 @@ class Rescorer:
             reward = reward_from_config(config, open_llm(needed) if needed is not None else None)
         return cls(reward, context=settings.context.load(), settings=settings)
 
-    @contextmanager
-    def utterances(self, names: Sequence[str], contexts: Sequence[Context]) -> Iterator[None]:
-        """Within it, the rows of every decoded batch are these utterances, in this order.
-
-        Args:
-            names: one per row, stable over runs.
-            contexts: each row's own context, merged here over the run's.
-        """
-        before = self._batch
-        self._batch = tuple(names), tuple(merge_context(self.context, own) for own in contexts)
-        try:
-            yield
-        finally:
-            self._batch = before
-
     def proposer(self, head: Head) -> Proposer | None:
         """What adds boosted hypotheses and term swaps to a head's N-best, or None where neither is asked for."""
         s = self.settings
@@ -124,8 +108,7 @@ class Rescorer:
         encoded: Tensor,
         lengths: Tensor,
         nbest: Sequence[Sequence[Labels]],
-        *,
-        proposer: Proposer | None = None,
+        proposer: Proposer | None,
     ) -> list[list[ScoredHypothesis]]:
         """Orders the N-best of every row by score, best first; members of equal normalised text are one.
 
@@ -150,28 +133,22 @@ class Rescorer:
         scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
         groups = []
         for name, context, row, logp in zip(names, contexts, candidates, scores, strict=True):
-            keep = build_members(
-                row,
-                logp[: len(row)],
-                vocabulary=head.vocabulary,
-                normalize=self._normalize,
-                max_members=len(row),
-                distinct=True,
-            )
-            members = tuple(to_hypothesis(row[i], head.vocabulary, self._normalize) for i in keep)
+            spelled: Any = {"vocabulary": head.vocabulary, "normalize": self._normalize}
+            keep = build_members(row, logp[: len(row)], **spelled, max_members=len(row), distinct=True)
+            members = tuple(to_hypothesis(row[i], **spelled) for i in keep)
             groups.append(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep)))
         return self._ordered(groups)
 
     def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...]]:
         """Names and contexts of the rows that are decoded."""
-        if self._batch is None:
+        if self.batch is None:
             return tuple(f"row {b}" for b in range(count)), (self.context,) * count
-        if len(self._batch[0]) != count:
+        if len(self.batch[0]) != count:
             raise ConfigError(
-                f"{len(self._batch[0])} utterances were announced but {count} rows are decoded: announce every "
+                f"{len(self.batch[0])} utterances were announced but {count} rows are decoded: announce every "
                 "batch with its own names and contexts."
             )
-        return self._batch
+        return self.batch
 
     def _ordered(self, groups: Sequence[HypothesisGroup]) -> list[list[ScoredHypothesis]]:
         """The groups' members by score, best first; those that cannot be judged last, by log p(y|x)."""
@@ -190,11 +167,8 @@ class Rescorer:
             members = []
             for n, (hyp, asr) in enumerate(zip(group.hypotheses, group.ref_logp, strict=True)):
                 length = float(text_length(hyp.text))
-                parts = (
-                    {"asr": asr, "length": length}
-                    | {k: float(v[b, n]) for k, v in output.parts.items()}
-                    | {"asr": asr}
-                )
+                parts = {"asr": asr, "length": length}
+                parts |= {name: float(part[b, n]) for name, part in output.parts.items() if name != "asr"}
                 score = asr + beta * length
                 if self.reward is not None:
                     value = float(output.values[b, n])

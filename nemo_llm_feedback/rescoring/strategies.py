@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -43,10 +44,9 @@ def nbest_config(given: DictConfig, *, kind: str, nbest: int | None, characters:
     # Plain, since the typed sections of NeMo's scripts accept no key but their dataclass's, `max_symbols` for one.
     cfg = DictConfig(OmegaConf.create(OmegaConf.to_container(given, resolve=True)))
     strategy = str(cfg.get("strategy") or GREEDY[1])
-    if cfg.get("beam") is None:
-        cfg.beam = {}
-    if cfg.get("greedy") is None:
-        cfg.greedy = {}
+    for section in ("beam", "greedy"):
+        if cfg.get(section) is None:
+            cfg[section] = {}
     if strategy in GREEDY:
         _greedy_to_beam(cfg, kind)
         cfg.beam.beam_size = nbest or DEFAULT_NBEST
@@ -110,7 +110,7 @@ def _faults(cfg: DictConfig, *, asked: str, kind: str, characters: bool) -> list
     confidence = cfg.get("confidence_cfg") or {}
     if any(confidence.get(key) for key in _CONFIDENCE):
         faults.append("confidence_cfg: beams estimate no confidence; switch it off or disable rescoring.")
-    if strategy == "pyctcdecode" and not _installed("pyctcdecode"):
+    if strategy == "pyctcdecode" and importlib.util.find_spec("pyctcdecode") is None:
         # It declares numpy < 2 and works with 2; with its dependencies pip would put NumPy back.
         faults.append(
             "strategy=pyctcdecode: the package is not installed; pip install --no-deps pyctcdecode pygtrie, or set "
@@ -125,9 +125,3 @@ def _is_set(value: Any) -> bool:
         return bool(value)
     names = ("model_path", "key_phrases_file", "key_phrases_list", "key_phrase_items_list")
     return any(value.get(name) for name in names)
-
-
-def _installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
