@@ -60,30 +60,23 @@ def read_terms(path: str | Path) -> list[str]:
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        as_json = file.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
+        found = _strings(json.loads(text)) if as_json else text.splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"context.terms_file={path} cannot be read ({error}); give a UTF-8 text or JSON file."
+            f"context.terms_file={path} cannot be read ({error}); give a UTF-8 text with one term per line, or JSON "
+            "with strings in lists or in an object of lists."
         ) from None
-    if file.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
-        try:
-            terms = _flatten(json.loads(text), path)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"context.terms_file={path} is not valid JSON ({error}).") from None
-    else:
-        terms = [line.strip() for line in text.splitlines()]
-    terms = list(dict.fromkeys(t for t in terms if t))
+    terms = list(dict.fromkeys(term for line in found if (term := line.strip())))
     if not terms:
         raise ConfigError(f"context.terms_file={path} has no term in it.")
     return terms
 
 
-def _flatten(node: Any, path: str | Path) -> list[str]:
+def _strings(node: Any) -> list[str]:
+    """All strings of nested lists and objects."""
     if isinstance(node, str):
-        return [node.strip()]
-    if isinstance(node, list):
-        return [t for item in node for t in _flatten(item, path)]
-    if isinstance(node, dict):
-        return [t for item in node.values() for t in _flatten(item, path)]
-    raise ConfigError(
-        f"context.terms_file={path} holds {node!r}; terms must be strings in lists or an object of lists."
-    )
+        return [node]
+    if isinstance(node, (list, dict)):
+        return [text for item in (node.values() if isinstance(node, dict) else node) for text in _strings(item)]
+    raise ValueError(f"it holds {node!r}")
