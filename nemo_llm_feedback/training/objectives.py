@@ -149,8 +149,9 @@ def mwer(
 
     ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised
     optimum q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the
-    policy gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and q ≈ 1 on
-    a better foreign member b: then ∂loss/∂s_b = −ε(1 − ε)(R_b − R_f), however small P̂_b, and s_f gets the opposite.
+    policy gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and
+    q ≈ 1 on a better foreign member b: then ∂loss/∂s_b = −ε(1 − ε)(R_b − R_f), however small P̂_b, and s_f gets the
+    opposite.
     Members that are bad *and* improbable have w ≈ 0, so nothing is wasted on pushing them further down, as a uniform
     mixture would; and where policy and optimum agree on one member the gradient is 0. ε = 0 is ``none``; ε = 1 forgets
     the policy, and with it the difference between f and b. The reported loss is the expected reward under w.
