@@ -1,4 +1,4 @@
-"""How far a policy is from its start: against enumeration, and what training with the anchor does."""
+"""How far a policy is from its start: against enumeration, and what training with replay rows does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import config, fit
+from helpers.fits import begin, config, fit
 from helpers.oracles import TinyDecoder, TinyJoint, joint_tables, transducer_paths
 from helpers.ranks import judge
 from helpers.tiny import write_manifest
@@ -24,7 +24,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.training.models import restore
-from nemo_llm_feedback.training.replay_kl import anchor_terms
+from nemo_llm_feedback.training.replay_kl import replay_kl
 
 TEXTS = [[0, 1], [2, 2], [], [1]]  # of rows with 5, 3, 0 and 1 frames
 
@@ -210,27 +210,24 @@ def test_transducer_kl_is_that_of_the_mode_of_its_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "tdt_bpe", "hybrid_bpe"])
-def test_anchored_rows_hold_the_model_where_it_was(
+def test_replay_rows_hold_the_model_where_it_was(
     kind: str, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.ranks import judge
-
-    monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
     manifest = write_manifest(tmp_path / "m.json", ["a latte", None, "one mocha", None], seconds=1.0)
 
     def drift(weight: float) -> list[float]:
         model = restore(nemo_file(kind), map_location="cpu")
-        feedback = config(manifest)["feedback"] | {"labelled": "replay", "replay_weight": weight}
-        model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / f"{kind}_{weight}")
+        settings = config(manifest, lr=3e-3, feedback={"labelled": "replay", "replay_weight": weight})
+        model.setup_feedback(settings, work_dir=tmp_path / f"{kind}_{weight}", reward=judge)
         seen: list[float] = []
 
         def spied(*args: Any) -> Any:
-            terms, metrics = anchor_terms(*args)
-            seen.append(metrics["anchor_kl"])
-            return terms, metrics
+            loss = replay_kl(*args)
+            seen.append(float(loss.metrics["replay_kl"].value))
+            return loss
 
-        monkeypatch.setattr("nemo_llm_feedback.training.mixin.anchor_terms", spied)
-        fit(model, steps=12, lr=3e-3)
+        monkeypatch.setattr("nemo_llm_feedback.training.mixin.replay_kl", spied)
+        fit(model, steps=12)
         return seen
 
     free, held = drift(1e-6), drift(10.0)
@@ -239,7 +236,7 @@ def test_anchored_rows_hold_the_model_where_it_was(
     assert sum(held[6:]) < 0.5 * sum(free[6:])
 
 
-def test_an_anchor_without_anything_to_learn_is_refused() -> None:
+def test_replay_without_anything_to_learn_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"labelled=replay with feedback.weight=0"):
         parse_run_config({"feedback": {"labelled": "replay", "weight": 0}, "reward": {"name": "length"}})
     with pytest.raises(ConfigError, match=r"feedback.labelled must be one of supervised, replay, got 'kept'"):
@@ -247,10 +244,7 @@ def test_an_anchor_without_anything_to_learn_is_refused() -> None:
 
 
 @pytest.mark.parametrize("lhotse", [False, True])
-def test_a_row_can_say_what_its_text_is_for(
-    lhotse: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
+def test_a_row_can_say_what_its_text_is_for(lhotse: bool, nemo_file: Any, tmp_path: Path) -> None:
     use = ["kl", None, "supervised", None]
     manifest = write_manifest(tmp_path / "m.json", ["a latte", "one mocha", "tea", None], seconds=1.0, replay=use)
     train_ds = config(manifest)["model"]["train_ds"] | {"batch_size": 4}
@@ -258,25 +252,24 @@ def test_a_row_can_say_what_its_text_is_for(
     sizes = {}
     for default in ("supervised", "replay"):
         model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-        feedback = config(manifest)["feedback"] | {"labelled": default}
-        settings = config(manifest, feedback=feedback) | {"model": {"train_ds": train_ds}}
-        model.setup_feedback(settings, work_dir=tmp_path / f"{default}_{lhotse}")
-        parts = model._feedback.reader.split(next(iter(model._train_dl)))
-        sizes[default] = [len(four[1]) for four in parts[:2] if four is not None] + [len(parts.audio.utterances)]
+        settings = config(manifest, feedback={"labelled": default}, model={"train_ds": train_ds})
+        model.setup_feedback(settings, work_dir=tmp_path / f"{default}_{lhotse}", reward=judge)
+        parts = model._setup.reader.split(next(iter(model._train_dl)))
+        sizes[default] = [len(four[1]) for four in parts[:2] if four is not None] + [len(parts.unlabeled.utterances)]
         fit(model, steps=2)
     assert sizes == {"supervised": [2, 1, 1], "replay": [1, 2, 1]}
 
 
-def test_a_pool_without_weight_leaves_labelled_and_anchored_rows(nemo_file: Any, tmp_path: Path) -> None:
+def test_a_pool_without_weight_leaves_labelled_and_replay_rows(nemo_file: Any, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None, None, "tea", "tea"], replay=[None, None, "kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-    settings = config(manifest, feedback={"weight": 0.0}, objective={"name": "self_training"})
-    model.setup_feedback(settings, work_dir=tmp_path)
+    sections: dict[str, Any] = {"feedback": {"weight": 0.0}, "objective": {"name": "self_training"}}
+    model.setup_feedback(config(manifest, **sections), work_dir=tmp_path)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fit(model, steps=1)  # the first batch has unlabeled rows only
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" not in k)
-    model.setup_feedback(settings, work_dir=tmp_path)
-    fit(model, steps=2, lr=1e-2)
+    model.setup_feedback(config(manifest, lr=1e-2, **sections), work_dir=tmp_path)
+    fit(model, steps=2)
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items() if "running" not in k)
 
 
@@ -284,41 +277,38 @@ def test_a_pool_without_weight_leaves_labelled_and_anchored_rows(nemo_file: Any,
 @pytest.mark.parametrize(
     ("kind", "lhotse"), [("ctc_bpe", False), ("ctc_bpe", True), ("rnnt_char", False), ("tdt_bpe", False)]
 )
-def test_an_anchored_row_needs_no_text(
+def test_a_replay_row_needs_no_text(
     kind: str, lhotse: bool, use_text: bool, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
     manifest = write_manifest(tmp_path / "m.json", [None, None, "tea"], seconds=1.0, replay=["kl", None, "kl"])
     train_ds = config(manifest)["model"]["train_ds"] | {"batch_size": 3}
     train_ds |= {"use_lhotse": True, "use_bucketing": False} if lhotse else {}
-    feedback = config(manifest)["feedback"] | {"use_text": use_text}
-    settings = config(manifest, feedback=feedback) | {"model": {"train_ds": train_ds}}
+    settings = config(manifest, feedback={"use_text": use_text}, model={"train_ds": train_ds})
     model = restore(nemo_file(kind), map_location="cpu")
-    model.setup_feedback(settings, work_dir=tmp_path / "work")
-    state = model._feedback
+    model.setup_feedback(settings, work_dir=tmp_path / "work", reward=judge)
+    state = begin(model)
     assert [row.unlabeled for row in state.staged.rows] == [False, True, False]
     parts = state.reader.split(next(iter(model._train_dl)))
     assert parts.labelled is None
-    assert len(parts.audio.utterances) == 1
-    assert sorted(parts.anchored[3].tolist())[0] == 0  # no text; the other has one unless it is not read
-    assert (max(parts.anchored[3].tolist()) > 0) is use_text
+    assert len(parts.unlabeled.utterances) == 1
+    assert sorted(parts.replay[3].tolist())[0] == 0  # no text; the other has one unless it is not read
+    assert (max(parts.replay[3].tolist()) > 0) is use_text
     written: list[list[tuple[int, ...]]] = []
     greedy = state.reference.heads[0].greedy
     monkeypatch.setattr(
         state.reference.heads[0], "greedy", lambda *args, **more: written.append(greedy(*args, **more)) or written[-1]
     )
-    terms, _ = anchor_terms(model, state, parts.anchored)
+    loss = replay_kl(model, state, parts.replay)
     assert [len(texts) for texts in written] == [1 if use_text else 2]
-    assert all(abs(float(term.value.detach())) < 1e-4 for term in terms.values())  # nothing has moved yet
+    assert all(abs(float(term.value.detach())) < 1e-4 for term in loss.terms.values())  # nothing has moved yet
     fit(model, steps=2)
 
 
-def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_path: Path) -> None:
+def test_replayed_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-    feedback = config(manifest)["feedback"] | {"replay_augment": True}
-    model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / "work")
-    state, seen = model._feedback, []
+    model.setup_feedback(config(manifest, feedback={"replay_augment": True}), work_dir=tmp_path / "work", reward=judge)
+    state, seen = begin(model), []
     masks = model.spec_augmentation
     masks.register_forward_hook(lambda module, given, out: seen.append(out))
     batch = (
@@ -327,13 +317,12 @@ def test_anchored_audio_is_augmented_alike_for_both_models(nemo_file: Any, tmp_p
         torch.zeros(1, 0, dtype=torch.long),
         torch.tensor([0]),
     )
-    _, metrics = anchor_terms(model, state, batch)
+    assert float(replay_kl(model, state, batch).metrics["replay_kl"].value) == pytest.approx(0.0, abs=1e-4)
     assert len(seen) == 1, "one draw of masks for the two"
-    assert metrics["anchor_kl"] == pytest.approx(0.0, abs=1e-4)
     with torch.no_grad():
         for parameter in model.encoder.parameters():
             parameter.mul_(1.1)
-    assert anchor_terms(model, state, batch)[1]["anchor_kl"] > 1e-3
+    assert float(replay_kl(model, state, batch).metrics["replay_kl"].value) > 1e-3
 
 
 @pytest.mark.parametrize("key", ["augment", "replay_augment"])
@@ -341,9 +330,8 @@ def test_masks_that_the_checkpoint_lacks_are_refused_before_any_work(key: str, n
     manifest = write_manifest(tmp_path / "m.json", [None, None], seconds=1.0, replay=["kl", None])
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     model.spec_augmentation = None
-    feedback = config(manifest)["feedback"] | {key: True}
     with pytest.raises(ConfigError, match=rf"feedback.{key} needs a checkpoint with a spec_augment section"):
-        model.setup_feedback(config(manifest, feedback=feedback), work_dir=tmp_path / "work")
+        model.setup_feedback(config(manifest, feedback={key: True}), work_dir=tmp_path / "work")
 
 
 def test_a_faulty_use_of_text_is_told(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
     original = feedback.LLMFeedbackMixin.feedback_loss
     supervised: list[int] = []
     models: list[Any] = []
-    step = feedback.LLMFeedbackMixin._supervised_step
+    step = feedback.LLMFeedbackMixin._labelled_step
 
     def watch(self: Any, audio: Any, batch_nb: int = 0) -> Any:
         seen.append(audio)
@@ -181,7 +181,7 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feedback.LLMFeedbackMixin, "feedback_loss", watch)
-        patch.setattr(feedback.LLMFeedbackMixin, "_supervised_step", watch_supervised)
+        patch.setattr(feedback.LLMFeedbackMixin, "_labelled_step", watch_supervised)
         result = run(nemo_file(kind), manifest, tiny_llm, tmp_path / "run", *more)
     assert result.nemo.is_file()
     assert len(seen) == 1
@@ -191,7 +191,7 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
     assert trained == {id(p) for p in model.parameters()}
     assert list(model.state_dict()) == list(weights(nemo_file(kind)))
     assert not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
-    assert model._feedback.llm_bytes > 0
+    assert model._feedback.scorer.memory_bytes > 0
     # Lhotse's tarred stream repeats for ever, so a batch of six may hold a row twice; all others hold each row once.
     assert len(seen[0].utterances) + len(supervised) == 6
     assert min(supervised) > 0

@@ -15,8 +15,7 @@ import torch
 
 from nemo_llm_feedback.core.errors import FeedbackError, RewardError
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
-from nemo_llm_feedback.training import setup as preparation
-from nemo_llm_feedback.training.callbacks import early_stopping as watchman
+from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 from nemo_llm_feedback.training.models import restore
 
 # Each process is forked from a clean one that has imported this module.
@@ -63,14 +62,21 @@ def _rank(rank: int, size: int, port: int, scenario: str, folder: Path, args: tu
     torch.save(found, folder / f"{scenario}_{rank}.pt")
 
 
-def judge(groups: list[HypothesisGroup]) -> RewardOutput:
+class Judge:
     """A function of the labels; rows whose context says so are not judged."""
-    rows = [[sum((i + 1) * y for i, y in enumerate(h.tokens)) % 11 / 2 for h in g.hypotheses] for g in groups]
-    rows = [
-        [float("nan")] * len(row) if "unjudged" in g.context.description else row
-        for row, g in zip(rows, groups, strict=True)
-    ]
-    return RewardOutput(pad_groups(rows), {})
+
+    name = "labels"
+
+    def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+        rows = [[sum((i + 1) * y for i, y in enumerate(h.tokens)) % 11 / 2 for h in g.hypotheses] for g in groups]
+        rows = [
+            [float("nan")] * len(row) if "unjudged" in g.context.description else row
+            for row, g in zip(rows, groups, strict=True)
+        ]
+        return RewardOutput(pad_groups(rows), {})
+
+
+judge = Judge()
 
 
 def train(
@@ -82,7 +88,6 @@ def train(
     """
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
-    from omegaconf import OmegaConf
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = pl.Trainer(
@@ -97,13 +102,15 @@ def train(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    preparation.make_reward = lambda config, scorer: reward
     model = restore(nemo, map_location="cpu")
     model.set_trainer(trainer)
     train_ds = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": batch, "num_workers": 0}
     lhotse = {"use_lhotse": True, "shuffle": True, "use_bucketing": False} if more.get("use_lhotse") else {}
     cfg = {
-        "model": {"train_ds": {**train_ds, "shuffle": False, **lhotse}},
+        "model": {
+            "train_ds": {**train_ds, "shuffle": False, **lhotse},
+            "optim": {"name": "sgd", "lr": 0.01, "sched": None},
+        },
         "feedback": {
             "pool_utterances": 2,
             "refresh_every": 1,
@@ -118,8 +125,7 @@ def train(
         "reward": {"name": "length"},
         "context": {"description": "an order"},
     }
-    model.setup_feedback(cfg, work_dir=work)
-    model.setup_optimization(OmegaConf.create({"name": "sgd", "lr": 0.01}))
+    model.setup_feedback(cfg, work_dir=work, reward=reward)
     trainer.fit(model)
     return model
 
@@ -137,17 +143,17 @@ def _lhotse(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
 
 
 def _failure(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
-    calls = 0
+    class Fails(Judge):
+        calls = 0
 
-    def fails(groups: list[HypothesisGroup]) -> RewardOutput:
-        nonlocal calls
-        calls += 1
-        if calls == 3 and os.environ["LOCAL_RANK"] == "1":
-            raise RewardError("the LLM has run out of memory")
-        return judge(groups)
+        def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+            self.calls += 1
+            if self.calls == 3 and os.environ["LOCAL_RANK"] == "1":
+                raise RewardError("the LLM has run out of memory")
+            return super().__call__(groups)
 
     try:
-        train(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", reward=fails)
+        train(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", reward=Fails())
     except FeedbackError as error:
         return {"type": type(error).__name__, "message": str(error)}
     return {}
@@ -157,10 +163,16 @@ def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
     from nemo_llm_feedback.cli.jobs.adapt import adapt
     from nemo_llm_feedback.core.config.compose import compose_config
 
-    factors: list[float] = []
-    scale = watchman.scale_rates
-    watchman.scale_rates = lambda trainer, factor: (factors.append(factor), scale(trainer, factor))
-    return {"log_dir": adapt(compose_config(arguments)).log_dir, "factors": factors}
+    lrs: list[float] = []
+    starts = LLMFeedbackMixin.on_train_batch_start
+
+    def watched(self: Any, batch: Any, batch_idx: int) -> None:
+        lrs.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        starts(self, batch, batch_idx)
+
+    LLMFeedbackMixin.on_train_batch_start = watched
+    result = adapt(compose_config(arguments))
+    return {"log_dir": result.log_dir, "rate": result.learning_rate, "lrs": lrs}
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {

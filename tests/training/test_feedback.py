@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.fits import TEXTS, config, fit, label_reward
+from helpers.fits import TEXTS, begin, config, fit, label_reward
 from helpers.tiny import KINDS, stock_class, write_manifest
 
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
-from nemo_llm_feedback.training.losses import total
 from nemo_llm_feedback.training.models import restore
 
 
 class Preference:
     """Rewards the member that the model finds least likely; shuffled, the reward goes to its neighbour instead."""
+
+    name = "preference"
 
     def __init__(self, *, shuffled: bool) -> None:
         self._shuffled = shuffled
@@ -37,22 +37,8 @@ class Preference:
         return RewardOutput(pad_groups(rows), {})
 
 
-@pytest.fixture
-def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """``reward(function)`` makes the run's reward that function."""
-    from nemo_llm_feedback.training import setup as preparation
-
-    def use(function: Any) -> None:
-        monkeypatch.setattr(preparation, "make_reward", lambda config, scorer: function)
-
-    return use
-
-
 @pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "hybrid_bpe"])
-def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(
-    kind: str, nemo_file: Any, tmp_path: Path, reward: Any
-) -> None:
-    reward(label_reward)
+def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(kind: str, nemo_file: Any, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "all.json", TEXTS)
     mixed = write_manifest(tmp_path / "mixed.json", [*TEXTS, None, None])
     stock_ds = {**config(manifest)["model"]["train_ds"]}
@@ -62,7 +48,7 @@ def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(
     for name, (path, feedback) in runs.items():
         ours = restore(nemo_file(kind), map_location="cpu")
         # The first two batches of `mixed` are those of `all`: only labelled rows.
-        ours.setup_feedback(config(path, feedback=config(path)["feedback"] | feedback), work_dir=tmp_path / name)
+        ours.setup_feedback(config(path, feedback=feedback), work_dir=tmp_path / name, reward=label_reward)
         fit(ours, steps=2)
         for (key, a), (other, b) in zip(stock.state_dict().items(), ours.state_dict().items(), strict=True):
             assert key == other
@@ -70,14 +56,15 @@ def test_weight_zero_and_labelled_batches_are_bit_equal_to_stock(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any, tmp_path: Path, reward: Any) -> None:
-    reward(label_reward)
+def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file(kind), map_location="cpu")
     keys = list(model.state_dict())
     manifest = write_manifest(tmp_path / "m.json", [None] * 4)
-    model.setup_feedback(config(manifest, objective={"temperature": 0.2}), work_dir=tmp_path)
+    model.setup_feedback(
+        config(manifest, lr=1e-2, objective={"temperature": 0.2}), work_dir=tmp_path, reward=label_reward
+    )
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit(model, steps=2, lr=1e-2)
+    fit(model, steps=2)
     assert list(model.state_dict()) == keys
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     wanted = {"encoder", "decoder"} | ({"joint"} if "ctc" not in kind.split("_")[0] else set())
@@ -90,38 +77,37 @@ def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any,
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
-    shuffled: bool, nemo_file: Any, tmp_path: Path, reward: Any
+    shuffled: bool, nemo_file: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)  # also seeds the sampler of the groups
     preference = Preference(shuffled=shuffled)
-    reward(preference)
     model = restore(nemo_file("ctc_char"), map_location="cpu")
     manifest = write_manifest(tmp_path / "m.json", [None] * 4)
-    settings = config(manifest, feedback={"refresh_every": 100})
+    settings = config(manifest, lr=3e-3, feedback={"refresh_every": 100})
     settings["model"]["train_ds"]["batch_size"] = 4
-    model.setup_feedback(settings, work_dir=tmp_path)
-    fit(model, steps=60, lr=3e-3)
-    groups = model._feedback.last_groups
-    audio = next(model._feedback.reader.split(batch).audio for batch in model._train_dl)
+    model.setup_feedback(settings, work_dir=tmp_path, reward=preference)
+    fit(model, steps=60)
+    nbest = model._feedback.cache.latest
+    audio = next(model._feedback.reader.split(batch).unlabeled for batch in model._train_dl)
+    assert nbest.utterances == audio.utterances
     with torch.no_grad(), evaluation_mode(model):
         encoded, lengths = encode(model, audio.signal, audio.signal_len)
-        now = torch.softmax(model._group_logp(model._feedback.heads[0], encoded, lengths, groups), dim=1)
+        now = torch.softmax(model._feedback.heads[0].score(encoded, lengths, nbest.labels), dim=1)
     before, after = [], []
-    for b, g in enumerate(groups):
-        n = [h.tokens for h in g.group.hypotheses].index(preference.best[g.group.utterance])
-        before.append(float(torch.softmax(torch.tensor(g.old_logp["ctc"]), 0)[n]))
+    for b, labels in enumerate(nbest.labels):
+        n = labels.index(preference.best[nbest.utterances[b]])
+        before.append(float(torch.softmax(nbest.old_logp["ctc"][b, : len(labels)], 0)[n]))
         after.append(float(now[b, n]))
     gain = sum(after) / len(after) - sum(before) / len(before)
     assert gain < 0.05 if shuffled else gain > 0.4, (before, after)
 
 
-def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
-    reward(label_reward)
+def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     manifest = write_manifest(tmp_path / "m.json", ["a latte", None, "", "thank you"])
     settings = config(manifest)
     settings["model"]["train_ds"]["batch_size"] = 4
-    model.setup_feedback(settings, work_dir=tmp_path)
+    model.setup_feedback(settings, work_dir=tmp_path, reward=label_reward)
     seen: list[list[int]] = []
     stock_step = stock_class("ctc_bpe").training_step
 
@@ -135,43 +121,34 @@ def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path, r
     assert len(seen) == 1
     assert len(seen[0]) == 2
     assert min(seen[0]) > 0
-    assert len(model._feedback.last_groups) == 2
+    assert len(model._feedback.cache.latest) == 2
 
 
-def test_greedy_is_a_member_and_members_differ_after_normalisation(
-    nemo_file: Any, tmp_path: Path, reward: Any
-) -> None:
-    reward(label_reward)
+def test_greedy_is_a_member_and_members_differ_after_normalisation(nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
     manifest = write_manifest(tmp_path / "m.json", [None] * 4)
-    model.setup_feedback(config(manifest), work_dir=tmp_path)
+    model.setup_feedback(config(manifest), work_dir=tmp_path, reward=label_reward)
     fit(model, steps=1)
-    for scored in model._feedback.last_groups:
-        texts = scored.group.texts
+    nbest = model._feedback.cache.latest
+    for texts, members in zip(nbest.texts, nbest.hypotheses, strict=True):
         assert len(set(texts)) == len(texts)
-        assert any(h.source == "greedy" for h in scored.group.hypotheses) or len(texts) == 1
+        assert any(h.source == "greedy" for h in members) or len(texts) == 1
 
 
-def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
-    reward(label_reward)
+def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file("hybrid_bpe"), map_location="cpu").double()
     model.preprocessor.float()
     manifest = write_manifest(tmp_path / "m.json", [None] * 2)
-    model.setup_feedback(config(manifest, feedback={"refresh_every": 100}), work_dir=tmp_path)
-    state = model._feedback
-    state.maker.reward = label_reward
-    audio = None
-    for batch in model._train_dl:
-        audio = state.reader.split(batch).audio
-        break
-    model._trainer = type("Stub", (), {"global_step": 0})()
+    model.setup_feedback(config(manifest, feedback={"refresh_every": 100}), work_dir=tmp_path, reward=label_reward)
     processed = model.preprocessor.forward
     model.preprocessor.forward = lambda **kw: tuple(
         x.double() if x.is_floating_point() else x for x in processed(**kw)
     )
-    state.reference.preprocessor.forward = model.preprocessor.forward
+    model._setup.reference.preprocessor.forward = model.preprocessor.forward
+    feedback = begin(model)
+    audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
     assert audio is not None
-    total(model.feedback_loss(audio)[0]).backward()
+    model.feedback_loss(audio).total().backward()
     torch.manual_seed(3)
     for name in (
         "encoder.layers.0.feed_forward1.linear1.weight",
@@ -185,30 +162,28 @@ def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: 
         for step in (1e-4, -1e-4):
             with torch.no_grad():
                 parameter += step * direction
-                values.append(float(total(model.feedback_loss(audio)[0])))
+                values.append(float(model.feedback_loss(audio).total()))
                 parameter -= step * direction
         assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=2e-3, abs=1e-7), name
         assert abs(slope) > 1e-6, name
 
 
-def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path, reward: Any) -> None:
-    reward(label_reward)
+def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file("hybrid_bpe"), map_location="cpu")
     manifest = write_manifest(tmp_path / "m.json", [None] * 2)
-    model.setup_feedback(config(manifest, feedback={"heads": "ctc"}), work_dir=tmp_path)
+    model.setup_feedback(config(manifest, lr=1e-2, feedback={"heads": "ctc"}), work_dir=tmp_path, reward=label_reward)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit(model, steps=1, lr=1e-2)
+    fit(model, steps=1)
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"encoder", "ctc_decoder"}
     assert [h.name for h in heads_of(model)] == ["transducer", "ctc"]
 
 
 def test_a_banded_loss_is_within_the_tolerance(
-    nemo_file: Any, tmp_path: Path, reward: Any, monkeypatch: pytest.MonkeyPatch
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_llm_feedback.asr.likelihood import transducer
 
-    reward(label_reward)
     manifest = write_manifest(tmp_path / "m.json", [None] * 2)
     losses, calls = [], []
     banded = transducer.banded_scores
@@ -216,38 +191,36 @@ def test_a_banded_loss_is_within_the_tolerance(
     for tolerance in (0.0, 1e-3):
         model = restore(nemo_file("tdt_bpe"), map_location="cpu")
         settings = config(manifest, feedback={"band_tolerance": tolerance}, objective={"mass_weight": 1.0})
-        model.setup_feedback(settings, work_dir=tmp_path / str(tolerance))
-        model._feedback.maker.reward = label_reward
-        model._trainer = type("Stub", (), {"global_step": 0})()
-        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
-        losses.append(float(total(model.feedback_loss(audio)[0])))
+        model.setup_feedback(settings, work_dir=tmp_path / str(tolerance), reward=label_reward)
+        audio = begin(model).reader.split(next(iter(model._train_dl))).unlabeled
+        losses.append(float(model.feedback_loss(audio).total()))
         assert bool(calls) == bool(tolerance)
-    # The loss weighs log p's by shares that add up to one, each for the objective and its anchor.
+    # The loss weighs log p's by shares that add up to one, each for the objective and the mass.
     assert losses[1] == pytest.approx(losses[0], abs=3e-3)
     assert calls
 
 
 def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clean_one(
-    nemo_file: Any, tmp_path: Path, reward: Any
+    nemo_file: Any, tmp_path: Path
 ) -> None:
-    reward(label_reward)
     manifest = write_manifest(tmp_path / "m.json", [None] * 2)
     members, losses, masked = [], [], []
     for augment in (False, True):
         torch.manual_seed(0)  # also seeds the sampler of the groups
         model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-        model.setup_feedback(config(manifest, feedback={"augment": augment}), work_dir=tmp_path / str(augment))
-        model._feedback.maker.reward = label_reward
-        model._trainer = type("Stub", (), {"global_step": 0})()
+        model.setup_feedback(
+            config(manifest, feedback={"augment": augment}), work_dir=tmp_path / str(augment), reward=label_reward
+        )
+        feedback = begin(model)
         hook = lambda module, args, output: masked.append(augment)  # noqa: E731, B023
         model.spec_augmentation.register_forward_hook(hook)
-        audio = model._feedback.reader.split(next(iter(model._train_dl))).audio
+        audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
         torch.manual_seed(0)
-        loss = total(model.feedback_loss(audio)[0])
+        loss = model.feedback_loss(audio).total()
         loss.backward()
         assert any(p.grad is not None and bool(p.grad.any()) for p in model.encoder.parameters())
         losses.append(float(loss))
-        members.append([scored.group.texts for scored in model._feedback.last_groups])
+        members.append(feedback.cache.latest.texts)
     assert masked == [True]
     assert members[0] == members[1]
     assert losses[0] != losses[1]

@@ -15,21 +15,25 @@ from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, adapt
 from nemo_llm_feedback.cli.jobs.inputs import trainer_settings
-from nemo_llm_feedback.core.config import GuardConfig, ParametersConfig
+from nemo_llm_feedback.core.config import GuardConfig, ProposalConfig, RunConfig
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
-from nemo_llm_feedback.training.callbacks.early_stopping import Watchman
-from nemo_llm_feedback.training.callbacks.guards import Look, text_drift, violations
-from nemo_llm_feedback.training.callbacks.hypothesis_log import HypothesisLog
-from nemo_llm_feedback.training.callbacks.weights import MovingAverage, mixed, put_back, snapshot
+from nemo_llm_feedback.core.run_folder import read_steps
+from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.training import pool
+from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, text_drift, violations
+from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
+from nemo_llm_feedback.training.callbacks.step_log import HypothesisLog
+from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
+from nemo_llm_feedback.training.weights import MovingAverage, interpolated, put_back, snapshot
 
 POOL: list[str | None] = [None] * 6
 
 
 def run(nemo: Path, llm: Path, folder: Path, *more: str, texts: Any = POOL) -> AdaptResult:
-    """A run whose guards are on, on a pool of six rows that the guards look at too."""
+    """A run whose guards are on, on a pool of six rows that the guards watch too."""
     manifest = write_manifest(folder / "pool.json", texts)
     overrides = arguments(nemo, manifest, llm, folder, "guards.every=5", "trainer.max_steps=20", *more)
     return adapt(compose_config(overrides))
@@ -54,10 +58,10 @@ def test_a_hacked_reward_is_caught_within_20_steps_and_the_model_is_unharmed(
         "proposals.samples=8",
         "guards.patience=0",
     )
-    assert "limit" in result.ended, result.looks
+    assert "limit" in result.ended, result.history
     assert all(
         torch.equal(value, weights(nemo_file("ctc_bpe"))[name]) for name, value in weights(result.nemo).items()
-    ), "no look passed, so the start must come back"
+    ), "no measurement passed, so the start must come back"
 
 
 def test_what_texts_tell_and_which_limits_they_break() -> None:
@@ -72,8 +76,8 @@ def test_what_texts_tell_and_which_limits_they_break() -> None:
     characters = len("alatte.WithSOY!teateateatea")
     assert drift["style_change"] == pytest.approx(max(4, 2) / characters)
 
-    fine = Look(1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.5, 0.5)
-    assert violations(fine, GuardConfig()) == []  # the guard set's WER is mended by mixing
+    fine = HeldOutMetrics(1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.5, 0.5)
+    assert violations(fine, GuardConfig()) == []  # the guard set's WER is mended by interpolation
     assert "guard set" in violations(fine, GuardConfig(interpolation=1.0))[0]
     for field, value in (
         ("length_ratio", 0.5),
@@ -83,28 +87,29 @@ def test_what_texts_tell_and_which_limits_they_break() -> None:
         ("style_change", 0.2),
         ("kl", 9.0),
     ):
-        assert len(violations(Look(**{**vars(fine), field: value}), GuardConfig())) == 1, field
+        assert len(violations(HeldOutMetrics(**{**vars(fine), field: value}), GuardConfig())) == 1, field
 
 
-def test_a_look_that_the_reward_cannot_judge_is_no_gain() -> None:
-    looks = iter([1.0, math.nan, 0.5, 2.0])
+def test_a_measurement_that_the_reward_cannot_judge_is_no_gain() -> None:
+    gains = iter([1.0, math.nan, 0.5, 2.0])
     model = torch.nn.Linear(1, 1)
-    watch = SimpleNamespace(
+    evaluator: Any = SimpleNamespace(
         rewarded=True,
         start_wer=None,
-        look=lambda model, step: Look(step, next(looks), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan),
+        measure=lambda model, step: HeldOutMetrics(step, next(gains), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan),
     )
-    trainer = SimpleNamespace(is_global_zero=True, loggers=[], global_step=0)
-    watchman = Watchman(GuardConfig(), [], [], start=snapshot(model), parameters=ParametersConfig())
-    watchman._watch = watch  # type: ignore[assignment]
+    trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[], callbacks=[], global_step=0)
+    setup: Any = SimpleNamespace(config=RunConfig(), held_out_rows=tuple, guard_rows=(), start=snapshot(model))
+    stopping = HeldOutEarlyStopping(setup)
+    stopping._evaluator = evaluator
     kept = []
     for step in range(1, 5):
         torch.nn.init.constant_(model.weight, step)
-        watchman._look(trainer, model, step)  # type: ignore[arg-type]
-        kept.append(float(watchman.state_dict()["best"]["weight"]))
+        stopping._measure(trainer, model, step)
+        kept.append(float(stopping.state_dict()["best"]["weight"]))
     assert kept == [1, 1, 1, 4]
-    resumed = Watchman(GuardConfig(), [], [], start=snapshot(model), parameters=ParametersConfig())
-    resumed.load_state_dict({**watchman.state_dict(), "start_wer": None})
+    resumed = HeldOutEarlyStopping(setup)
+    resumed.load_state_dict({**stopping.state_dict(), "start_wer": None})
     assert float(resumed.state_dict()["best"]["weight"]) == 4
 
 
@@ -112,16 +117,18 @@ def test_a_look_that_the_reward_cannot_judge_is_no_gain() -> None:
     ("every", "steps", "interval"),
     [(None, 100, 10), (None, 200, 12), (None, 612, 38), (None, math.inf, 10), (5, 612, 5)],
 )
-def test_looks_are_a_share_of_the_run_unless_their_interval_is_named(every: Any, steps: float, interval: int) -> None:
+def test_measurements_are_a_share_of_the_run_unless_their_interval_is_named(
+    every: Any, steps: float, interval: int
+) -> None:
     assert GuardConfig(every=every).interval(steps) == interval
     assert GuardConfig(every=every).looks
     assert not GuardConfig(every=0).looks
 
 
-def test_a_run_without_a_named_interval_looks_by_its_length(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_named_interval_measures_by_its_length(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     lenient = ("guards.max_kl=1e3", "guards.max_length_ratio=1e3", "guards.max_empty_rise=1", "guards.patience=0")
     result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "guards.every=null", "trainer.max_steps=20", *lenient)
-    assert [look.step for look in result.looks] == [10, 20]
+    assert [found.step for found in result.history] == [10, 20]
 
 
 def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> None:
@@ -129,12 +136,12 @@ def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> 
     for every in (1, 3, 0):
         experiment = SimpleNamespace(add_text=lambda name, text, step, every=every: shown[every].append(step))
         shown[every] = []
-        group = HypothesisGroup("a", (Hypothesis("x", (1,), "beam"),), Context(), (0.0,))
-        scored = ScoredGroup(group, {"ctc": [0.0]}, {})
-        state = SimpleNamespace(last_groups=[scored], heads=[SimpleNamespace(name="ctc")])
+        zero, members = {"ctc": torch.zeros(1, 1)}, (Hypothesis("x", (1,), "beam"),)
+        nbest = NBestBatch(("a",), (Context(),), (members,), zero, zero)
+        feedback = SimpleNamespace(cache=SimpleNamespace(latest=nbest), heads=[SimpleNamespace(name="ctc")])
         for step in range(1, 6):
             trainer = SimpleNamespace(global_step=step, loggers=[SimpleNamespace(experiment=experiment)])
-            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(_feedback=state))  # type: ignore[arg-type]
+            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(_feedback=feedback))  # type: ignore[arg-type]
     assert shown == {1: [1, 2, 3, 4, 5], 3: [1, 4], 0: []}
 
 
@@ -144,7 +151,7 @@ def test_lhotse_is_split_over_ranks_by_itself_only() -> None:
         assert trainer_settings(cfg).get("use_distributed_sampler") is (False if use_lhotse else None)
 
 
-def test_weights_are_kept_put_back_mixed_and_averaged() -> None:
+def test_weights_are_kept_put_back_interpolated_and_averaged() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     start = snapshot(model)
     with torch.no_grad():
@@ -152,7 +159,7 @@ def test_weights_are_kept_put_back_mixed_and_averaged() -> None:
             parameter += 1
         model[1].running_mean += 2
     end = snapshot(model)
-    half = mixed(start, end, 0.5)
+    half = interpolated(start, end, 0.5)
     assert torch.allclose(half["0.weight"], start["0.weight"] + 0.5)
     assert torch.allclose(half["1.running_mean"], torch.ones(2))
     put_back(model, start)
@@ -164,13 +171,13 @@ def test_weights_are_kept_put_back_mixed_and_averaged() -> None:
     assert torch.allclose(average.weights["0.weight"], start["0.weight"] + 0.9)
     low = {"x.lora_A.default.weight": torch.ones(1), "x.lora_B.default.weight": torch.ones(1)}
     zero = {name: torch.zeros(1) for name in low}
-    scaled = mixed(zero, low, 0.25)  # B·A scales linearly
+    scaled = interpolated(zero, low, 0.25)  # B·A scales linearly
     assert scaled["x.lora_A.default.weight"] * scaled["x.lora_B.default.weight"] == 0.25
 
 
 @pytest.fixture(scope="module")
 def trained(nemo_file: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that adapts the tiny hybrid for two steps without looks, at a constant rate by SGD."""
+    """A function that adapts the tiny hybrid for two steps without guards, at a constant rate by SGD."""
 
     def make(*more: str, kind: str = "hybrid_bpe", texts: Any = POOL) -> dict[str, torch.Tensor]:
         folder = tmp_path_factory.mktemp("trained")
@@ -296,15 +303,15 @@ def test_bf16_mixed_learns_nearly_the_same_with_a_lattice_in_fp32(
 def test_a_step_that_is_not_finite_is_skipped_and_three_end_the_run(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_llm_feedback.training import mixin as feedback
+    honest, bad = LLMFeedbackMixin.feedback_loss, {2}
 
-    honest, bad = feedback.LLMFeedbackMixin._group_logp, {2}
+    def poisoned(self: Any, *args: Any) -> Any:
+        loss = honest(self, *args)
+        if self.trainer.global_step in bad:
+            loss.join(loss, weight=math.nan)
+        return loss
 
-    def poisoned(self: Any, *args: Any) -> torch.Tensor:
-        logp = honest(self, *args)
-        return logp * float("nan") if self.trainer.global_step in bad else logp
-
-    monkeypatch.setattr(feedback.LLMFeedbackMixin, "_group_logp", poisoned)
+    monkeypatch.setattr(LLMFeedbackMixin, "feedback_loss", poisoned)
     result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "trainer.max_steps=6", "guards.every=0")
     assert result.ended == ""
     assert all(torch.isfinite(v).all() for v in weights(result.nemo).values())
@@ -314,11 +321,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_end_the_run(
     assert json.loads((result.log_dir / "result.json").read_text())["ended"] == result.ended
 
 
-def test_the_update_is_mixed_down_to_what_the_guard_set_bears(
+def test_the_update_is_interpolated_down_to_what_the_guard_set_bears(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_llm_feedback.training.callbacks.held_out import HeldOutWatch
-
     base, name = weights(nemo_file("ctc_bpe")), "decoder.decoder_layers.0.weight"
     ends: list[torch.Tensor] = []
 
@@ -328,8 +333,8 @@ def test_the_update_is_mixed_down_to_what_the_guard_set_bears(
         ends.append(now.norm())
         return 0.1 * float(now.norm() / max(*ends, torch.tensor(1e-9)))
 
-    monkeypatch.setattr(HeldOutWatch, "wer_rise", wer_rise)
-    monkeypatch.setattr(HeldOutWatch, "_gain", lambda self, *args: float(len(ends)))
+    monkeypatch.setattr(HeldOutEvaluator, "wer_rise", wer_rise)
+    monkeypatch.setattr(HeldOutEvaluator, "_gain", lambda self, *args: float(len(ends)))
     guard = write_manifest(tmp_path / "guard.json", ["a latte", "one mocha to go"])
     more = (f"guards.manifest_filepath={guard}", "guards.max_wer_rise=0.045", "guards.max_kl=1e3")
     result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "trainer.max_steps=5", *more)
@@ -342,23 +347,26 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_llm_feedback.llm.scorer import LLMScorer
-    from nemo_llm_feedback.training import mixin as feedback
+    from nemo_llm_feedback.training import mixin
 
     seen: list[tuple[int, int, bool]] = []
     moved: list[float] = []
-    honest = feedback.LLMFeedbackMixin._group_logp
+    learned, objective = LLMFeedbackMixin.feedback_loss, mixin.objective_loss
 
-    def watched(self: Any, head: Any, encoded: Any, lengths: Any, groups: Any) -> torch.Tensor:
-        state, logp = self._feedback, honest(self, head, encoded, lengths, groups)
-        if torch.is_grad_enabled():  # a step, not the phase
-            seen.append((self.trainer.global_step, len(state.maker.kept), state.scorer.loaded))
-            moved.append(abs(float(logp[0, 0]) - groups[0].old_logp[head.name][0]))
-        return logp
+    def watched(self: Any, *args: Any) -> Any:
+        feedback = self._feedback
+        seen.append((self.trainer.global_step, len(feedback.cache), feedback.scorer.loaded))
+        return learned(self, *args)
+
+    def compared(config: Any, logp: torch.Tensor, nbest: NBestBatch, *, head: str) -> Any:
+        moved.append(abs(float(logp[0, 0]) - float(nbest.old_logp[head][0, 0])))
+        return objective(config, logp, nbest, head=head)
 
     unloads: list[LLMScorer] = []
     unload = LLMScorer.unload
     monkeypatch.setattr(LLMScorer, "unload", lambda self: (unloads.append(self), unload(self))[1])
-    monkeypatch.setattr(feedback.LLMFeedbackMixin, "_group_logp", watched)
+    monkeypatch.setattr(LLMFeedbackMixin, "feedback_loss", watched)
+    monkeypatch.setattr(mixin, "objective_loss", compared)
     more = (
         "feedback.augment=false",
         "llm.phase=cached",
@@ -368,37 +376,28 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     )
     run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *more)
     assert seen == [(step, len(POOL), False) for step in range(4)]
-    assert len(unloads) == 2  # two rounds
+    assert len(unloads) == 2  # two refreshes
     # Ratios are to the policy that proposed a group, not to the one that first learns from it.
     assert max(moved[0], moved[2]) < 1e-4 < 1e-3 < min(moved[1], moved[3]), moved
 
 
 def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() -> None:
-    from nemo_llm_feedback.core.config import ProposalConfig
-    from nemo_llm_feedback.training import survey
-
-    proposer = SimpleNamespace(boosting_weight=None)
     best = {0.5: 1.0, 1.0: 3.0, 2.0: 3.04}  # the last two are equal to a tenth: the weaker is taken
 
-    def make(audio: Any, encoded: Any) -> Any:
-        values = [best[proposer.boosting_weight], float("nan"), -5.0]
-        return [SimpleNamespace(rewards={"ctc": values}) for _ in audio.utterances]
+    def build(config: RunConfig) -> Any:
+        values = [best[config.proposals.boosting_weight], float("nan"), -5.0]
+        return SimpleNamespace(make=lambda *args: SimpleNamespace(rewards={"ctc": torch.tensor([values, values])}))
 
-    state = SimpleNamespace(
-        config=SimpleNamespace(proposals=ProposalConfig()),
-        heads=[SimpleNamespace(name="ctc")],
-        maker=SimpleNamespace(proposer=proposer, make=make),
-    )
-    audio = [SimpleNamespace(utterances=("a", "b"), contexts=(Context(terms=("mocha",)),), signal=0, signal_len=0)]
-    original, survey.encode = survey.encode, lambda model, signal, length: (0,)
-    try:
-        assert survey._boosting_weight(None, state, audio) == 1.0  # type: ignore[arg-type]
-        best[0.5] = 9.0
-        assert survey._boosting_weight(None, state, audio) == 0.5  # type: ignore[arg-type]
-        audio[0].contexts = (Context("no terms"),)
-        assert survey._boosting_weight(None, state, audio) == ProposalConfig.boosting_weight  # type: ignore[arg-type]
-    finally:
-        survey.encode = original
+    def chosen(context: Context) -> float:
+        audio = SimpleNamespace(utterances=("a", "b"), contexts=(context,))
+        share: Any = [SimpleNamespace(audio=audio, encoded=None, lengths=None)]
+        return pool._with_boosting(share, build, RunConfig(), head="ctc").proposals.boosting_weight
+
+    mocha = Context(terms=("mocha",))
+    assert chosen(mocha) == 1.0
+    best[0.5] = 9.0
+    assert chosen(mocha) == 0.5
+    assert chosen(Context("no terms")) == ProposalConfig.boosting_weight
 
 
 def test_the_learning_rate_with_the_greatest_fall_of_the_held_out_loss_is_taken(
@@ -411,14 +410,17 @@ def test_the_learning_rate_with_the_greatest_fall_of_the_held_out_loss_is_taken(
         moved.append(float((dict(model.named_parameters())[name].detach() - base[name]).norm()))
         return [9.0, 8.0, 6.0, 7.0][len(moved) - 1]
 
-    monkeypatch.setattr("nemo_llm_feedback.training.callbacks.held_out_loss.HeldOutLoss.__call__", loss)
+    monkeypatch.setattr("nemo_llm_feedback.training.callbacks.lr_search.HeldOutLoss.__call__", loss)
     more = ("parameters.lr_candidates=[1e-4,4e-4,2e-4]", "parameters.lr_trial_steps=2", "guards.max_kl=1e9")
-    chosen = ("model.optim.lr=null", *more)
-    samples = ("trainer.max_steps=2", "guards.every=2", "proposals.samples=2")
-    result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *chosen, *samples)
+    schedule = "model.optim.sched={name: CosineAnnealing, warmup_steps: 1, min_lr: 0.0}"
+    steps = ("trainer.max_steps=3", "guards.every=3", "proposals.samples=2", schedule)
+    result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "model.optim.lr=null", *more, *steps)
     assert 0 == moved[0] < moved[1] < moved[2] < moved[3]
-    lines = [json.loads(line) for line in (result.log_dir / "steps.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([2e-4, 2e-4])
-    # The trials left no trace.
-    plain = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path / "plain", *more[1:], "model.optim.lr=2e-4", *samples)
+    assert result.learning_rate == 2e-4
+    # The trials left no trace: the run has its schedule and learns what it does where the rate is given.
+    plain = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path / "plain", *more[1:], "model.optim.lr=2e-4", *steps)
+    rates = [[line["lr"] for line in read_steps(r.log_dir / "steps.jsonl") if "lr" in line] for r in (result, plain)]
+    assert rates[0] == rates[1]
+    assert max(rates[0]) == pytest.approx(2e-4)
+    assert len(set(rates[0])) > 1
     assert all(torch.equal(value, weights(plain.nemo)[key]) for key, value in weights(result.nemo).items())

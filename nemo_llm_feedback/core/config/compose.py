@@ -70,6 +70,8 @@ def with_defaults(settings: Any) -> dict[str, Any]:
     given = OmegaConf.create(settings)
     chosen = {group: OmegaConf.select(given, f"{group}.name") for group in ("objective", "reward")}
     known = [f"{group}={name}" for group, name in chosen.items() if (conf_dir() / group / f"{name}.yaml").is_file()]
+    if OmegaConf.select(given, "model.optim.name") not in (None, "adamw"):
+        known.append("~model.optim.betas")  # other optimizers have none
     complete = given if "exp_manager" in given else OmegaConf.merge(compose_config(known), given)
     tree: Any = OmegaConf.to_container(complete, resolve=True, throw_on_missing=False)
     return tree

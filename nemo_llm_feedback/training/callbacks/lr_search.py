@@ -139,11 +139,12 @@ def smallest_good(falls: Mapping[float, float]) -> float:
 def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
     """Training steps as the run takes them: its optimizer at a constant rate, its precision, clipping, accumulation
     and mix of rows."""
-    trainer = model.trainer
-    settings = OmegaConf.to_container(model.cfg.optim, resolve=True)
+    trainer, given = model.trainer, model.cfg.optim
+    settings = OmegaConf.to_container(given, resolve=True)
     assert isinstance(settings, dict)
     settings.pop("sched", None)
     optimizer = model.setup_optimization(OmegaConf.create({**settings, "lr": rate}))
+    model.cfg.optim = given  # NeMo keeps the trial's, and the run would have no schedule
     optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
     size = trainer.accumulate_grad_batches
     silent = mock.patch.multiple(model, log=mock.DEFAULT, log_dict=mock.DEFAULT)
