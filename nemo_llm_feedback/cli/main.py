@@ -49,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.append("--help")
     try:
         return int(_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
-    except (FeedbackError, CycloptsError) as error:
+    except CycloptsError as error:
+        from nemo_llm_feedback.core.config.renames import renamed
+
+        renames = [now for word in arguments if (now := renamed(word.partition("=")[0]))]
+        print(f"error: {' '.join(renames) or error}", file=sys.stderr)
+    except FeedbackError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 def _app() -> App:

@@ -38,6 +38,7 @@ assert not loaded, loaded
         (["score", "a.nemo", "--manifest", "m.json", "--utterence", "3"], "Did you mean --utterances?"),
         (["score", "a.nemo", "--manifest", "m.json", "--head", "rnn"], 'Choose from: "auto", "ctc", "transducer"'),
         (["score", "a.nemo"], "--manifest requires an argument"),
+        (["export", "a.nemo", "--base-share=0.5"], "--base-share is now --interpolation"),
         (["adapt", "--show-conf"], "Did you mean --show-config?"),
         (["adapt", "init_from_nemo_model=/absent.nemo", "llm.model=a/b", "context.description=x"], "no such file"),
         (["adapt", "llm.model=a/b", "context.description=x"], "exactly one of init_from_nemo_model"),

@@ -1,4 +1,4 @@
-"""Keys and values that had another name before; they are refused, with the new name in the message."""
+"""Keys, values, flags and commands that had another name; they are refused, with the new name in the message."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ RENAMED = {
     "llm.restore": "llm.truecasing",
     "reward.settings.restore": "reward.settings.truecasing",
     "replay=anchor": '"replay": "kl"',
+    "--base-share": "--interpolation (the share of the run: 1 − the base's)",
+    "calibrate": "score --compare-quantization none",
+    "tune": "score --tune",
 }
 
 
