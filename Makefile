@@ -1,12 +1,14 @@
 # make quickstart: creates .venv, installs, adapts the shipped checkpoint to the shipped speech, shows the table
-# make test:       creates .venv, installs, runs the tests
+# make test:       creates .venv, installs, runs the tests but the slow ones
 # make lint:       ruff and mypy
+# make coverage:   all tests, the slow ones too, with the share of the package that they run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test coverage lint install clean
 
 install: $(STAMP)
 
@@ -23,7 +25,10 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --cov=nemo_llm_feedback --cov-report=term:skip-covered
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
