@@ -52,6 +52,9 @@ setup(
         "silero-vad>=6",
         "tensorboard",
     ],
-    extras_require={"remote": REMOTE, "dev": [*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy"]},
+    extras_require={
+        "remote": REMOTE,
+        "dev": [*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+    },
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
 )

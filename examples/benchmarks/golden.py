@@ -168,6 +168,7 @@ class Bench:
             yield f"variant/{key}", partial(self.adapt, family, f"objective={objective} {FIXED} {more}")
         for family in FAMILIES:
             yield f"chosen/{family}", partial(self.adapt, family, f"{CHOSEN} {RATES[family]} {LABELLED}")
+            yield f"guarded/{family}", partial(self.adapt, family, f"{CHOSEN} model.optim.lr=1e-3 {LABELLED}")
             yield f"transcribe/{family}", partial(self.transcribe, family)
             yield f"score/{family}", partial(self.score, family)
         yield "transcribe/hybrid_ctc", partial(self.transcribe, "hybrid", "--decoder-type", "ctc")

@@ -102,7 +102,7 @@ class Members:
         return self.policy_grad.detach()
 
 
-def prepare(
+def usable_members(
     logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor, min_spread: float, old_logp: Tensor | None = None
 ) -> Members:
     """Applies the rules that all rewarded objectives share: feasible members of groups with signal."""

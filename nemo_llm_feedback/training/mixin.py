@@ -15,6 +15,7 @@ What the mixin leaves to others: everything before the first step (``setup``, ``
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from nemo_llm_feedback.asr.reference import encode, evaluation_mode, frozen_stat
 from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.run_folder import STATISTICS_FILE, write_json
 from nemo_llm_feedback.core.types import Audio
-from nemo_llm_feedback.data.resumable_loader import ResumableLoader
+from nemo_llm_feedback.data.resumable_loader import ResumableLoader, resumable
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, callbacks_of, try_rates
 from nemo_llm_feedback.training.distributed import local_metrics, num_ranks, zero_grad_for_unused
@@ -39,7 +40,7 @@ from nemo_llm_feedback.training.losses import LossSum, nbest_metrics, objective_
 from nemo_llm_feedback.training.pool import EncodedAudio, fill_cache, pool_share
 from nemo_llm_feedback.training.replay_kl import replay_kl
 from nemo_llm_feedback.training.resume import count_finished_batch, place_in_data
-from nemo_llm_feedback.training.setup import check_starts, prepare, start
+from nemo_llm_feedback.training.setup import build_setup, check_starts, start
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
 from nemo_llm_feedback.training.supervision import exact_supervised_step, pseudo_labelled_batch
 
@@ -66,6 +67,7 @@ class LLMFeedbackMixin(_Base):
     _resumed: dict[str, Any] | None = None
     _adaptation_facts: dict[str, Any] | None = None
     _source_path: str = ""
+    _train_dl: Any
 
     nonfinite_steps: int = 0
     """Optimizer steps in a row, up to now, that were skipped because a gradient was not finite."""
@@ -102,7 +104,8 @@ class LLMFeedbackMixin(_Base):
         Returns:
             The terms of the loss with gradient, and their metrics.
         """
-        feedback, config = self._started(), self._started().config
+        feedback = self.feedback
+        config = feedback.config
         augment, by_nemo = config.feedback.augment, config.learns_by_nemo
         with evaluation_mode(self), recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
             encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
@@ -133,7 +136,7 @@ class LLMFeedbackMixin(_Base):
 
     def _pseudo_label_loss(self, audio: Audio, nbest: Any, batch_nb: int, *, zero: Tensor) -> LossSum:
         """NeMo's step on one pseudo-label per utterance; ``zero`` stands for it where no label passed the filter."""
-        feedback, loss = self._started(), LossSum()
+        feedback, loss = self.feedback, LossSum()
         batch, found = pseudo_labelled_batch(feedback.config.objective, audio, nbest, head=feedback.heads[0].name)
         with frozen_statistics(self, active=feedback.config.parameters.freeze_batchnorm):
             value = self._labelled_step(batch, batch_nb)["loss"] if batch else zero
@@ -143,7 +146,7 @@ class LLMFeedbackMixin(_Base):
 
     def _labelled_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
         """NeMo's step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
-        feedback = self._started()
+        feedback = self.feedback
         if feedback.exact_supervision:
             budget = feedback.config.feedback.memory_budget_mb
             return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
@@ -195,7 +198,7 @@ class LLMFeedbackMixin(_Base):
         Raises:
             FeedbackError: whatever is wrong with the settings, the manifests or the LLM, before any work.
         """
-        self._setup, self._feedback = prepare(self, cfg, work_dir=work_dir, judge=reward), None
+        self._setup, self._feedback = build_setup(self, cfg, work_dir=work_dir, judge=reward), None
 
     def configure_callbacks(self) -> list[Any]:
         """Logs, held-out metrics and guards; Lightning adds them to the trainer's when training starts."""
@@ -217,7 +220,7 @@ class LLMFeedbackMixin(_Base):
 
     def pool_batches(self) -> Iterator[Any]:
         """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""
-        loader = self._setup_dataloader_from_config(self._prepared().train_ds)
+        loader = self._setup_dataloader_from_config(self.feedback_setup.train_ds)
         for batch in pool_share(loader, rank=self.global_rank):
             yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
 
@@ -225,7 +228,7 @@ class LLMFeedbackMixin(_Base):
     def encoded_pool(self) -> Iterator[EncodedAudio]:
         """The unlabeled rows of :meth:`pool_batches`, encoded; the caller puts the model into evaluation mode."""
         for batch in self.pool_batches():
-            audio = self._prepared().reader.split(batch).unlabeled
+            audio = self.feedback_setup.reader.split(batch).unlabeled
             if audio is not None:
                 yield EncodedAudio(audio, *self._encode(audio))
 
@@ -241,17 +244,55 @@ class LLMFeedbackMixin(_Base):
 
     def _refresh(self) -> int:
         """Index of the refresh of hypotheses that this step belongs to."""
-        return int(self.trainer.global_step) // self._prepared().config.feedback.refresh_every
+        return int(self.trainer.global_step) // self.feedback_setup.config.feedback.refresh_every
 
-    def _prepared(self) -> FeedbackSetup:
+    @property
+    def feedback_setup(self) -> FeedbackSetup:
+        """What ``setup_feedback`` built.
+
+        Raises:
+            TrainingError: it was not called.
+        """
         if self._setup is None:
             raise TrainingError("feedback is not set up: call model.setup_feedback(cfg) first.")
         return self._setup
 
-    def _started(self) -> Feedback:
+    @property
+    def feedback(self) -> Feedback:
+        """What training uses, from its start on.
+
+        Raises:
+            TrainingError: it has not started.
+        """
         if self._feedback is None:
             raise TrainingError("feedback has not started: call model.setup_feedback(cfg), then trainer.fit(model).")
         return self._feedback
+
+    @contextmanager
+    def training_with(self, feedback: Feedback) -> Iterator[None]:
+        """Inside this context the model trains with another state, for trials."""
+        before, self._feedback = self._feedback, feedback
+        try:
+            yield
+        finally:
+            self._feedback, self.nonfinite_steps = before, 0
+
+    def set_training_data(self, nemo_ds: Any, *, shown: Any, shuffle: bool) -> Any:
+        """Gives the model a training loader that a resumed run can take up in its middle.
+
+        Args:
+            nemo_ds: NeMo's settings of the loader.
+            shown: settings for the exported file, with the user's paths: the staged ones are gone when it is read.
+            shuffle: whether the classic loader shuffles.
+
+        Returns:
+            NeMo's loader.
+        """
+        self.setup_training_data(nemo_ds)
+        loader = self._train_dl
+        self._train_dl = resumable(loader, rank=self.global_rank, num_ranks=self.world_size, shuffle=shuffle)
+        self._update_dataset_config("train", shown)
+        return loader
 
     # -------------------------------------------------------------------------------------------- checkpoints and end
 

@@ -53,9 +53,9 @@ from nemo_llm_feedback.training.group_math import (
     log_softmax_over,
     member_mean,
     members,
-    prepare,
     probabilities,
     signal,
+    usable_members,
 )
 
 __all__ = [
@@ -115,7 +115,7 @@ def distill(
     Returns:
         Loss in nats ≥ 0; adds the metrics ``target_entropy`` (nats) and ``target_policy_mass`` = Σ q·P̂.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread)
+    g = usable_members(logp, rewards, ref_logp, mask, min_spread)
     log_q = log_softmax_over(g.rewards / temperature, g.valid)
     q = probabilities(log_q, g.valid)
     entropy = -(q * log_q).sum(dim=1)
@@ -171,7 +171,7 @@ def mwer(
     Raises:
         ValueError: unknown ``correction``, or ``proposal`` without ``old_logp``.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = centred(g.rewards, g.valid)
     if correction == "none":
         return _output(g, -(g.policy_grad * advantage).sum(dim=1), {})
@@ -211,7 +211,7 @@ def reinforce(
         logp, rewards, ref_logp, mask, old_logp: see the module docstring.
         min_spread: see `signal`; above 0 the estimate leaves out the groups it drops.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = leave_one_out(g.rewards, g.valid)
     if old_logp is None:
         return _output(g, -member_mean(advantage * g.logp, g.valid), {})
@@ -250,7 +250,7 @@ def grpo(
     Returns:
         Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members whose gradient the clip removed) and ``k3``.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
     advantage = centred(g.rewards, g.valid)
     if standardize:
         std = member_mean(advantage.square(), g.valid).sqrt().clamp(min=std_floor)
@@ -289,7 +289,7 @@ def dpo(
         Adds the metrics ``preference_accuracy`` (implied reward ranks the pair as the reward does) and ``margin``, the
         implied reward difference in nats.
     """
-    g = prepare(logp, rewards, ref_logp, mask, min_spread)
+    g = usable_members(logp, rewards, ref_logp, mask, min_spread)
     shift = g.logp - g.ref_logp
     best = g.rewards.masked_fill(~g.valid, -torch.inf).argmax(dim=1, keepdim=True)
     worst = g.rewards.masked_fill(~g.valid, torch.inf).argmin(dim=1, keepdim=True)

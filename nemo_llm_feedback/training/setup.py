@@ -23,7 +23,7 @@ from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, 
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
 from nemo_llm_feedback.data.manifests import Row, Staged, stage
-from nemo_llm_feedback.data.resumable_loader import resumable, run_seed
+from nemo_llm_feedback.data.resumable_loader import run_seed
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
@@ -38,7 +38,7 @@ from nemo_llm_feedback.training.weights import snapshot
 _LENGTH_TOLERANCE = 1.2
 
 
-def prepare(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Reward | None = None) -> FeedbackSetup:
+def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Reward | None = None) -> FeedbackSetup:
     """Checks settings and data, and gives the model its optimizer, parameters and loaders.
 
     Args:
@@ -121,7 +121,7 @@ def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Sett
 
     Args:
         tree: all sections of ``adapt`` as plain mappings.
-        judge: see :func:`prepare`.
+        judge: see :func:`build_setup`.
 
     Raises:
         ConfigError, LLMError, ManifestError, RewardError: every fault of its kind.
@@ -159,16 +159,8 @@ def _training_data(
         labelled=config.feedback.labelled,
         rows=staged.rows,
     )
-    model.setup_training_data(nemo_ds)
-    reader.attach(model._train_dl)
-    model._train_dl = resumable(
-        model._train_dl,
-        rank=model.global_rank,
-        num_ranks=model.world_size,
-        shuffle=bool(train_ds.get("shuffle")),
-    )
-    # The model's config keeps the user's paths: the staged ones are gone when somebody reads the exported file.
-    model._update_dataset_config("train", OmegaConf.create(dict(train_ds)))
+    shown = OmegaConf.create(dict(train_ds))
+    reader.attach(model.set_training_data(nemo_ds, shown=shown, shuffle=bool(train_ds.get("shuffle"))))
     return reader, nemo_ds
 
 
@@ -211,7 +203,7 @@ def start(
 
     Args:
         model: on its device.
-        setup: of :func:`prepare`.
+        setup: of :func:`build_setup`.
         pool: gives the batches of this rank's share of the pool.
         known: what ``Feedback.to_plain`` gave, of a resumed run.
     """

@@ -109,7 +109,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
         before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
         target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
         result = _result(model, target, log_dir, before, after, pool)
-        model._adaptation_facts = _facts(model._feedback.config, base, result, int(trainer.global_step))
+        model._adaptation_facts = _facts(model.feedback.config, base, result, int(trainer.global_step))
         model.save_to(str(target))
         if is_global_rank_zero():
             _write_reports(result, model, tree, pool)
@@ -122,7 +122,7 @@ Changed = list[tuple[Row, str, str]]
 
 def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
     """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
-    trainer, setup = model.trainer, model._setup
+    trainer, setup = model.trainer, model.feedback_setup
     # One rank evaluates; nothing here is shared work.
     sets, pool = (setup.validation, _pool_sample(model)) if is_global_rank_zero() else ({}, ())
     model.to(trainer.strategy.root_device)
@@ -130,7 +130,7 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
     trainer.fit(model)
     # Lightning has moved the model to the CPU when training ends.
     model.to(trainer.strategy.root_device)
-    model._feedback.reference.to(model.device)
+    model.feedback.reference.to(model.device)
     stopping = _early_stopping(model)
     if not stopping.done:
         # Killed after its last step: Lightning finds nothing left to run and calls no callback.
@@ -148,7 +148,7 @@ def _early_stopping(model: Any) -> HeldOutEarlyStopping:
 
 
 def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, pool: Changed) -> AdaptResult:
-    stopping, config = _early_stopping(model), model._feedback.config
+    stopping, config = _early_stopping(model), model.feedback.config
     weighed = config.needs_reward and config.reward.weighed
     return AdaptResult(
         nemo=target,
@@ -190,7 +190,7 @@ def summary(result: AdaptResult) -> str:
 
 def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any], pool: Changed) -> None:
     """Writes ``report.html`` into the run's folder and the model card beside the checkpoint."""
-    config, validation = model._feedback.config, model._setup.validation
+    config, validation = model.feedback.config, model.feedback_setup.validation
     data = adaptation_report(
         log_dir=result.log_dir,
         rows=validation,
@@ -245,12 +245,12 @@ def _nothing_left_if_refused(log_dir: Path) -> Iterator[None]:
 
 def _pool_sample(model: Any) -> Sequence[Row]:
     """Unlabeled rows whose transcripts are compared before and after: those held out, or some of the pool."""
-    setup = model._setup
+    setup = model.feedback_setup
     return setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
 
 
 def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:
-    config, scores = model._setup.config, {}
+    config, scores = model.feedback_setup.config, {}
     for name, rows in validation.items():
         logging.info(f"transcribing {name} ({len(rows)} utterances) …")
         head = config.feedback.heads if config.feedback.heads != "both" else "auto"

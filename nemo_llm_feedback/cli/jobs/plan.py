@@ -22,7 +22,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
         log_dir: folder of the run.
         device: on which the run will train.
     """
-    setup = model._setup
+    setup = model.feedback_setup
     config, staged, rates = setup.config, setup.staged, setup.rates
     held = sum(row.replay == "kl" for row in staged.rows if not row.text)
     parameters = sum(p.numel() for p in model.parameters())

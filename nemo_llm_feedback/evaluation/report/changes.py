@@ -38,7 +38,7 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Sequence[str], after
     Raises:
         RewardError, LLMError: the reward stopped working.
     """
-    state = model._feedback
+    state = model.feedback
     normalize = get_normalizer(state.config.feedback.normalizer)
     pairs = [(row, b, a) for row, b, a in zip(rows, before, after, strict=True) if normalize(b) != normalize(a)]
     if not pairs:
@@ -70,7 +70,7 @@ def own_nbest(
     Returns:
         One N-best a row, best reward first; empty for the other rows.
     """
-    state = model._feedback
+    state = model.feedback
     normalize = get_normalizer(state.config.feedback.normalizer)
     changed = [changed_words(normalize(b), normalize(a)) for b, a in zip(before, after, strict=True)]
     wanted = sorted((i for i, words in enumerate(changed) if words), key=lambda i: -changed[i])[:MAX_NBEST]

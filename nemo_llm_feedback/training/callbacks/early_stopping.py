@@ -61,7 +61,7 @@ class HeldOutEarlyStopping(pl.Callback):
         if not self._limits.looks or not self._rows:
             return
         self._every = self._limits.interval(trainer.estimated_stepping_batches)
-        self._evaluator = HeldOutEvaluator(pl_module, pl_module._feedback)
+        self._evaluator = HeldOutEvaluator(pl_module, pl_module.feedback)
         self._evaluator.start_wer = self._restored.get("start_wer")
         if self._evaluator.start_wer is None:
             self._evaluator.wer_rise(pl_module)

@@ -35,7 +35,7 @@ class EntityValidation(pl.Callback):
         """Transcribes every set; on rank 0 only, since no gradient and no collective is involved."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        config = pl_module._feedback.config
+        config = pl_module.feedback.config
         context, normalizer = config.context.load(), config.feedback.normalizer
         for name, rows in self._sets.items():
             texts = transcribe_rows(pl_module, rows)
@@ -49,7 +49,7 @@ class EntityValidation(pl.Callback):
 
 def _oracle_wer(model: Any, rows: list[Row]) -> float:
     """Of as many rows as the pool's statistics come from, evenly spaced."""
-    feedback = model._feedback
+    feedback = model.feedback
     config = feedback.config
     some = rows[:: -(-len(rows) // config.feedback.pool_utterances)]
     texts = propose_rows(model, some, config.proposals, run_context=config.context.load(), head=feedback.heads[0].name)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -48,25 +47,15 @@ def try_rates(model: Any, feedback: Feedback) -> Feedback:
     if rate is None:
         with CollectiveBlock() as ranks:
             if model.trainer.is_global_zero:
-                with one_rank(), _feedback_of(model, replace(feedback, cache=NBestCache())):
+                sampler = feedback.generator.get_state()
+                with one_rank(), model.training_with(replace(feedback, cache=NBestCache())):
                     ranks.mine = choose_rate(model, HeldOutEvaluator(model, feedback))
+                feedback.generator.set_state(sampler)
         rate = ranks.all[0]
     with open_dict(model.cfg):
         model.cfg.optim.lr = rate
     model.trainer.strategy.setup_optimizers(model.trainer)
     return replace(feedback, statistics=replace(statistics, learning_rate=rate))
-
-
-@contextmanager
-def _feedback_of(model: Any, feedback: Feedback) -> Iterator[None]:
-    """Inside this context the model trains with another state; its sampler goes back to where it was."""
-    before, sampler = model._feedback, feedback.generator.get_state()
-    model._feedback = feedback
-    try:
-        yield
-    finally:
-        model._feedback, model.nonfinite_steps = before, 0
-        feedback.generator.set_state(sampler)
 
 
 def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
@@ -83,7 +72,7 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
     Returns:
         The smallest candidate with at least 0.8 of the greatest fall; the smallest where the loss fell with none.
     """
-    feedback: Feedback = model._feedback
+    feedback: Feedback = model.feedback
     config, tried, start = feedback.config, sorted(feedback.rates), snapshot(model)
     falls: dict[float, float] = {}
     with torch.random.fork_rng():

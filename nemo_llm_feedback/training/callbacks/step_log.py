@@ -92,7 +92,7 @@ class HypothesisLog(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Shows the first utterance of the batch when its turn has come."""
-        feedback = pl_module._feedback
+        feedback = pl_module.feedback
         nbest = feedback.cache.latest
         if not self._every or (trainer.global_step - 1) % self._every or nbest is None:
             return
