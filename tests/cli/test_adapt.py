@@ -263,3 +263,23 @@ def test_bad_input_is_refused_before_any_work(
         assert main(["adapt", *good, override]) == 1, override
         assert words in capsys.readouterr().err, override
     assert not list((tmp_path / "run").rglob("*.nemo"))
+
+
+def test_a_refused_run_leaves_no_folder(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    """`runs` called it interrupted."""
+    from nemo_llm_feedback.cli.jobs.adapt import _nothing_left_if_refused
+
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", "mocha"])
+    runs = tmp_path / "runs"
+    with pytest.raises(ManifestError, match=r"feedback\.use_text=false"):
+        run(nemo_file("ctc_bpe"), manifest, tiny_llm, runs)
+    with pytest.raises(ConfigError, match="has only ctc"):
+        run(nemo_file("ctc_bpe"), write_manifest(tmp_path / "n.json", [None]), tiny_llm, runs, "feedback.heads=both")
+    assert not [path for path in runs.rglob("*") if not path.is_dir()]
+    assert not list(runs.rglob("version_*"))
+    # What an earlier attempt has left is not thrown away.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    with pytest.raises(ConfigError), _nothing_left_if_refused(tmp_path / "old"):
+        raise ConfigError("refused")
+    assert (tmp_path / "old" / "run.json").is_file()

@@ -263,9 +263,10 @@ def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
 
 
 def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, rows: list[Row]) -> None:
+    from helpers.fits import begin
+
     from nemo_llm_feedback.core.types import RewardOutput, pad_groups
     from nemo_llm_feedback.evaluation.report.changes import judged_changes
-    from nemo_llm_feedback.hypotheses.groups import GroupMaker
     from nemo_llm_feedback.training.models import restore
 
     manifest = write_manifest(tmp_path / "pool.json", [None, None])
@@ -273,14 +274,14 @@ def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, r
     data = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": 2, "shuffle": False}
     model.setup_feedback(
         {
-            "model": {"train_ds": data},
+            "model": {"train_ds": data, "optim": {"lr": 1e-3}},
             "proposals": {"beam": 3, "boosted": 0, "term_swap": 0},
             "objective": {"name": "self_training"},
             "context": {"description": "an order"},
         },
         work_dir=tmp_path,
     )
-    maker: GroupMaker = model._feedback.maker
+    maker = begin(model).maker
     pool = read_manifest(manifest)
     without = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
     assert [c.after for c in without] == ["a tea"]  # the first is the same after normalisation
@@ -292,7 +293,7 @@ def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, r
         values = pad_groups([[float(len(text)) for text in g.texts] for g in groups])
         return RewardOutput(values, {"asr": pad_groups([list(g.ref_logp) for g in groups])})
 
-    maker.reward = longest  # type: ignore[assignment]
+    maker.reward = longest
     (judged,) = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
     assert judged.scores["reward"] == (3.0, 5.0)
     assert judged.scores["asr"] == pytest.approx(without[0].scores["asr"])

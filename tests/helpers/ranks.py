@@ -175,11 +175,67 @@ def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
     return {"log_dir": result.log_dir, "rate": result.learning_rate, "lrs": lrs}
 
 
+def _cached(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """What each rank judges for the refresh of a run whose LLM has a phase of its own, holds then, and writes."""
+    from nemo_llm_feedback.cli.jobs.adapt import adapt
+    from nemo_llm_feedback.core.config.compose import compose_config
+    from nemo_llm_feedback.hypotheses.maker import NBestMaker
+    from nemo_llm_feedback.training import mixin
+
+    made: list[str] = []
+    found: dict[str, Any] = {"written": []}
+    fill, make, write = mixin.fill_cache, NBestMaker.make, mixin.write_json
+
+    def watched(feedback: Any, pool: Any, *, refresh: int) -> None:
+        made.clear()
+        fill(feedback, pool, refresh=refresh)
+        found.update(made=list(made), held=list(feedback.cache._rows), loaded=feedback.scorer.loaded)
+
+    def counted(self: Any, audio: Any, *args: Any) -> Any:
+        made.extend(audio.utterances)
+        return make(self, audio, *args)
+
+    def noted(path: Path, value: Any) -> None:
+        found["written"].append(path.name)
+        write(path, value)
+
+    mixin.fill_cache, NBestMaker.make, mixin.write_json = watched, counted, noted
+    adapt(compose_config(arguments))
+    return found
+
+
+def _statistics(folder: Path) -> dict[str, Any]:
+    """Pool statistics of two ranks, of which the second has a single hypothesis per utterance: no spread."""
+    from dataclasses import asdict
+    from types import SimpleNamespace
+
+    from nemo_llm_feedback.core.config import parse_run_config
+    from nemo_llm_feedback.core.types import Context, Hypothesis
+    from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+    from nemo_llm_feedback.training.pool import measure_pool
+
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    size = 1 if rank else 2
+    members = (Hypothesis("tea", (1,), "greedy"), Hypothesis("a tea", (2, 1), "beam"))[:size]
+    scores = torch.tensor([[0.0, 2.0]])[:, :size]
+    parts = {"llm": 3 * scores, "asr": -scores, "length": scores}
+    nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
+    maker: Any = SimpleNamespace(make=lambda *args: nbest)
+    pool: Any = [
+        SimpleNamespace(audio=SimpleNamespace(utterances=("u",), contexts=(Context(),)), encoded=0, lengths=0)
+    ]
+    config = parse_run_config({"llm": {"model": "a/b"}, "context": {"description": "x"}})
+    return asdict(measure_pool(pool, lambda settings: maker, config, head="ctc"))
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "equal": _equal,
     "lhotse": _lhotse,
     "failure": _failure,
     "adapt": _adapt,
+    "cached": _cached,
+    "statistics": _statistics,
 }
 
 

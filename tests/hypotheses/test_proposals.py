@@ -124,6 +124,24 @@ def test_boosting_and_swaps_bring_the_terms_in(nemo_file: Any) -> None:
     assert texts(with_terms, "term_swap")
 
 
+@pytest.mark.parametrize("kind", ["ctc_char", "ctc_bpe"])
+def test_term_swaps_that_the_vocabulary_cannot_write_are_not_proposed(kind: str, nemo_file: Any) -> None:
+    """They skipped the check, and a swap came out without the letters that the vocabulary lacks."""
+    model = restore(nemo_file(kind), map_location="cpu")
+    head = heads_of(model)[0]
+    torch.manual_seed(0)
+    encoded, lengths = torch.randn(1, 16, 14), torch.tensor([14])
+    proposer = Proposer(head, ProposalConfig(beam=4, boosted=0, term_swap=4, swap_similarity=20.0))
+    with evaluation_mode(model):
+        ((greedy, *_),) = proposer.propose(encoded, lengths, [Context()])
+        word = max(head.vocabulary.ids_to_text(greedy.labels).split(), key=len)
+        (written,) = proposer.propose(encoded, lengths, [Context(terms=(word[:-1] + "tea",))])
+        (lacking,) = proposer.propose(encoded, lengths, [Context(terms=(word[:-1] + "çéñ",))])
+    assert any(c.source == "term_swap" for c in written)
+    assert swap_terms(word, [word[:-1] + "çéñ"], min_similarity=20, limit=8), "the case shows nothing"
+    assert not any(c.source == "term_swap" for c in lacking)
+
+
 def test_sampled_groups_keep_multiplicity_and_no_greedy(nemo_file: Any) -> None:
     model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
     proposer = Proposer(heads_of(model)[0], ProposalConfig(beam=0, boosted=0, term_swap=0, samples=12))

@@ -188,8 +188,12 @@ def test_the_reward_is_the_distance_to_the_written_text(writer):
 
 @pytest.fixture(scope="module")
 def maker(nemo_file, tmp_path_factory):
-    """A group maker of a tiny hybrid, and one batch of its audio."""
+    """Corrector → N-best maker of a tiny hybrid, and one batch of its audio."""
+    from helpers.fits import begin
+
     from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+    from nemo_llm_feedback.core.text import basic
+    from nemo_llm_feedback.hypotheses.maker import NBestMaker
     from nemo_llm_feedback.training.models import restore
 
     folder = tmp_path_factory.mktemp("maker")
@@ -197,75 +201,83 @@ def maker(nemo_file, tmp_path_factory):
     model.setup_feedback(
         {
             "model": {"train_ds": {"manifest_filepath": str(write_manifest(folder / "pool.json", [None, None])),
-                                   "sample_rate": 16000, "batch_size": 2, "shuffle": False, "num_workers": 0}},
+                                   "batch_size": 2, "shuffle": False}, "optim": {"lr": 1e-3}},
             "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "max_members": 3, "max_symbols": 3},
             "reward": {"name": "length"},
             "context": {"description": "an order"},
         },
         work_dir=folder,
     )  # fmt: skip
-    state = model._feedback
+    feedback = begin(model)
     batch = next(iter(model._train_dl))
-    audio = state.reader.split(batch).audio
+    audio = feedback.reader.split(batch).unlabeled
     with torch.no_grad(), evaluation_mode(model):
         encoded, lengths = encode(model, audio.signal, audio.signal_len)
-    return state.maker, audio, encoded, lengths
+
+    def make(corrector):
+        known = feedback.maker
+        return NBestMaker(
+            known.proposer,
+            feedback.reference,
+            normalize=basic,
+            max_members=3,
+            reward=known.reward,
+            corrector=corrector,
+        )
+
+    return make, audio, encoded, lengths
 
 
 def test_a_correction_is_a_member_with_exact_scores(maker):
-    groups, audio, encoded, lengths = maker
+    make, audio, encoded, lengths = maker
     asked: list[Any] = []
 
     def correct(contexts, nbest):
         asked.append((contexts, nbest))
         return ["A latte, with soy!", None]
 
-    groups.corrector = None
-    without = groups.make(audio, encoded, lengths)
-    groups.corrector = correct
-    first, second = groups.make(audio, encoded, lengths)
-    assert [h.source for h in first.group.hypotheses][:2] == ["greedy", "llm_correction"]
-    assert first.group.texts[1] == "a latte with soy"
-    assert second.group.hypotheses == without[1].group.hypotheses
-    for name, scores in without[1].ref_logp.items():
-        assert second.ref_logp[name] == pytest.approx(scores, abs=1e-3)
+    without = make(None).make(audio, encoded, lengths)
+    corrected = make(correct)
+    found = corrected.make(audio, encoded, lengths)
+    assert [h.source for h in found.hypotheses[0]][:2] == ["greedy", "llm_correction"]
+    assert found.texts[0][1] == "a latte with soy"
+    assert found.hypotheses[1] == without.hypotheses[1]
+    size = found.sizes[1]
+    for name, scores in without.ref_logp.items():
+        assert found.ref_logp[name][1, :size].tolist() == pytest.approx(scores[1, :size].tolist(), abs=1e-3)
     assert asked[0][0] == audio.contexts
     assert asked[0][1][0] == list(dict.fromkeys(asked[0][1][0]))
-    head = groups._reference.heads[1]
-    from nemo_llm_feedback.core.trie import PrefixTrie
-
-    reference = groups._reference.encode(audio.signal[:1], audio.signal_len[:1])
-    trie = PrefixTrie.build([list(first.group.hypotheses[1].tokens)], [0])
-    expected = head.log_prob(*reference, trie).tolist()
-    assert first.ref_logp[head.name][1:2] == pytest.approx(expected, abs=1e-3)
-    assert len(first.group) == 3  # within max_members, which the correction is not the first to leave
+    head = corrected._reference.heads[1]
+    reference = corrected._reference.encode(audio.signal[:1], audio.signal_len[:1])
+    expected = head.score(*reference, [[found.labels[0][1]]])
+    torch.testing.assert_close(found.ref_logp[head.name][:1, 1:2], expected, rtol=0, atol=1e-3)
+    assert found.sizes[0] == 3  # within max_members, which the correction is not the first to leave
 
 
 def test_corrections_that_the_vocabulary_cannot_express_are_dropped(maker):
-    groups, audio, encoded, lengths = maker
-    groups.corrector = lambda contexts, nbest: ["拿铁", "zürich"]
-    for scored in groups.make(audio, encoded, lengths):
-        assert "llm_correction" not in {h.source for h in scored.group.hypotheses}
-    groups.corrector = None
+    make, audio, encoded, lengths = maker
+    found = make(lambda contexts, nbest: ["拿铁", "zürich"]).make(audio, encoded, lengths)
+    assert "llm_correction" not in {h.source for row in found.hypotheses for h in row}
 
 
 def test_the_run_loads_the_llm_for_corrections_alone(nemo_file, tmp_path: Path):
     """Plain self-training asks for no reward, but its groups may have the LLM's rewrite in them."""
+    from helpers.fits import begin
+
     from nemo_llm_feedback.training.models import restore
-    from nemo_llm_feedback.training.setup import start
 
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     folder = make_tiny_llm(tmp_path / "llm", chat=True)
     model.setup_feedback(
         {
             "model": {"train_ds": {"manifest_filepath": str(write_manifest(tmp_path / "pool.json", [None])),
-                                   "sample_rate": 16000, "batch_size": 1, "shuffle": False, "num_workers": 0}},
+                                   "batch_size": 1, "shuffle": False}, "optim": {"lr": 1e-3}},
             "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "llm_correction": 1},
             "objective": {"name": "self_training"},
             "llm": {"model": str(folder), "quantization": "none", "device": "cpu"},
         },
         work_dir=tmp_path,
     )  # fmt: skip
-    start(model, model._feedback)
-    assert model._feedback.maker.reward is None
-    assert isinstance(model._feedback.maker.corrector, Corrector)
+    feedback = begin(model)
+    assert feedback.maker.reward is None
+    assert isinstance(feedback.maker._corrector, Corrector)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import judge, run_ranks, train
+from helpers.ranks import run_ranks, train
+from helpers.runs import arguments
 from helpers.tiny import build_nemo, write_manifest
 
 from nemo_llm_feedback.core.errors import RewardError
-from nemo_llm_feedback.training.distributed import Report, Together, join_metrics, local_lengths, shares, touch_all
+from nemo_llm_feedback.training.distributed import CollectiveBlock, local_lengths, zero_grad_for_unused
+from nemo_llm_feedback.training.losses import LossSum
 
 # No dropout, no augmentation, no batch statistics: labelled rows must not depend on their neighbours.
 STILL: dict[str, Any] = {
@@ -48,13 +50,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_two_ranks_equal_one_process_with_the_same_batch(
-    kind: str, settings: dict[str, Any], manifest: Path, tmp_path: Path, tokenizer_dir: Path, monkeypatch: Any
+    kind: str, settings: dict[str, Any], manifest: Path, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     still = STILL | (STILL_TRANSDUCER if kind.startswith("hybrid") else {})
     nemo = build_nemo(kind, tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, **still)
     found = run_ranks("equal", tmp_path, nemo, manifest, json.dumps(settings))
     assert "error" not in found[0], found[0]["error"]
-    monkeypatch.setattr("nemo_llm_feedback.training.setup.make_reward", lambda config, scorer: judge)
     one = train(nemo, manifest, tmp_path / "one", batch=4, **settings)
     start = torch.load(_weights_of(nemo, tmp_path), weights_only=True)
     moved = 0.0
@@ -95,24 +96,82 @@ def test_a_failing_reward_on_one_rank_stops_all_with_its_error(nemo_file: Any, t
     assert "on rank 1" in found[0]["message"]
 
 
+def test_ranks_of_the_classic_loader_score_a_share_each_and_hold_all(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """With ``llm.phase=cached`` every rank scored the whole pool, and every rank wrote the statistics."""
+    manifest = write_manifest(tmp_path / "m.json", [None] * 8)
+    ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "+exp_manager.seconds_to_sleep=0")
+    more = ("llm.phase=cached", "trainer.max_steps=1", "model.train_ds.batch_size=2", f"output={tmp_path / 'a.nemo'}")
+    command = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *ranks, *more)
+    found = run_ranks("cached", tmp_path, command)
+    assert "error" not in found[0], found[0]["error"]
+    first, second = (rank["made"] for rank in found)
+    assert len(first) == len(second) == 4
+    assert not set(first) & set(second)
+    for rank in found:
+        assert set(rank["held"]) == {*first, *second}
+        assert not rank["loaded"]
+    assert [rank["written"] for rank in found] == [["pool_statistics.json"], []]
+
+
+def test_a_rank_whose_rows_have_no_spread_stops_nobody(tmp_path: Path) -> None:
+    found = run_ranks("statistics", tmp_path)
+    assert "error" not in found[0], found[0]["error"]
+    assert found[0] == found[1]
+    assert (found[0]["utterances"], found[0]["signal_fraction"], found[0]["members"]) == (2, 0.5, 1.5)
+    assert found[0]["spread"] == {"llm": 3.0, "asr": 1.0, "length": 1.0}
+    assert (found[0]["alpha"], found[0]["beta"]) == (0.67, 1.3)  # 2·1 / 3, and twice that
+
+
+def _summed(value: float, count: float) -> LossSum:
+    loss = LossSum()
+    loss.add("a", torch.tensor(value), count=count)
+    return loss
+
+
+def _exchanged(losses: list[LossSum]) -> list[LossSum]:
+    """As if each of them were a rank's."""
+    for loss in losses:
+        with loss:
+            pass
+    for loss in losses:
+        loss.all = [other.mine for other in losses]
+    return losses
+
+
 def test_shares_make_the_mean_of_ranks_the_mean_of_items() -> None:
     values = [[1.0, 2.0, 6.0], [10.0], []]
-    reports = [Report({"a": float(len(v))}) for v in values]
-    means = [sum(v) / max(len(v), 1) for v in values]
-    joined = sum(shares(r, reports)["a"] * mean for r, mean in zip(reports, means, strict=True)) / len(reports)
-    assert joined == pytest.approx(19 / 4)
-    assert shares(reports[0], reports[:1]) == {"a": 1.0}
-    assert shares(Report({"a": 0.0}), [Report({"a": 0.0})] * 2) == {"a": 0.0}
+    losses = _exchanged([_summed(sum(v) / max(len(v), 1), len(v)) for v in values])
+    assert sum(float(loss.total()) for loss in losses) / len(losses) == pytest.approx(19 / 4)
+    (alone,) = _exchanged([_summed(3.0, 2)])
+    assert float(alone.total()) == 3.0
+    assert [float(loss.total()) for loss in _exchanged([_summed(5.0, 0), _summed(7.0, 0)])] == [0.0, 0.0]
+    assert _exchanged([LossSum()])[0].total() is None
+
+
+def test_terms_are_weighed_and_named_by_their_head() -> None:
+    loss, part = LossSum(), _summed(3.0, 2)
+    part.log({"x": 1.0}, count=2)
+    loss.join(part, weight=0.5, head="ctc", prefix="ctc/")
+    loss.join(_summed(4.0, 1))
+    with loss:
+        pass
+    assert set(loss.terms) == {"ctc/a", "a"}
+    assert float(loss.total()) == 0.5 * 3 + 4
+    assert loss.joined_metrics() == {"ctc/x": 1.0}
+    loss.reweigh("a", 2.0)
+    loss.reweigh("absent", 2.0)
+    assert float(loss.total()) == 0.5 * 3 + 2 * 4
 
 
 def test_metrics_are_joined_by_their_counts() -> None:
-    nan = float("nan")
-    reports = [
-        Report({}, {"groups": 3.0, "reward": 2.0, "members": 4.0}, {"reward": 3.0}, rows=4),
-        Report({}, {"groups": 0.0, "reward": nan, "members": 1.0}, {"reward": 0.0}, rows=2),
-        Report(),
-    ]
-    assert join_metrics(reports) == {"groups": 3.0, "reward": 2.0, "members": 3.0}
+    nan, losses = float("nan"), [LossSum(), LossSum(), LossSum()]
+    for loss, groups, reward, members, rows in ((losses[0], 3.0, 2.0, 4.0, 4), (losses[1], 0.0, nan, 1.0, 2)):
+        loss.log({"reward": reward}, count=groups)
+        loss.log({"groups": groups, "members": members}, count=rows)
+    for loss in _exchanged(losses):
+        assert loss.joined_metrics() == {"groups": 3.0, "reward": 2.0, "members": 3.0}
 
 
 def test_every_parameter_gets_a_gradient_and_no_value_changes() -> None:
@@ -120,7 +179,7 @@ def test_every_parameter_gets_a_gradient_and_no_value_changes() -> None:
     module.bias.requires_grad_(False)
     with torch.no_grad():
         module.weight[0, 0] = float("inf")
-    zero = touch_all(module)
+    zero = zero_grad_for_unused(module)
     zero.backward()
     assert float(zero) == 0.0
     assert torch.equal(module.weight.grad, torch.zeros(2, 2))
@@ -148,8 +207,8 @@ def test_the_convolutional_encoder_asks_no_other_rank(monkeypatch: Any) -> None:
 
 
 def test_one_process_fails_as_it_would_alone() -> None:
-    with pytest.raises(RewardError, match=r"^plain$"), Together():
+    with pytest.raises(RewardError, match=r"^plain$"), CollectiveBlock():
         raise RewardError("plain")
-    with Together() as ranks:
+    with CollectiveBlock() as ranks:
         ranks.mine = 3
     assert ranks.all == [3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.training.objectives import OBJECTIVES, hyperparameters, kl_anchor, mass_anchor, sequence_k3
+from nemo_llm_feedback.training.objectives import OBJECTIVES, group_mass, hyperparameters, reference_kl, sequence_k3
 
 SETTINGS: dict[str, list[dict]] = {
     "distill": [{"temperature": 0.7}, {"temperature": 3.0}],
@@ -35,7 +35,7 @@ CASES = [
 ]
 JUDGED = [case for case in CASES if case.values[1].get("label") != "reference"]  # plain self-training asks no reward
 TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "kl_optimum"]  # that one is a surrogate
-ANCHORS = [kl_anchor, sequence_k3, mass_anchor]
+REGULARISERS = [reference_kl, sequence_k3, group_mass]
 
 
 def run(name: str, logp: Tensor, rewards: Tensor, ref: Tensor, mask: Tensor | None = None, old=None, **settings):
@@ -85,7 +85,7 @@ def test_mwer_by_hand():
     assert out.metrics["reward_best"].item() == pytest.approx(4.0)
 
 
-def test_mwer_anchored_by_hand():
+def test_mwer_kl_optimum_by_hand():
     logp = LOGP.clone().requires_grad_()
     rewards = torch.log(torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))  # q = ¼, ¼, ½ at τ = 1
     out = run("mwer", logp, rewards, LOGP, correction="kl_optimum", temperature=1.0, mixture=0.5)
@@ -168,18 +168,18 @@ def test_self_training_confidence_filter():
     assert out.metrics["signal_fraction"].item() == 0.5
 
 
-def test_anchors_by_hand():
+def test_regularisers_by_hand():
     ref = torch.log(torch.tensor([[0.1, 0.1, 0.2]], dtype=torch.float64))
     ones = torch.ones_like(LOGP, dtype=torch.bool)
     skewed = torch.log(torch.tensor([[0.25, 0.25, 1.5]], dtype=torch.float64))  # ⅛, ⅛, ¾
     expected = math.log(1 / 4) / 8 + math.log(1 / 2) / 8 + 3 * math.log(3) / 4  # Σ P̂_ref ln(P̂_ref / P̂)
-    assert kl_anchor(LOGP, ref_logp=skewed, mask=ones).loss.item() == pytest.approx(expected)
+    assert reference_kl(LOGP, ref_logp=skewed, mask=ones).loss.item() == pytest.approx(expected)
     pair = LOGP.expand(2, 3), skewed.expand(2, 3), torch.tensor([[True, True, True], [True, False, False]])
-    alone = kl_anchor(pair[0], ref_logp=pair[1], mask=pair[2])
+    alone = reference_kl(pair[0], ref_logp=pair[1], mask=pair[2])
     assert (alone.loss.item(), alone.metrics["groups"]) == (pytest.approx(expected), 1)
     # ratios ref/policy ½, 1, 2: (½ + ln 2 − 1 + 0 + 2 − ln 2 − 1) / 3
     assert sequence_k3(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(0.5 / 3)
-    assert mass_anchor(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(-math.log(0.4))
+    assert group_mass(LOGP, ref_logp=ref, mask=ones).loss.item() == pytest.approx(-math.log(0.4))
 
 
 def test_sequence_k3_averages_to_the_kl_divergence():
@@ -310,10 +310,10 @@ def test_distill_is_zero_at_the_optimum_and_its_gradient_is_the_difference():
     torch.testing.assert_close(grad(out.loss, logp) * 3, torch.softmax(logp, dim=1).detach() - q)
 
 
-def test_distill_with_mass_anchor_is_the_cross_entropy_of_soft_labels():
+def test_distill_with_group_mass_is_the_cross_entropy_of_soft_labels():
     logp, rewards, ref, _ = example()
     mask = torch.ones_like(logp, dtype=torch.bool)
-    total = run("distill", logp, rewards, ref, temperature=1.0).loss + mass_anchor(logp, ref_logp=ref, mask=mask).loss
+    total = run("distill", logp, rewards, ref, temperature=1.0).loss + group_mass(logp, ref_logp=ref, mask=mask).loss
     q = torch.softmax(rewards, dim=1)
     torch.testing.assert_close(total, (q * (q.log() - logp)).sum(dim=1).mean())
 
@@ -321,7 +321,7 @@ def test_distill_with_mass_anchor_is_the_cross_entropy_of_soft_labels():
 def test_distill_tends_to_rescored_self_training():
     logp, rewards, ref, _ = example()
     mask = torch.ones_like(logp, dtype=torch.bool)
-    cold = run("distill", logp, rewards, ref, temperature=1e-4).loss + mass_anchor(logp, ref_logp=ref, mask=mask).loss
+    cold = run("distill", logp, rewards, ref, temperature=1e-4).loss + group_mass(logp, ref_logp=ref, mask=mask).loss
     torch.testing.assert_close(cold, run("self_training", logp, rewards, ref, label="reward", min_confidence=0.0).loss)
 
 
@@ -337,7 +337,7 @@ def test_grpo_at_ratio_one_is_reinforce_with_the_group_mean_as_baseline():
     torch.testing.assert_close(leave_one, baseline * 4 / 3)
 
 
-def test_grpo_kl_term_is_the_k3_anchor():
+def test_grpo_kl_term_is_sequence_k3():
     logp, rewards, ref, old = example()
     settings = {"clip": 0.2, "standardize": True, "std_floor": 0.1}
     without = run("grpo", logp, rewards, ref, old=old, kl_weight=0.0, **settings)
@@ -367,11 +367,11 @@ def test_mwer_proposal_on_policy_weighs_samples_equally():
     assert out.metrics["effective_members"].item() == pytest.approx(4.0)
 
 
-def test_kl_reference_metric_and_anchor_vanish_at_the_reference():
+def test_kl_reference_metric_and_regulariser_vanish_at_the_reference():
     logp, rewards, _, _ = example()
     mask = torch.ones_like(logp, dtype=torch.bool)
     shifted = logp.detach() - 5  # the group distribution does not see a common shift, k3 does
-    assert kl_anchor(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(0.0, abs=1e-12)
+    assert reference_kl(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(0.0, abs=1e-12)
     assert run("reinforce", logp, rewards, shifted).metrics["kl_reference"].item() == pytest.approx(0.0, abs=1e-12)
     expected = math.exp(-5) + 5 - 1
     assert sequence_k3(logp, ref_logp=shifted, mask=mask).loss.item() == pytest.approx(expected)
@@ -397,23 +397,23 @@ def test_gradient_against_finite_differences(name, settings):
     assert torch.autograd.gradcheck(lambda x: run(name, x, rewards, ref, mask, old, **settings).loss, (logp,))
 
 
-@pytest.mark.parametrize("anchor", ANCHORS)
-def test_anchor_gradient_against_finite_differences(anchor):
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+def test_regulariser_gradient_against_finite_differences(regulariser):
     logp, _, ref, _ = example(seed=4)
     mask = torch.tensor([[True] * 4, [True, True, True, False], [True, False, False, False]])
-    assert torch.autograd.gradcheck(lambda x: anchor(x, ref_logp=ref, mask=mask).loss, (logp,))
+    assert torch.autograd.gradcheck(lambda x: regulariser(x, ref_logp=ref, mask=mask).loss, (logp,))
 
 
-@pytest.mark.parametrize("anchor", ANCHORS)
-def test_anchors_ignore_padding_and_empty_batches(anchor):
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+def test_regularisers_ignore_padding_and_empty_batches(regulariser):
     logp, _, ref, _ = example()
     mask = torch.tensor([[True, True, True, False]] * 3)
     junk = torch.full((3, 1), math.nan, dtype=torch.float64)
     wide = torch.cat([logp.detach()[:, :3], junk], 1).requires_grad_()
-    out = anchor(wide, ref_logp=torch.cat([ref[:, :3], junk], 1), mask=mask)
-    torch.testing.assert_close(out.loss, anchor(logp, ref_logp=ref, mask=mask).loss)
+    out = regulariser(wide, ref_logp=torch.cat([ref[:, :3], junk], 1), mask=mask)
+    torch.testing.assert_close(out.loss, regulariser(logp, ref_logp=ref, mask=mask).loss)
     assert torch.isfinite(grad(out.loss, wide)).all()
-    none = anchor(wide, ref_logp=ref, mask=torch.zeros_like(mask))
+    none = regulariser(wide, ref_logp=ref, mask=torch.zeros_like(mask))
     assert none.loss == 0
     assert (grad(none.loss, wide) == 0).all()
 

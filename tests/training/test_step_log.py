@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_llm_feedback.core.run_folder import FolderLock, collect, in_use, read_steps, truncate_steps
-from nemo_llm_feedback.training.callbacks.step_log import StepLog, StepLogger
+from nemo_llm_feedback.training.callbacks.step_log import StepLog, log_values
 
 
 def trainer(step: int, **metrics: float) -> Any:
@@ -29,8 +29,12 @@ def test_a_line_for_every_optimizer_step_and_for_what_others_log(tmp_path: Path)
     log.on_train_batch_end(trainer(0), None)  # gradients are still being accumulated
     log.on_train_batch_end(trainer(1, feedback__reward=2.0, feedback__gap=math.nan, val_wer=9.0, train_loss=3.0), None)
     log.on_train_batch_end(trainer(1), None)
-    StepLogger(log).log_metrics({"val/dev/wer": torch.tensor(12.5), "feedback/reward": 2.0}, step=1)
-    StepLogger(log).log_metrics({"train_loss": 3.0}, step=1)
+    logged: list[Any] = []
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((values, step)))
+    others = SimpleNamespace(loggers=[logger], callbacks=[object(), log], is_global_zero=True)
+    measured = {"val/dev/wer": torch.tensor(12.5), "val/dev/ewer": math.nan}
+    log_values(others, measured, step=1)  # type: ignore[arg-type]
+    assert logged == [(measured, 1)]
     first, second = read_steps(tmp_path / "steps.jsonl")
     assert first.pop("seconds") >= 0
     assert first == {"step": 1, "lr": 0.5, "feedback/reward": 2.0, "train_loss": 3.0}
