@@ -22,8 +22,10 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 def num_ranks() -> int:
     """Processes of this run that train together."""
-    if _ALONE.get():
-        return 1
+    return 1 if _ALONE.get() else _world_size()
+
+
+def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return int(torch.distributed.get_world_size()) if ready else 1
 
@@ -134,9 +136,9 @@ def local_metrics(model: nn.Module) -> Iterator[None]:
     """Inside this context NeMo's metrics are the rank's own.
 
     Its training step computes the WER of the batch, for which torchmetrics asks all ranks; a rank whose batch has no
-    labelled row would not answer.
+    labelled row would not answer, nor one that waits for what rank 0 does alone.
     """
-    found = [module for module in model.modules() if isinstance(module, Metric)] if num_ranks() > 1 else []
+    found = [module for module in model.modules() if isinstance(module, Metric)] if _world_size() > 1 else []
     before = [metric._to_sync for metric in found]
     for metric in found:
         metric._to_sync = False
