@@ -209,7 +209,10 @@ def test_transducer_kl_is_that_of_the_mode_of_its_forward_pass() -> None:
 # ---------------------------------------------------------------- in training
 
 
-@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "tdt_bpe", "hybrid_bpe"])
+_SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rnnt_char", "tdt_bpe", "hybrid_bpe")]
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", *_SLOW])
 def test_replay_rows_hold_the_model_where_it_was(
     kind: str, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +20,30 @@ from helpers.tiny import write_manifest
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 
+KINDS = ("ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_bpe", "ctc_char", "rnnt_char")
+
 
 @pytest.fixture(scope="module")
-def adapted(nemo_file: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Kind → (result of a run, base), for the families that the command must adapt."""
-    out = {}
-    for kind in ("ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_bpe", "ctc_char", "rnnt_char"):
+def adapted(nemo_file: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """``adapted(kind)`` gives (result of a run, base), of the families that the command must adapt."""
+
+    @functools.cache
+    def get(kind: str) -> Any:
         folder = tmp_path_factory.mktemp(kind)
         manifest = write_manifest(folder / "mixed.json", MIXED)
         dev = write_manifest(folder / "dev.json", ["a latte", "mocha"], entities=[["latte"], ["mocha"]])
-        more = (
-            [f"model.validation_ds.manifest_filepath={dev}", "trainer.val_check_interval=1"]
-            if kind != "ctc_char"
-            else []
-        )
-        out[kind] = (run(nemo_file(kind), manifest, tiny_llm, folder, *more), nemo_file(kind))
-    return out
+        validation = [f"model.validation_ds.manifest_filepath={dev}", "trainer.val_check_interval=1"]
+        result = run(nemo_file(kind), manifest, tiny_llm, folder, *(validation if kind != "ctc_char" else []))
+        return result, nemo_file(kind)
+
+    return get
 
 
-@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_bpe", "ctc_char", "rnnt_char"])
-def test_the_export_has_the_stock_class_and_keys_and_new_weights(kind: str, adapted: dict[str, Any]) -> None:
-    result, base = adapted[kind]
+@pytest.mark.parametrize(
+    "kind", ["ctc_bpe", "ctc_char", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if "ctc" not in k)]
+)
+def test_the_export_has_the_stock_class_and_keys_and_new_weights(kind: str, adapted: Any) -> None:
+    result, base = adapted(kind)
     before, after = weights(base), weights(result.nemo)
     assert list(before) == list(after)
     assert any(not torch.equal(before[k], after[k]) for k in before)
@@ -54,18 +59,19 @@ def test_the_export_has_the_stock_class_and_keys_and_new_weights(kind: str, adap
     assert 0 < statistics["signal_fraction"] <= 1
 
 
-def test_validation_reports_wer_and_entities(adapted: dict[str, Any]) -> None:
-    result, _ = adapted["ctc_bpe"]
+def test_validation_reports_wer_and_entities(adapted: Any) -> None:
+    result, _ = adapted("ctc_bpe")
     assert set(result.after) == {"dev"}
     assert result.after["dev"].column("entities").sum() == 2
-    assert adapted["ctc_char"][0].after == {}
+    assert adapted("ctc_char")[0].after == {}
     lines = [json.loads(line) for line in (result.log_dir / "steps.jsonl").read_text().splitlines()]
     found = [line for line in lines if "val/dev/wer" in line]
     assert found
     assert all(0 <= line["val/dev/oracle_wer"] <= line["val/dev/wer"] for line in found)
 
 
-def test_exports_restore_where_the_plugin_cannot_be_imported(adapted: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_exports_restore_where_the_plugin_cannot_be_imported(adapted: Any, tmp_path: Path) -> None:
     """One process for all: NeMo alone takes 15 s to import. Transcripts must be those of the adapted model here."""
     from nemo_llm_feedback.data.manifests import read_manifest
     from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
@@ -74,7 +80,8 @@ def test_exports_restore_where_the_plugin_cannot_be_imported(adapted: dict[str, 
     manifest = write_manifest(tmp_path / "m.json", [None, None])
     rows = read_manifest(manifest)
     wanted = {}
-    for kind, (result, _) in adapted.items():
+    for kind in KINDS:
+        result, _ = adapted(kind)
         wanted[kind] = [str(result.nemo), transcribe_rows(restore(result.nemo, map_location="cpu"), rows)]
     (tmp_path / "wanted.json").write_text(json.dumps(wanted))
     code = """
@@ -105,6 +112,7 @@ print("all equal")
     assert "all equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_steps_equal_one_and_one_resumed(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     # Unlabeled rows only, an epoch a step: the feedback pass draws no random number, supervised dropout would.
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
@@ -145,7 +153,7 @@ def _tar(manifest: Path, folder: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("loader", ["lhotse", "lhotse_tarred", "classic_tarred"])
+@pytest.mark.parametrize("loader", ["lhotse", pytest.param("lhotse_tarred", marks=pytest.mark.slow), "classic_tarred"])
 @pytest.mark.parametrize("kind", ["ctc_bpe"])
 def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
     loader: str, kind: str, nemo_file: Any, tiny_llm: Path, tmp_path: Path
@@ -218,7 +226,9 @@ def test_all_labelled_without_the_flag_is_refused_and_with_it_text_is_never_read
     assert "latte" not in staged
 
 
-@pytest.mark.parametrize("name", ["mwer", "grpo", "dpo", "self_training", "reinforce"])
+@pytest.mark.parametrize(
+    "name", ["mwer", "grpo", "dpo", "self_training", pytest.param("reinforce", marks=pytest.mark.slow)]
+)
 def test_every_objective_trains(name: str, nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     more = ["trainer.max_steps=2", f"objective={name}"]

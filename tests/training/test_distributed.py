@@ -40,6 +40,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_manifest(tmp_path_factory.mktemp("data") / "m.json", TEXTS, seconds=1.0, context=CONTEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -79,6 +80,7 @@ def _weights_of(nemo: Path, folder: Path) -> Path:
     return folder / "model_weights.ckpt"
 
 
+@pytest.mark.slow
 def test_lhotse_splits_the_rows_over_the_ranks_once(nemo_file: Any, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 8)
     found = run_ranks("lhotse", tmp_path, nemo_file("ctc_bpe"), manifest)
@@ -88,6 +90,7 @@ def test_lhotse_splits_the_rows_over_the_ranks_once(nemo_file: Any, tmp_path: Pa
     assert len(first) == len(second) == 4
 
 
+@pytest.mark.slow
 def test_a_failing_reward_on_one_rank_stops_all_with_its_error(nemo_file: Any, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 8)
     found = run_ranks("failure", tmp_path, nemo_file("ctc_bpe"), manifest)
@@ -96,6 +99,7 @@ def test_a_failing_reward_on_one_rank_stops_all_with_its_error(nemo_file: Any, t
     assert "on rank 1" in found[0]["message"]
 
 
+@pytest.mark.slow
 def test_ranks_of_the_classic_loader_score_a_share_each_and_hold_all(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +119,7 @@ def test_ranks_of_the_classic_loader_score_a_share_each_and_hold_all(
     assert [rank["written"] for rank in found] == [["pool_statistics.json"], []]
 
 
+@pytest.mark.slow
 def test_a_rank_whose_rows_have_no_spread_stops_nobody(tmp_path: Path) -> None:
     found = run_ranks("statistics", tmp_path)
     assert "error" not in found[0], found[0]["error"]

@@ -226,6 +226,7 @@ def test_the_loss_held_out_falls_with_what_training_learns(
     assert found[-1] < found[0] - 1e-3
 
 
+@pytest.mark.slow
 def test_one_rank_chooses_the_learning_rate_for_all(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:

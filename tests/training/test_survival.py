@@ -71,6 +71,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line.get("feedback/reward")) for line in read_steps(folder / "steps.jsonl") if "lr" in line]
 
 
+@pytest.mark.slow
 def test_ten_steps_equal_five_and_five_resumed(
     whole: Any, nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_ten_steps_equal_five_and_five_resumed(
     assert len(json.loads((parts.log_dir / "run.json").read_text())["attempts"]) == 2
 
 
+@pytest.mark.slow
 def test_a_rate_and_weights_that_were_chosen_are_kept(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_rate_and_weights_that_were_chosen_are_kept(
     same(found["whole"].nemo, found["parts"].nemo)
 
 
+@pytest.mark.slow
 def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +121,7 @@ def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
     same(found["whole"].nemo, found["parts"].nemo)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_go_on_together(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path) -> None:
     ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "trainer.max_steps=3", f"output={tmp_path / 'a.nemo'}")
     more = (
@@ -153,6 +157,7 @@ def test_ranks_that_start_apart_are_refused_and_leave_the_folder_free(
     assert not in_use(tmp_path / "adapted" / "version_0")
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(
     whole: Any, nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:

@@ -188,6 +188,7 @@ def trained(nemo_file: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFac
     return make
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_stays_and_parts_learn_at_their_own_rates(trained: Any, nemo_file: Any) -> None:
     base = weights(nemo_file("hybrid_bpe"))
     frozen = trained("parameters.freeze_encoder=true")
@@ -267,6 +268,7 @@ def test_two_accumulated_halves_are_one_batch(trained: Any) -> None:
         torch.testing.assert_close(whole[name], halves[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_recomputed_layers_learn_the_same(trained: Any) -> None:
     plain, recomputed = trained(), trained("parameters.recompute_encoder=true")
     for name in plain:
