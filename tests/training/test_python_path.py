@@ -13,10 +13,10 @@ from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import read_steps
+from nemo_llm_feedback.data.batches import BatchReader
 from nemo_llm_feedback.training import losses, mixin
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, lr_search
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
-from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.weights import snapshot
 
@@ -43,7 +43,7 @@ def model(nemo_file: Any) -> Any:
 
 def test_plain_settings_and_an_own_trainer_are_enough(model: Any, tmp_path: Path) -> None:
     """No ``sample_rate``, no defaults spelled out; the optimizer and the guards of the settings are in force."""
-    manifest = write_manifest(tmp_path / "m.json", [None] * 6)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 10)
     settings = minimal(manifest, guards={"every": 2, "held_out": 0.4, **LENIENT})
     settings["model"]["optim"] = {"name": "sgd", "lr": 0.05, "sched": None}
     model.setup_feedback(settings, work_dir=tmp_path / "work", reward=label_reward)
@@ -60,7 +60,7 @@ def test_plain_settings_and_an_own_trainer_are_enough(model: Any, tmp_path: Path
     assert [line["step"] for line in lines if "held_out/gain" in line] == [2, 4]
     statistics = json.loads((tmp_path / "work" / "pool_statistics.json").read_text())
     assert statistics["signal_fraction"] > 0
-    assert len(model._setup.staged.held_out) == 2
+    assert len(model._setup.staged.held_out) == 4
     assert (guards.kept_step > 0) is any(not torch.equal(v, before[k]) for k, v in snapshot(model).items())
 
 
@@ -152,6 +152,7 @@ def test_weight_zero_leaves_unlabeled_rows_out_of_nemos_loss(
     assert [len(lengths) for lengths in seen] == [2]
     assert min(seen[0]) > 0
     begin(model)
+    model.zero_grad()
     *_, bare = model._train_dl
     before = snapshot(model)
     loss = model.training_step(bare, 0)["loss"]
@@ -178,19 +179,19 @@ def test_the_rate_trial_is_a_piece_of_the_run(model: Any, tmp_path: Path, monkey
     steps: list[tuple[bool, bool, bool, bool]] = []
     clipped: list[float] = []
     taken: list[type] = []
-    train, training_step = lr_search._train, LLMFeedbackMixin.training_step
+    train, split = lr_search._train, BatchReader.split
 
-    def watched(self: Any, batch: Any, batch_nb: int) -> Any:
-        parts = self._feedback.reader.split(batch)
+    def watched(self: Any, batch: Any) -> Any:
+        parts = split(self, batch)
         found = (parts.labelled is not None, parts.replay is not None, parts.unlabeled is not None)
         steps.append((torch.is_autocast_enabled("cpu"), *found))
-        return training_step(self, batch, batch_nb)
+        return parts
 
     def spied(given: Any, batches: Any, rate: float) -> None:
         trial.append((len(batches), rate))
         precision = given.trainer.precision_plugin
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LLMFeedbackMixin, "training_step", watched)
+            patch.setattr(BatchReader, "split", watched)
             clip = precision.clip_gradients
             patch.setattr(
                 precision,
