@@ -63,6 +63,7 @@ def map_rows(
     results: list[T | None] = [None] * len(rows)
 
     def attempt(indices: Sequence[int]) -> str | None:
+        """Does the work on some rows; why it failed, or None."""
         try:
             found = work(*_encoded(model, [rows[i] for i in indices], run_context))
         except Exception as error:  # audio libraries and models raise anything

@@ -35,13 +35,21 @@ class Parts(NamedTuple):
         return self.replay is None and self.unlabeled is None
 
 
+class _About(NamedTuple):
+    """Name, context and use of a row; the use is ``""`` where the manifest does not name it."""
+
+    name: str
+    context: Context
+    use: str
+
+
 class BatchReader:
     """Splits batches of NeMo's loaders into labelled and unlabeled rows.
 
     Args:
         run_context: the run's context.
         use_text: False: every row is unlabeled.
-        labelled: ``supervised`` or ``replay``, what rows with text are for unless they say so themselves.
+        labelled: ``supervised`` or ``replay``, what rows with text are for unless their manifest line names it.
         rows: rows of the staged manifests, for the classic loader, whose batches carry only indices.
 
     Attributes:
@@ -72,55 +80,36 @@ class BatchReader:
         """Splits a batch of five (signal, signal_len, tokens, tokens_len, ids or cuts)."""
         signal, signal_len, tokens, tokens_len, ids = batch
         labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
-        learned, replayed = self._by_use(labelled, ids)
+        replayed = torch.zeros_like(labelled)
+        if self.replays:
+            unnamed = [self._of_labelled if has_text else "" for has_text in labelled.tolist()]
+            uses = [self._about(ids, b).use or use for b, use in enumerate(unnamed)]
+            replayed = torch.tensor([use == "kl" for use in uses], device=labelled.device)
+        learned = labelled & ~replayed
         if bool(learned.all()):
             return Parts((signal, signal_len, tokens, tokens_len), None, None)
         four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
-        unlabeled = ~(learned | replayed)
-        return Parts(_rows(four, learned), _rows(four, replayed), self._audio(signal, signal_len, unlabeled, ids))
+        unlabeled = self._audio(_rows(four, ~(learned | replayed)), ids, ~(learned | replayed))
+        return Parts(_rows(four, learned), _rows(four, replayed), unlabeled)
 
-    def _by_use(self, labelled: torch.Tensor, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B] which rows with text are learned, and on which rows the model stays what it is."""
-        if not self.replays:
-            return labelled, torch.zeros_like(labelled)
-        kept = [
-            (self._replay_of(ids, b) or (self._of_labelled if flag else "")) == "kl"
-            for b, flag in enumerate(labelled.tolist())
-        ]
-        replayed = torch.tensor(kept, device=labelled.device)
-        return labelled & ~replayed, replayed
-
-    def _audio(self, signal: torch.Tensor, signal_len: torch.Tensor, chosen: torch.Tensor, ids: Any) -> Audio | None:
-        if not bool(chosen.any()):
+    def _audio(self, four: Batch | None, ids: Any, chosen: torch.Tensor) -> Audio | None:
+        if four is None:
             return None
-        rows = chosen.nonzero().flatten().tolist()
-        named = [self._describe(ids, b) for b in rows]
-        self.seen.update(utterance for utterance, _ in named)
-        longest = int(signal_len[rows].max())
-        return Audio(
-            signal[rows][:, :longest],
-            signal_len[rows],
-            tuple(utterance for utterance, _ in named),
-            tuple(merge_context(self._run_context, own) for _, own in named),
-        )
+        rows = [self._about(ids, b) for b in chosen.nonzero().flatten().tolist()]
+        names = tuple(row.name for row in rows)
+        self.seen.update(names)
+        return Audio(four[0], four[1], names, tuple(merge_context(self._run_context, row.context) for row in rows))
 
-    def _replay_of(self, ids: Any, b: int) -> str:
-        """What the row's manifest line says the row is for; "" where it does not."""
+    def _about(self, ids: Any, b: int) -> _About:
+        """What the manifest has on a row of the batch."""
         if isinstance(ids, torch.Tensor):
-            return self._row(int(ids[b])).replay
-        cut = getattr(ids[b], "first_non_padding_cut", ids[b])
-        return str((cut.custom or {}).get("replay") or "")
-
-    def _row(self, index: int) -> Row:
-        return self._rows[self._collection[index].id if self._collection is not None else index]
-
-    def _describe(self, ids: Any, b: int) -> tuple[str, Context]:
-        if isinstance(ids, torch.Tensor):
-            row = self._row(int(ids[b]))
-            return row.utterance, row.context
+            index = int(ids[b])
+            row = self._rows[self._collection[index].id if self._collection is not None else index]
+            return _About(row.utterance, row.context, row.replay)
         # Shorter rows of a batch come as the recording with padding appended.
         cut = getattr(ids[b], "first_non_padding_cut", ids[b])
-        return _cut_name(cut), parse_context((cut.custom or {}).get("context"))
+        custom = cut.custom or {}
+        return _About(_cut_name(cut), parse_context(custom.get("context")), str(custom.get("replay") or ""))
 
 
 def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:
@@ -161,11 +150,11 @@ def training_config(
     lhotse = bool(config.get("use_lhotse"))
     if lhotse and (config.get("min_tps") is not None or config.get("max_tps") is not None):
         faults.append("model.train_ds.min_tps/max_tps count tokens, which unlabeled rows lack: remove them.")
-    for key in ("is_concat", "shard_manifests", "use_dali"):
-        if not lhotse and config.get(key):
-            faults.append(
-                f"model.train_ds.{key} of the classic loader hides which rows a batch holds: set use_lhotse=true."
-            )
+    hiding = [key for key in ("is_concat", "shard_manifests", "use_dali") if config.get(key) and not lhotse]
+    faults += [
+        f"model.train_ds.{key} of the classic loader hides which rows a batch holds: set use_lhotse=true."
+        for key in hiding
+    ]
     tarred = config.get("tarred_audio_filepaths")
     if not lhotse and tarred is not None and not isinstance(tarred, str) and len(tarred) > 1:
         faults.append("bucketed tarred audio needs the Lhotse loader: set model.train_ds.use_lhotse=true.")

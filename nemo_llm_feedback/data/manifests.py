@@ -36,7 +36,7 @@ class Row:
         duration: seconds.
         offset: start in the file, seconds.
         text: transcript, ``""`` where there is none.
-        context: the utterance's own context, not yet merged with the run's.
+        context: the utterance's context, not yet merged with the run's.
         replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
             ``feedback.labelled`` where the row has text. A row with ``kl`` needs none.
         origin: ``manifest:line``, for messages.
@@ -70,7 +70,7 @@ class Staged:
     Attributes:
         manifest_filepath: the value for NeMo's ``manifest_filepath``, of the same form as the user's.
         rows: the rows of the copies, in order; NeMo's classic sample id is an index into it.
-        held_out: unlabeled rows kept from training, for looks at the policy; in no copy.
+        held_out: unlabeled rows kept from training, on which the policy is measured; in no copy.
         too_long: rows left out because of ``max_duration``; ``too_short`` because of ``min_duration``.
         bad_audio: ``origin: reason`` of the rows left out by ``on_bad_audio: skip``.
     """

@@ -17,11 +17,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+_KEPT = (
+    "dataset", "batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+    "multiprocessing_context", "persistent_workers",
+)  # fmt: skip
+
 
 class ResumableLoader:
     """NeMo's loader with a place; everything else of it is handed through.
 
-    Lightning leaves a loader that is no ``DataLoader`` as it is, so the split over the ranks is made here, too.
+    Lightning leaves a loader that is not a ``DataLoader`` as it is, so the split over the ranks is made here, too.
 
     Args:
         loader: NeMo's.
@@ -31,19 +36,16 @@ class ResumableLoader:
     """
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int, num_ranks: int, shuffle: bool) -> None:
-        self._place: _Place | None = None
-        if isinstance(loader.dataset, IterableDataset):
-            self._loader = loader
-        elif loader.batch_size is None:
-            # Lhotse: the sampler yields whole batches, without their audio.
-            self._place = _Place(loader.sampler, 1)
-            self._loader = _rebuilt(loader, self._place)
-        else:
+        self._place: _Place | None = None  # a stream has no sampler
+        streamed = isinstance(loader.dataset, IterableDataset)
+        if not streamed and loader.batch_size is None:
+            self._place = _Place(loader.sampler, 1)  # Lhotse: the sampler yields whole batches, without their audio
+        elif not streamed:
             order: DistributedSampler[Any] = DistributedSampler(
                 loader.dataset, num_replicas=num_ranks, rank=rank, shuffle=shuffle, seed=seed, drop_last=False
             )
-            self._place = _Place(order, loader.batch_size)
-            self._loader = _rebuilt(loader, self._place)
+            self._place = _Place(order, loader.batch_size or 1)
+        self._loader = loader if self._place is None else _rebuilt(loader, self._place)
         # Workers' seeds would otherwise be drawn from the random state that dropout uses, also in a resumed epoch.
         self._loader.generator = torch.Generator().manual_seed(seed)
         self._epoch = 0
@@ -56,7 +58,7 @@ class ResumableLoader:
 
     @property
     def sampler(self) -> ResumableLoader:
-        """Lightning tells the epoch to whatever is called the sampler."""
+        """Lightning sets the epoch of whatever is called the sampler."""
         return self
 
     @property
@@ -71,7 +73,7 @@ class ResumableLoader:
     def start_at(self, *, epoch: int, batches: int) -> None:
         """Lets the pass over that epoch start behind so many batches, which a checkpoint has already seen.
 
-        A resumed run's first pass may begin before Lightning tells its epoch, so it is told here.
+        A resumed run's first pass may begin before Lightning sets its epoch, so it is set here.
         """
         self._epoch, self._resume = epoch, (epoch, batches)
 
@@ -79,7 +81,7 @@ class ResumableLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: Lightning makes the iterator before it tells the epoch, and nothing runs before the first batch.
+        # A generator: Lightning makes the iterator before it sets the epoch, and nothing runs before the first batch.
         (epoch, batches), self._resume = self._resume, (0, 0)
         skip = batches if epoch == self._epoch else 0
         if not skip:
@@ -114,22 +116,12 @@ class _Place(Sampler[Any]):
 
 def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
     """The loader with another sampler, which torch does not let one set."""
-    # torch refuses this flag for loaders without a batch size, also when it is False
-    dropping: dict[str, Any] = {} if loader.batch_size is None else {"drop_last": loader.drop_last}
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        **dropping,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
-        persistent_workers=loader.persistent_workers,
-    )
+    kept = {name: getattr(loader, name) for name in _KEPT}
+    if loader.batch_size is not None:  # else torch refuses this flag, also when it is False
+        kept["drop_last"] = loader.drop_last
+    if loader.num_workers:
+        kept["prefetch_factor"] = loader.prefetch_factor
+    return DataLoader(sampler=sampler, **kept)
 
 
 def run_seed() -> int:

@@ -105,8 +105,8 @@ def locate_all(
     """
     spans: list[set[tuple[int, int]]] = [set() for _ in refs]
     missing = []
-    for u, own in enumerate(entities or ()):
-        for entity in own:
+    for u, listed in enumerate(entities or ()):
+        for entity in listed:
             found = locate(raw[u], refs[u], entity, clean, utterance=u)
             spans[u] |= found
             if not found:

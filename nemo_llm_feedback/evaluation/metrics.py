@@ -74,7 +74,7 @@ class CorpusScores:
     """Counts of every utterance.
 
     Attributes:
-        references, hypotheses: the normalised texts that were compared, one a row.
+        references, hypotheses: the normalised texts that were compared, one per row.
         counts: [U, len(COLUMNS)] int64.
         missing: entities that were left out since their reference lacks them.
     """
@@ -175,12 +175,12 @@ def score_corpus(
     """Counts the errors of every utterance.
 
     Args:
-        references, hypotheses: one text an utterance; either may be empty.
+        references, hypotheses: one text per utterance; either may be empty.
         normalize: applied to all texts, entities, terms and bias words (see `normalize.get_normalizer`).
         entities: of each utterance, as strings or word spans; without them EWER and recall are undefined (NaN).
         terms: the term list that each utterance was given, for false alarms; without it they are undefined.
         bias_words: of each utterance, for the B-WER mode; without them B-WER is undefined.
-        strict_entities: raise instead of reporting in ``missing`` when a reference lacks an entity of its own.
+        strict_entities: raise instead of reporting in ``missing`` when a reference lacks one of its entities.
 
     Raises:
         ManifestError: no utterances, lists of different lengths, spans outside their reference, or missing entities.
@@ -210,7 +210,7 @@ def score_corpus(
 def bootstrap(scores: CorpusScores, metric: str, *, samples: int, seed: int) -> Interval:
     """95 % interval of a pooled metric by resampling utterances (Bisani and Ney 2004).
 
-    Resamples in which the denominator is 0 say nothing and are left out.
+    Resamples in which the denominator is 0 are left out.
 
     Args:
         scores: of one system.
@@ -256,7 +256,7 @@ def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normali
     """Picks the best member of every N-best list: the floor of what rescoring or one round of training can reach.
 
     Args:
-        references: one text an utterance.
+        references: one text per utterance.
         nbest: the hypotheses of each utterance, at least one.
         normalize: applied to both sides.
 
@@ -281,7 +281,7 @@ def _check_lengths(references: Sequence[str], **columns: Sequence[object] | None
         raise ManifestError("no utterances to score: the manifest or the list of references is empty")
     for name, column in columns.items():
         if column is not None and len(column) != len(references):
-            raise ManifestError(f"{len(references)} references but {len(column)} {name}: one entry an utterance")
+            raise ManifestError(f"{len(references)} references but {len(column)} {name}: one entry per utterance")
 
 
 def _resample(systems: list[CorpusScores], metric: str, *, samples: int, seed: int) -> list[NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""The model card: a Markdown file beside an exported ``.nemo`` that says what it is and what changed. Inert text."""
+"""The model card: a Markdown file beside an exported ``.nemo`` on what it is and what changed. Inert text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LABELS = {
     "reward": "Reward",
     "steps": "Optimizer steps",
     "averaged": "Mean of the weights of so many runs",
-    "interpolation": "Share of the run's weights in it, the rest is its base's",
+    "base_share": "Share of the base's weights in it",
     "context_sha256": "SHA-256 of description and terms",
     "plugin": "Made with",
 }
@@ -39,10 +39,10 @@ def write_model_card(
 
     Args:
         nemo: the exported checkpoint.
-        facts: what the ``.nemo`` says of its adaptation (``adaptation`` in its configuration): ``base``, ``llm``,
+        facts: what the ``.nemo`` holds on its adaptation (``adaptation`` in its configuration): ``base``, ``llm``,
             ``objective``, ``steps``, ``context_sha256``, ``plugin``, and ``before``/``after``, set → metric → value.
         before, after: validation set → scores, for intervals and tests; without them the table has the values that
-            ``facts`` hold, and without those the card says that nothing was measured.
+            ``facts`` hold, and without those the card states that nothing was measured.
         normalizer: text normalisation of the scores.
 
     Returns:

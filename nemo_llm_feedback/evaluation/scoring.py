@@ -19,8 +19,8 @@ def score_rows(
 
     Args:
         rows: with text.
-        texts: one transcript a row.
-        run_context: whose terms, with the row's own, are the list for false alarms.
+        texts: one transcript per row.
+        run_context: whose terms, with the row's, are the list for false alarms.
         normalizer: name of the text normalisation of both sides.
 
     Raises:

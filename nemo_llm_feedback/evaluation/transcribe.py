@@ -71,7 +71,8 @@ def decode_rows(
     proposer = Proposer(chosen, nbest) if nbest is not None else None
     proposing = 0.0
 
-    def work(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Labels, NBest]]:
+    def decode(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Labels, NBest]]:
+        """Greedy labels and N-best of each row of a batch."""
         nonlocal proposing
         greedy = chosen.greedy(encoded, lengths, max_symbols=max_symbols)
         start = time.perf_counter()
@@ -83,7 +84,7 @@ def decode_rows(
     skipped = failures if skip_failing else None
     start = time.perf_counter()
     found = map_rows(
-        model, rows, work, batch_size=batch_size, run_context=run_context, on_batch=on_batch, failures=skipped
+        model, rows, decode, batch_size=batch_size, run_context=run_context, on_batch=on_batch, failures=skipped
     )
     seconds = time.perf_counter() - start - proposing
     worked = sum(row.duration for i, row in enumerate(rows) if i not in failures)
@@ -108,11 +109,12 @@ def propose_rows(
     chosen = heads_of(model, which=head)[0]
     proposer = Proposer(chosen, config)
 
-    def work(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[list[str]]:
+    def propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[list[str]]:
+        """The texts of each row of a batch."""
         found = proposer.propose(encoded, lengths, audio.contexts)
         return [[chosen.vocabulary.ids_to_text(c.labels) for c in row] for row in found]
 
-    return [texts or [] for texts in map_rows(model, rows, work, run_context=run_context)]
+    return [texts or [] for texts in map_rows(model, rows, propose, run_context=run_context)]
 
 
 def decoding_max_symbols(model: Any) -> int:

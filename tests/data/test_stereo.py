@@ -12,9 +12,7 @@ import soundfile
 import torch
 from helpers.fits import config
 from helpers.tiny import write_manifest
-from omegaconf import OmegaConf
 
-from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.data.audio import load_audio
 from nemo_llm_feedback.data.manifests import read_manifest
 
@@ -56,24 +54,21 @@ def test_stereo_audio_is_mixed_to_one_channel_by_the_training_loader(
     cfg = config(manifests[0], feedback={"use_text": False}, objective={"name": "self_training"})
     cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False, "channel_selector": selector}
     model.setup_feedback(cfg, work_dir=tmp_path)
-    parts = model._feedback.reader.split(next(iter(model._train_dl)))
-    order = parts.audio.signal_len.argsort()
-    torch.testing.assert_close(parts.audio.signal[order], mixed.signal, atol=1e-6, rtol=0)
+    parts = model.feedback_setup.reader.split(next(iter(model._train_dl)))
+    order = parts.unlabeled.signal_len.argsort()
+    torch.testing.assert_close(parts.unlabeled.signal[order], mixed.signal, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("lhotse", [False, True])
 def test_stereo_audio_is_mixed_to_one_channel_by_the_validation_loader(
     nemo_file: Any, manifests: tuple[Path, Path], lhotse: bool
 ) -> None:
-    from nemo_llm_feedback.cli.jobs.inputs import prepare_model
+    from nemo_llm_feedback.training.inputs import set_validation
     from nemo_llm_feedback.training.models import restore
 
     mixed = load_audio(read_manifest(manifests[1]), sample_rate=16000, device=CPU)
     model = restore(nemo_file("ctc_char"), map_location="cpu")
-    cfg = compose_config(
-        [f"model.validation_ds.manifest_filepath={manifests[0]}", "model.train_ds.manifest_filepath=m"]
-    )
-    OmegaConf.update(cfg, "model.validation_ds.use_lhotse", lhotse, force_add=True)
-    prepare_model(model, cfg, validation={"stereo": read_manifest(manifests[0])}, rates=(1e-4,))
+    validation = {"manifest_filepath": str(manifests[0]), "use_lhotse": lhotse, "batch_size": 2, "num_workers": 0}
+    set_validation(model, {"validation_ds": {**validation, "shuffle": False, "use_bucketing": False}})
     signal, signal_len = next(iter(model._validation_dl))[:2]
     torch.testing.assert_close(signal[signal_len.argsort()], mixed.signal, atol=1e-6, rtol=0)

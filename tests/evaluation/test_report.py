@@ -34,6 +34,7 @@ from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import list_utterances
 from nemo_llm_feedback.evaluation.report.words import align, diff_pieces
 from nemo_llm_feedback.evaluation.tables import Cell
+from nemo_llm_feedback.evaluation.transcribe import Decoded
 
 ATTACK = "<img src=x onerror=document.title='taken'>"
 TEXTS = ["a latte with soy", "one mocha to go", "thank you very much"]
@@ -262,42 +263,75 @@ def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
     assert curves(read_numbers(None)) == []
 
 
-def test_changes_are_judged_by_the_runs_reward(nemo_file: Any, tmp_path: Path, rows: list[Row]) -> None:
+@pytest.fixture(scope="module")
+def trained(nemo_file: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Row]]:
+    """A word-piece model as a run without reward leaves it, and its pool."""
     from helpers.fits import begin
 
-    from nemo_llm_feedback.core.types import RewardOutput, pad_groups
-    from nemo_llm_feedback.evaluation.report.changes import judged_changes
     from nemo_llm_feedback.training.models import restore
 
-    manifest = write_manifest(tmp_path / "pool.json", [None, None])
-    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    folder = tmp_path_factory.mktemp("trained")
+    manifest = write_manifest(folder / "pool.json", [None, None])
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     data = {"manifest_filepath": str(manifest), "sample_rate": 16000, "batch_size": 2, "shuffle": False}
-    model.setup_feedback(
-        {
-            "model": {"train_ds": data, "optim": {"lr": 1e-3}},
-            "proposals": {"beam": 3, "boosted": 0, "term_swap": 0},
-            "objective": {"name": "self_training"},
-            "context": {"description": "an order"},
-        },
-        work_dir=tmp_path,
-    )
-    maker = begin(model).maker
-    pool = read_manifest(manifest)
-    without = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
+    sections = {
+        "model": {"train_ds": data, "optim": {"lr": 1e-3}},
+        "proposals": {"beam": 3, "boosted": 0, "term_swap": 0},
+        "objective": {"name": "self_training"},
+        "context": {"description": "an order"},
+    }
+    model.setup_feedback(sections, work_dir=folder)
+    begin(model)
+    return model, read_manifest(manifest)
+
+
+def decoded(model: Any, texts: list[str], *, by_letter: bool = False) -> Decoded:
+    """Transcripts with their labels, as the tokenizer splits them or one label per letter."""
+    vocabulary = model.feedback.heads[0].vocabulary
+    letters = {vocabulary.ids_to_text((i,)): i for i in range(vocabulary.vocab_size)}
+    ids = [[letters[c] for c in text] if by_letter else vocabulary.text_to_ids(text) for text in texts]
+    return Decoded(tuple(map(tuple, ids)), tuple(texts), ())
+
+
+def test_changes_are_judged_by_the_runs_reward(trained: tuple[Any, list[Row]], monkeypatch: Any) -> None:
+    from nemo_llm_feedback.core.types import RewardOutput, pad_groups
+    from nemo_llm_feedback.evaluation.report.changes import judged_changes
+
+    model, pool = trained
+    before, after = decoded(model, ["a latte", "tea"]), decoded(model, ["a  latte", "a tea"])
+    without = judged_changes(model, pool, before, after)
     assert [c.after for c in without] == ["a tea"]  # the first is the same after normalisation
     assert set(without[0].scores) == {"asr"}
     assert without[0].scores["asr"][0] != without[0].scores["asr"][1]
     assert {key for member in without[0].nbest for key in member.scores} == {"asr"}  # no reward, none shown
 
     def longest(groups: Any) -> RewardOutput:
+        assert [h.source for h in groups[0].hypotheses].count("greedy") == 1
         values = pad_groups([[float(len(text)) for text in g.texts] for g in groups])
         return RewardOutput(values, {"asr": pad_groups([list(g.ref_logp) for g in groups])})
 
-    maker.reward = longest
-    (judged,) = judged_changes(model, pool, ["a latte", "tea"], ["A  latte!", "a tea"])
+    monkeypatch.setattr(model.feedback.maker, "reward", longest)
+    (judged,) = judged_changes(model, pool, before, after)
     assert judged.scores["reward"] == (3.0, 5.0)
     assert judged.scores["asr"] == pytest.approx(without[0].scores["asr"])
     rewards = [member.scores["reward"] for member in judged.nbest]
     assert len(rewards) > 1
     assert rewards == sorted(rewards, reverse=True)
-    assert judged_changes(model, pool, ["x", "y"], ["x", "y"]) == []
+    assert judged_changes(model, pool, before, before) == []
+
+
+def test_the_report_scores_the_labels_that_were_decoded(trained: tuple[Any, list[Row]]) -> None:
+    from nemo_llm_feedback.data.audio import load_audio
+    from nemo_llm_feedback.evaluation.report.changes import judged_changes
+
+    model, pool = trained
+    texts, other = ["tea", "latte"], ["the", "late"]
+    spelled, split = decoded(model, texts), decoded(model, texts, by_letter=True)
+    assert spelled.labels != split.labels
+    feedback = model.feedback
+    for before in (spelled, split):
+        for i, change in enumerate(judged_changes(model, pool, before, decoded(model, other))):
+            audio = load_audio(pool[i : i + 1], sample_rate=16000, device=model.device)
+            encoded = feedback.reference.encode(audio.signal, audio.signal_len)
+            logp = feedback.reference.heads[0].score(*encoded, [[before.labels[i]]])
+            assert change.scores["asr"][0] == pytest.approx(float(logp), abs=1e-2)

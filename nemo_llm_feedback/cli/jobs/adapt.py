@@ -29,10 +29,10 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
 from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, write_report
-from nemo_llm_feedback.evaluation.report.changes import judged_changes, own_nbest
+from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
-from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows, transcribe_rows
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
@@ -117,7 +117,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     return result
 
 
-Changed = list[tuple[Row, str, str]]
+Changed = tuple[Sequence[Row], Decoded, Decoded]
 
 
 def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
@@ -126,7 +126,7 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
     # One rank evaluates; nothing here is shared work.
     sets, pool = (setup.validation, _pool_sample(model)) if is_global_rank_zero() else ({}, ())
     model.to(trainer.strategy.root_device)
-    before, pool_before = _evaluate(model, sets, batch_size), transcribe_rows(model, pool)
+    before, pool_before = _evaluate(model, sets, batch_size), decode_rows(model, pool)
     trainer.fit(model)
     # Lightning has moved the model to the CPU when training ends.
     model.to(trainer.strategy.root_device)
@@ -139,8 +139,8 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
     logging.info(
         f"{len(setup.reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
     )
-    after, pool_after = _evaluate(model, sets, batch_size), transcribe_rows(model, pool)
-    return before, after, list(zip(pool, pool_before, pool_after, strict=True))
+    after, pool_after = _evaluate(model, sets, batch_size), decode_rows(model, pool)
+    return before, after, (pool, pool_before, pool_after)
 
 
 def _early_stopping(model: Any) -> HeldOutEarlyStopping:
@@ -155,7 +155,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         log_dir=log_dir,
         before=before,
         after=after,
-        changed=[(a, b) for _, a, b in pool if a != b],
+        changed=[(a, b) for a, b in zip(pool[1].texts, pool[2].texts, strict=True) if a != b],
         learning_rate=float(model.cfg.optim.lr),
         alpha=config.reward.weights[0] if weighed else None,
         beta=config.reward.weights[1] if weighed else None,
@@ -201,11 +201,11 @@ def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any],
         facts=model._adaptation_facts,
         settings=settings,
         nbest={
-            name: own_nbest(model, rows, result.before[name].hypotheses, result.after[name].hypotheses)
+            name: adapted_nbest(model, rows, result.before[name].hypotheses, result.after[name].hypotheses)
             for name, rows in validation.items()
         },
-        changes=judged_changes(model, [row for row, _, _ in pool], [a for _, a, _ in pool], [b for _, _, b in pool]),
-        surveyed=len(pool),
+        changes=judged_changes(model, *pool),
+        surveyed=len(pool[0]),
     )
     save_report(data, result.log_dir)
     write_report(data, result.log_dir / "report.html", audio=bool(settings.get("report_audio", True)))

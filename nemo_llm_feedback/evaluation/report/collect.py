@@ -30,7 +30,7 @@ def evaluation_report(
 
     Args:
         comparison: of the systems.
-        left_out: what a system failed on, one sentence a row.
+        left_out: what a system failed on, one sentence per row.
         title: of the page.
     """
     names = [system.name for system in comparison.systems]
@@ -79,12 +79,12 @@ def adaptation_report(
         surveyed: utterances without reference that were compared.
     """
     sets = {}
-    for name, own in rows.items():
+    for name, labelled in rows.items():
         scoring = Scoring(
-            normalizer=normalizer, context=context, missing_entities="skip", group_by=tuple(_group_keys(own))
+            normalizer=normalizer, context=context, missing_entities="skip", group_by=tuple(_group_keys(labelled))
         )
         adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
-        sets[name] = compare(own, [System("base", before[name].hypotheses), adapted], scoring)
+        sets[name] = compare(labelled, [System("base", before[name].hypotheses), adapted], scoring)
     shown = {
         _FACTS.get(key, key.replace("_", " ")): str(value)
         for key, value in facts.items()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
@@ -21,7 +21,7 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
 
 DATA_NAME = "report_data.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,36 @@ class Change:
     nbest: tuple[Member, ...] = ()
 
 
+class _Transcripts(NamedTuple):
+    """A comparison without its scores, as the file holds it."""
+
+    rows: tuple[Row, ...]
+    systems: tuple[System, ...]
+    scoring: Scoring
+
+
 @dataclass(frozen=True)
-class _Facts:
-    """Everything on the page but the results and the training curves, which are read from ``steps.jsonl``."""
+class ReportData:
+    """Everything on the page but the training curves, which are read from ``steps.jsonl``.
+
+    Attributes:
+        title, subtitle: of the page.
+        created: date and time, as shown; now by default.
+        sets: name → comparison on a set with references; the target domain first.
+        changes: utterances without reference whose transcript changed.
+        surveyed: how many utterances without reference were compared; 0 = none.
+        facts: label → value, the short list at the top.
+        settings: the run's settings as YAML.
+        versions: package → version.
+        commands: that made the report; this process's by default.
+        notes: sentences on what was left out.
+        steps_file: JSON Lines of the training metrics, or None.
+    """
 
     title: str
     subtitle: str
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+    sets: Mapping[str, Comparison] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
     surveyed: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -59,54 +82,16 @@ class _Facts:
     steps_file: str | None = None
 
 
-@dataclass(frozen=True)
-class ReportData(_Facts):
-    """Everything on the page but the training curves.
-
-    Attributes:
-        title, subtitle: of the page.
-        created: date and time, as shown; now by default.
-        changes: utterances without reference whose transcript changed.
-        surveyed: how many utterances without reference were compared; 0 = none.
-        facts: label → value, the short list at the top.
-        settings: the run's settings as YAML.
-        versions: package → version.
-        commands: that made the report; this process's by default.
-        notes: sentences on what was left out.
-        steps_file: JSON Lines of the training metrics, or None.
-        sets: name → comparison on a set with references; the target domain first.
-    """
-
-    sets: Mapping[str, Comparison] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Transcripts:
-    """A comparison without its scores."""
-
-    rows: tuple[Row, ...]
-    systems: tuple[System, ...]
-    scoring: Scoring
-
-
-@dataclass(frozen=True)
-class _Saved(_Facts):
-    """A report as its file holds it."""
-
-    sets: Mapping[str, _Transcripts] = field(default_factory=dict)
-    format: int = _FORMAT
-
-
 def save_report(report: ReportData, folder: str | Path) -> Path:
     """Writes the data of a report into a run folder; scores are computed again when it is read.
 
     Returns:
         The path written.
     """
-    sets = {name: _Transcripts(c.rows, c.systems, c.scoring) for name, c in report.sets.items()}
+    sets: Any = {name: _Transcripts(c.rows, c.systems, c.scoring) for name, c in report.sets.items()}
+    plain = dataclasses.asdict(dataclasses.replace(report, sets=sets))
     path = Path(folder) / DATA_NAME
-    plain = dataclasses.asdict(_Saved(**_facts(report), sets=sets))
-    path.write_text(json.dumps(plain, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"format": _FORMAT, **plain}, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -119,20 +104,16 @@ def load_report(folder: str | Path) -> ReportData:
     path = Path(folder) / DATA_NAME
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(plain, dict) or plain.get("format") != _FORMAT:
+        if not isinstance(plain, dict) or plain.pop("format", None) != _FORMAT:
             raise ManifestError(f"{path} was written by another version of this package; run the command again.")
-        saved = pydantic.TypeAdapter(_Saved).validate_python(plain)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pydantic.ValidationError) as error:
+        sets = pydantic.TypeAdapter(dict[str, _Transcripts]).validate_python(plain.pop("sets"))
+        plain["changes"] = pydantic.TypeAdapter(tuple[Change, ...]).validate_python(plain["changes"])
+        plain |= {name: tuple(plain[name]) for name in ("commands", "notes")}
+        return ReportData(**plain, sets={name: compare(*transcripts) for name, transcripts in sets.items()})
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:
         raise ManifestError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
-    return ReportData(
-        **_facts(saved), sets={name: compare(t.rows, t.systems, t.scoring) for name, t in saved.sets.items()}
-    )
 
 
 def command_text(arguments: Sequence[str]) -> str:
     """A command line that a shell takes, with secrets hidden."""
     return shlex.join(masked_command([Path(arguments[0]).name, *arguments[1:]]))
-
-
-def _facts(report: _Facts) -> dict[str, Any]:
-    return {f.name: getattr(report, f.name) for f in dataclasses.fields(_Facts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -64,20 +65,19 @@ def align(reference: str, text: str, spans: Sequence[Span] = ()) -> Aligned:
     words: list[tuple[str, str, bool, str]] = []
     at: list[list[str]] = [[] for _ in ref]  # at[i]: the words in the place of reference word i
     for chunk in chunks:
-        own, theirs = hyp[chunk.hyp_start_idx : chunk.hyp_end_idx], range(chunk.ref_start_idx, chunk.ref_end_idx)
+        said, theirs = hyp[chunk.hyp_start_idx : chunk.hyp_end_idx], range(chunk.ref_start_idx, chunk.ref_end_idx)
         if chunk.type == "insert":
             p = chunk.ref_start_idx
-            inside = 0 < p < len(ref) and any(span.start < p < span.end for span in spans)
-            words += [(word, "ins", *(marks[p] if inside else (False, ""))) for word in own]
+            inside = any(span.start < p < span.end for span in spans)
+            words += [(word, "ins", *(marks[p] if inside else (False, ""))) for word in said]
             if inside:
-                at[p - 1] += own
+                at[p - 1] += said
         elif chunk.type == "delete":
             words += [(ref[i], "del", *marks[i]) for i in theirs]
         else:
             kind = "ok" if chunk.type == "equal" else "sub"
-            for i, word in zip(theirs, own, strict=True):
-                words.append((word, kind, *marks[i]))
-                at[i].append(word)
+            words += [(word, kind, *marks[i]) for i, word in zip(theirs, said, strict=True)]
+            at[theirs.start : theirs.stop] = [[word] for word in said]
     edges = [(span.start, span.end) for span in spans]
     return Aligned(
         pieces=_merge(words),
@@ -94,14 +94,13 @@ def changed_words(before: str, after: str) -> int:
 
 def diff_pieces(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Two transcripts with their differences marked: what went in the first, what came in the second."""
+    chunks = jiwer.process_words([before], [after]).alignments[0]
     old, new = before.split(), after.split()
-    left: list[tuple[str, str, bool, str]] = []
-    right: list[tuple[str, str, bool, str]] = []
-    for chunk in jiwer.process_words([before], [after]).alignments[0]:
-        same = chunk.type == "equal"
-        left += [(w, "ok" if same else "old", False, "") for w in old[chunk.ref_start_idx : chunk.ref_end_idx]]
-        right += [(w, "ok" if same else "new", False, "") for w in new[chunk.hyp_start_idx : chunk.hyp_end_idx]]
-    return _merge(left), _merge(right)
+    sides = [(old[c.ref_start_idx : c.ref_end_idx], new[c.hyp_start_idx : c.hyp_end_idx], c.type) for c in chunks]
+    return (
+        _merge((w, "ok" if kind == "equal" else "old", False, "") for words, _, kind in sides for w in words),
+        _merge((w, "ok" if kind == "equal" else "new", False, "") for _, words, kind in sides for w in words),
+    )
 
 
 def _entity_marks(size: int, spans: Sequence[Span]) -> list[tuple[bool, str]]:
@@ -114,11 +113,6 @@ def _entity_marks(size: int, spans: Sequence[Span]) -> list[tuple[bool, str]]:
 
 
 def _merge(words: Iterable[tuple[str, str, bool, str]]) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
-    for word, kind, entity, types in words:
-        last = pieces[-1] if pieces else None
-        if last is not None and (last.kind, last.entity, last.types) == (kind, entity, types):
-            pieces[-1] = Piece(f"{last.text} {word}", kind, entity, types)
-        else:
-            pieces.append(Piece(word, kind, entity, types))
-    return tuple(pieces)
+    """Neighbouring (word, kind, entity, types) with the same marks as one piece."""
+    runs = itertools.groupby(words, key=lambda word: word[1:])
+    return tuple(Piece(" ".join(word for word, *_ in run), *marks) for marks, run in runs)
