@@ -18,8 +18,8 @@ from typing import Any
 from nemo.utils import logging
 from settings import SETTINGS
 
-from nemo_llm_feedback.cli.jobs.nbest_probe import LookOptions
 from nemo_llm_feedback.cli.jobs.score import ScoreReport, score
+from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
 
 COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
 
@@ -46,29 +46,24 @@ def main() -> None:
     for name, overrides in settings.items():
         key = f"{name} ({overrides})"
         if key not in found:
-            found[key] = _numbers(score(_look(options, overrides)))
+            found[key] = _numbers(score(_probe(options, overrides)))
             done.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(
             f"| {name} | " + " | ".join(f"{value:.{_digits(column)}f}" for column, value in found[key].items()) + " |"
         )
 
 
-def _look(options: argparse.Namespace, overrides: str) -> LookOptions:
+def _probe(options: argparse.Namespace, overrides: str) -> ProbeOptions:
     """A setting's flags; what a composite or a rule lacks is given by its own overrides."""
-    return LookOptions(
-        checkpoint=options.checkpoint,
-        manifest=options.manifest,
+    weights = (f"reward.alpha={options.alpha}", f"reward.beta={2 * options.alpha}", "proposals.boosting_weights=[]")
+    judge = JudgeOptions(
         llm=options.llm,
         description=options.description,
         terms_file=options.terms_file,
-        cache=str(options.out / "llm_scores.sqlite"),
-        overrides=(
-            f"reward.alpha={options.alpha}",
-            f"reward.beta={2 * options.alpha}",
-            "proposals.boosting_weights=[]",
-            *shlex.split(overrides),
-        ),
+        overrides=(*weights, *shlex.split(overrides)),
     )
+    cache = str(options.out / "llm_scores.sqlite")
+    return ProbeOptions(options.checkpoint, manifest=options.manifest, utterances=0, judge=judge, cache=cache)
 
 
 def _numbers(report: ScoreReport) -> dict[str, float]:
@@ -79,7 +74,7 @@ def _numbers(report: ScoreReport) -> dict[str, float]:
         zip(
             COLUMNS,
             (
-                sum(len(g.group.texts) for g in report.groups) / len(report.groups),
+                sum(report.nbest.sizes) / len(report.nbest),
                 chosen.value("wer"),
                 chosen.value("ewer"),
                 chosen.value("false_alarms"),

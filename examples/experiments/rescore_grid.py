@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nemo.utils import logging as nemo_logging
 
-from nemo_llm_feedback.cli.jobs.tune import choose
+from nemo_llm_feedback.cli.jobs.tuning import choose
 from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig, read_terms
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.metrics import oracle
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_groups
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.rewards import LLMReward
 from nemo_llm_feedback.training.models import restore
 
 
 def main() -> None:
-    """Parses the arguments, makes the groups and prints the grid."""
+    """Parses the arguments, makes the N-best lists and prints the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("manifest")
@@ -48,26 +48,25 @@ def main() -> None:
     proposals = ProposalConfig(**{key: type(getattr(ProposalConfig(), key))(value) for key, value in given.items()})
     context = Context(options.description, tuple(read_terms(options.terms_file)))
     rows = read_manifest(options.manifest)
-    groups = make_groups(options.model, rows, context, proposals, llm=options.llm, head=options.head)
+    nbest = make_nbest(options.model, rows, context, proposals, llm=options.llm, head=options.head)
 
-    def show(name: str, choose: Callable[[ScoredGroup], int]) -> None:
-        report(name, rows, [g.group.texts[choose(g)] for g in groups], context)
+    def show(name: str, members: Sequence[int]) -> None:
+        report(name, rows, [texts[n] for texts, n in zip(nbest.texts, members, strict=True)], context)
 
-    show("greedy", lambda g: 0)
+    show("greedy", [0] * len(rows))
     for alpha in options.alphas:
         for beta in options.betas:
-            show(f"alpha {alpha:g} beta {beta:g}", lambda g, a=alpha, b=beta: choose(g, alpha=a, beta=b))
-    best = oracle([row.text for row in rows], [g.group.texts for g in groups], normalize=get_normalizer("basic"))
-    report("oracle", rows, list(best.hypotheses), context)
+            show(f"alpha {alpha:g} beta {beta:g}", choose(nbest, alpha=alpha, beta=beta))
+    show("oracle", oracle([row.text for row in rows], nbest.texts, normalize=get_normalizer("basic")).best)
 
 
-def make_groups(
+def make_nbest(
     model: str, rows: list[Row], context: Context, proposals: ProposalConfig, *, llm: str, head: str
-) -> list[ScoredGroup]:
-    """Scored groups of all rows under the checkpoint itself, in the rows' order."""
+) -> NBestBatch:
+    """The scored N-best of all rows under the checkpoint itself, in the rows' order."""
     settings = NBestSettings(replace(proposals, max_members=64), context, head=head, batch_size=10)
     reward = LLMReward(load_llm(LLMConfig(model=llm)), alpha=1.0, beta=0.0)
-    return scored_groups(restore(model, map_location="cpu"), rows, settings=settings, reward=reward)
+    return scored_nbest(restore(model, map_location="cpu"), rows, settings=settings, reward=reward)
 
 
 def report(name: str, rows: list[Row], texts: list[str], context: Context) -> None:

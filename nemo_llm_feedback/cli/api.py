@@ -135,13 +135,10 @@ def transcribe(
     paths = [str(path) for path in ([audio] if isinstance(audio, (str, Path)) else audio)]
     manifest = paths[0] if len(paths) == 1 and paths[0].endswith((".json", ".jsonl")) else None
     rows = transcription.find_rows([] if manifest else paths, manifest=manifest)
-    options = transcription.TranscribeOptions(
-        batch_size=batch_size,
-        timestamps=timestamps,
-        device=device,
-        rescoring=None if rescoring is None else parse_rescoring_config(rescoring),
+    settings = None if rescoring is None else parse_rescoring_config(rescoring)
+    return transcription.transcribe(
+        str(model), rows, batch_size=batch_size, timestamps=timestamps, device=device, rescoring=settings
     )
-    return transcription.transcribe(str(model), rows, options)
 
 
 def score(

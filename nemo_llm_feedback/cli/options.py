@@ -8,7 +8,7 @@ nested dataclasses, lists without brackets and flags with an optional value; its
 
 # No `from __future__ import annotations`: types are read again in the modules of the commands that inherit them.
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -42,6 +42,17 @@ class JudgeOptions:
     alpha: float | None = None
     beta: float | None = None
     overrides: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """The flags that are given, as keys of the configuration; without ``overrides``."""
+        flags = {
+            "llm.model": self.llm,
+            "context.description": self.description,
+            "context.terms_file": self.terms_file,
+            "reward.alpha": self.alpha,
+            "reward.beta": self.beta,
+        }
+        return {key: value for key, value in flags.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_fault
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
-from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities, row_entities, typed_spans
+from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, row_entities, typed_spans
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
 from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table, table_metrics
@@ -150,14 +150,15 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     normalize = get_normalizer(scoring.normalizer)
     entities = row_entities(rows, scoring.entities_key)
     terms, source = _term_lists(rows, entities, scoring.context)
-    bias = [_bias_words(row, scoring.bias_key) for row in rows] if scoring.bias_key else None
+    bias = None
+    if scoring.bias_key:  # the single words of an utterance's list: the published scorer knows no phrases
+        listed = row_entities(rows, scoring.bias_key)
+        bias = [" ".join(_strings(row, own)).split() for row, own in zip(rows, listed, strict=True)]
     references = [row.text for row in rows]
     plain = [[e.entity for e in row] for row in entities] if any(entities) else None
 
     def score(texts: Sequence[str]) -> CorpusScores:
-        return score_corpus(
-            references, texts, normalize=normalize, entities=plain, terms=terms, bias_words=bias
-        )  # fmt: skip
+        return score_corpus(references, texts, normalize=normalize, entities=plain, terms=terms, bias_words=bias)
 
     scores = {system.name: score(system.texts) for system in systems}
     first = scores[systems[0].name]
@@ -227,15 +228,6 @@ def _term_lists(
 def _strings(row: Row, entities: Sequence[TypedEntity]) -> list[str]:
     words = row.text.split()
     return [e.entity if isinstance(e.entity, str) else " ".join(words[slice(*e.entity)]) for e in entities]
-
-
-def _bias_words(row: Row, key: str) -> list[str]:
-    """The single words of an utterance's list; the published scorer knows no phrases."""
-    try:
-        listed = parse_entities(row.data.get(key))
-    except ValueError as error:
-        raise ManifestError(f"{row.origin}: `{key}`: {error}") from None
-    return [word for text in _strings(row, listed) for word in text.split()]
 
 
 def _by_type(

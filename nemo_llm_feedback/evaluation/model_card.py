@@ -21,7 +21,7 @@ _LABELS = {
     "reward": "Reward",
     "steps": "Optimizer steps",
     "averaged": "Mean of the weights of so many runs",
-    "base_share": "Share of the base's weights in it",
+    "interpolation": "Share of the run's weights in it, the rest is its base's",
     "context_sha256": "SHA-256 of description and terms",
     "plugin": "Made with",
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import kendalltau, spearmanr
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,30 @@ class RankAgreement:
     skipped: int
 
 
-def rank_agreement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> RankAgreement:
+def rank_agreement(first: Tensor, second: Tensor) -> RankAgreement:
     """Compares two judgements group by group; members that either could not judge are left out.
 
     Args:
-        first, second: one list a group, one value a member, higher is better; NaN = not judged.
+        first, second: [B, N] values of N members of B groups, higher is better; NaN = not judged, and padding.
     """
     rhos, taus = [], []
-    for one, two in zip(first, second, strict=True):
-        pairs = [(a, b) for a, b in zip(one, two, strict=True) if math.isfinite(a) and math.isfinite(b)]
-        if len({a for a, _ in pairs}) < 2 or len({b for _, b in pairs}) < 2:
-            continue
-        a, b = zip(*pairs, strict=True)
-        rhos.append(float(spearmanr(a, b).statistic))
-        taus.append(float(kendalltau(a, b).statistic))
+    for one, two, judged in zip(first, second, first.isfinite() & second.isfinite(), strict=True):
+        a, b = one[judged].tolist(), two[judged].tolist()
+        if len(set(a)) > 1 and len(set(b)) > 1:
+            rhos.append(float(spearmanr(a, b).statistic))
+            taus.append(float(kendalltau(a, b).statistic))
     count = len(rhos)
     mean_rho, mean_tau = (sum(x) / count if count else math.nan for x in (rhos, taus))
     return RankAgreement(mean_rho, mean_tau, count, len(first) - count)
 
 
-def best_member(rewards: Sequence[float], *, otherwise: int) -> int:
-    """Index of the largest finite reward, the first of equals; ``otherwise`` if there is none."""
-    judged = [n for n, reward in enumerate(rewards) if math.isfinite(reward)]
-    return max(judged, key=rewards.__getitem__) if judged else otherwise
+def best_members(rewards: Tensor, *, otherwise: Sequence[int]) -> list[int]:
+    """Index of the largest finite reward of each group, the first of equals.
+
+    Args:
+        rewards: [B, N]; NaN = not judged, and padding.
+        otherwise: B indices, for groups without a judged member.
+    """
+    judged = rewards.isfinite()
+    best = rewards.masked_fill(~judged, -math.inf).argmax(dim=1).tolist()
+    return [n if some else m for n, some, m in zip(best, judged.any(dim=1).tolist(), otherwise, strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA
+from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA, RewardConfig
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
@@ -33,28 +33,25 @@ def component_spread(deviations: Mapping[str, Sequence[float]]) -> dict[str, flo
     return {name: sum(stds) / len(stds) if stds else math.nan for name, stds in deviations.items()}
 
 
-def from_spread(
-    spread: Mapping[str, float], *, factor: float, asr_weight: float, part: str = "llm"
-) -> tuple[float, float]:
-    """(α, β) with std(α·LLM) = factor · std(w·ASR) within groups, β = 2·α; rounded to two digits.
+def from_spread(spread: Mapping[str, float], settings: RewardConfig) -> tuple[float, float]:
+    """(α, β) with std(α·LLM) = ``spread_factor`` · std(w·ASR) within groups; β as set, or 2·α; rounded to two digits.
 
     β is not measured as the slope of the LLM's score on length: that came out near 15 nats a word, for words of
     garbage, and taught insertions (docs/results.md).
 
     Args:
-        spread: of :func:`component_spread`, with ``part`` and ``asr``.
-        factor: how many times the recogniser's spread the LLM's is to have.
-        asr_weight: w.
-        part: what α weighs: ``llm``, or what stands in its place.
+        spread: of :func:`component_spread`, with ``settings.weighed_part`` and ``asr``.
+        settings: of the reward.
 
     Raises:
         RewardError: no spread to go by.
     """
-    llm, asr = spread.get(part, math.nan), asr_weight * spread.get("asr", math.nan)
+    llm, asr = spread.get(settings.weighed_part, math.nan), settings.asr_weight * spread.get("asr", math.nan)
     if not (llm > 0 and asr > 0):
         raise RewardError(
             "the groups have no spread to scale reward.alpha by (all members are scored alike, or "
-            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, look at more rows, or set reward.alpha."
+            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, look at more rows, or set reward.alpha "
+            "(`score --tune --alpha 1` picks it where rows have text)."
         )
-    alpha = float(f"{factor * asr / llm:.2g}")
-    return alpha, float(f"{BETA_PER_ALPHA * alpha:.2g}")
+    alpha = float(f"{settings.spread_factor * asr / llm:.2g}")
+    return alpha, float(f"{BETA_PER_ALPHA * alpha:.2g}") if settings.beta is None else settings.beta

@@ -16,7 +16,6 @@ from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
 from nemo_llm_feedback.data.manifests import Row
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup, groups_of
 from nemo_llm_feedback.hypotheses.maker import Corrector, NBestMaker, judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.proposals import Proposer
@@ -57,11 +56,6 @@ class JudgedReference:
 
     nbest: NBestBatch
     feasible: bool
-
-    @property
-    def scored(self) -> ScoredGroup:
-        """As a group."""
-        return groups_of(self.nbest)[0]
 
 
 @torch.no_grad()
@@ -112,16 +106,15 @@ def scored_nbest(
 def judged_references(
     model: Any,
     rows: Sequence[Row],
-    nbest: NBestBatch | Sequence[ScoredGroup],
+    nbest: NBestBatch,
     *,
     settings: NBestSettings,
     reward: Reward,
-    on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[JudgedReference | None]:
     """Judges the rows' own texts beside the members of their N-best: does the reward prefer the truth?
 
     Args:
-        model, rows, settings, reward, on_batch: as in :func:`scored_nbest`.
+        model, rows, settings, reward: as in :func:`scored_nbest`.
         nbest: what it returned for these rows.
 
     Returns:
@@ -132,7 +125,6 @@ def judged_references(
     head, normalize = itself.heads[0], get_normalizer(settings.normalizer)
     found: list[JudgedReference | None] = [None] * len(rows)
     labelled = [i for i, row in enumerate(rows) if row.text]
-    done = 0
     for positions, audio, encoded, lengths in itself.batches([rows[i] for i in labelled], settings):
         indices = [labelled[p] for p in positions]
         texts = [rows[i].text for i in indices]
@@ -141,25 +133,14 @@ def judged_references(
         hypotheses, ref_logp = [], []
         for b, i in enumerate(indices):
             reference = Hypothesis(normalize(texts[b]), spellings[b][int(better[b])], "reference")
-            if isinstance(nbest, NBestBatch):
-                members = nbest.hypotheses[i]
-                known = nbest.ref_logp[head.name][i, : len(members)].tolist()
-            else:
-                members, known = nbest[i].group.hypotheses, nbest[i].ref_logp[head.name]
+            members = nbest.hypotheses[i]
             hypotheses.append((*members, reference))
-            ref_logp.append([*known, float(scores[b])])
+            ref_logp.append([*nbest.ref_logp[head.name][i, : len(members)].tolist(), float(scores[b])])
         padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
         extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward)
         for b, i in enumerate(indices):
             found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))
-        done += len(indices)
-        on_batch(done)
     return found
-
-
-def scored_groups(*args: Any, **kwargs: Any) -> list[ScoredGroup]:
-    """:func:`scored_nbest` as groups."""
-    return groups_of(scored_nbest(*args, **kwargs))
 
 
 class _Itself:

@@ -125,8 +125,7 @@ def _with_scale(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunCon
     with CollectiveBlock() as ranks:
         ranks.mine = _joined([component_deviations(nbest) for nbest in _make(share, maker)])
     spread, part = component_spread(_joined(ranks.all)), settings.weighed_part
-    alpha, beta = from_spread(spread, factor=settings.spread_factor, asr_weight=settings.asr_weight, part=part)
-    beta = beta if settings.beta is None else settings.beta
+    alpha, beta = from_spread(spread, settings)
     logging.info(
         f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: {part} "
         f"{spread[part]:.2f} nat, recogniser {spread['asr']:.2f} nat, reward.spread_factor={settings.spread_factor:g}."

@@ -81,9 +81,9 @@ def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: An
         if value.is_floating_point():
             mean = torch.stack([own[name] for own in each]).mean(dim=0)
             torch.testing.assert_close(value, 0.75 * mean + 0.25 * start[name])
-    wanted = {"base": base.name, "steps": 10, "base_share": 0.25}
+    wanted = {"base": base.name, "steps": 10, "interpolation": 0.75}
     assert dict(read_config(out).adaptation) == wanted | ({"averaged": 2} if several else {})
-    assert "Share of the base's weights in it: `0.25`" in out.with_suffix(".md").read_text()
+    assert "Share of the run's weights in it, the rest is its base's: `0.75`" in out.with_suffix(".md").read_text()
 
 
 def test_the_base_of_a_share_may_be_a_pretrained_name(
@@ -95,7 +95,7 @@ def test_the_base_of_a_share_may_be_a_pretrained_name(
     run_file = _moved(base, tmp_path / "one.nemo", 1)
     monkeypatch.setattr(ASRModel, "from_pretrained", lambda name, return_model_file: str(base))
     export(run_file, output=tmp_path / "out.nemo", base="nvidia/a_pretrained_one", interpolation=0.5)
-    assert read_config(tmp_path / "out.nemo").adaptation.base_share == 0.5
+    assert read_config(tmp_path / "out.nemo").adaptation.interpolation == 0.5
 
 
 def test_a_share_of_the_base_needs_the_right_base(nemo_file: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from nemo_llm_feedback.cli.jobs import prepare as module
-from nemo_llm_feedback.cli.jobs.prepare import merge_segments, pad_segments, prepare
+from nemo_llm_feedback.cli.jobs.prepare import prepare
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
@@ -70,10 +70,10 @@ def test_recordings_become_rows_for_adapt(folder: Path, tmp_path: Path, capsys: 
             assert row.duration == pytest.approx(length, abs=0.9)
             start += length + 2.0
     printed = capsys.readouterr().out
-    assert "segments     12" in printed
+    assert "segments      12" in printed
     assert "8000, 16000, 44100 Hz, 1 with several channels" in printed
     assert "silence.ogg" in printed
-    assert "UNREADABLE   2 file(s)" in printed
+    assert "UNREADABLE    2 file(s)" in printed
     assert "broken.wav: neither soundfile nor librosa can read it" in printed
     assert "empty.wav: no audio in it" in printed
     assert "… and 10 more" in printed
@@ -90,12 +90,17 @@ def test_segments_keep_to_their_limits(folder: Path, tmp_path: Path) -> None:
     assert ends[-1] <= recording.duration
 
 
-def test_merging_and_padding() -> None:
-    speech = [(1.0, 2.0), (2.3, 3.0), (3.1, 6.0), (8.0, 9.0)]
-    assert merge_segments(speech, merge_gap=0.5, max_duration=4.0) == [(1.0, 3.0), (3.1, 6.0), (8.0, 9.0)]
-    assert merge_segments(speech, merge_gap=0.2, max_duration=9.0) == [(1.0, 2.0), (2.3, 6.0), (8.0, 9.0)]
-    assert merge_segments([], merge_gap=1.0, max_duration=4.0) == []
-    assert pad_segments([(0.1, 2.0), (2.2, 3.0)], padding=0.3, total=3.1) == [(0.0, 2.1), (2.1, 3.1)]
+def test_short_silences_do_not_cut_and_speech_is_padded(folder: Path, tmp_path: Path) -> None:
+    """With a gap over the silences between all utterances the recording is one segment, up to the maximum."""
+    joined = Segmenting(merge_gap=3.0, max_duration=60.0)
+    (recording,) = prepare(folder / "long.wav", out=tmp_path / "m.json", settings=joined).recordings
+    assert len(recording.segments) == 1
+    (tight, wide) = (
+        prepare(folder / "long.wav", out=tmp_path / "m.json", settings=Segmenting(padding=padding)).recordings[0]
+        for padding in (0.0, 0.3)
+    )
+    for (_, short), (_, long) in zip(tight.segments, wide.segments, strict=True):
+        assert 0.3 <= long - short <= 0.602
 
 
 def test_files_that_only_librosa_reads_are_copied(

@@ -1,9 +1,11 @@
-"""``score`` and ``calibrate``: what they say of tiny models, their statistics by hand, and the LLM that waits."""
+"""``score``: what it says of tiny models, the weights it uses and picks, statistics by hand, the LLM that waits."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,20 @@ import torch
 from helpers.tiny import write_manifest
 from helpers.tiny_llm import make_tiny_llm
 
+from nemo_llm_feedback.cli.jobs.quantization import compare_scores, comparison_text
+from nemo_llm_feedback.cli.jobs.tuning import choose, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.main import main
-from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.core.errors import ConfigError, LLMError
-from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.config import LLMConfig, RewardConfig
+from nemo_llm_feedback.core.errors import LLMError, RewardError
+from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.types import Context, Hypothesis, pad_groups
+from nemo_llm_feedback.evaluation.metrics import score_corpus
+from nemo_llm_feedback.evaluation.rank_agreement import best_members, rank_agreement
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 from nemo_llm_feedback.llm import load_llm, open_llm
 
+NAN = math.nan
 TEXTS = ["a latte with soy", "one large mocha", None, "tea is hot"]
 SMALL = ["proposals.beam=3", "proposals.boosted=3", "proposals.term_swap=1", "proposals.max_symbols=3"]
 
@@ -52,12 +62,14 @@ def scored(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_every_component_is_there_and_adds_up(scored):
     report, _ = scored
     assert report["rows"] == report["total_rows"] == len(report["utterances"]) == 4
+    alpha, beta = report["weights"]["alpha"], report["weights"]["beta"]
     for utterance in report["utterances"]:
         assert utterance["greedy"] == utterance["members"][0]["text"]
         rewards = [member["reward"] for member in utterance["members"]]
         assert utterance["chosen"] == utterance["members"][rewards.index(max(rewards))]["text"]
         for member in [*utterance["members"], *([utterance["reference"]] if utterance.get("reference") else [])]:
-            assert member["reward"] == pytest.approx(member["llm"] + member["asr"] + 2 * member["length"], abs=1e-3)
+            whole = alpha * member["llm"] + member["asr"] + beta * member["length"]
+            assert member["reward"] == pytest.approx(whole, abs=1e-3)
             assert member["length"] == len(member["text"].split())
             assert member["asr"] <= 0 > member["llm"]
     assert 0 < report["signal_fraction"] <= 1
@@ -142,8 +154,12 @@ def test_faults_are_told_before_any_work(flags, manifest, tmp_path, capsys):
     assert "llm.model is missing" in capsys.readouterr().err
     assert main(["score", *flags, "reward.alhpa=1"]) == 1
     assert "reward.alpha" in capsys.readouterr().err
-    assert main(["calibrate", *flags, "llm.quantization=none"]) == 1
-    assert "nf4 or int8" in capsys.readouterr().err
+    assert main(["score", *flags, "llm.quantization=none", "--compare-quantization", "none"]) == 1
+    assert "nf4, int8 and none" in capsys.readouterr().err
+    assert main(["score", *flags, "reward.name=length", "--compare-quantization", "none"]) == 1
+    assert "reward=llm" in capsys.readouterr().err
+    assert main(["score", *flags, "reward.name=length", "--tune"]) == 1
+    assert "reward.name=length has none" in capsys.readouterr().err
 
 
 def test_rows_are_spread_over_the_manifest():
@@ -155,67 +171,220 @@ def test_rows_are_spread_over_the_manifest():
     assert spread(rows, 5) == [1, 3, 5, 7, 9]
 
 
+# ---------------------------------------------------------------- weights
+
+
+def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The spread and the weights of ``score`` are those of the pool's measurement on the same rows."""
+    from nemo_llm_feedback.asr.encoded_rows import encoded_rows
+    from nemo_llm_feedback.asr.heads import heads_of
+    from nemo_llm_feedback.asr.reference import encode
+    from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe
+    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
+    from nemo_llm_feedback.hypotheses.maker import NBestMaker
+    from nemo_llm_feedback.hypotheses.proposals import Proposer
+    from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
+
+    manifest = write_manifest(tmp_path / "pool.json", [None] * 4)
+    overrides = (*SMALL, "proposals.boosting_weights=[]", "context.terms=[latte,mocha]")
+    judge = JudgeOptions(llm=str(tiny_llm), description="an order", overrides=overrides)
+    probe = NBestProbe(ProbeOptions(str(nemo_file("ctc_bpe")), manifest=str(manifest), judge=judge))
+    (head,) = heads_of(probe.model)
+
+    class Encoded:
+        """The model as its own reference."""
+
+        heads = (head,)
+
+        def encode(self, signal: torch.Tensor, signal_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return encode(probe.model, signal, signal_len)
+
+    def build(config: Any) -> NBestMaker:
+        reward: Any = probe.reward
+        alpha, beta = config.reward.weights
+        return NBestMaker(
+            Proposer(head, config.proposals),
+            Encoded(),
+            normalize=get_normalizer("basic"),
+            max_members=config.proposals.max_members,
+            reward=reward.with_weights(alpha=alpha, beta=beta),
+        )
+
+    batches = encoded_rows(probe.model, probe.rows, run_context=probe.settings.run_context)
+    pool = [EncodedAudio(audio, encoded, lengths) for _, audio, encoded, lengths in batches]
+    measured = measure_pool(pool, build, probe.config, head=head.name)
+
+    out = tmp_path / "out.json"
+    flags = ["--manifest", str(manifest), "--llm", str(tiny_llm), "--description", "an order", "--json", str(out)]
+    assert main(["score", str(nemo_file("ctc_bpe")), *flags, "--set", *overrides]) == 0
+    found = json.loads(out.read_text())
+    assert found["weights"] == {"alpha": measured.alpha, "beta": measured.beta, "origin": "spread"}
+    assert measured.alpha != 1.0
+    del found["spread"]["reward"]
+    assert found["spread"] == pytest.approx(measured.spread, rel=1e-6)
+    assert f"reward.alpha={measured.alpha:g} reward.beta={measured.beta:g}, by the spread" in capsys.readouterr().out
+
+
+def test_weights_that_are_set_are_used(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert main(["score", *flags, "--alpha", "0.5", "--beta", "3", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["weights"] == {"alpha": 0.5, "beta": 3.0, "origin": "settings"}
+    assert "reward.alpha=0.5 reward.beta=3, as set" in capsys.readouterr().out
+
+
+def nbest_of(*rows: tuple[list[str], list[float], list[float]]) -> NBestBatch:
+    """Groups of (texts, LLM, ASR) scores; the first member of each is greedy."""
+    lengths = [[float(len(text.split())) for text in texts] for texts, _, _ in rows]
+    asr = pad_groups([asr for _, _, asr in rows])
+    return NBestBatch(
+        tuple(f"u{i}" for i in range(len(rows))),
+        tuple(Context() for _ in rows),
+        tuple(tuple(Hypothesis(text, ()) for text in texts) for texts, _, _ in rows),
+        ref_logp={"ctc": asr.nan_to_num(nan=-math.inf)},
+        rewards={"ctc": asr},
+        parts={"llm": pad_groups([llm for _, llm, _ in rows]), "asr": asr, "length": pad_groups(lengths)},
+    )
+
+
+def scores_of(references: list[str], nbest: NBestBatch, entities: list[list[str]] | None = None) -> Any:
+    """Index of a member per utterance → scores of these."""
+    return lambda picks: score_corpus(
+        references,
+        [texts[n] for texts, n in zip(nbest.texts, picks, strict=True)],
+        normalize=get_normalizer("basic"),
+        entities=entities,
+    )
+
+
+def test_choice_follows_the_formula() -> None:
+    group = nbest_of((["a b c", "a", "a b"], [-9.0, -4.0, NAN], [-1.0, -5.0, 0.0]))
+    assert choose(group, alpha=0.0, beta=0.0) == [0]
+    assert choose(group, alpha=1.0, beta=0.0) == [1]
+    assert choose(group, alpha=1.0, beta=2.0) == [0]
+    assert choose(group, alpha=0.0, beta=0.0, asr_weight=0.0) == [0]  # equal: the first
+    assert choose(nbest_of((["a", "b"], [NAN, NAN], [0.0, 1.0])), alpha=1.0, beta=0.0) == [0]
+
+
+def test_the_grid_finds_where_the_truth_wins() -> None:
+    """The truth is the LLM's favourite by 4 nats and the recogniser's second by 6: it wins for α > 1.5."""
+    right = ["a latte", "the tea", "one mocha"]
+    nbest = nbest_of(*((["wrong words", text], [-9.0, -5.0], [-1.0, -7.0]) for text in right))
+    grid = {"alphas": (0.0, 1.0, 2.0, 3.0), "betas": (0.0, 2.0)}
+    found = tune_by_labels(nbest, scores_of(right, nbest), asr_weight=1.0, part="llm", **grid)
+    assert {(p.alpha, p.beta): p.wer for p in found.grid} == {
+        (alpha, beta): (100.0 if alpha < 1.5 else 0.0) for alpha in grid["alphas"] for beta in grid["betas"]
+    }
+    assert (found.alpha, found.beta, found.rows) == (2.0, 0.0, 3)  # the smallest of equals
+    assert all(math.isnan(point.ewer) for point in found.grid)
+    text = tuned_text(found)
+    assert text.splitlines()[-1] == "reward.alpha=2 reward.beta=0"
+    assert "edge of the grid" not in text
+    assert "edge of the grid" in tuned_text(dataclasses.replace(found, alpha=3.0))
+
+
+def test_of_equal_wer_the_lower_entity_wer_decides() -> None:
+    """The larger α repairs the entity at the price of another word."""
+    nbest = nbest_of((["get late", "got latte"], [-9.0, -5.0], [-1.0, -2.0]))
+    scores = scores_of(["get latte"], nbest, [["latte"]])
+    found = tune_by_labels(nbest, scores, asr_weight=1.0, part="llm", alphas=(0.0, 1.0), betas=(0.0,))
+    assert [(point.wer, point.ewer) for point in found.grid] == [(50.0, 100.0), (50.0, 0.0)]
+    assert found.alpha == 1.0
+
+
+def test_tune_with_labels_and_without(flags: list[str], manifest: Path, tmp_path: Path, capsys: Any) -> None:
+    out, cache = tmp_path / "out.json", ["--cache", f"{tmp_path}/scores/"]
+    assert main(["score", *flags, "--tune", *cache, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["tuned"]
+    points = {(p["alpha"], p["beta"]): p["wer"] for p in found["grid"]}
+    assert points[found["alpha"], found["beta"]] == min(points.values())
+    assert found["rows"] == 3
+    last = f"reward.alpha={found['alpha']:g} reward.beta={found['beta']:g}"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+    bare = write_manifest(tmp_path / "bare.json", [None, None])
+    unlabeled = [str(bare) if flag == str(manifest) else flag for flag in flags]
+    assert main(["score", *unlabeled, "--tune", "--alpha", "1", *cache, "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    found, spread = report["tuned"], report["spread"]
+    assert (found["rows"], found["grid"], report["weights"]["alpha"]) == (0, [], 1.0)
+    assert found["alpha"] == pytest.approx(2 * spread["asr"] / spread["llm"], rel=0.06)
+    assert found["beta"] == pytest.approx(2 * found["alpha"], rel=0.06)
+    assert "no row has text: the weights are" in capsys.readouterr().out
+
+
+def test_without_labels_the_spread_sets_alpha() -> None:
+    nbest = nbest_of(
+        (["a", "b"], [-3.0, -5.0], [-1.0, -7.0]),  # standard deviations 1 and 3
+        (["a", "b c", "d"], [-1.0, -7.0, NAN], [-2.0, -4.0, NAN]),  # 3 and 1
+        (["a"], [-1.0], [-1.0]),
+    )
+    spread = component_spread(component_deviations(nbest))
+    assert spread == pytest.approx({"llm": 2.0, "asr": 2.0, "length": (0 + statistics.pstdev([1, 2, 1])) / 2})
+    assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(spread_factor=1.0)) == (0.5, 1.0)
+    assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(spread_factor=3.0, asr_weight=0.5)) == (0.75, 1.5)
+    assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(beta=7.0)) == (1.0, 7.0)
+    for bad in ({"llm": 0.0, "asr": 1.0}, {"llm": NAN, "asr": 1.0}, {"llm": 1.0}):
+        with pytest.raises(RewardError, match="spread"):
+            from_spread(bad, RewardConfig())
+
+
 # ---------------------------------------------------------------- rank agreement
 
 
-def test_rank_agreement_by_hand():
-    from nemo_llm_feedback.evaluation.rank_agreement import best_member, rank_agreement
-
-    nan = math.nan
-    found = rank_agreement(
-        [[3.0, 2.0, 1.0], [1.0, 2.0, nan], [1.0, 1.0], [5.0], [3.0, 1.0, 2.0]],
-        [[-1.0, -2.0, -3.0], [-1.0, -2.0, 9.0], [0.0, 1.0], [0.0], [0.0, -1.0, -1.0]],
-    )
+def test_rank_agreement_by_hand() -> None:
+    first = [[3.0, 2.0, 1.0], [1.0, 2.0, NAN], [1.0, 1.0], [5.0], [3.0, 1.0, 2.0]]
+    second = [[-1.0, -2.0, -3.0], [-1.0, -2.0, 9.0], [0.0, 1.0], [0.0], [0.0, -1.0, -1.0]]
+    found = rank_agreement(pad_groups(first), pad_groups(second))
     assert (found.groups, found.skipped) == (3, 2)
     # Three against (1, tied 2.5, tied 2.5): ρ = √3/2; τ-b = 2/√(3·2).
     assert found.spearman == pytest.approx((1 - 1 + math.sqrt(3) / 2) / 3)
     assert found.kendall == pytest.approx((1 - 1 + 2 / math.sqrt(6)) / 3)
-    nothing = rank_agreement([[1.0]], [[1.0]])
+    nothing = rank_agreement(torch.ones(1, 1), torch.ones(1, 1))
     assert math.isnan(nothing.spearman)
     assert nothing.groups == 0
-    assert best_member([1.0, nan, 3.0, 3.0], otherwise=0) == 2
-    assert best_member([nan, nan], otherwise=1) == 1
+    rewards = pad_groups([[1.0, NAN, 3.0, 3.0], [NAN, NAN]])
+    assert best_members(rewards, otherwise=[0, 1]) == [2, 1]
 
 
-# ---------------------------------------------------------------- calibrate
+# ---------------------------------------------------------------- quantisation
 
 
-def test_calibrate_compares_on_the_same_groups(flags, tmp_path, capsys):
+def test_quantisations_are_compared_on_the_same_groups(flags: list[str], tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out.json"
-    assert main(["calibrate", *flags, "--json", str(out)]) == 0
+    assert main(["score", *flags, "--compare-quantization", "none", "--json", str(out)]) == 0
     assert "choice changes" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert found["groups"] == 4
+    report = json.loads(out.read_text())
+    found = report["quantization"]
+    assert found["members"] == sum(len(u["members"]) for u in report["utterances"])
     assert 0 < found["mean_difference"] <= found["max_difference"]
-    assert 0 < found["noise"] < 1
     assert 0.5 < found["ranks"]["spearman"] <= 1
-    assert ":nf4:" in found["quantised"]
-    assert ":none:" in found["full"]
+    assert 0.5 < found["correlation"] <= 1
+    assert ":nf4:" in found["run"]
+    assert ":none:" in found["other"]
 
 
-def test_calibration_by_hand():
-    from nemo_llm_feedback.cli.jobs.calibrate import advice, calibration_text, compare_scores
-    from nemo_llm_feedback.core.types import Hypothesis, HypothesisGroup
-    from nemo_llm_feedback.hypotheses.groups import ScoredGroup
-
-    groups = [
-        ScoredGroup(HypothesisGroup(name, (Hypothesis("a", ()), Hypothesis("b", ()))), {}, {}) for name in ("u", "v")
-    ]
+def test_the_comparison_of_quantisations_by_hand() -> None:
+    nbest = nbest_of((["a", "b"], [0.0, 0.0], [0.0, 0.0]), (["a", "b"], [0.0, 0.0], [0.0, 0.0]))
     found = compare_scores(
-        groups,
-        llm=([[-1.0, -2.0], [-5.0, math.nan]], [[-1.5, -3.5], [-4.0, -1.0]]),
-        rewards=([[0.0, 1.0], [1.0, 0.0]], [[2.0, 1.5], [1.0, 0.0]]),
+        nbest,
+        scores=(torch.tensor([[-1.0, -2.0], [-5.0, NAN]]), torch.tensor([[-1.5, -3.5], [-4.0, -1.0]])),
+        rewards=(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.5], [1.0, 0.0]])),
         names=("q", "f"),
     )
-    assert (found.groups, found.members) == (2, 3)
+    assert found.members == 3
     assert found.max_difference == 1.5
     assert found.mean_difference == pytest.approx((0.5 + 1.5 + 1.0) / 3)
-    assert found.centred_difference == pytest.approx((0.5 + 0.5 + 0.0) / 3)
-    assert found.noise == pytest.approx(0.5)  # √(0.5/3) over √(2/3)
+    assert found.correlation == pytest.approx(1.0)
     assert found.ranks.spearman == pytest.approx(1.0)
-    assert [(f.utterance, f.quantised, f.full, f.margin) for f in found.flips] == [("u", "b", "a", 0.5)]
-    assert "1 of 2 (50.0 %)" in calibration_text(found)
-    assert "blurs" in advice(found)
+    assert found.changed == ("u0",)
+    assert "1 of 2 (50.0 %)" in comparison_text(found, utterances=2)
+    assert "order the hypotheses alike" in found.advice
+    swapped = (torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -2.0]]))
+    found = compare_scores(nbest.select([0]), scores=swapped, rewards=swapped, names=("q", "f"))
+    assert (found.correlation, found.ranks.spearman) == (pytest.approx(-1.0), pytest.approx(-1.0))
+    assert "use llm=int8 or llm=full" in found.advice
 
 
 # ---------------------------------------------------------------- the LLM that waits
@@ -258,15 +427,6 @@ def test_a_run_keeps_its_scores_in_its_folder(tmp_path):
     assert memory.get_many(["a"]) == {"a": (-1.0, 1)}
     assert open_cache(":memory:").get_many(["a"]) == {}
     assert not Path(":memory:").exists()
-
-
-def test_calibrate_needs_an_llm_reward(flags):
-    from nemo_llm_feedback.cli.jobs.calibrate import calibrate
-    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
-
-    options = ProbeOptions(flags[0], manifest=flags[2], judge=JudgeOptions(overrides=("reward.name=length",)))
-    with pytest.raises(ConfigError, match="reward=llm"):
-        calibrate(options)
 
 
 def test_training_from_a_cache_does_not_load_the_llm(nemo_file, tiny_llm, manifest, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
 
     monkeypatch.setattr(job, "_hypotheses", sometimes)
     rows = job.find_rows(files, manifest=None)
-    found = job.transcribe(str(nemo_file("rnnt_bpe")), rows, job.TranscribeOptions(batch_size=3))
+    found = job.transcribe(str(nemo_file("rnnt_bpe")), rows, batch_size=3)
     assert batches == [3, 1, 1, 1]
     assert all(hyp is not None for hyp in found.hypotheses)
     assert found.failures == ()
@@ -173,7 +173,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
                 "reward.settings.wieght=3",
                 "context.terms=[a]",
             ],
-            "did you mean weight",
+            "did you mean reward.settings.weight",
         ),
         (["{wav}", "--batch-size", "0"], "--batch-size"),
         (["{wav}", "--decoder-type", "ctc"], "for hybrid models"),

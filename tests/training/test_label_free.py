@@ -49,7 +49,7 @@ def test_the_spread_of_the_pool_weighs_the_llm(
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, STEP)
     statistics = json.loads((result.log_dir / "pool_statistics.json").read_text())
     # One boosting weight, so that the groups that are described are those that set the scale.
-    wanted = from_spread(statistics["spread"], factor=RewardConfig.spread_factor, asr_weight=1.0)
+    wanted = from_spread(statistics["spread"], RewardConfig())
     assert (statistics["alpha"], statistics["beta"]) == wanted
     assert wanted[0] != 1.0
     assert seen, "no group was learned from"
@@ -67,7 +67,7 @@ def test_the_spread_of_the_pool_weighs_listed_terms_too(
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *entity, STEP)
     statistics = json.loads((result.log_dir / "pool_statistics.json").read_text())
     spread = statistics["spread"]
-    wanted = from_spread(spread, factor=RewardConfig.spread_factor, asr_weight=1.0, part="entity")
+    wanted = from_spread(spread, RewardConfig(name="entity"))
     assert (statistics["alpha"], statistics["beta"]) == wanted == (wanted[0], pytest.approx(2 * wanted[0], rel=0.06))
     assert wanted[0] * spread["entity"] == pytest.approx(2 * spread["asr"], rel=0.06)
     given = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "given", *entity, "reward.alpha=2", STEP)
@@ -94,7 +94,7 @@ def test_what_is_given_is_kept(
     if alpha is not None:
         assert statistics["alpha"] == alpha
     else:
-        assert statistics["alpha"] == from_spread(statistics["spread"], factor=2.0, asr_weight=1.0)[0]
+        assert statistics["alpha"] == from_spread(statistics["spread"], RewardConfig())[0]
 
 
 def test_a_rank_and_a_resumed_run_take_what_was_measured() -> None:

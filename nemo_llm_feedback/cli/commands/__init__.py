@@ -9,7 +9,7 @@ from __future__ import annotations
 from nemo_llm_feedback.core.errors import ConfigError
 
 # In the order in which a user meets them.
-NAMES = ("prepare", "score", "calibrate", "tune", "transcribe", "evaluate", "report", "runs", "export")
+NAMES = ("prepare", "score", "transcribe", "evaluate", "report", "runs", "export")
 
 
 def quiet_nemo() -> None:

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from nemo_llm_feedback.cli.commands import chosen_device, quiet_nemo
 from nemo_llm_feedback.cli.options import Cuda, HeadName, JsonFile, NoAudio, TermsFile
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ScoringFlags:
+    """How transcripts are scored.
+
+    Attributes:
+        normalizer: of both sides
+        description: the domain in words, for the report
+        terms: terms whose false alarms are counted
+        entities_key: manifest key of the entities
+        missing_entities: what to do with entities that their reference lacks
+        group_by: manifest keys, e.g. speaker domain: a table per value
+        samples: bootstrap resamples
+        seed: of the bootstrap
+    """
+
+    _: KW_ONLY
+    normalizer: Literal["none", "lower", "basic"] = "basic"
+    description: Annotated[str, Parameter(name=("--description", "--context"))] = ""
+    terms: tuple[str, ...] = ()
+    terms_file: TermsFile = None
+    entities_key: str = "entities"
+    missing_entities: Literal["error", "skip"] = "error"
+    group_by: tuple[str, ...] = ()
+    samples: int = 2000
+    seed: int = 0
 
 
 @Parameter(name="*")
@@ -20,18 +48,10 @@ class EvaluateOptions:
         models: .nemo files; the first system is the base of the comparison
         manifest: NeMo manifest with text and, optionally, entities and context
         predictions: JSON Lines with audio_filepath and pred_text
-        description: the domain in words, for the report
-        terms: terms whose false alarms are counted
         head: of a hybrid model
         batch_size: utterances per batch of the recogniser
-        normalizer: of both sides
         oracle: also the oracle WER of each model's N-best, of so many hypotheses
-        group_by: manifest keys, e.g. speaker domain: a table per value
-        entities_key: manifest key of the entities
-        missing_entities: what to do with entities that their reference lacks
         b_wer: also B-WER; the value is the manifest key of each utterance's word list (entities if left out)
-        samples: bootstrap resamples
-        seed: of the bootstrap
         report: write the report here, as HTML
     """
 
@@ -39,20 +59,12 @@ class EvaluateOptions:
     _: KW_ONLY
     manifest: str | None = None
     predictions: tuple[str, ...] = ()
-    description: Annotated[str, Parameter(name=("--description", "--context"))] = ""
-    terms: tuple[str, ...] = ()
-    terms_file: TermsFile = None
     head: HeadName = "auto"
     batch_size: int = 16
     cuda: Cuda = None
-    normalizer: Literal["none", "lower", "basic"] = "basic"
     oracle: int = 0
-    group_by: tuple[str, ...] = ()
-    entities_key: str = "entities"
-    missing_entities: Literal["error", "skip"] = "error"
+    scoring: ScoringFlags = field(default_factory=ScoringFlags)
     b_wer: bool | str = False
-    samples: int = 2000
-    seed: int = 0
     json: JsonFile = None
     report: str | None = None
     no_audio: NoAudio = False
@@ -63,18 +75,8 @@ def run(options: EvaluateOptions = EvaluateOptions()) -> int:
     from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text, make_scoring
     from nemo_llm_feedback.evaluation.records import write_record
 
-    scoring = make_scoring(
-        normalizer=options.normalizer,
-        description=options.description,
-        terms=options.terms,
-        terms_file=options.terms_file,
-        entities_key=options.entities_key,
-        bias_key="entities" if options.b_wer is True else options.b_wer or None,
-        group_by=options.group_by,
-        missing_entities=options.missing_entities,
-        samples=options.samples,
-        seed=options.seed,
-    )
+    bias_key = "entities" if options.b_wer is True else options.b_wer or None
+    scoring = make_scoring(**vars(options.scoring), bias_key=bias_key)
     device = "cpu"
     if options.models:
         quiet_nemo()

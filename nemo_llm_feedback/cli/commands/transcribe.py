@@ -12,7 +12,6 @@ from nemo_llm_feedback.cli.commands import chosen_device, quiet_nemo
 from nemo_llm_feedback.cli.options import Cuda, JudgeOptions
 from nemo_llm_feedback.core.errors import ConfigError
 
-_MOST_LISTED = 20
 _RESCORING = Group("Rescoring", help="score = log p(text|audio) + alpha·log p(text|context) + beta·words")
 
 
@@ -84,36 +83,28 @@ def run(options: TranscribeFlags) -> int:
     tree = _settings(options)
     settings = parse_rescoring_config(tree) if tree is not None else None
     quiet_nemo()
-    from tqdm import tqdm
+    from nemo_llm_feedback.cli.jobs import transcribe as job
+    from nemo_llm_feedback.cli.jobs.progress import progress
 
-    from nemo_llm_feedback.cli.jobs.transcribe import (
-        AUDIO_TYPES,
-        TranscribeOptions,
-        find_rows,
-        transcribe,
-        write_manifest,
-    )
-
-    types = options.audio_type.split(",") if options.audio_type else AUDIO_TYPES
-    rows = find_rows(options.audio, manifest=options.dataset_manifest, audio_types=types)
-    with tqdm(total=len(rows), unit="utt", desc="transcribing", disable=None) as bar:
-        found = transcribe(
+    types = options.audio_type.split(",") if options.audio_type else job.AUDIO_TYPES
+    rows = job.find_rows(options.audio, manifest=options.dataset_manifest, audio_types=types)
+    with progress("transcribing", len(rows)) as on_done:
+        found = job.transcribe(
             options.model,
             rows,
-            TranscribeOptions(
-                batch_size=options.batch_size,
-                decoder_type=options.decoder_type,
-                timestamps=options.timestamps,
-                device=chosen_device(options.cuda),
-                rescoring=settings,
-                on_done=lambda done: bar.update(done - bar.n),
-            ),
+            batch_size=options.batch_size,
+            decoder_type=options.decoder_type,
+            timestamps=options.timestamps,
+            device=chosen_device(options.cuda),
+            rescoring=settings,
+            on_done=on_done,
         )
     if options.output_filename:
-        write_manifest(options.output_filename, found, nbest=options.nbest)
+        job.write_manifest(options.output_filename, found, nbest=options.nbest)
     else:
-        _print(found, nbest=options.nbest)
-    _report(found, output=options.output_filename)
+        print(job.transcripts_text(found, nbest=options.nbest))
+    written = f"; written to {options.output_filename}" if options.output_filename else ""
+    print(job.summary(found, written=written), file=sys.stderr)
     return 1 if found.failures else 0
 
 
@@ -123,33 +114,25 @@ def _settings(options: TranscribeFlags) -> dict[str, Any] | None:
     Raises:
         ConfigError: flags of the rescoring without ``--rescore``.
     """
-    choice, judge = options.choice, options.choice.judge
-    flags: dict[str, dict[str, Any]] = {
-        "": {
-            "nbest": choice.beam_size,
-            "boosted": choice.boosted,
-            "boosting_weight": choice.boosting_weight,
-            "term_swap": choice.term_swap,
-        },
-        "reward": {"alpha": judge.alpha, "beta": judge.beta},
-        "llm": {"model": judge.llm, "quantization": choice.quantization},
-        "context": {
-            "description": judge.description,
-            "terms_file": judge.terms_file,
-            "required": False if choice.no_context else None,
-        },
+    choice = options.choice
+    beside = {
+        "nbest": choice.beam_size,
+        "boosted": choice.boosted,
+        "boosting_weight": choice.boosting_weight,
+        "term_swap": choice.term_swap,
+        "llm.quantization": choice.quantization,
+        "context.required": False if choice.no_context else None,
     }
-    given = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in flags.items()}
+    given = choice.judge.settings() | {key: value for key, value in beside.items() if value is not None}
     judged = choice.rescore or choice.rescoring is not None
-    if not judged and (given["reward"] or given["llm"] or judge.overrides):
+    if not judged and (choice.judge.overrides or any(key.startswith(("reward.", "llm.")) for key in given)):
         raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
-    if not judged and not options.nbest and not any(given.values()):
+    if not judged and not options.nbest and not given:
         return None
     tree: dict[str, Any] = _start(choice) if judged else {"reward": None}
-    for section, keys in given.items():
-        if section and keys:
-            tree[section] = {**(tree.get(section) or {}), **keys}
-    tree.update(given[""])
+    for key, value in given.items():
+        section, _, name = key.rpartition(".")
+        tree |= {section: {**(tree.get(section) or {}), name: value}} if section else {name: value}
     if options.nbest and not tree.get("nbest"):
         from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 
@@ -178,34 +161,3 @@ def _start(choice: RescoringFlags) -> dict[str, Any]:
         )
     composed: Any = OmegaConf.to_container(compose_config(judge.overrides), resolve=True, throw_on_missing=False)
     return {section: composed[section] for section in named}
-
-
-def _print(found: Any, *, nbest: int) -> None:
-    for row, hyp in zip(found.rows, found.hypotheses, strict=True):
-        if hyp is None:
-            continue
-        print(f"{row.data.get('audio_filepath', row.audio)}\t{hyp.text}")
-        for member in hyp.n_best[:nbest] if nbest else ():
-            parts = " ".join(f"{name}={value:.2f}" for name, value in member.parts.items())
-            print(f"    {member.score:9.2f}  {member.text}  ({parts})")
-
-
-def _report(found: Any, *, output: str | None) -> None:
-    """Totals, WER where every transcribed row has a reference, and failures, on the error stream."""
-    pairs = [(row, hyp.text) for row, hyp in zip(found.rows, found.hypotheses, strict=True) if hyp is not None]
-    lines = [
-        f"{len(pairs)} of {len(found.rows)} utterances, {found.audio_seconds / 60:.1f} min of audio in "
-        f"{found.seconds:.1f} s: RTFx {found.rtfx:.1f}" + (f"; written to {output}" if output else "")
-    ]
-    if pairs and all(row.text for row, _ in pairs):
-        from nemo_llm_feedback.core.types import Context
-        from nemo_llm_feedback.evaluation.scoring import score_rows
-
-        scores = score_rows([row for row, _ in pairs], [text for _, text in pairs], run_context=Context())
-        lines.append(f"WER {scores.value('wer'):.1f} %, CER {scores.value('cer'):.1f} %")
-    if found.failures:
-        lines.append(f"{len(found.failures)} failed:")
-        lines += [f"  {line}" for line in found.failures[:_MOST_LISTED]]
-        more = len(found.failures) - _MOST_LISTED
-        lines += [f"  … and {more} more"] if more > 0 else []
-    print("\n".join(lines), file=sys.stderr)

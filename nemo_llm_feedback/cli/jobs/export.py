@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor
 
 from nemo_llm_feedback.asr.checkpoints import read_config
-from nemo_llm_feedback.asr.lora import has_lora, inject
-from nemo_llm_feedback.cli.jobs.average import WeightAverage
+from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.asr.lora import has_lora, inject, merged
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.core.version import __version__
@@ -27,6 +29,7 @@ from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
 from nemo_llm_feedback.training.models import locate, restore
 
 _NORMALIZER = "basic"
+_ONE_BASE = "average runs that started from one checkpoint."
 
 
 def export(
@@ -67,55 +70,41 @@ def export(
         raise CheckpointError(f"{', '.join(missing) or 'no checkpoint'}: no such file.")
     if not 0 < interpolation <= 1:
         raise ConfigError(f"--interpolation {interpolation:g}: give a share of the run above 0, at most 1.")
-    base_share = 1 - interpolation
-    mean = len(sources) > 1 or base_share > 0
+    mean = len(sources) > 1 or interpolation < 1
     if mean and not output:
         raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
     target = Path(output).expanduser() if output else sources[0].with_suffix(".nemo")
     rows = labelled_rows(str(manifest)) if manifest else {}
-    if (rows or base_share) and not base and any(source.suffix == ".nemo" for source in sources):
-        what = "is mixed with" if base_share else "is scored against"
+    if (rows or interpolation < 1) and not base and any(source.suffix == ".nemo" for source in sources):
+        what = "is mixed with" if interpolation < 1 else "is scored against"
         raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
-    model, base, facts = _averaged(sources, base, base_share) if mean else _opened(sources[0], base)
-    model._adaptation_facts = facts
-    model.save_to(str(target))
+    run = _averaged(sources, base, interpolation) if mean else _opened(sources[0], base)
+    run.model._adaptation_facts = run.facts
+    run.model.save_to(str(target))
     if rows or target not in sources or not target.with_suffix(".md").is_file():
-        before = _scores(restore(str(base), map_location="cpu"), rows) if rows else {}
-        write_model_card(target, facts=facts, before=before, after=_scores(model, rows), normalizer=_NORMALIZER)
+        before = _scores(restore(str(run.base), map_location="cpu"), rows) if rows else {}
+        write_model_card(
+            target, facts=run.facts, before=before, after=_scores(run.model, rows), normalizer=_NORMALIZER
+        )
     return target
 
 
-def _opened(source: Path, base: str | Path | None) -> tuple[Any, str | Path | None, dict[str, Any]]:
-    """The model of a file, its base, and what is known of how it was made."""
-    if source.suffix != ".nemo":
-        return _trained(source, base)
-    model, said = restore(source, map_location="cpu"), read_config(source).get("adaptation")
-    facts: Any = OmegaConf.to_container(said) if said else {}
-    return model, base, facts
+@dataclass(frozen=True)
+class _Run:
+    """A file's model, its base where that is known, and what the file says of how it was made."""
+
+    name: str
+    model: Any
+    base: str | Path | None
+    facts: dict[str, Any]
 
 
-def _averaged(
-    sources: Sequence[Path], base: str | Path | None, base_share: float
-) -> tuple[Any, str | Path | None, dict[str, Any]]:
-    """The mean of files' weights, with a share of the base's, in a model of the first one's kind; its base, and what
-    is known of it."""
-    average = WeightAverage()
-    holder, found = None, base
-    for source in sources:
-        model, own, facts = _opened(source, base)
-        average.add(str(source), model, facts)
-        found = found or own
-        # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
-        holder = holder or (restore(str(own), map_location="cpu") if has_lora(model) else model)
-    if base_share:
-        start = locate(str(found))  # runs name the file, and a pretrained name is not its file's
-        average.mix(str(start), restore(start, map_location="cpu"), base_share)
-    average.write_into(holder)
-    return holder, found, average.facts()
-
-
-def _trained(source: Path, base: str | Path | None) -> tuple[Any, str | Path, dict[str, Any]]:
-    """The model of a Lightning checkpoint, its base, and what is known of how it was made."""
+def _opened(source: Path, base: str | Path | None) -> _Run:
+    """The run of a ``.nemo`` or of a Lightning checkpoint, restored on the CPU."""
+    if source.suffix == ".nemo":
+        said = read_config(source).get("adaptation")
+        facts: Any = OmegaConf.to_container(said) if said else {}
+        return _Run(str(source), restore(source, map_location="cpu"), base, facts)
     content = _read_lightning(source)
     base = base or content.get(CHECKPOINT_KEY, {}).get("base")
     if not base:
@@ -128,7 +117,70 @@ def _trained(source: Path, base: str | Path | None) -> tuple[Any, str | Path, di
     except RuntimeError as error:
         raise CheckpointError(f"{source} does not fit {base}: {str(error).splitlines()[0]}") from None
     facts = {"plugin": f"nemo_llm_feedback {__version__}", "base": Path(base).name}
-    return model, base, facts | {"steps": int(content.get("global_step", 0))}
+    return _Run(str(source), model, base, facts | {"steps": int(content.get("global_step", 0))})
+
+
+@torch.no_grad()
+def _averaged(sources: Sequence[Path], base: str | Path | None, interpolation: float) -> _Run:
+    """The mean of files' weights (Wortsman et al. 2022, arXiv 2203.05482: "model soups"), those of LoRA as merged,
+    interpolated with the base's (arXiv 2109.01903: the ensemble of weights that keeps what fine-tuning loses).
+
+    Only runs from one base can be averaged: their weights lie near each other, those of models that were trained
+    apart do not, and their mean recognises nothing.
+
+    Raises:
+        CheckpointError: another class, other output symbols, other shapes or another base than the first one's.
+    """
+    first: _Run | None = None
+    mean: dict[str, Tensor] = {}
+    known: list[dict[str, Any]] = []
+    for source in sources:
+        run = _opened(source, base)
+        first = first or run
+        known.append(run.facts)
+        bases = sorted({str(facts["base"]) for facts in known if facts.get("base")})
+        if len(bases) > 1:
+            raise CheckpointError(f"{source} comes from another base ({', '.join(bases)}): {_ONE_BASE}")
+        with merged(run.model):
+            weights = run.model.state_dict()
+        mean = mean or {key: value.clone() for key, value in weights.items()}
+        _move(mean, weights, 1 / len(known), run=run, first=first)
+    assert first is not None
+    facts = {
+        key: value
+        for key, value in known[0].items()
+        if key not in ("before", "after") and all(other.get(key) == value for other in known)
+    }
+    facts |= {"averaged": len(known)} if len(known) > 1 else {}
+    if interpolation < 1:
+        start = locate(str(first.base))  # runs name the file, and a pretrained name is not its file's
+        if facts.get("base") and start.name != facts["base"]:
+            raise CheckpointError(
+                f"the runs started from {facts['base']}, not from {start}: give that file as --base."
+            )
+        origin = _Run(str(start), restore(start, map_location="cpu"), None, {})
+        _move(mean, origin.model.state_dict(), 1 - interpolation, run=origin, first=first)
+        facts["interpolation"] = interpolation
+    # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
+    holder = restore(str(first.base), map_location="cpu") if has_lora(first.model) else first.model
+    holder.load_state_dict(mean, strict=True)
+    return _Run(first.name, holder, first.base, facts)
+
+
+def _move(mean: dict[str, Tensor], weights: Mapping[str, Tensor], share: float, *, run: _Run, first: _Run) -> None:
+    """Goes a share of the way from the mean to a model's weights, if the model is of the first one's kind."""
+    if type(run.model) is not type(first.model) or _symbols(run.model) != _symbols(first.model):
+        raise CheckpointError(f"{run.name} and {first.name} have not the same class and output symbols: {_ONE_BASE}")
+    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in mean.items()}:
+        raise CheckpointError(f"{run.name} and {first.name} have weights of other names or shapes: {_ONE_BASE}")
+    for key, value in weights.items():
+        if value.is_floating_point():
+            mean[key] += share * (value - mean[key])
+
+
+def _symbols(model: Any) -> list[str]:
+    """What the outputs stand for, in order: BPE pieces or characters."""
+    return list(heads_of(model)[0].vocabulary.labels)
 
 
 def _scores(model: Any, rows: dict[str, list[Row]]) -> dict[str, CorpusScores]:

@@ -8,9 +8,9 @@ read by soundfile.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.cli.options import Segmenting
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
+from nemo_llm_feedback.evaluation.records import facts_text
 
 _SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
@@ -80,19 +82,18 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     recordings: list[Recording] = []
     unreadable: list[str] = []
     converted: dict[Path, Path] = {}
-    for number, path in enumerate(files, 1):
-        _progress(number, len(files), path)
-        try:
-            source = path
-            if not _soundfile_reads(path):
-                source = converted[path] = _convert(path, _copies(target))
-            recordings.append(_cut(source, detect, settings))
-        except (soundfile.SoundFileError, RuntimeError, OSError, EOFError, ValueError) as error:
-            unreadable.append(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    with progress("recordings", len(files), unit="file") as on_file:
+        for number, path in enumerate(files, 1):
+            try:
+                source = path
+                if not _soundfile_reads(path):
+                    source = converted[path] = _convert(path, _copies(target))
+                recordings.append(_cut(source, detect, settings))
+            except (soundfile.SoundFileError, RuntimeError, OSError, EOFError, ValueError) as error:
+                unreadable.append(f"{path}: {_first_line(error)}")
+            on_file(number)
     if not recordings:
-        raise ManifestError(
-            f"none of {len(files)} file(s) can be read:" + "".join(f"\n  {u}" for u in unreadable[:20])
-        )
+        raise ManifestError(list_faults(f"none of {len(files)} file(s) can be read:", unreadable))
     if not any(recording.segments for recording in recordings):
         raise ManifestError(
             f"no speech of at least {settings.min_duration} s in {len(recordings)} file(s); lower --threshold "
@@ -113,59 +114,32 @@ def summary(result: Prepared, *, preview: int = 5) -> str:
     lengths = np.array([length for r in result.recordings for _, length in r.segments])
     total = sum(r.duration for r in result.recordings)
     rates = sorted({r.sample_rate for r in result.recordings})
-    lines = [
-        f"recordings   {len(result.recordings)} ({_clock(total)}), {', '.join(str(rate) for rate in rates)} Hz, "
-        f"{sum(r.channels > 1 for r in result.recordings)} with several channels (mixed to one)",
-        f"segments     {len(lengths)} ({_clock(float(lengths.sum()))} of speech, {100 * lengths.sum() / total:.0f} %)",
-        f"durations    {lengths.min():.1f} to {lengths.max():.1f} s, median {np.median(lengths):.1f} s",
-        f"left out     {sum(r.too_short for r in result.recordings)} segments that are too short",
-    ]
-    silent = [r.path for r in result.recordings if not r.segments]
-    for head, items in (
-        ("no speech in", [str(path) for path in silent]),
+    facts = {
+        "recordings": f"{len(result.recordings)} ({_clock(total)}), {', '.join(map(str, rates))} Hz, "
+        f"{sum(r.channels > 1 for r in result.recordings)} with several channels (mixed to one where they are read)",
+        "segments": f"{len(lengths)} ({_clock(lengths.sum())} of speech, {100 * lengths.sum() / total:.0f} %)",
+        "durations": f"{lengths.min():.1f} to {lengths.max():.1f} s, median {np.median(lengths):.1f} s",
+        "left out": f"{sum(r.too_short for r in result.recordings)} segments that are too short",
+    }
+    for name, items in (
+        ("no speech in", [str(r.path) for r in result.recordings if not r.segments]),
         ("converted", [f"{old} → {new}" for old, new in result.converted.items()]),
         ("UNREADABLE", list(result.unreadable)),
     ):
-        lines += [f"{head:<12} {len(items)} file(s)", *(f"  {item}" for item in items)] if items else []
-    shown = [(r.path, *segment) for r in result.recordings for segment in r.segments][: max(0, preview)]
-    lines += ["", *(f"  {path.name}  {_clock(start)} + {length:.1f} s" for path, start, length in shown)]
-    lines += [f"  … and {len(lengths) - len(shown)} more"] if len(lengths) > len(shown) else []
-    lines += [
-        f"\nmanifest: {result.manifest}",
-        f"next: nemo-llm-feedback adapt model.train_ds.manifest_filepath={result.manifest} …",
+        facts |= {name: list_faults(f"{len(items)} file(s)", items)} if items else {}
+    segments = [
+        f"{r.path.name}  {_clock(start)} + {length:.1f} s" for r in result.recordings for start, length in r.segments
     ]
-    return "\n".join(lines)
-
-
-def merge_segments(
-    speech: Sequence[tuple[float, float]], *, merge_gap: float, max_duration: float
-) -> list[tuple[float, float]]:
-    """Joins neighbouring segments with less silence than ``merge_gap`` between, up to ``max_duration``.
-
-    Args:
-        speech: (start, end) in seconds, in order, not overlapping.
-        merge_gap: seconds.
-        max_duration: of a joined segment, seconds.
-    """
-    out: list[tuple[float, float]] = []
-    for start, end in speech:
-        if out and start - out[-1][1] < merge_gap and end - out[-1][0] <= max_duration:
-            out[-1] = (out[-1][0], end)
-        else:
-            out.append((start, end))
-    return out
-
-
-def pad_segments(
-    speech: Sequence[tuple[float, float]], *, padding: float, total: float
-) -> list[tuple[float, float]]:  # fmt: skip
-    """Widens each segment on both sides, at most to the middle of the silence and to the ends of the file."""
-    out = []
-    for k, (start, end) in enumerate(speech):
-        left = (speech[k - 1][1] + start) / 2 if k else 0.0
-        right = (end + speech[k + 1][0]) / 2 if k + 1 < len(speech) else total
-        out.append((max(start - padding, left), min(end + padding, right)))
-    return out
+    shown = segments[: max(0, preview)]
+    more = f"  … and {len(segments) - len(shown)} more" if len(segments) > len(shown) else ""
+    return "\n".join(
+        [
+            facts_text(facts),
+            *("", *shown, more),
+            f"manifest: {result.manifest}",
+            f"next: nemo-llm-feedback adapt model.train_ds.manifest_filepath={result.manifest} …",
+        ]
+    )
 
 
 Detector = Callable[[NDArray[np.float32]], list[tuple[float, float]]]
@@ -190,8 +164,9 @@ def _detector(settings: Segmenting) -> Detector:
                 model,
                 threshold=settings.threshold,
                 sampling_rate=_RATE,
-                max_speech_duration_s=settings.max_duration - 2 * settings.padding,
-                speech_pad_ms=0,
+                max_speech_duration_s=settings.max_duration,
+                min_silence_duration_ms=round(1000 * settings.merge_gap),
+                speech_pad_ms=round(1000 * settings.padding),
             )
         return [(item["start"] / _RATE, item["end"] / _RATE) for item in found]
 
@@ -201,14 +176,10 @@ def _detector(settings: Segmenting) -> Detector:
 def _cut(path: Path, detect: Detector, settings: Segmenting) -> Recording:
     info = soundfile.info(str(path))
     samples = _load(path)
-    total = len(samples) / _RATE
-    room = settings.max_duration - 2 * settings.padding
-    joined = merge_segments(detect(samples), merge_gap=settings.merge_gap, max_duration=room)
-    padded = pad_segments(joined, padding=settings.padding, total=total)
     # Rounded inward: the last segment must not end after its file.
-    rows = [(round(start, 3), int((end - round(start, 3)) * 1000) / 1000) for start, end in padded]
+    rows = [(round(start, 3), int((end - round(start, 3)) * 1000) / 1000) for start, end in detect(samples)]
     kept = tuple((start, length) for start, length in rows if length >= settings.min_duration)
-    return Recording(path, total, info.samplerate, info.channels, kept, len(rows) - len(kept))
+    return Recording(path, len(samples) / _RATE, info.samplerate, info.channels, kept, len(rows) - len(kept))
 
 
 def _load(path: Path) -> NDArray[np.float32]:
@@ -257,8 +228,7 @@ def _convert(path: Path, folder: Path) -> Path:
             warnings.simplefilter("ignore")
             samples, rate = librosa.load(str(path), sr=None, mono=False)
     except Exception as error:  # each of its backends raises an error of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"neither soundfile nor librosa can read it ({reason})") from None
+        raise RuntimeError(f"neither soundfile nor librosa can read it ({_first_line(error)})") from None
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{path.stem}.flac"
     number = 1
@@ -288,17 +258,9 @@ def _recordings(folder: Path, *, skip: Path) -> list[Path]:
     return found
 
 
-def _progress(number: int, total: int, path: Path) -> None:
-    if sys.stderr.isatty():
-        print(
-            f"\r\x1b[K{number}/{total} {path.name[:60]}",
-            end="\n" if number == total else "",
-            file=sys.stderr,
-            flush=True,
-        )
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return str(timedelta(seconds=round(seconds)))

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from nemo_llm_feedback.cli.jobs.nbest_probe import Look, baseline, open_look
+from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
+from nemo_llm_feedback.cli.jobs.quantization import (
+    QuantizationComparison,
+    compare_quantization,
+    comparison_text,
+    other_llm,
+)
+from nemo_llm_feedback.cli.jobs.tuning import Tuned, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.options import ProbeOptions
-from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.config import RewardConfig
+from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.manifests import Row
-from nemo_llm_feedback.evaluation.metrics import CorpusScores, oracle
-from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_member, rank_agreement
+from nemo_llm_feedback.evaluation.metrics import CorpusScores, find_metric
+from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_members, rank_agreement
+from nemo_llm_feedback.evaluation.records import Table, facts_text, to_plain
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table
-from nemo_llm_feedback.hypotheses.groups import ScoredGroup
-from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references
-from nemo_llm_feedback.training.group_math import signal
+from nemo_llm_feedback.evaluation.tables import build_table
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
+from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference
+from nemo_llm_feedback.training.objectives import signal
 
 
 @dataclass(frozen=True)
@@ -37,159 +49,209 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The reward's α and β.
+
+    Attributes:
+        alpha, beta: as ``reward.alpha`` and ``reward.beta``.
+        origin: ``settings``, or ``spread`` where α was left to the spread within the groups at hand.
+    """
+
+    alpha: float
+    beta: float
+    origin: Literal["settings", "spread"]
+
+
+@dataclass(frozen=True)
 class ScoreReport:
     """What the job found.
 
     Attributes:
-        rows: looked at.
+        rows: that were taken, B.
         total: rows of the manifest.
-        groups: of the rows, in their order.
-        chosen, greedy: index of the best-rewarded member of each group, and of the recogniser's own.
+        nbest: of the rows, in their order.
+        weights: of the reward; None for a reward without.
+        chosen, greedy: index of the best-rewarded member of each row, and of the recogniser's own.
         signal_fraction: share of groups whose rewards differ by more than ``objective.min_spread``.
         spread: reward and component → mean within-group standard deviation, in its unit.
         unjudged: members that the reward could not judge.
         references: the rows' own texts judged beside their groups; None where there is none.
-        errors: word errors of each member, for rows with text.
-        systems: greedy, chosen, oracle → scores on the rows with text; empty without any.
-        agreement: ``wer``, ``ewer`` → rank correlation of the reward with −WER and −EWER within groups.
         preference: reward and components → how often they prefer the reference.
         llm: one line on the LLM and its cache.
+        labelled: the members of the rows with text, scored; None without any.
+        systems: greedy, chosen, oracle → scores on the rows with text; empty without any.
+        agreement: ``wer``, ``ewer`` → rank correlation of the reward with −WER and −EWER within groups.
+        quantization: comparison with another quantisation, if asked for.
+        tuned: the weights picked, if asked for.
     """
 
-    rows: tuple[Row, ...]
+    rows: list[Row]
     total: int
-    groups: tuple[ScoredGroup, ...]
-    chosen: tuple[int, ...]
-    greedy: tuple[int, ...]
+    nbest: NBestBatch
+    weights: Weights | None
+    chosen: list[int]
+    greedy: list[int]
     signal_fraction: float
     spread: dict[str, float]
     unjudged: int
-    references: tuple[JudgedReference | None, ...]
-    errors: dict[int, list[int]]
-    systems: dict[str, CorpusScores]
-    agreement: dict[str, RankAgreement]
+    references: list[JudgedReference | None]
     preference: dict[str, Preference]
     llm: str
+    labelled: LabelledMembers | None = None
+    systems: dict[str, CorpusScores] = field(default_factory=dict)
+    agreement: dict[str, RankAgreement] = field(default_factory=dict)
+    quantization: QuantizationComparison | None = None
+    tuned: Tuned | None = None
+
+    @property
+    def errors(self) -> dict[int, list[int]]:
+        """Row with text → word errors of its members."""
+        if self.labelled is None:
+            return {}
+        counts = self.labelled.counts("word_errors")
+        return {i: [int(n) for n in row[~row.isnan()]] for i, row in zip(self.labelled.rows, counts, strict=True)}
 
 
-def score(options: ProbeOptions) -> ScoreReport:
+def score(
+    options: ProbeOptions,
+    *,
+    compare_quantization_with: Literal["nf4", "int8", "none"] | None = None,
+    tune: bool = False,
+) -> ScoreReport:
     """Proposes and judges the N-best of some rows and, where they have text, judges the judge.
 
     Args:
         options: the flags.
+        compare_quantization_with: also judge by the LLM in this quantisation.
+        tune: also pick α and β.
 
     Raises:
         FeedbackError: unusable input, before any model is loaded; or a reward that cannot work.
     """
-    look = open_look(options)
-    judge = look.open_judge()
-    model = look.load_model()
-    groups = look.make_groups(model, judge)
-    hit_rate = judge.hit_rate  # of the groups; their members come again beside the references
-    references = judged_references(model, look.rows, groups, settings=look.settings, reward=judge.reward)
-    return report_on(look, groups, references, llm=judge.llm_line(hit_rate))
+    probe = NBestProbe(options)
+    settings = probe.config.reward
+    if tune and not settings.weighed:
+        raise ConfigError(f"--tune picks reward.alpha and reward.beta; reward.name={settings.name} has none.")
+    other = other_llm(probe.config, compare_quantization_with) if compare_quantization_with else None
+    nbest = probe.nbest()
+    llm = probe.llm_line()  # its hit rate is that of the groups; they come again below
+    weights = Weights(*settings.weights, "settings") if settings.weighed else None
+    reward: Any = probe.reward
+    if settings.scaled_by_pool:
+        weights = Weights(*from_spread(component_spread(component_deviations(nbest)), settings), "spread")
+        reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
+        nbest = judged_by(reward, nbest)
+    report = report_on(probe, nbest, probe.references(nbest, reward), weights=weights, llm=llm)
+    if tune:
+        report = replace(report, tuned=_tuned(report, settings))
+    if other is not None:
+        assert weights is not None
+        comparison = compare_quantization(probe, nbest, other, alpha=weights.alpha, beta=weights.beta)
+        report = replace(report, quantization=comparison)
+    return report
 
 
 def report_on(
-    look: Look, groups: Sequence[ScoredGroup], references: Sequence[JudgedReference | None], *, llm: str
+    probe: NBestProbe,
+    nbest: NBestBatch,
+    references: list[JudgedReference | None],
+    *,
+    weights: Weights | None = None,
+    llm: str,
 ) -> ScoreReport:
-    """The statistics of scored groups; see :class:`ScoreReport`."""
-    head = next(iter(groups[0].rewards))
-    rewards = [g.rewards[head] for g in groups]
-    greedy = tuple(baseline(g) for g in groups)
-    chosen = tuple(best_member(r, otherwise=n) for r, n in zip(rewards, greedy, strict=True))
-    padded = pad_groups(rewards)
-    mask = torch.arange(padded.shape[1]) < torch.tensor([len(r) for r in rewards])[:, None]
-    parts = {"reward": rewards} | {name: [g.parts[name] for g in groups] for name in groups[0].parts}
-    labelled = [i for i, row in enumerate(look.rows) if row.text]
-    counts = member_counts(look, labelled, groups)
-    systems = _systems(look, labelled, groups, greedy=greedy, chosen=chosen) if labelled else {}
-    return ScoreReport(
-        rows=look.rows,
-        total=look.total,
-        groups=tuple(groups),
+    """The statistics of judged N-best lists; see :class:`ScoreReport`."""
+    (rewards,) = nbest.rewards.values()
+    greedy = greedy_members(nbest)
+    chosen = best_members(rewards, otherwise=greedy)
+    spread = component_spread(component_deviations(replace(nbest, parts={"reward": rewards, **nbest.parts})))
+    report = ScoreReport(
+        rows=probe.rows,
+        total=probe.total,
+        nbest=nbest,
+        weights=weights,
         chosen=chosen,
         greedy=greedy,
-        signal_fraction=float(signal(padded, mask, min_spread=look.config.objective.min_spread).float().mean()),
-        spread={name: _mean_spread(values) for name, values in parts.items()},
-        unjudged=int((padded.isnan() & mask).sum()),
-        references=tuple(references),
-        errors=dict(zip(labelled, counts["word_errors"], strict=True)),
-        systems=systems,
-        agreement={
-            metric: rank_agreement([rewards[i] for i in labelled], [[-float(e) for e in row] for row in counts[name]])
-            for metric, name in (("wer", "word_errors"), ("ewer", "entity_errors"))
-            if labelled and systems["greedy"].column("words" if metric == "wer" else "entity_words").sum()
-        },
-        preference=_preferences([r for r in references if r is not None], head),
+        signal_fraction=float(
+            signal(rewards, nbest.mask, min_spread=probe.config.objective.min_spread).float().mean()
+        ),
+        spread=spread,
+        unjudged=int((rewards.isnan() & nbest.mask).sum()),
+        references=references,
+        preference=_preferences([r for r in references if r is not None]),
         llm=llm,
     )
-
-
-def member_counts(look: Look, labelled: Sequence[int], groups: Sequence[ScoredGroup]) -> dict[str, list[list[int]]]:
-    """Word and entity errors of every member of the rows with text: name → one list a row."""
-    if not labelled:
-        return {"word_errors": [], "entity_errors": []}
-    owners = [i for i in labelled for _ in groups[i].group.texts]
-    scores = score_rows(
-        [look.rows[i] for i in owners],
-        [text for i in labelled for text in groups[i].group.texts],
-        run_context=look.settings.run_context,
-        normalizer=look.settings.normalizer,
-    )
-    out = {}
-    for name in ("word_errors", "entity_errors"):
-        flat = iter(scores.column(name).tolist())
-        out[name] = [[next(flat) for _ in groups[i].group.texts] for i in labelled]
-    return out
-
-
-def _systems(
-    look: Look, labelled: Sequence[int], groups: Sequence[ScoredGroup], *, greedy: Sequence[int], chosen: Sequence[int]
-) -> dict[str, CorpusScores]:
-    rows = [look.rows[i] for i in labelled]
-    texts = [groups[i].group.texts for i in labelled]
-    best = oracle([row.text for row in rows], texts, normalize=get_normalizer(look.settings.normalizer)).best
-    picks = {
-        "greedy": [greedy[i] for i in labelled],
-        "best-rewarded": [chosen[i] for i in labelled],
-        "oracle": list(best),
+    if not any(row.text for row in probe.rows):
+        return report
+    labelled = LabelledMembers(probe, nbest)
+    errors = labelled.counts("word_errors")
+    fewest = errors.nan_to_num(nan=math.inf).argmin(dim=1).tolist()
+    systems = {
+        "greedy": labelled.chosen(greedy),
+        "best-rewarded": labelled.chosen(chosen),
+        "oracle": labelled.chosen(dict(zip(labelled.rows, fewest, strict=True))),
     }
-    return {
-        name: score_rows(
-            rows,
-            [members[n] for members, n in zip(texts, pick, strict=True)],
-            run_context=look.settings.run_context,
-            normalizer=look.settings.normalizer,
+    agreement = {
+        metric: rank_agreement(rewards[labelled.rows], -labelled.counts(find_metric(metric).numerator))
+        for metric in ("wer", "ewer")
+        if systems["greedy"].ratio(metric)[1].sum()
+    }
+    return replace(report, labelled=labelled, systems=systems, agreement=agreement)
+
+
+class LabelledMembers:
+    """The members of the rows with text, each scored against it.
+
+    Attributes:
+        rows: positions of the rows with text.
+    """
+
+    def __init__(self, probe: NBestProbe, nbest: NBestBatch) -> None:
+        self.rows = [i for i, row in enumerate(probe.rows) if row.text]
+        self._sizes = [nbest.sizes[i] for i in self.rows]
+        self._scores = score_rows(
+            [probe.rows[i] for i in self.rows for _ in nbest.texts[i]],
+            [text for i in self.rows for text in nbest.texts[i]],
+            run_context=probe.settings.run_context,
+            normalizer=probe.settings.normalizer,
         )
-        for name, pick in picks.items()
-    }
+
+    def chosen(self, members: Sequence[int] | Mapping[int, int]) -> CorpusScores:
+        """The scores of one member per row with text; ``members`` has its index at the row's position."""
+        starts = itertools.accumulate(self._sizes, initial=0)
+        return self._scores.select([start + members[i] for start, i in zip(starts, self.rows, strict=False)])
+
+    def counts(self, name: str) -> Tensor:
+        """[rows with text, N] one count of every member; ``name`` from ``metrics.COLUMNS``, NaN on padding."""
+        return pad_groups([part.tolist() for part in torch.as_tensor(self._scores.column(name)).split(self._sizes)])
 
 
-def _preferences(references: Sequence[JudgedReference], head: str) -> dict[str, Preference]:
-    """Reward and components → how often the reference beats the best wrong member."""
-    if not references:
-        return {}
-    found = {}
-    for name in ("reward", *references[0].scored.parts):
-        wins = rows = 0
-        for reference in references:
-            scored = reference.scored
-            *values, truth = scored.rewards[head] if name == "reward" else scored.parts[name]
-            *texts, true_text = scored.group.texts
-            wrong = [v for v, text in zip(values, texts, strict=True) if text != true_text and math.isfinite(v)]
+def _preferences(references: Sequence[JudgedReference]) -> dict[str, Preference]:
+    """Reward and components → how often the reference, which is the last member, beats the best wrong one."""
+    found: dict[str, list[bool]] = {}
+    for reference in references:
+        *texts, true_text = reference.nbest.texts[0]
+        for name, values in _values(reference.nbest, 0).items():
+            *others, truth = values
+            wrong = [v for v, text in zip(others, texts, strict=True) if text != true_text and math.isfinite(v)]
+            wins = found.setdefault(name, [])
             if reference.feasible and wrong and math.isfinite(truth):
-                rows += 1
-                wins += truth > max(wrong)
-        found[name] = Preference(wins, rows)
-    return found
+                wins.append(truth > max(wrong))
+    return {name: Preference(sum(wins), len(wins)) for name, wins in found.items()}
 
 
-def _mean_spread(values: Sequence[Sequence[float]]) -> float:
-    """Mean over groups of the standard deviation of the judged members."""
-    finite = [torch.tensor([v for v in row if math.isfinite(v)], dtype=torch.float64) for row in values]
-    stds = [float(row.std(correction=0)) for row in finite if len(row)]
-    return sum(stds) / len(stds) if stds else math.nan
+def _values(nbest: NBestBatch, row: int) -> dict[str, list[float]]:
+    """Reward and components → the members' values in one utterance."""
+    (rewards,) = nbest.rewards.values()
+    size = nbest.sizes[row]
+    return {name: values[row, :size].tolist() for name, values in {"reward": rewards, **nbest.parts}.items()}
+
+
+def _tuned(report: ScoreReport, settings: RewardConfig) -> Tuned:
+    """α and β by the rows with text, or, without any, by the spread."""
+    if report.labelled is None:
+        return Tuned(*from_spread(report.spread, replace(settings, beta=None)))
+    scores = report.labelled.chosen
+    return tune_by_labels(report.nbest, scores, asr_weight=settings.asr_weight, part=settings.weighed_part)
 
 
 # ---------------------------------------------------------------- as text and JSON
@@ -204,24 +266,37 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         members: of each, the best-rewarded ones; greedy is always among them.
     """
     lines = ["> best-rewarded, = the recogniser's own, ref the row's text", ""] if show > 0 else []
-    for i in range(min(show, len(report.groups))):
-        lines += [_group_text(report, i, members), ""]
-    sizes = [len(g.group) for g in report.groups]
-    changed = sum(
-        g.group.texts[a] != g.group.texts[b]
-        for g, a, b in zip(report.groups, report.chosen, report.greedy, strict=True)
-    )
-    lines += [
-        f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members a group",
-        f"LLM                {report.llm}",
-        f"groups with signal {100 * report.signal_fraction:.1f} %",
-        f"choice ≠ greedy    {100 * changed / len(sizes):.1f} %",
-        f"not judged         {report.unjudged} of {sum(sizes)} members",
-        "spread in a group  " + ", ".join(f"{name} {value:.2f}" for name, value in report.spread.items()),
-    ]
-    if not report.systems:
-        return "\n".join([*lines, "no row has text: nothing to compare the reward with"])
-    lines += ["", _table(report.systems).to_text(), ""]
+    for i in range(min(show, len(report.rows))):
+        lines += [_row_text(report, i, members), ""]
+    texts, sizes = report.nbest.texts, report.nbest.sizes
+    changed = sum(row[a] != row[b] for row, a, b in zip(texts, report.chosen, report.greedy, strict=True))
+    facts = {
+        "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members a group",
+        "LLM": report.llm,
+        "groups with signal": f"{100 * report.signal_fraction:.1f} %",
+        "choice ≠ greedy": f"{100 * changed / len(sizes):.1f} %",
+        "not judged": f"{report.unjudged} of {sum(sizes)} members",
+        "spread in a group": ", ".join(f"{name} {value:.2f}" for name, value in report.spread.items()),
+    }
+    if report.weights is not None:
+        origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
+        alpha, beta = report.weights.alpha, report.weights.beta
+        facts["weights"] = f"reward.alpha={alpha:g} reward.beta={beta:g}, {origin[report.weights.origin]}"
+    lines.append(facts_text(facts))
+    lines += _labels_text(report) if report.systems else ["no row has text: nothing to compare the reward with"]
+    if report.quantization is not None:
+        lines += ["", comparison_text(report.quantization, utterances=len(report.rows))]
+    if report.tuned is not None:
+        lines += ["", tuned_text(report.tuned)]
+    return "\n".join(lines)
+
+
+def _labels_text(report: ScoreReport) -> list[str]:
+    """What the rows with text say of the reward."""
+    first = report.systems["greedy"]
+    metrics = ["wer"] + (["ewer", "entity_recall"] if first.column("entity_words").sum() else [])
+    metrics += ["false_alarms"] if first.column("term_utterances").sum() else []
+    lines = ["", build_table(report.systems, metrics=metrics, base="greedy").to_text(), ""]
     for metric, a in report.agreement.items():
         lines.append(
             f"reward against −{metric.upper():4} within groups: Spearman {a.spearman:.3f}, Kendall {a.kendall:.3f} "
@@ -230,92 +305,69 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     for name, p in report.preference.items():
         share = f"{100 * p.preferred / p.rows:.1f} %" if p.rows else "–"
         lines.append(f"{name:8} prefers the reference to every wrong member: {share} ({p.preferred} of {p.rows})")
-    return "\n".join(lines)
+    return lines
 
 
-def _table(systems: Mapping[str, CorpusScores]) -> ScoreTable:
-    first = systems["greedy"]
-    metrics = ["wer"] + (["ewer", "entity_recall"] if first.column("entity_words").sum() else [])
-    metrics += ["false_alarms"] if first.column("term_utterances").sum() else []
-    return build_table(dict(systems), metrics=metrics, base="greedy", samples=2000, seed=0)
-
-
-def _group_text(report: ScoreReport, i: int, members: int) -> str:
+def _row_text(report: ScoreReport, i: int, members: int) -> str:
     """One row's N-best, best-rewarded first; ``>`` marks the choice, ``=`` greedy, ``ref`` the row's own text."""
-    scored, names = report.groups[i], list(report.groups[i].parts)
-    head = next(iter(scored.rewards))
-    order = sorted(range(len(scored.group)), key=lambda n: (math.isnan(scored.rewards[head][n]), -_or_low(scored, n)))
-    shown = order[:members]
-    shown += [n for n in (report.greedy[i],) if n not in shown]
-    lines = [f"{report.rows[i].utterance}  ({len(scored.group)} members)"]
-    lines.append("      reward " + " ".join(f"{name:>8}" for name in names) + "  errors source     text")
-    errors = report.errors.get(i)
-    for n in shown:
-        mark = (">" if n == report.chosen[i] else " ") + ("=" if n == report.greedy[i] else " ")
-        lines.append(
-            f"{mark:3}{_line(scored, n, names, head)}  {errors[n] if errors else '–':>6} "
-            f"{scored.group.hypotheses[n].source:10} {scored.group.texts[n]}"
-        )
-    reference = report.references[i]
-    if reference is not None:
-        lines.append(
-            f"ref{_line(reference.scored, -1, names, head)}  {0:>6} {'' if reference.feasible else 'too long':10} "
-            f"{reference.scored.group.texts[-1]}"
-        )
-    return "\n".join(lines)
+    record, names = _row_record(report, i), ["reward", *report.nbest.parts]
+    found, greedy = record["members"], report.greedy[i]
+    order = sorted(range(len(found)), key=lambda n: _descending(found[n]["reward"]))
+    rows: list[list[Any]] = []
+    for n in order[:members] + [greedy] * (greedy not in order[:members]):
+        mark = (">" if n == report.chosen[i] else " ") + ("=" if n == greedy else " ")
+        values = [found[n][name] for name in names]
+        rows.append([mark, *values, found[n].get("word_errors"), found[n]["source"], found[n]["text"]])
+    if (true := record.get("reference")) is not None:
+        fit = "" if true["feasible"] else "too long"
+        rows.append(["ref", *(true[name] for name in names), 0, fit, true["text"]])
+    table = Table(["", *names, "errors", "source", "text"], rows)
+    return f"{record['utterance']}  ({len(found)} members)\n{table.to_text()}"
 
 
-def _or_low(scored: ScoredGroup, n: int) -> float:
-    value = scored.rewards[next(iter(scored.rewards))][n]
-    return value if math.isfinite(value) else -math.inf
+def _descending(reward: float) -> float:
+    """Sorts the best reward first, and what was not judged last."""
+    return -reward if math.isfinite(reward) else math.inf
 
 
-def _line(scored: ScoredGroup, n: int, names: Sequence[str], head: str) -> str:
-    return f"{scored.rewards[head][n]:9.2f} " + " ".join(f"{scored.parts[name][n]:8.2f}" for name in names)
-
-
-def report_json(report: ScoreReport) -> dict[str, Any]:
+def report_record(report: ScoreReport) -> dict[str, Any]:
     """Everything as plain data; what is not a finite number is null."""
-    head = next(iter(report.groups[0].rewards))
-    utterances = []
-    for i, scored in enumerate(report.groups):
-        texts, reference = scored.group.texts, report.references[i]
-        columns = {"reward": scored.rewards[head], **scored.parts}
-        members: list[dict[str, Any]] = []
-        for n, hypothesis in enumerate(scored.group.hypotheses):
-            member = {"text": texts[n], "source": hypothesis.source, **{k: v[n] for k, v in columns.items()}}
-            members.append(member | ({"word_errors": report.errors[i][n]} if i in report.errors else {}))
-        entry: dict[str, Any] = {"utterance": report.rows[i].utterance, "members": members}
-        entry |= {"greedy": texts[report.greedy[i]], "chosen": texts[report.chosen[i]]}
-        if reference is not None:
-            true = {"reward": reference.scored.rewards[head], **reference.scored.parts}
-            entry["reference"] = {
-                "text": reference.scored.group.texts[-1],
-                "feasible": reference.feasible,
-                **{k: v[-1] for k, v in true.items()},
-            }
-        utterances.append(entry)
     metrics = ("wer", "ewer", "entity_recall", "false_alarms")
-    systems = {name: {m: scores.value(m) for m in metrics} for name, scores in report.systems.items()}
-    plain = {
-        "rows": len(report.rows),
-        "total_rows": report.total,
-        "llm": report.llm,
-        "signal_fraction": report.signal_fraction,
-        "spread": report.spread,
-        "unjudged": report.unjudged,
-        "systems": systems,
-        "rank_agreement": {name: asdict(a) for name, a in report.agreement.items()},
-        "prefers_reference": {name: asdict(p) for name, p in report.preference.items()},
-        "utterances": utterances,
+    return to_plain(
+        {
+            "rows": len(report.rows),
+            "total_rows": report.total,
+            "llm": report.llm,
+            "weights": report.weights,
+            "signal_fraction": report.signal_fraction,
+            "spread": report.spread,
+            "unjudged": report.unjudged,
+            "systems": {name: {m: scores.value(m) for m in metrics} for name, scores in report.systems.items()},
+            "rank_agreement": report.agreement,
+            "prefers_reference": report.preference,
+            "quantization": report.quantization,
+            "tuned": report.tuned,
+            "utterances": [_row_record(report, i) for i in range(len(report.rows))],
+        }
+    )
+
+
+def _row_record(report: ScoreReport, i: int) -> dict[str, Any]:
+    texts, reference = report.nbest.texts[i], report.references[i]
+    columns: dict[str, Sequence[Any]] = {
+        "text": texts,
+        "source": [hypothesis.source for hypothesis in report.nbest.hypotheses[i]],
+        **_values(report.nbest, i),
     }
-    return finite(plain)
-
-
-def finite(node: Any) -> Any:
-    """The same with null for numbers that JSON has not."""
-    if isinstance(node, dict):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
+    if i in report.errors:
+        columns["word_errors"] = report.errors[i]
+    record: dict[str, Any] = {
+        "utterance": report.rows[i].utterance,
+        "members": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)],
+        "greedy": texts[report.greedy[i]],
+        "chosen": texts[report.chosen[i]],
+    }
+    if reference is not None:
+        true = {name: values[-1] for name, values in _values(reference.nbest, 0).items()}
+        record["reference"] = {"text": reference.nbest.texts[0][-1], "feasible": reference.feasible, **true}
+    return record

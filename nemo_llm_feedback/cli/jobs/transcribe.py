@@ -7,7 +7,8 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from omegaconf import open_dict
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.training.models import locate
 
@@ -48,30 +50,14 @@ class Transcripts:
     seconds: float
 
     @property
+    def worked(self) -> list[tuple[Row, Any]]:
+        """The rows that have a transcript, each with its hypothesis."""
+        return [(row, hyp) for row, hyp in zip(self.rows, self.hypotheses, strict=True) if hyp is not None]
+
+    @property
     def rtfx(self) -> float:
         """Seconds of audio a second of wall time."""
         return self.audio_seconds / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class TranscribeOptions:
-    """How to transcribe.
-
-    Attributes:
-        batch_size: utterances a batch.
-        decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
-        timestamps: word and segment times.
-        device: of the recogniser.
-        rescoring: settings of the rescoring, or None for the checkpoint's own decoding.
-        on_done: receives the number of rows done.
-    """
-
-    batch_size: int = 16
-    decoder_type: str | None = None
-    timestamps: bool = False
-    device: str = "cpu"
-    rescoring: RescoringConfig | None = None
-    on_done: Callable[[int], None] = field(default=lambda done: None, repr=False)
 
 
 def find_rows(audio: Sequence[str], *, manifest: str | None, audio_types: Sequence[str] = AUDIO_TYPES) -> list[Row]:
@@ -110,32 +96,72 @@ def find_rows(audio: Sequence[str], *, manifest: str | None, audio_types: Sequen
     return [_row_of(path) for path in dict.fromkeys(files)]
 
 
-def transcribe(model_name: str, rows: Sequence[Row], options: TranscribeOptions) -> Transcripts:
+def transcribe(
+    model_name: str,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    decoder_type: str | None = None,
+    timestamps: bool = False,
+    device: str = "cpu",
+    rescoring: RescoringConfig | None = None,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Transcripts:
     """Transcribes rows; one that fails does not lose the others.
 
     Args:
         model_name: a ``.nemo`` or a pretrained name.
         rows: of :func:`find_rows`.
-        options: how.
+        batch_size: utterances per batch.
+        decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
+        timestamps: word and segment times.
+        device: of the recogniser.
+        rescoring: settings of the rescoring, or None for the checkpoint's own decoding.
+        on_done: receives the number of rows done.
 
     Raises:
         CheckpointError, ConfigError, LLMError, RewardError: nothing can be transcribed this way.
     """
-    model = _load(model_name, options)
+    model = _load(model_name, decoder_type=decoder_type, timestamps=timestamps, device=device, rescoring=rescoring)
     failures: dict[int, str] = {}
     start = time.perf_counter()
-    hypotheses = map_rows(
-        model,
-        rows,
-        functools.partial(_decode, model, options),
-        batch_size=options.batch_size,
-        on_batch=options.on_done,
-        failures=failures,
-    )
+    work = functools.partial(_decode, model, timestamps)
+    hypotheses = map_rows(model, rows, work, batch_size=batch_size, on_batch=on_done, failures=failures)
     seconds = time.perf_counter() - start
     worked = [row.duration for i, row in enumerate(rows) if i not in failures]
     listed = tuple(f"{rows[i].origin}: {failures[i]}" for i in sorted(failures))
     return Transcripts(tuple(rows), tuple(hypotheses), listed, sum(worked), seconds)
+
+
+def transcripts_text(transcripts: Transcripts, *, nbest: int = 0) -> str:
+    """A line per file with its transcript, and below it the best ``nbest`` hypotheses with their score parts."""
+    lines = []
+    for row, hyp in transcripts.worked:
+        lines.append(f"{row.data.get('audio_filepath', row.audio)}\t{hyp.text}")
+        for member in hyp.n_best[:nbest] if nbest else ():
+            parts = " ".join(f"{name}={value:.2f}" for name, value in member.parts.items())
+            lines.append(f"    {member.score:9.2f}  {member.text}  ({parts})")
+    return "\n".join(lines)
+
+
+def summary(transcripts: Transcripts, *, written: str = "") -> str:
+    """Totals, WER where every transcribed row has a reference, and failures.
+
+    Args:
+        transcripts: of :func:`transcribe`.
+        written: where they went, for the first line.
+    """
+    rows, texts = [row for row, _ in transcripts.worked], [hyp.text for _, hyp in transcripts.worked]
+    lines = [
+        f"{len(rows)} of {len(transcripts.rows)} utterances, {transcripts.audio_seconds / 60:.1f} min of audio in "
+        f"{transcripts.seconds:.1f} s: RTFx {transcripts.rtfx:.1f}{written}"
+    ]
+    if rows and all(row.text for row in rows):
+        scores = score_rows(rows, texts, run_context=Context())
+        lines.append(f"WER {scores.value('wer'):.1f} %, CER {scores.value('cer'):.1f} %")
+    if transcripts.failures:
+        lines.append(list_faults(f"{len(transcripts.failures)} failed:", transcripts.failures))
+    return "\n".join(lines)
 
 
 def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0) -> None:
@@ -148,11 +174,8 @@ def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0
     """
     file = Path(path).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for row, hyp in zip(transcripts.rows, transcripts.hypotheses, strict=True):
-        if hyp is not None:
-            lines.append(json.dumps(_line(row, hyp, folder=file.parent, nbest=nbest), ensure_ascii=False))
-    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    lines = [_line(row, hyp, folder=file.parent, nbest=nbest) for row, hyp in transcripts.worked]
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def _row_of(path: Path) -> Row:
@@ -164,36 +187,35 @@ def _row_of(path: Path) -> Row:
     return Row(str(path.absolute()), duration, 0.0, "", Context(), str(path), data)
 
 
-def _load(name: str, options: TranscribeOptions) -> Any:
+def _load(
+    name: str, *, decoder_type: str | None, timestamps: bool, device: str, rescoring: RescoringConfig | None
+) -> Any:
+    """The model with its decoding as asked for; settings are checked before it is loaded."""
     path = locate(name)
     supported_class(read_config(path), origin=path)
-    rescorer = None if options.rescoring is None else Rescorer.from_settings(options.rescoring)
-    model = ASRModel.restore_from(str(path), map_location=torch.device(options.device))
-    if options.decoder_type is not None and not hasattr(model, "cur_decoder"):
+    rescorer = None if rescoring is None else Rescorer.from_settings(rescoring)
+    model = ASRModel.restore_from(str(path), map_location=torch.device(device))
+    if decoder_type is not None and not hasattr(model, "cur_decoder"):
         raise ConfigError(f"--decoder-type is for hybrid models; {type(model).__name__} has one decoder.")
     if rescorer is not None:
         attach(model, rescorer)
-    kind = options.decoder_type or getattr(model, "cur_decoder", None)
-    if options.timestamps or options.decoder_type is not None:
+    kind = decoder_type or getattr(model, "cur_decoder", None)
+    if timestamps or decoder_type is not None:
         cfg = copy.deepcopy(model.cfg.aux_ctc.decoding if kind == "ctc" else model.cfg.decoding)
         with open_dict(cfg):
-            cfg.compute_timestamps = options.timestamps
+            cfg.compute_timestamps = timestamps
         head = {} if kind is None else {"decoder_type": kind}
         model.change_decoding_strategy(cfg, verbose=False, **head)
     return model
 
 
-def _decode(
-    model: Any, options: TranscribeOptions, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor
-) -> list[Any]:
+def _decode(model: Any, timestamps: bool, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
     """The best hypothesis of every row; [B, D, T] encoder output, [B] frames."""
-    if isinstance(model, RescoringMixin):
-        with utterance_contexts(model, audio.utterances, audio.contexts):
-            found = _hypotheses(model, encoded, lengths)
-    else:
+    rescoring = isinstance(model, RescoringMixin)
+    with utterance_contexts(model, audio.utterances, audio.contexts) if rescoring else nullcontext():
         found = _hypotheses(model, encoded, lengths)
     best = [hyps[0] if isinstance(hyps, list) else hyps for hyps in found]
-    if options.timestamps:
+    if timestamps:
         stride = model.cfg.preprocessor.window_stride
         best = process_timestamp_outputs(best, model.encoder.subsampling_factor, stride)
     return list(best)

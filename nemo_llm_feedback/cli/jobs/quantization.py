@@ -1,0 +1,160 @@
+"""What quantisation costs: the same hypotheses judged by the LLM as a run loads it, and in another quantisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
+from nemo_llm_feedback.core.config import LLMConfig, RunConfig
+from nemo_llm_feedback.core.errors import ConfigError, LLMError, list_faults
+from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_members, rank_agreement
+from nemo_llm_feedback.evaluation.records import facts_text
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.llm import check_llm_folder, open_llm
+from nemo_llm_feedback.training.setup import make_reward
+
+# Below these, quantisation blurs what the reward is there to tell apart.
+_CORRELATION, _RANKS = 0.995, 0.95
+_REWARDS = ("llm", "entity")
+
+
+@dataclass(frozen=True)
+class QuantizationComparison:
+    """The run's LLM compared with the same in another quantisation, on the same texts.
+
+    Attributes:
+        run, other: what each was.
+        members: texts judged by both.
+        mean_difference, max_difference: of |Δ| of a text's log-probability, in nats.
+        correlation: Pearson's, of the log-probabilities about their group's mean: an offset common to a group changes
+            nothing that learns from it.
+        ranks: agreement of the LLM scores within groups.
+        reward_ranks: agreement of the whole rewards, with the acoustic score and the length in them.
+        changed: names of the utterances whose best-rewarded text differs.
+        advice: whether the run's quantisation will do.
+    """
+
+    run: str
+    other: str
+    members: int
+    mean_difference: float
+    max_difference: float
+    correlation: float
+    ranks: RankAgreement
+    reward_ranks: RankAgreement
+    changed: tuple[str, ...]
+    advice: str
+
+
+def other_llm(config: RunConfig, quantization: Literal["nf4", "int8", "none"]) -> LLMConfig:
+    """The settings of the LLM to compare with, checked before anything is loaded.
+
+    Raises:
+        ConfigError, LLMError: there is nothing to compare, or the other cannot be used.
+    """
+    if config.reward.name not in _REWARDS or config.llm is None:
+        raise ConfigError(
+            f"--compare-quantization compares log-probabilities of LLMs; reward.name={config.reward.name} has none: "
+            "use reward=llm or reward=entity."
+        )
+    if config.llm.quantization == quantization:
+        raise ConfigError(
+            f"llm.quantization={quantization} is what it would be compared with: give --compare-quantization another "
+            "one of nf4, int8 and none."
+        )
+    other = dataclasses.replace(config.llm, quantization=quantization, compute_dtype="auto")
+    if faults := [*other.validate(), *check_llm_folder(other)]:
+        raise LLMError(list_faults("the LLM to compare with cannot be used:", faults))
+    return other
+
+
+def compare_quantization(
+    probe: NBestProbe, nbest: NBestBatch, other: LLMConfig, *, alpha: float, beta: float
+) -> QuantizationComparison:
+    """Judges an N-best again, by the other LLM; the two are in memory one after the other.
+
+    Args:
+        probe: whose LLM judged the N-best.
+        nbest: as judged.
+        other: of :func:`other_llm`.
+        alpha, beta: the weights by which the N-best was judged.
+    """
+    assert probe.scorer is not None
+    assert probe.config.llm is not None
+    probe.scorer.unload()
+    scorer = open_llm(other)
+    reward: Any = make_reward(probe.config, scorer)
+    again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest)
+    head, part = next(iter(nbest.rewards)), probe.config.reward.weighed_part
+    return compare_scores(
+        nbest,
+        scores=(nbest.parts[part], again.parts[part]),
+        rewards=(nbest.rewards[head], again.rewards[head]),
+        names=(_name(probe.config.llm, probe.scorer.identity), _name(other, scorer.identity)),
+    )
+
+
+def compare_scores(
+    nbest: NBestBatch, *, scores: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], names: Sequence[str]
+) -> QuantizationComparison:
+    """The statistics; see :class:`QuantizationComparison`.
+
+    Args:
+        nbest: the members.
+        scores: [B, N] log-probabilities of the LLMs in nats, NaN = not judged and padding; the run's and the other's.
+        rewards: [B, N] whole rewards of the two.
+        names: of the two LLMs.
+    """
+    judged = scores[0].isfinite() & scores[1].isfinite()
+    run, other = (values.double().masked_fill(~judged, math.nan) for values in scores)
+    difference = (run - other).abs()[judged]
+    run, other = ((values - values.nanmean(dim=1, keepdim=True))[judged] for values in (run, other))
+    correlation = float(run @ other / (run.norm() * other.norm()))
+    ranks = rank_agreement(*scores)
+    chosen = [best_members(values, otherwise=greedy_members(nbest)) for values in rewards]
+    choices = zip(nbest.utterances, nbest.texts, *chosen, strict=True)
+    return QuantizationComparison(
+        run=names[0],
+        other=names[1],
+        members=len(difference),
+        mean_difference=float(difference.mean()),
+        max_difference=float(difference.max()) if len(difference) else math.nan,
+        correlation=correlation,
+        ranks=ranks,
+        reward_ranks=rank_agreement(*rewards),
+        changed=tuple(utterance for utterance, texts, a, b in choices if texts[a] != texts[b]),
+        advice="The two order the hypotheses alike."
+        if correlation >= _CORRELATION and ranks.spearman >= _RANKS
+        else f"The run's quantisation blurs the scores (correlation under {_CORRELATION} or Spearman under {_RANKS}): "
+        "use llm=int8 or llm=full if the memory allows, or a larger LLM in 4 bit.",
+    )
+
+
+def comparison_text(found: QuantizationComparison, *, utterances: int) -> str:
+    """The comparison for a terminal.
+
+    Args:
+        found: of :func:`compare_scores`.
+        utterances: how many were compared.
+    """
+    ranks, reward_ranks, changed = found.ranks, found.reward_ranks, len(found.changed)
+    facts = {
+        "LLM of the run": found.run,
+        "compared with": found.other,
+        "|Δ log p|": f"mean {found.mean_difference:.3f}, max {found.max_difference:.3f} nat of {found.members} texts",
+        "correlation": f"{found.correlation:.4f} within groups",
+        "rank agreement": f"LLM: Spearman {ranks.spearman:.4f}, Kendall {ranks.kendall:.4f}; "
+        f"whole reward: {reward_ranks.spearman:.4f}, {reward_ranks.kendall:.4f}",
+        "choice changes": f"{changed} of {utterances} ({100 * changed / utterances:.1f} %)",
+    }
+    return f"{facts_text(facts)}\n{found.advice}"
+
+
+def _name(config: LLMConfig, identity: str) -> str:
+    return f"{config.model} {config.quantization} ({identity})"

@@ -1,0 +1,109 @@
+"""Picks α and β of reward = α·LLM + w·ASR + β·length: by WER where rows have text, else as ``adapt`` does.
+
+The choice by labels is a plain grid over the scored N-best: its WER is that of the rows on which it was chosen, and
+flatters. Without labels α makes the spread of the LLM's term within groups so many times that of the recogniser's
+(``reward.spread_factor``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemo_llm_feedback.cli.jobs.nbest_probe import greedy_members
+from nemo_llm_feedback.evaluation.metrics import CorpusScores
+from nemo_llm_feedback.evaluation.rank_agreement import best_members
+from nemo_llm_feedback.evaluation.records import Table
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+
+ALPHAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """Error rates in % of the best-rewarded members under α and β; NaN where there are no such words."""
+
+    alpha: float
+    beta: float
+    wer: float
+    ewer: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The weights picked.
+
+    Attributes:
+        alpha, beta: to give to ``adapt``.
+        rows: with text, that the choice rests on; 0 = chosen by the spread.
+        grid: everything that was tried; empty without labels.
+    """
+
+    alpha: float
+    beta: float
+    rows: int = 0
+    grid: tuple[GridPoint, ...] = ()
+
+    @property
+    def settings(self) -> str:
+        """As ``adapt`` takes them."""
+        return f"reward.alpha={self.alpha:g} reward.beta={self.beta:g}"
+
+
+def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 1.0, part: str = "llm") -> list[int]:
+    """Per utterance the member with the largest α·LLM + w·ASR + β·length; the recogniser's where none is judged.
+
+    Args:
+        nbest: judged by a reward that has these parts.
+        alpha: α.
+        beta: β.
+        asr_weight: w.
+        part: what α weighs.
+    """
+    rewards = alpha * nbest.parts[part].double() + beta * nbest.parts["length"].double()
+    if asr_weight:
+        rewards = rewards + asr_weight * nbest.parts["asr"].double()
+    return best_members(rewards, otherwise=greedy_members(nbest))
+
+
+def tune_by_labels(
+    nbest: NBestBatch,
+    scores: Callable[[Sequence[int]], CorpusScores],
+    *,
+    asr_weight: float,
+    part: str,
+    alphas: Sequence[float] = ALPHAS,
+    betas: Sequence[float] = BETAS,
+) -> Tuned:
+    """The point of the grid with the lowest WER; of equals that with the lowest EWER, then the smallest α and β.
+
+    Args:
+        nbest: with all parts of the reward.
+        scores: index of a member per utterance → scores of these, over the utterances that have text.
+        asr_weight, part: as in :func:`choose`.
+        alphas, betas: the grid.
+    """
+    grid = []
+    for alpha, beta in itertools.product(alphas, betas):
+        found = scores(choose(nbest, alpha=alpha, beta=beta, asr_weight=asr_weight, part=part))
+        grid.append(GridPoint(alpha, beta, found.value("wer"), found.value("ewer")))
+    best = min(grid, key=lambda p: (p.wer, p.ewer if math.isfinite(p.ewer) else 0.0, p.alpha, p.beta))
+    return Tuned(best.alpha, best.beta, len(found.references), tuple(grid))
+
+
+def tuned_text(found: Tuned) -> str:
+    """What was tried and, last, the settings to give to ``adapt``."""
+    if not found.grid:
+        why = "no row has text: the weights are those that adapt takes from the spread of its pool"
+        return f"{why}\n{found.settings}"
+    alphas, betas = (sorted({getattr(p, name) for p in found.grid}) for name in ("alpha", "beta"))
+    wer = {(p.alpha, p.beta): p.wer for p in found.grid}
+    rows = [[f"{alpha:g}", *(f"{wer[alpha, beta]:.1f}" for beta in betas)] for alpha in alphas]
+    caption = f"WER in % of the best-rewarded members over {found.rows} rows with text; choosing on them flatters."
+    lines = [Table(["α \\ β", *(f"{beta:g}" for beta in betas)], rows, caption).to_text()]
+    if found.alpha in (0.0, alphas[-1]) or found.beta == betas[-1]:
+        lines.append("The choice is at the edge of the grid: doubt it, or look further with --alpha and --beta.")
+    return "\n".join([*lines, found.settings])
