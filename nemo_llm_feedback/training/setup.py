@@ -87,21 +87,21 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     choose_parameters(model, config.parameters)
     reader, nemo_ds = _training_data(model, train_ds, staged, config)
     setup = FeedbackSetup(
-        config,
-        staged,
-        reader,
-        reference,
-        heads,
-        _head_weights(model, heads),
-        Path(work_dir),
-        nemo_ds,
-        torch.Generator().manual_seed(torch.initial_seed() % 2**31),
-        snapshot(model),
-        rates,
-        settings.guard_rows,
-        settings.validation,
-        judge,
-        keep_alive,
+        config=config,
+        staged=staged,
+        reader=reader,
+        reference=reference,
+        heads=heads,
+        head_weights=_head_weights(model, heads),
+        work_dir=Path(work_dir),
+        train_ds=nemo_ds,
+        generator=torch.Generator().manual_seed(torch.initial_seed() % 2**31),
+        start=snapshot(model),
+        rates=rates,
+        guard_rows=settings.guard_rows,
+        validation=settings.validation,
+        judge=judge,
+        keep_alive=keep_alive,
     )
     _check_held_out(setup)
     return setup

@@ -64,7 +64,7 @@ class PoolStatistics:
         return replace(config, proposals=proposals, reward=reward)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeedbackSetup:
     """What is known before the trainer has placed the model on its device.
 
@@ -112,7 +112,7 @@ class FeedbackSetup:
         return tuple(rows[:: max(1, len(rows) // most)][:most])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Feedback(FeedbackSetup):
     """What the main path uses: the set-up, with what needed the device, the LLM and the pool.
 
@@ -125,7 +125,7 @@ class Feedback(FeedbackSetup):
         exact_supervision: whether labelled rows need our likelihood, since NeMo has no TDT loss on a CPU.
     """
 
-    maker: NBestMaker = None  # type: ignore[assignment]
+    maker: NBestMaker
     cache: NBestCache = field(default_factory=NBestCache)
     statistics: PoolStatistics | None = None
     scorer: Any = None
