@@ -118,12 +118,7 @@ class Head(ABC):
 
     @abstractmethod
     def divergence(
-        self,
-        encoded: Tensor,
-        reference: Head,
-        ref_encoded: Tensor,
-        lengths: Tensor,
-        labels: Sequence[Sequence[int]],
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]
     ) -> Tensor:
         """How far this head's outputs have moved from those of a reference along some audio.
 
@@ -166,7 +161,7 @@ class Head(ABC):
 
     @abstractmethod
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
-        """``size`` exact samples from p(y | x) a row (transducers may return fewer: incomplete paths are rejected)."""
+        """``size`` exact samples from p(y | x) per row; fewer of TDT, whose incomplete paths are rejected."""
 
 
 class CTCHead(Head):
@@ -189,16 +184,11 @@ class CTCHead(Head):
         return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
 
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
-        """See :class:`Head`; the lattice is small and there is no joint, so it needs no budget."""
+        """See :class:`Head`; without a joint the lattice is small and needs no budget."""
         return ctc_log_prob(self._log_probs(encoded), lengths, trie)
 
     def divergence(
-        self,
-        encoded: Tensor,
-        reference: Head,
-        ref_encoded: Tensor,
-        lengths: Tensor,
-        labels: Sequence[Sequence[int]],
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]
     ) -> Tensor:
         """See :class:`Head`."""
         assert isinstance(reference, CTCHead)
@@ -231,7 +221,7 @@ class CTCHead(Head):
                 allow_cuda_graphs=False,
             )
             found = search(log_probs, lengths).to_nbest_hyps_list(score_norm=False)
-        return _labels_of(found[: len(lengths)])
+        return nbest_labels(found[: len(lengths)])
 
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
         """See :class:`Head`: the best label of every frame, repeats merged, blanks removed."""
@@ -289,12 +279,7 @@ class TransducerHead(Head):
         return JointCells.of(frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=budget)
 
     def divergence(
-        self,
-        encoded: Tensor,
-        reference: Head,
-        ref_encoded: Tensor,
-        lengths: Tensor,
-        labels: Sequence[Sequence[int]],
+        self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]
     ) -> Tensor:
         """See :class:`Head`; within the memory budget, as the likelihood."""
         assert isinstance(reference, TransducerHead)
@@ -332,7 +317,7 @@ class TransducerHead(Head):
             return_best_hypothesis=False,
         )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
-        return _labels_of(found)
+        return nbest_labels(found)
 
     def _search(self, rnnt: Any, tdt: Any, **settings: Any) -> Any:
         """One of NeMo's searches, of the two classes that it has for each."""
@@ -369,8 +354,8 @@ def plain_labels(sequence: Any) -> Labels:
     return tuple(int(i) for i in (sequence.tolist() if hasattr(sequence, "tolist") else sequence))
 
 
-def _labels_of(found: Sequence[Any]) -> list[list[Labels]]:
-    """The label sequences in NeMo's n-best containers."""
+def nbest_labels(found: Sequence[Any]) -> list[list[Labels]]:
+    """The label sequences in NeMo's N-best containers, per row."""
     return [[plain_labels(hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
 
 

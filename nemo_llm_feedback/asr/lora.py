@@ -30,7 +30,7 @@ def choose_parameters(model: Any, config: ParametersConfig) -> None:
 
 
 def inject(model: Any, *, rank: int, alpha: int) -> None:
-    """Puts LoRA on every linear layer of the encoder and freezes the encoder's own weights.
+    """Puts LoRA on every linear layer of the encoder and freezes the encoder's plain weights.
 
     Args:
         model: a NeMo model; changed in place.

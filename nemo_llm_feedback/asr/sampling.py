@@ -12,7 +12,7 @@ from torch import Tensor
 # TDT's incomplete paths are drawn again this often before a row gets fewer samples than asked for.
 MAX_ATTEMPTS = 8
 
-# A path with more labels than this a frame is taken for a run-away and rejected; its probability is negligible.
+# A path with more labels than this per frame is taken for a run-away and rejected; its probability is negligible.
 MAX_LABELS_PER_FRAME = 10
 
 
@@ -24,7 +24,7 @@ def sample_ctc(
     Args:
         log_probs: [B, T, V+1] natural log, blank last.
         lengths: [B] frames.
-        size: samples a row.
+        size: samples per row.
         generator: on the CPU, so that runs agree across devices.
 
     Returns:
@@ -54,7 +54,7 @@ def sample_transducer(
     durations: Sequence[int] = (),
     generator: torch.Generator,
 ) -> list[list[tuple[int, ...]]]:
-    """Ancestral sampling of RNN-T and TDT alignments, one joint evaluation a step for all rows and samples.
+    """Ancestral sampling of RNN-T and TDT alignments, one joint evaluation per step for all rows and samples.
 
     RNN-T: at (t, u) a token is drawn from the joint; a label moves to u + 1, a blank to t + 1. TDT draws a duration
     beside the token (they are independent given (t, u)) and moves t by it. A TDT path that is not complete — blank
@@ -65,7 +65,7 @@ def sample_transducer(
         encoded: [B, T, D] encoder output.
         lengths: [B] frames.
         decoder, joint: NeMo's prediction network and joint, in eval mode.
-        size: samples a row.
+        size: samples per row.
         durations: TDT's durations in frames; empty for RNN-T.
         generator: on the CPU.
 
@@ -85,7 +85,7 @@ def sample_transducer(
 def _sample_once(
     encoded: Tensor, lengths: Tensor, decoder: Any, joint: Any, durations: Any, generator: torch.Generator, size: int
 ) -> list[list[tuple[int, ...]]]:
-    """One attempt of ``size`` paths a row; incomplete ones are left out."""
+    """One attempt of ``size`` paths per row; incomplete ones are left out."""
     batch = encoded.shape[0]
     frames = joint.project_encoder(encoded).repeat_interleave(size, dim=0)
     ends = lengths.repeat_interleave(size)
@@ -132,7 +132,7 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _advance(decoder: Any, state: Any, next_state: Any, emitted: Tensor) -> Any:
-    """The state of rows that emitted a label moves on, the others keep theirs (NeMo's own per-decoder rule)."""
+    """The state of rows that emitted a label moves on, the others keep theirs (by NeMo's rule for the decoder)."""
     if state is None:
         return next_state
     kept = [part.clone() for part in state]

@@ -17,7 +17,15 @@ from nemo.collections.asr.parts.submodules.ctc_decoding import AbstractCTCDecodi
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels, TransducerHead, plain_labels, without_padding
+from nemo_llm_feedback.asr.heads import (
+    CTCHead,
+    Head,
+    Labels,
+    TransducerHead,
+    nbest_labels,
+    plain_labels,
+    without_padding,
+)
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.hypotheses.proposals import Proposer
@@ -51,13 +59,8 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
     def _rescored(self, found: Sequence[Any], encoded: Tensor, lengths: Tensor) -> list[Any]:
         """B best hypotheses, or B ``NBest``s, from the first pass's containers."""
         size = self.head.vocabulary.vocab_size
-        rows: list[list[Labels]] = []
-        for container in found[: len(lengths)]:
-            hyps = getattr(container, "n_best_hypotheses", None)
-            if hyps is None:
-                raise DecodingError(f"{type(self.decoding).__name__} returned no N-best: rescoring needs one.")
-            # Some searches leave their start symbol, which is blank, in the sequence.
-            rows.append([tuple(i for i in plain_labels(hyp.y_sequence) if 0 <= i < size) for hyp in hyps])
+        # Some searches leave their start symbol, which is blank, in the sequence.
+        rows = [[tuple(i for i in y if 0 <= i < size) for y in row] for row in nbest_labels(found[: len(lengths)])]
         ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, self.proposer)
         results: list[Any] = []
         for members, x, frames in zip(ranked, encoded, lengths.tolist(), strict=True):

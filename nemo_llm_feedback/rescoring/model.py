@@ -196,32 +196,18 @@ class RescoringMixin(_Base):
 
     def _transcribe_output_processing(self, outputs: Any, trcfg: Any) -> list[Any]:
         """NeMo's, for N-best lists too: it would stop at a list, and put log-probabilities in the place of labels."""
-        if "logits" in outputs:
-            logits, lengths = outputs.pop("logits"), outputs.pop("logits_len", None)
-            lengths = outputs.pop("encoded_len") if lengths is None else lengths
-            decoding = self.ctc_decoding if hasattr(self, "joint") else self.decoding
-            found = decoding.ctc_decoder_predictions_tensor(logits, decoder_lengths=lengths, return_hypotheses=True)
-            if trcfg.return_hypotheses:
-                frames = logits.detach().cpu()
-                for b, hyps in enumerate(found):
-                    for hyp in _listed(hyps):
-                        hyp.alignments = frames[b, : int(lengths[b])].clone()
-        else:
-            found = self.decoding.rnnt_decoder_predictions_tensor(
-                outputs.pop("encoded"),
-                outputs.pop("encoded_len"),
-                return_hypotheses=True,
-                partial_hypotheses=getattr(trcfg, "partial_hypothesis", None),
-            )
-        if trcfg.timestamps:
-            stride = self.cfg["preprocessor"]["window_stride"]
-            for hyps in found:
-                process_timestamp_outputs(_listed(hyps), self.encoder.subsampling_factor, stride)
+        logits = outputs.get("logits")
+        plain = dataclasses.replace(trcfg, return_hypotheses=False, timestamps=False)
+        found = super()._transcribe_output_processing(outputs, plain)
+        for b, hyps in enumerate(found):
+            listed = hyps if isinstance(hyps, list) else [hyps]
+            if logits is not None and trcfg.return_hypotheses:
+                for hyp in listed:
+                    hyp.alignments = logits[b, : hyp.length].detach().cpu().clone()
+            if trcfg.timestamps:
+                stride = self.cfg["preprocessor"]["window_stride"]
+                process_timestamp_outputs(listed, self.encoder.subsampling_factor, stride)
         return list(found)
-
-
-def _listed(hyps: Any) -> list[Any]:
-    return list(hyps) if isinstance(hyps, list) else [hyps]
 
 
 def _rebuild(model: Any) -> None:

@@ -18,11 +18,11 @@ def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     """Makes a second differentiation raise, also where the first one's result has other differentiable parts.
 
     PyTorch's own ``once_differentiable`` lets the result pass as a constant when the incoming gradient is one: a
-    gradient penalty would then lose its terms without a word.
+    gradient penalty would then silently lose its terms.
     """
 
     @functools.wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> Grads:
+    def _once(ctx: Any, *grads: Tensor) -> Grads:
         with torch.no_grad():
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
@@ -31,16 +31,18 @@ def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
         trip = torch.zeros((), requires_grad=True)
         return tuple(grad if grad is None else _Refuse.apply(grad, trip) for grad in found)
 
-    return once
+    return _once
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, trip: Tensor) -> Tensor:
+        """The gradient as it is."""
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        """Raises."""
         raise RuntimeError("the exact log-likelihood is differentiable once: leave out create_graph=True.")
 
 

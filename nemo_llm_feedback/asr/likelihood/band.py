@@ -117,7 +117,7 @@ def banded_scores(cells: JointCells, *, durations: tuple[int, ...], band: Band) 
 
 
 def _upper_bounds(cells: JointCells) -> ArcScores:
-    """log q of every arc: normalised over blank and the labels of the utterance's own hypotheses."""
+    """log q of every arc: normalised over blank and the labels of the utterance's hypotheses."""
     scores = cells.empty_scores()
     trie, blank, lengths = cells.trie, cells.blank, cells.lengths.tolist()
     extra = torch.arange(blank, blank + 1 + cells.num_durations, device=cells.lengths.device)  # blank, then durations
@@ -167,6 +167,7 @@ class _Rows(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()[rows]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[…, J] → […, number of rows]."""
         return nn.functional.linear(x, self._weight, self._bias)
 
 

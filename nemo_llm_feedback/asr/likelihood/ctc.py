@@ -61,6 +61,7 @@ def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, *, blank:
 class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, blank: int, keep: Tensor) -> Tensor:
+        """[H] log p from [B, T, V] log-probabilities; ``keep`` [B, T]: frames that are read."""
         label_in, blank_in = _emissions(log_probs, trie, blank, keep)
         states = _forward_pass(label_in, blank_in, trie)
         end = lengths[trie.utterance[trie.leaf]]
@@ -72,6 +73,7 @@ class _CTC(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """[H] → [B, T, V]."""
         states, label_in, log_prob, end = ctx.saved_tensors
         trie: PrefixTrie = ctx.trie
         (num_rows, num_frames, num_classes), dtype = ctx.like

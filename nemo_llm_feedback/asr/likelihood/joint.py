@@ -34,20 +34,27 @@ class TransducerJoint(Protocol):
     training: bool
 
     @property
-    def num_classes_with_blank(self) -> int: ...  # all outputs, durations included
+    def num_classes_with_blank(self) -> int:
+        """All outputs, durations included."""
 
     @property
-    def num_extra_outputs(self) -> int: ...
+    def num_extra_outputs(self) -> int:
+        """Duration outputs."""
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters."""
 
-    def modules(self) -> Iterator[torch.nn.Module]: ...
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All modules, the joint first."""
 
-    def project_encoder(self, encoder_output: Tensor) -> Tensor: ...
+    def project_encoder(self, encoder_output: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, J]."""
 
-    def project_prednet(self, prednet_output: Tensor) -> Tensor: ...
+    def project_prednet(self, prednet_output: Tensor) -> Tensor:
+        """[B, U, D] → [B, U, J]."""
 
-    def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor: ...
+    def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor:
+        """[B, T, J] and [B, U, J] → [B, T, U, V]."""
 
 
 class Chunk(NamedTuple):
@@ -220,6 +227,7 @@ class _JointScores(torch.autograd.Function):
     def forward(
         ctx: Any, frames: Tensor, prefixes: Tensor, cells: JointCells, evaluated: ArcScores | None, *params: Tensor
     ) -> Any:
+        """The parts of :class:`ArcScores`."""
         ctx.rng = random_state(frames) if cells.joint.training else None
         ctx.modes = modes_of(cells.joint.modules())
         ctx.save_for_backward(frames, prefixes, *params)
@@ -229,6 +237,7 @@ class _JointScores(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, blank: Tensor, label: Tensor, durations: Tensor) -> tuple[Tensor | None, ...]:
+        """Flow through the arcs → gradients of frames, prefixes and parameters."""
         frames, _, *params = inputs = ctx.saved_tensors
         cells: JointCells = ctx.cells
         flow = ArcScores(blank, label, durations)

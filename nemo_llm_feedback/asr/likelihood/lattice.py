@@ -10,7 +10,7 @@ duration > 0 and a label arc for each duration. With T frames in the utterance,
                                  α(t − m, parent(k)) + label_m(t − m, k)     for each label move m         0 ≤ t < T
     log p(h)   = logsumexp over  α(T − m, leaf(h))   + blank_m(T − m, leaf(h))
 
-so the last move is a blank that reaches T exactly; a label arc that lands on T, or any arc beyond it, is no part of a
+so the last move is a blank that reaches T exactly; a label arc that lands on T, or any arc beyond it, belongs to no
 complete path. With no frames (T = 0) the empty hypothesis has the one empty path, log p = 0.
 
 All arcs lead to a larger t + depth, so the cells of one anti-diagonal d = t + depth(k) are independent: the cell of
@@ -85,6 +85,7 @@ class _Shape:
 
     @classmethod
     def of(cls, trie: PrefixTrie, lengths: Tensor, durations: tuple[int, ...]) -> _Shape:
+        """``lengths``: [B] frames of each batch row; ``durations``: of TDT, none for RNN-T."""
         frames = lengths[trie.utterance]
         ends = frames + trie.depth
         moving = tuple(i for i, duration in enumerate(durations) if duration > 0)
@@ -116,6 +117,7 @@ class _Shape:
 class _Lattice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blank: Tensor, label: Tensor, durations: Tensor, shape: _Shape) -> Tensor:
+        """[H] log p from the parts of :class:`ArcScores`."""
         blank_in, label_in = _arcs(ArcScores(blank, label, durations), shape)
         alpha = _forward_pass(blank_in, label_in, shape)
         ends = _end_scores(alpha, blank_in, shape)
@@ -129,6 +131,7 @@ class _Lattice(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """[H] → gradients of the three parts."""
         blank, label, durations, alpha, ends, log_prob = ctx.saved_tensors
         shape: _Shape = ctx.shape
         blank_in, label_in = _arcs(ArcScores(blank, label, durations), shape)

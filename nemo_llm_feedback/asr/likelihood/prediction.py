@@ -18,11 +18,13 @@ class PredictionNetwork(Protocol):
     training: bool
     blank_idx: int
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters."""
 
     def predict(
         self, y: Tensor | None, state: Any, add_sos: bool, batch_size: int | None = None
-    ) -> tuple[Tensor, Any]: ...
+    ) -> tuple[Tensor, Any]:
+        """[B, U] labels, or None for the start of ``batch_size`` rows, and a state → [B, U, D] and the new state."""
 
 
 def prefix_outputs(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
@@ -45,7 +47,7 @@ def prefix_outputs(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
 
 
 def _is_chains(trie: PrefixTrie) -> bool:
-    """Whether no node has two children, as with one hypothesis an utterance."""
+    """Whether no node has two children, as with one hypothesis per utterance."""
     parent = trie.parent[trie.parent >= 0]
     return len(parent.unique()) == len(parent)
 
