@@ -29,6 +29,9 @@ from nemo_llm_feedback.core.trie import PrefixTrie
 
 Labels = tuple[int, ...]
 
+# NeMo's ``GPUBoostingTreeModel`` and its weight.
+Boosting = tuple[Any, float]
+
 # A log-probability; −∞ would make NaNs in NeMo's beam.
 _IMPOSSIBLE = -1e4
 
@@ -135,14 +138,7 @@ class Head(ABC):
 
     @abstractmethod
     def beam(
-        self,
-        encoded: Tensor,
-        lengths: Tensor,
-        *,
-        size: int,
-        max_symbols: int,
-        tree: Any = None,
-        tree_weight: float = 0.0,
+        self, encoded: Tensor, lengths: Tensor, *, size: int, max_symbols: int, boosting: Boosting | None = None
     ) -> list[list[Labels]]:
         """Label sequences of NeMo's batched beam search, best first.
 
@@ -151,8 +147,7 @@ class Head(ABC):
             lengths: [B] frames.
             size: beam size = largest number of sequences.
             max_symbols: largest number of labels in one frame (transducers).
-            tree: NeMo's ``GPUBoostingTreeModel`` for phrase boosting, or None.
-            tree_weight: weight of the tree.
+            boosting: for phrase boosting.
         """
 
     @abstractmethod
@@ -197,14 +192,7 @@ class CTCHead(Head):
         return ctc_divergence(self._log_probs(encoded), frozen, lengths)
 
     def beam(
-        self,
-        encoded: Tensor,
-        lengths: Tensor,
-        *,
-        size: int,
-        max_symbols: int,
-        tree: Any = None,
-        tree_weight: float = 0.0,
+        self, encoded: Tensor, lengths: Tensor, *, size: int, max_symbols: int, boosting: Boosting | None = None
     ) -> list[list[Labels]]:
         """See :class:`Head`; NeMo's ``beam_batch`` without word insertion bonus and with padding made neutral."""
         from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
@@ -215,10 +203,9 @@ class CTCHead(Head):
                 blank_index=self.vocabulary.vocab_size,
                 beam_size=size,
                 return_best_hypothesis=False,
-                fusion_models=[tree] if tree is not None else None,
-                fusion_models_alpha=[tree_weight] if tree is not None else None,
                 beam_beta=0.0,
                 allow_cuda_graphs=False,
+                **_fusion(boosting),
             )
             found = search(log_probs, lengths).to_nbest_hyps_list(score_norm=False)
         return nbest_labels(found[: len(lengths)])
@@ -289,14 +276,7 @@ class TransducerHead(Head):
         return transducer_divergence(self.cells(encoded, lengths, trie), frozen, durations=self.durations)
 
     def beam(
-        self,
-        encoded: Tensor,
-        lengths: Tensor,
-        *,
-        size: int,
-        max_symbols: int,
-        tree: Any = None,
-        tree_weight: float = 0.0,
+        self, encoded: Tensor, lengths: Tensor, *, size: int, max_symbols: int, boosting: Boosting | None = None
     ) -> list[list[Labels]]:
         """See :class:`Head`; NeMo's ``malsd_batch`` with the defaults of its decoding configuration."""
         from nemo.collections.asr.parts.submodules.rnnt_beam_decoding import BeamBatchedRNNTInfer
@@ -309,12 +289,11 @@ class TransducerHead(Head):
             beam_size=size,
             search_type="malsd_batch",
             max_symbols_per_step=max_symbols,
-            fusion_models=[tree] if tree is not None else None,
-            fusion_models_alpha=[tree_weight] if tree is not None else None,
             blank_lm_score_mode=BlankLMScoreMode.LM_WEIGHTED_FULL,
             pruning_mode=PruningMode.LATE,
             allow_cuda_graphs=False,
             return_best_hypothesis=False,
+            **_fusion(boosting),
         )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
         return nbest_labels(found)
@@ -347,6 +326,11 @@ class TransducerHead(Head):
         parts = encoded.transpose(1, 2), lengths, self._decoder, self._joint
         with torch.no_grad():
             return sample_transducer(*parts, size=size, durations=self.durations, generator=generator)
+
+
+def _fusion(boosting: Boosting | None) -> dict[str, Any]:
+    """Arguments of NeMo's searches."""
+    return {} if boosting is None else {"fusion_models": [boosting[0]], "fusion_models_alpha": [boosting[1]]}
 
 
 def plain_labels(sequence: Any) -> Labels:

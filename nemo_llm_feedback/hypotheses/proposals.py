@@ -136,14 +136,8 @@ class Proposer:
             tree = self._trees[terms] = boosting_tree(self._head.vocabulary, terms, self._config)
             if len(self._trees) > _MAX_TREES:
                 self._trees.popitem(last=False)
-        return self._head.beam(
-            encoded,
-            lengths,
-            size=self._config.boosted,
-            max_symbols=self._config.max_symbols,
-            tree=tree.to(encoded.device),
-            tree_weight=self._config.boosting_weight,
-        )
+        c, boosting = self._config, (tree.to(encoded.device), self._config.boosting_weight)
+        return self._head.beam(encoded, lengths, size=c.boosted, max_symbols=c.max_symbols, boosting=boosting)
 
 
 def boosting_tree(vocabulary: Vocabulary, terms: Sequence[str], config: ProposalConfig) -> Any:
