@@ -4,6 +4,8 @@ enable_rescoring(model, LLMReward(scorer, alpha=1.0, beta=2.0), context=Context(
 model.transcribe(["a.wav"])            # and validation, WER, predict_step, after any change_decoding_strategy
 """
 
+# ruff: noqa: F401  (what other modules import from here)
+
 from nemo_llm_feedback.rescoring.decoding import NBest
 from nemo_llm_feedback.rescoring.model import (
     RescoringMixin,
@@ -13,14 +15,3 @@ from nemo_llm_feedback.rescoring.model import (
     utterance_contexts,
 )
 from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
-
-__all__ = [
-    "NBest",
-    "Rescorer",
-    "RescoringMixin",
-    "ScoredHypothesis",
-    "attach",
-    "disable_rescoring",
-    "enable_rescoring",
-    "utterance_contexts",
-]

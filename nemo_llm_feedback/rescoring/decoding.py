@@ -17,15 +17,7 @@ from nemo.collections.asr.parts.submodules.ctc_decoding import AbstractCTCDecodi
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import (
-    CTCHead,
-    Head,
-    Labels,
-    TransducerHead,
-    nbest_labels,
-    plain_labels,
-    without_padding,
-)
+from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels, TransducerHead, nbest_labels, without_padding
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.hypotheses.proposals import Proposer
@@ -172,7 +164,7 @@ class _TransducerHook(_Hook):
         if labels is None:
             found: list[str] = super().decode_ids_to_tokens(tokens)  # type: ignore[misc]
             return found
-        return [labels[token] for token in plain_labels(tokens) if token in labels]
+        return [labels[token] for token in map(int, tokens) if token in labels]
 
 
 @functools.cache
