@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.cli.jobs.inputs import rates_to_try
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.evaluation.metrics import bootstrap, score_corpus
+from nemo_llm_feedback.training.inputs import rates_to_try
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "experiments"
 
@@ -108,8 +108,9 @@ def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypa
     options.held_weight, options.held_augment = 2.0, True
     for name in bed.ROWS:
         cfg = compose_config(bed.row_overrides(name, options, domain, [Path("dev.json")], target=Path("a.nemo")))
-        config = parse_run_config(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-        tried = rates_to_try(cfg, config)
+        tree: Any = OmegaConf.to_container(cfg)
+        config = parse_run_config(tree)
+        tried = rates_to_try(tree["model"], config)
         others = {"feedback_wrong_context": "a hospital", "feedback_no_context": ""}
         assert config.context.description == others.get(name, "an order, at a shop")
         assert (config.feedback.supervised_weight, config.feedback.replay_weight) == (2.0, 2.0)
