@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
-from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
 from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, row_entities, typed_spans
@@ -14,6 +14,7 @@ from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
 from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table, table_metrics
 
+_BROKEN_DOWN = ("wer", "ewer", "entity_recall", "false_alarms")
 NO_GROUP = "(none)"
 """Value of a group key in rows that lack it."""
 
@@ -74,6 +75,23 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Breakdown:
+    """Scores by entity type or by the values of a group key.
+
+    Attributes:
+        title: ``entity type``, or the key.
+        size_name: what ``groups`` count: ``mentions`` or ``utterances``.
+        metrics: of the tables.
+        groups: value, its size, and the table of all systems.
+    """
+
+    title: str
+    size_name: str
+    metrics: list[str]
+    groups: list[tuple[str, int, ScoreTable]]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Systems scored on the same rows.
 
@@ -107,15 +125,32 @@ class Comparison:
         return self.systems[0].name
 
     @property
-    def breakdowns(self) -> dict[str, dict[str, dict[str, CorpusScores]]]:
-        """``entity type``, if entities have types, and every group key → value → system → counts."""
-        return ({"entity type": self.by_type} if self.by_type else {}) | self.by_group
-
-    @property
     def missing(self) -> list[str]:
         """The entities that are not in their reference, each with its row."""
         found = self.scores[self.base].missing
         return [f"{self.rows[m.utterance].origin}: '{m.entity}'" for m in found]
+
+    @property
+    def basis(self) -> list[str]:
+        """What the numbers rest on, in sentences."""
+        name = self.scoring.normalizer
+        terms = [f"False alarms: {self.terms} different terms, {self.terms_from}."] if self.terms else []
+        return [f"Text normalisation: {name} ({NORMALIZER_WORDS[name]}).", *terms]
+
+    @property
+    def breakdowns(self) -> list[Breakdown]:
+        """One for entity types, whose WER would be the same in every line, and one for each group key."""
+        found = []
+        for title, values in (({"entity type": self.by_type} if self.by_type else {}) | self.by_group).items():
+            typed = values is self.by_type
+            metrics = [m for m in _BROKEN_DOWN if m in self.metrics and not (typed and m == "wer")]
+            groups = []
+            for value, scores in values.items():
+                first = next(iter(scores.values()))
+                size = int(first.column("entities").sum()) if typed else len(first.references)
+                groups.append((value, size, self.table(scores, metrics=metrics)))
+            found.append(Breakdown(title, "mentions" if typed else "utterances", metrics, groups))
+        return found
 
     @property
     def metrics(self) -> list[str]:
@@ -158,6 +193,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     plain = [[e.entity for e in row] for row in entities] if any(entities) else None
 
     def score(texts: Sequence[str]) -> CorpusScores:
+        """A system's scores."""
         return score_corpus(references, texts, normalize=normalize, entities=plain, terms=terms, bias_words=bias)
 
     scores = {system.name: score(system.texts) for system in systems}

@@ -10,16 +10,14 @@ from typing import Any
 from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.core.config import ProposalConfig, read_terms
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
-from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer
+from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
-from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
+from nemo_llm_feedback.evaluation.comparison import Breakdown, Comparison, Member, Scoring, System, compare
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.predictions import read_predictions, rows_of_predictions
 from nemo_llm_feedback.evaluation.records import Table
 from nemo_llm_feedback.evaluation.tables import column_title
-
-_BROKEN_DOWN = ("wer", "ewer", "entity_recall", "false_alarms")
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     lines = [comparison.table().to_text(), *_statements(evaluation)]
     if comparison.oracles or any(s.rtfx is not None for s in comparison.systems):
         lines += ["", *_extras(comparison)]
-    lines += [_breakdown(comparison, key, groups) for key, groups in comparison.breakdowns.items()]
+    lines += map(_breakdown_text, comparison.breakdowns)
     return "\n".join(lines)
 
 
@@ -215,12 +213,8 @@ def _decode(
 
 def _statements(evaluation: Evaluation) -> list[str]:
     """What the numbers rest on, and what was left out."""
-    comparison = evaluation.comparison
-    normalizer = comparison.scoring.normalizer
-    lines = [f"Text normalisation: {normalizer} ({NORMALIZER_WORDS[normalizer]})."]
-    if comparison.terms:
-        lines.append(f"False alarms: {comparison.terms} different terms, {comparison.terms_from}.")
-    if missing := comparison.missing:
+    lines = evaluation.comparison.basis
+    if missing := evaluation.comparison.missing:
         lines.append(list_faults(f"{len(missing)} entities are not in their reference and are left out:", missing))
     if left_out := evaluation.left_out:
         head = f"{len(left_out)} of {evaluation.total} utterances failed and are left out of ALL systems:"
@@ -244,15 +238,10 @@ def _extras(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _breakdown(comparison: Comparison, key: str, groups: Mapping[str, Mapping[str, CorpusScores]]) -> str:
-    """One table of value × system; a type's table has no WER, which would be the same in every line."""
-    by_type = key == "entity type"
-    metrics = [m for m in _BROKEN_DOWN if m in comparison.metrics and not (by_type and m == "wer")]
+def _breakdown_text(found: Breakdown) -> str:
+    """One table of value × system."""
     rows: list[list[Any]] = []
-    for value, scores in groups.items():
-        first = next(iter(scores.values()))
-        size = int(first.column("entities").sum()) if by_type else len(first.references)
-        for k, (system, cells) in enumerate(comparison.table(scores, metrics=metrics).rows.items()):
+    for value, size, table in found.groups:
+        for k, (system, cells) in enumerate(table.rows.items()):
             rows.append([*((value, size) if k == 0 else ("", "")), system, *map(str, cells)])
-    columns = [key, "mentions" if by_type else "utterances", "system", *map(column_title, metrics)]
-    return "\n" + Table(columns, rows).to_text()
+    return "\n" + Table([found.title, found.size_name, "system", *map(column_title, found.metrics)], rows).to_text()

@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nemo_llm_feedback.core.text import NORMALIZER_WORDS
 from nemo_llm_feedback.evaluation.comparison import Comparison
 from nemo_llm_feedback.evaluation.metrics import PairedDifference, find_metric, paired_difference
 from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
@@ -20,7 +19,6 @@ from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import Card, Listing, list_utterances
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_GROUP_METRICS = ("wer", "ewer", "entity_recall", "false_alarms")
 _TITLES = {"ewer": "Entity WER", "wer": "WER", "cer": "CER", "false_alarms": "Entity false alarms"}
 _BAR_METRICS = ("ewer", "wer", "u_wer", "cer", "entity_recall", "false_alarms", "b_wer", "b_u_wer")
 
@@ -127,7 +125,7 @@ def _verdict(metric: str, difference: PairedDifference | None) -> str:
 
 def _set_view(name: str, comparison: Comparison) -> dict[str, Any]:
     """One set as the page shows it."""
-    table, scoring = comparison.table(), comparison.scoring
+    table = comparison.table()
     cells = {metric: {s: row[m] for s, row in table.rows.items()} for m, metric in enumerate(table.metrics)}
     oracles = comparison.table(comparison.oracles, metrics=["wer"]).rows if comparison.oracles else {}
     sizes = {s.name: sum(map(len, s.nbest)) / len(s.nbest) for s in comparison.systems if s.nbest}
@@ -137,39 +135,19 @@ def _set_view(name: str, comparison: Comparison) -> dict[str, Any]:
     sentences = [
         f"{table.utterances} utterances; below each value its 95 % interval by bootstrap over utterances "
         f"({table.samples} samples){changes}.",
-        f"Text normalisation: {scoring.normalizer} ({NORMALIZER_WORDS[scoring.normalizer]}).",
+        *comparison.basis,
     ]
-    if comparison.terms:
-        sentences.append(f"False alarms: {comparison.terms} different terms, {comparison.terms_from}.")
-    if missing := comparison.scores[comparison.base].missing:
-        listed = "; ".join(f"{comparison.rows[m.utterance].origin}: “{m.entity}”" for m in missing[:20])
+    if missing := comparison.missing:
+        listed = "; ".join(missing[:20])
         sentences.append(f"{len(missing)} entities are not in their reference and were left out: {listed}.")
     return {
         "name": name,
         "table": table,
         "bars": [bars(metric, cells[metric]) for metric in _BAR_METRICS if metric in cells],
-        "breakdowns": _breakdowns(comparison),
+        "breakdowns": comparison.breakdowns,
         "oracles": [(system, row[0], sizes[system]) for system, row in oracles.items()],
         "sentences": sentences,
     }
-
-
-def _breakdowns(comparison: Comparison) -> list[dict[str, Any]]:
-    """One table for entity types, whose WER would be the same in every line, and one for each group key."""
-    metrics = [m for m in _GROUP_METRICS if m in comparison.metrics]
-    by_type = {"entity type": comparison.by_type} if comparison.by_type else {}
-    out = []
-    for title, values in (by_type | comparison.by_group).items():
-        typed = title in by_type
-        columns = [m for m in metrics if m != "wer"] if typed else metrics
-        groups = []
-        for value, scores in values.items():
-            first = next(iter(scores.values()))
-            size = int(first.column("entities").sum()) if typed else len(first.references)
-            groups.append((value, size, comparison.table(scores, metrics=columns)))
-        unit = "mentions" if typed else "utterances"
-        out.append({"title": title, "size_name": unit, "metrics": columns, "groups": groups})
-    return out
 
 
 def _players(cards: Sequence[Card]) -> dict[str, str]:
