@@ -128,14 +128,22 @@ def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Sett
     """
     config = parse_run_config(tree if judge is None else {**tree, "reward": {"name": "python"}})
     rates = rates_to_try(tree["model"], config)
-    _check_judges(config, judge)
+    check_judges(config, judge)
     validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"))
     guard_rows = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
     return Settings(config, rates, validation, tuple(guard_rows))
 
 
-def _check_judges(config: RunConfig, judge: Reward | None) -> None:
-    """Refuses an LLM or a reward that cannot be used, before anything is loaded."""
+def check_judges(config: RunConfig, judge: Reward | None) -> None:
+    """Refuses an LLM or a reward that cannot be used, before anything is loaded.
+
+    Args:
+        config: of the run.
+        judge: a reward from Python in place of the section ``reward``, which is then not checked.
+
+    Raises:
+        LLMError, RewardError: every fault found.
+    """
     if config.llm is not None and config.needs_llm and (faults := check_llm_folder(config.llm)):
         raise LLMError("the LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
     if judge is None and config.needs_reward and (faults := reward_faults(config)):

@@ -15,15 +15,15 @@ from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
-from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, list_faults
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, NBestSettings, judged_references, scored_nbest
-from nemo_llm_feedback.llm import check_llm_folder, open_llm
-from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults
+from nemo_llm_feedback.llm import open_llm
+from nemo_llm_feedback.rewards import Reward, corrector_from_config
 from nemo_llm_feedback.training.models import locate, restore
-from nemo_llm_feedback.training.setup import make_reward
+from nemo_llm_feedback.training.setup import check_judges, make_reward
 
 
 class NBestProbe:
@@ -46,10 +46,7 @@ class NBestProbe:
 
     def __init__(self, options: ProbeOptions) -> None:
         self.config = config = _config(options)
-        if config.llm is not None and config.needs_llm and (faults := check_llm_folder(config.llm)):
-            raise LLMError(list_faults("the LLM cannot be used:", faults))
-        if faults := reward_faults(config):
-            raise RewardError(list_faults("the reward cannot be used:", faults))
+        check_judges(config, None)
         self._checkpoint = locate(options.checkpoint)
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
         all_rows = read_manifest(options.manifest)
