@@ -10,7 +10,7 @@ import pytest
 
 from nemo_llm_feedback.cli.main import main
 
-HEAVY = ("torch", "nemo", "transformers", "hydra", "omegaconf", "lightning", "numpy")
+HEAVY = ("torch", "nemo", "transformers", "hydra", "omegaconf", "lightning", "numpy", "pydantic")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["evaluate", "--help"], ["export", "--help"]])
@@ -35,6 +35,8 @@ assert not loaded, loaded
     ("arguments", "words"),
     [
         (["scor"], 'Did you mean "score"?'),
+        (["calibrate", "a.nemo"], "calibrate is now score --compare-quantization"),
+        (["tune", "a.nemo"], "tune is now score --tune"),
         (["score", "a.nemo", "--manifest", "m.json", "--utterence", "3"], "Did you mean --utterances?"),
         (["score", "a.nemo", "--manifest", "m.json", "--head", "rnn"], 'Choose from: "auto", "ctc", "transducer"'),
         (["score", "a.nemo"], "--manifest requires an argument"),
