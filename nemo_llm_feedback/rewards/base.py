@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -116,11 +116,8 @@ def import_object(path: str) -> Callable[..., Any]:
     """
     if not _DOTTED.fullmatch(path):
         raise RewardError(f"{path!r} is neither a reward's name nor of the form package.module:attribute.")
-    module_name, attribute = path.split(":")
     try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
+        target = pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise RewardError(f"The reward {path!r} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
     if not callable(target):

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.config.faults import make
@@ -34,8 +33,9 @@ from nemo_llm_feedback.llm.folder import check_llm_folder, fingerprint, is_hub_i
 from nemo_llm_feedback.llm.loading import load_tokenizer
 from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
+from nemo_llm_feedback.rewards.asking import Pair
 from nemo_llm_feedback.rewards.base import RefusedError, register
-from nemo_llm_feedback.rewards.cache import CachedScore, score_key
+from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,65 @@ _PROBE_TEXTS = ("one two three", "a", "two words and then some more of them")
 # Largest difference between two ways to the same score, in nats, times the root of the number of tokens: rounding in
 # half precision or 8 bit costs hundredths to a fifth of a nat a token, of either sign; a shifted token costs nats.
 _TOLERANCE = 0.25
+_FAILED = CachedScore(math.nan, -1)
 _LOGGED_FAILURES = 5
 _RECENT = 100  # groups whose failures decide whether the run goes on
 _FEWEST = 10  # as many groups count at least, so that one early failure is no 100 %
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _address(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"is no address: give one such as http://localhost:8000, not {value!r}.")
+    if url.username or url.password or url.query or url.fragment:
+        # Settings go into logs, run folders and model cards; the value is not repeated for that reason.
+        raise ValueError(
+            f"holds a user name, password, query or fragment: leave them out, and give a key by {_KEY}.api_key_env."
+        )
+    return value
+
+
+def _named(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty: give the model's name as the server's /v1/models lists it.")
+    return value
+
+
+def _tokenizer(value: str | None, info: ValidationInfo) -> str | None:
+    source = value or info.data.get("model")
+    if source and not Path(source).expanduser().is_dir() and not is_hub_id(source):
+        raise ValueError(
+            f"={source} is neither a folder nor a hub id: token ids are made on this machine, so give the folder or "
+            "hub id of the tokenizer that the server's model uses."
+        )
+    return value
+
+
+def _key_variable(name: str | None) -> str | None:
+    if name is not None and _key(name) is None:
+        raise ValueError(
+            f"={name}, but that environment variable is not set (or holds more than printable ASCII): export the "
+            "server's key under that name."
+        )
+    return name
+
+
+def _key(name: str) -> str | None:
+    """The value of an environment variable if a header can carry it."""
+    value = os.environ.get(name, "").strip()
+    return value if value and value.isascii() and value.isprintable() else None
+
+
+def _folder(value: str | None) -> str | None:
+    if value and (faults := check_llm_folder(LLMConfig(model=value, quantization="none"))):
+        raise ValueError(" ".join(fault.replace("llm.model", f"{_KEY}.check_against") for fault in faults))
+    return value
 
 
 class RemoteConfig(BaseModel):
@@ -77,28 +131,28 @@ class RemoteConfig(BaseModel):
             texts too, and is dropped. null = the server is only checked against itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, strict=True, validate_default=True)
 
-    base_url: str = ""
-    model: str = ""
-    tokenizer: str | None = None
+    base_url: Annotated[str, AfterValidator(_address)] = ""
+    model: Annotated[str, AfterValidator(_named)] = ""
+    tokenizer: Annotated[str | None, AfterValidator(_tokenizer)] = None
     revision: str | None = None
     version: str = ""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str | None, AfterValidator(_key_variable)] = None
     timeout_s: _Positive = 60.0
     deadline_s: _Positive = 300.0
-    retries: Annotated[int, Field(ge=0)] = 5
-    max_in_flight: Annotated[int, Field(gt=0)] = 8
-    batch_size: Annotated[int, Field(gt=0)] = 16
+    retries: NonNegativeInt = 5
+    max_in_flight: PositiveInt = 8
+    batch_size: PositiveInt = 16
     max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.2
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     template: str | None = None
     chat: Literal["auto", "on", "off"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
     max_context_tokens: Annotated[int, Field(ge=8)] = 1024
-    max_terms: Annotated[int, Field(ge=1)] = 200
+    max_terms: PositiveInt = 200
     truecasing: Literal["none", "sentence", "english"] = "none"
-    check_against: str | None = None
+    check_against: Annotated[str | None, AfterValidator(_folder)] = None
 
     @property
     def api_root(self) -> str:
@@ -106,70 +160,19 @@ class RemoteConfig(BaseModel):
         return self.base_url.rstrip("/").removesuffix("/v1")
 
     @property
+    def tokenizer_source(self) -> str:
+        """Folder or hub id of the tokenizer."""
+        return self.tokenizer or self.model
+
+    @property
     def prompting(self) -> LLMConfig:
         """The prompt's settings as those of a local LLM: ``check_against`` or, where there is none, a name only."""
         shared = ("template", "chat", "chat_template_kwargs", "max_context_tokens", "max_terms", "truecasing")
-        source = self.check_against or self.tokenizer or self.model
-        return LLMConfig(model=source, quantization="none", **{name: getattr(self, name) for name in shared})
-
-    @property
-    def key(self) -> str | None:
-        """The server's key from the environment if a header can carry it; None where none is asked for."""
-        value = os.environ.get(self.api_key_env or "", "").strip()
-        return value if value and value.isascii() and value.isprintable() else None
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        try:
-            url = urlsplit(value)
-            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(f"is no address: give one such as http://localhost:8000, not {value!r}.")
-        if url.username or url.password or url.query or url.fragment:
-            # Settings go into logs, run folders and model cards; the value is not repeated for that reason.
-            raise ValueError(
-                "holds a user name, password, query or fragment: leave them out, and give a key by "
-                f"{_KEY}.api_key_env."
-            )
-        return value
-
-    @field_validator("model")
-    @classmethod
-    def _is_named(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("is empty: give the model's name as the server's /v1/models lists it.")
-        return value
-
-    @field_validator("tokenizer")
-    @classmethod
-    def _has_files(cls, value: str | None, info: ValidationInfo) -> str | None:
-        source = value or info.data.get("model")
-        if source and not Path(source).expanduser().is_dir() and not is_hub_id(source):
-            raise ValueError(
-                f"={source} is neither a folder nor a hub id: token ids are made on this machine, so give the folder "
-                "or hub id of the tokenizer that the server's model uses."
-            )
-        return value
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _is_set(cls, value: str | None) -> str | None:
-        if value is not None and cls.model_construct(api_key_env=value).key is None:
-            raise ValueError(
-                f"={value}, but that environment variable is not set (or holds more than printable ASCII): export the "
-                "server's key under that name."
-            )
-        return value
-
-    @field_validator("check_against")
-    @classmethod
-    def _is_an_llm(cls, value: str | None) -> str | None:
-        if value and (faults := check_llm_folder(LLMConfig(model=value, quantization="none"))):
-            raise ValueError(" ".join(fault.replace("llm.model", f"{_KEY}.check_against") for fault in faults))
-        return value
+        return LLMConfig(
+            model=self.check_against or self.tokenizer_source,
+            quantization="none",
+            **{name: getattr(self, name) for name in shared},
+        )
 
 
 def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
@@ -190,8 +193,7 @@ class RemoteScorer:
     Attributes:
         identity: changes whenever anything does that scores depend on, as far as this side can know.
         probe_scores: of the start-up check's texts.
-        num_requests: answered or failed requests so far, without those of the start-up check.
-        num_failed_requests: those that failed after all retries.
+        num_failed_requests: requests that failed after all retries so far, without those of the start-up check.
 
     Raises:
         LLMError: the tokenizer or the template cannot be used.
@@ -210,17 +212,14 @@ class RemoteScorer:
         self._client = Client(
             config.api_root,
             config.model,
-            key=config.key,
+            key=_key(config.api_key_env or ""),
             timeout_s=config.timeout_s,
             retries=config.retries,
             max_in_flight=config.max_in_flight,
         )
-        self._lock = threading.Lock()
-        self.num_requests = self.num_failed_requests = 0
-        self._failed: set[tuple[Context, str]] = set()
+        self.num_failed_requests = 0
         self._warned_long = False
-        tokenizer_source = config.tokenizer or config.model
-        folder, tokenizer = load_tokenizer(tokenizer_source, config.revision, key=f"{_KEY}.tokenizer")
+        folder, tokenizer = load_tokenizer(config.tokenizer_source, config.revision, key=f"{_KEY}.tokenizer")
         served = self._served_model()
         length = config.max_model_len or served.get("max_model_len")
         if not isinstance(length, int) or length < 16:
@@ -241,7 +240,7 @@ class RemoteScorer:
         parts = {
             "model": [config.model, served.get("root"), config.version],
             "dialect": "vllm",  # caches of earlier versions stay valid
-            "tokenizer": [tokenizer_source, fingerprint(folder)],
+            "tokenizer": [config.tokenizer_source, fingerprint(folder)],
             "template": template.text,
             "chat": [tokenizer.chat_template, dict(config.chat_template_kwargs)] if chat else None,
             "max_context_tokens": config.max_context_tokens,
@@ -267,8 +266,8 @@ class RemoteScorer:
             requests: (context, texts) pairs; the empty context and the empty text are allowed.
 
         Returns:
-            Per request one list, per text one score, in the given order; NaN for a text that does not fit the LLM or
-            whose request failed.
+            Per request one list, per text one score, in the given order; NaN for a text that does not fit the LLM
+            or, with −1 tokens, whose request failed.
 
         Raises:
             RefusedError: the server refuses the key or does not know the model.
@@ -278,26 +277,15 @@ class RemoteScorer:
             (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
             for context, texts in requests
         ]
-        wanted: dict[Ids, dict[Ids, float]] = {}
+        wanted: dict[Ids, dict[Ids, CachedScore]] = {}
         for prompt, texts in encoded:
-            wanted.setdefault(prompt, {}).update((ids, math.nan) for ids in texts)
+            wanted.setdefault(prompt, {}).update((ids, CachedScore(math.nan, len(ids))) for ids in texts)
         # A request holds one prompt only: its texts are then all different, so that two swapped answers show.
         batches = [(prompt, batch) for prompt, texts in wanted.items() for batch in self._batches(prompt, list(texts))]
-        failed: set[tuple[Ids, Ids]] = set()
         for (prompt, batch), sums in zip(batches, self._send_all(batches), strict=True):
-            if sums is None:
-                failed.update((prompt, ids) for ids in batch)
-            else:
-                wanted[prompt].update(zip(batch, sums, strict=True))
-        for (context, given), (prompt, rows) in zip(requests, encoded, strict=True):
-            pairs = zip(given, rows, strict=True)
-            self._failed.update((context, text) for text, ids in pairs if (prompt, ids) in failed)
-        return [[CachedScore(wanted[prompt][ids], len(ids)) for ids in texts] for prompt, texts in encoded]
-
-    def take_failures(self) -> set[tuple[Context, str]]:
-        """Returns the (context, text) pairs whose requests failed since the last call."""
-        failed, self._failed = self._failed, set()
-        return failed
+            scores = [CachedScore(logp, len(ids)) for logp, ids in zip(sums, batch, strict=True)] if sums else None
+            wanted[prompt].update(zip(batch, scores or [_FAILED] * len(batch), strict=True))
+        return [[wanted[prompt][ids] for ids in texts] for prompt, texts in encoded]
 
     def _batches(self, prompt: Ids, texts: Sequence[Ids]) -> list[list[Ids]]:
         """The texts that the LLM can read, as many per request as allowed."""
@@ -312,33 +300,29 @@ class RemoteScorer:
 
     def _send_all(self, batches: Sequence[tuple[Ids, list[Ids]]]) -> list[list[float] | None]:
         """Returns the sums of each batch, None for one that failed."""
-        if not batches:
-            return []
         deadline = self._deadline()
-        pool = ThreadPoolExecutor(max_workers=min(self._config.max_in_flight, len(batches)))
-        try:
-            return list(pool.map(lambda batch: self._try(batch[0], batch[1], deadline), batches))
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        def send(batch: tuple[Ids, list[Ids]]) -> list[float] | RewardError:
+            try:
+                return self._client.sums(*batch, deadline=deadline)
+            except RefusedError:
+                raise
+            except RewardError as error:
+                return error
+
+        with ThreadPoolExecutor(max_workers=self._config.max_in_flight) as pool:
+            answers = list(pool.map(send, batches))
+        for (_, texts), answer in zip(batches, answers, strict=True):
+            if isinstance(answer, RewardError):
+                self.num_failed_requests += 1
+                if self.num_failed_requests <= _LOGGED_FAILURES:
+                    last = self.num_failed_requests == _LOGGED_FAILURES
+                    more = " Later ones are counted, not logged." if last else ""
+                    logger.warning("%d hypotheses got no score: %s%s", len(texts), answer, more)
+        return [None if isinstance(answer, RewardError) else answer for answer in answers]
 
     def _deadline(self) -> float:
         return time.monotonic() + self._config.deadline_s
-
-    def _try(self, prompt: Ids, texts: Sequence[Ids], deadline: float) -> list[float] | None:
-        sums, failure = None, None
-        try:
-            sums = self._client.sums(prompt, texts, deadline=deadline)
-        except RefusedError:
-            raise
-        except RewardError as error:
-            failure = error
-        with self._lock:
-            self.num_requests += 1
-            self.num_failed_requests += failure is not None
-            if failure is not None and self.num_failed_requests <= _LOGGED_FAILURES:
-                more = " Later ones are counted, not logged." if self.num_failed_requests == _LOGGED_FAILURES else ""
-                logger.warning("%d hypotheses got no score: %s%s", len(texts), failure, more)
-        return sums
 
     def _served_model(self) -> dict[str, Any]:
         served = self._client.models(deadline=self._deadline())
@@ -396,29 +380,51 @@ def _agree(score: float, reference: float, num_tokens: int) -> bool:
     return abs(score - reference) <= _TOLERANCE * math.sqrt(num_tokens)
 
 
+@register("remote")
 class RemoteReward(LLMReward):
-    """:class:`LLMReward` on a server: a group with a failed request is NaN as a whole, and counted.
+    """:class:`LLMReward` on a server, which is checked first; a group with a failed request is NaN as a whole.
 
     Args:
-        scorer: the server.
-        max_failed: the run stops once a larger share of the last 100 groups failed (10 groups count at least).
-        settings: keyword arguments of :class:`LLMReward`.
+        settings: what ``reward.settings`` holds; see :class:`RemoteConfig`.
+        alpha, beta, normalize, asr_weight, cache, allow_no_context: as of :class:`LLMReward`.
 
     Attributes:
         remote: the server.
         num_groups, num_failed_groups: judged and failed groups so far.
 
     Raises:
-        RewardError: wrong settings, or the cache has scores of another model under the same name; on call, as
-            :class:`LLMReward`, or too many groups failed.
+        ConfigError: faults of the settings.
+        LLMError, RewardError: see :class:`RemoteScorer`; or the cache has scores of another model under the same name.
+            On call, as :class:`LLMReward`, or too many groups failed.
     """
 
     name = "remote"
 
-    def __init__(self, scorer: RemoteScorer, *, max_failed: float, **settings: Any) -> None:
-        super().__init__(scorer, **settings)
-        self.remote = scorer
-        self._max_failed = max_failed
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        alpha: float,
+        beta: float,
+        normalize: str = "sum",
+        asr_weight: float = 1.0,
+        cache: ScoreCache | str | None = None,
+        allow_no_context: bool = False,
+    ) -> None:
+        config = parse_remote(settings)
+        self.remote = RemoteScorer(config)
+        super().__init__(
+            self.remote,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            asr_weight=asr_weight,
+            cache=cache,
+            view=LLMView.of(config.prompting),
+            allow_no_context=allow_no_context,
+        )
+        self._max_failed = config.max_failed
+        self._failed: set[Pair] = set()
         self._recent: deque[bool] = deque(maxlen=_RECENT)
         self.num_groups = self.num_failed_groups = 0
         self._check_cache()
@@ -429,12 +435,17 @@ class RemoteReward(LLMReward):
         Raises:
             RewardError: too many groups failed.
         """
-        self.remote.take_failures()
+        self._failed.clear()
         rows = super()._llm_part(groups)
-        failures = self.remote.take_failures()
-        lost = [any((c, text) in failures for text in g.texts for c in (g.context, Context())) for g in groups]
+        lost = [any((c, text) in self._failed for text in g.texts for c in (g.context, Context())) for g in groups]
         self._count(lost)
         return [[math.nan] * len(row) if is_lost else row for row, is_lost in zip(rows, lost, strict=True)]
+
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+        rows = super()._ask(requests)
+        for (context, texts), row in zip(requests, rows, strict=True):
+            self._failed.update((context, text) for text, (s,) in zip(texts, row, strict=True) if s.num_tokens < 0)
+        return rows
 
     def _count(self, lost: Sequence[bool]) -> None:
         self._recent.extend(lost)
@@ -468,20 +479,3 @@ class RemoteReward(LLMReward):
                     "reward.cache, or set reward.settings.version to tell the two apart."
                 )
         self.cache.put_many({keys[text]: score for text, score in scores.items() if keys[text] not in known})
-
-
-@register("remote")
-def remote_reward(settings: Mapping[str, Any], **shared: Any) -> RemoteReward:
-    """Makes the reward of a scoring server, and checks the server.
-
-    Args:
-        settings: what ``reward.settings`` holds; see :class:`RemoteConfig`.
-        shared: keyword arguments of :class:`LLMReward` but ``view``.
-
-    Raises:
-        ConfigError: faults of the settings.
-        LLMError, RewardError: see :class:`RemoteScorer` and :class:`RemoteReward`.
-    """
-    config = parse_remote(settings)
-    view = LLMView.of(config.prompting)
-    return RemoteReward(RemoteScorer(config), max_failed=config.max_failed, view=view, **shared)
