@@ -13,27 +13,6 @@ from nemo_llm_feedback.cli.commands import NAMES
 from nemo_llm_feedback.core.errors import FeedbackError
 from nemo_llm_feedback.core.version import __version__
 
-ADAPT_HELP = """\
-Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
-
-Writes a plain .nemo. NeMo's sections keep NeMo's keys. What every run needs:
-
-  init_from_nemo_model=FILE.nemo     or init_from_pretrained_model=NAME
-  model.train_ds.manifest_filepath=M.json    rows without text: from feedback
-  context.description="an order at a coffee shop" context.terms_file=menu.json
-  llm.model=Qwen/Qwen2.5-7B-Instruct    folder or hub id of a causal LM
-
-Often used:
-
-  model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
-  objective=distill|mwer|grpo|dpo|reinforce|self_training
-  llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
-  model.optim.lr=1e-5    model.train_ds.use_lhotse=true
-  feedback.use_text=false    output=adapted.nemo
-
-Every key with its default: --show-config; keys explained: nemo_llm_feedback/core/config/
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -67,7 +46,7 @@ def _app() -> App:
         help_format="plaintext",
         default_parameter=Parameter(consume_multiple=True, negative=(), show_default=_shown),
     )
-    app.command(_adapt, name="adapt", help=ADAPT_HELP, usage="Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]")
+    app.command(_adapt, name="adapt", usage="Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]")
     for name in NAMES:
         app.command(importlib.import_module(f"nemo_llm_feedback.cli.commands.{name}").run, name=name)
     return app
@@ -81,7 +60,24 @@ def _shown(default: object) -> Any:
 def _adapt(
     *overrides: str, config_name: str = "adapt", config_dir: str | None = None, show_config: bool = False
 ) -> int:
-    """Composes the settings and runs the job.
+    """Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
+
+    Writes a plain .nemo. NeMo's sections keep NeMo's keys. What every run needs:
+
+      init_from_nemo_model=FILE.nemo     or init_from_pretrained_model=NAME
+      model.train_ds.manifest_filepath=M.json    rows without text: from feedback
+      context.description="an order at a coffee shop" context.terms_file=menu.json
+      llm.model=Qwen/Qwen2.5-7B-Instruct    folder or hub id of a causal LM
+
+    Often used:
+
+      model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
+      objective=distill|mwer|grpo|dpo|reinforce|self_training
+      llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
+      model.optim.lr=1e-5    model.train_ds.use_lhotse=true
+      feedback.use_text=false    output=adapted.nemo
+
+    Every key with its default: --show-config; keys explained: nemo_llm_feedback/core/config/
 
     Args:
         overrides: settings, KEY=VALUE
