@@ -127,15 +127,15 @@ def summary(result: Prepared, *, preview: int = 5) -> str:
         ("UNREADABLE", list(result.unreadable)),
     ):
         facts |= {name: list_faults(f"{len(items)} file(s)", items)} if items else {}
-    segments = [
-        f"{r.path.name}  {_clock(start)} + {length:.1f} s" for r in result.recordings for start, length in r.segments
-    ]
-    shown = segments[: max(0, preview)]
-    more = f"  … and {len(segments) - len(shown)} more" if len(segments) > len(shown) else ""
+    segments = [(r.path.name, *segment) for r in result.recordings for segment in r.segments]
+    shown = [f"  {name}  {_clock(start)} + {length:.1f} s" for name, start, length in segments[: max(0, preview)]]
+    shown += [f"  … and {len(segments) - len(shown)} more"] if len(segments) > len(shown) else []
     return "\n".join(
         [
             facts_text(facts),
-            *("", *shown, more),
+            "",
+            *shown,
+            "",
             f"manifest: {result.manifest}",
             f"next: nemo-llm-feedback adapt model.train_ds.manifest_filepath={result.manifest} …",
         ]
