@@ -57,7 +57,8 @@ def main() -> None:
     for alpha in options.alphas:
         for beta in options.betas:
             show(f"alpha {alpha:g} beta {beta:g}", choose(nbest, alpha=alpha, beta=beta))
-    show("oracle", oracle([row.text for row in rows], nbest.texts, normalize=get_normalizer("basic")).best)
+    best = oracle([row.text for row in rows], nbest.texts, normalize=get_normalizer("basic"))
+    report("oracle", rows, best, context)
 
 
 def make_nbest(

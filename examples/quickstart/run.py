@@ -67,7 +67,7 @@ def main() -> None:
         paths[system] = adapt(compose_config([*fixed, *overrides], config_name="quickstart")).nemo
         evaluate(system, restore(paths[system], map_location="cpu"))
     nbest = propose_rows(base, rows[splits[0]], ProposalConfig(), run_context=context)
-    best = oracle([row.text for row in rows[splits[0]]], nbest, normalize=get_normalizer("basic")).hypotheses
+    best = oracle([row.text for row in rows[splits[0]]], nbest, normalize=get_normalizer("basic"))
     scores[splits[0]]["oracle of the base's N-best"] = score_rows(rows[splits[0]], best, run_context=context)
 
     tables = {

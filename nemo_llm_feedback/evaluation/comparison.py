@@ -205,7 +205,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
                     f"normalisation: {scoring.normalizer}):", absent)
         )  # fmt: skip
     oracles = {
-        s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize).hypotheses)
+        s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize))
         for s in systems
         if s.nbest and all(s.nbest)
     }

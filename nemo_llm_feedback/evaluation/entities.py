@@ -56,17 +56,24 @@ def parse_entities(value: Any, *, type: str = "") -> list[TypedEntity]:
     """
     if value is None or value in ("", []):
         return []
+    if isinstance(value, Mapping):
+        if not {"text", "span", "start"} & set(value):
+            return [e for name, items in value.items() for e in parse_entities(items, type=str(name))]
+        found = value.get("text") or value.get("span") or [value.get("start"), value.get("end")]
+        if not isinstance(found, str) and not (_is_span(found) and len(found) == 2):
+            raise ValueError(f"{dict(value)!r} has neither a `text` nor a word span [start, end)")
+        return parse_entities(found, type=str(value.get("type") or type))
     if isinstance(value, str):
         return [TypedEntity(value, type)]
-    if isinstance(value, Mapping):
-        if {"text", "span", "start"} & set(value):
-            return [_parse_object(value, type)]
-        return [e for name, items in value.items() for e in parse_entities(items, type=str(name))]
+    if _is_span(value):
+        return [TypedEntity(tuple(value), type)]
     if not isinstance(value, Sequence):
         raise ValueError(f"{value!r} is neither a string nor a span [start, end)")
-    if all(isinstance(edge, int) and not isinstance(edge, bool) for edge in value):
-        return [TypedEntity(tuple(value), type)]
     return [e for item in value for e in parse_entities(item, type=type)]
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(edge, int) and not isinstance(edge, bool) for edge in value)
 
 
 def row_entities(rows: Sequence[Row], key: str = "entities") -> list[list[TypedEntity]]:
@@ -134,20 +141,10 @@ def typed_spans(raw: str, ref: str, entities: Sequence[TypedEntity], clean: Call
     return tuple(Span(*span, tuple(sorted(names))) for span, names in sorted(types.items()))
 
 
-def _parse_object(value: Mapping[str, Any], type: str) -> TypedEntity:
-    name = str(value.get("type") or type)
-    if isinstance(value.get("text"), str):
-        return TypedEntity(value["text"], name)
-    span: Any = value["span"] if "span" in value else [value.get("start"), value.get("end")]
-    if not isinstance(span, Sequence) or len(span) != 2 or not all(isinstance(edge, int) for edge in span):
-        raise ValueError(f"{dict(value)!r} has neither a `text` nor a word span [start, end)")
-    return TypedEntity(tuple(span), name)
-
-
 def _map_span(text: str, span: Sequence[int], utterance: int, clean: Callable[[str], str]) -> tuple[int, int]:
     """A word span of the text as given → the span after normalisation, which may drop or split words."""
     words = text.split()
-    if not isinstance(span, Sequence) or not all(isinstance(edge, int) for edge in span):
+    if not _is_span(span):
         raise ManifestError(f"utterance {utterance}: entity {span!r} is neither a string nor a span [start, end)")
     if len(span) != 2 or not 0 <= span[0] < span[1] <= len(words):
         raise ManifestError(

@@ -130,27 +130,6 @@ class PairedDifference:
     p_value: float
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """The member of each group that has fewest word errors.
-
-    Attributes:
-        best: index of that member, the first of equals.
-        hypotheses: its text as given; feed them to `score_corpus` for all other metrics of the oracle.
-        errors, words: word errors of that member, and words of the reference.
-    """
-
-    best: tuple[int, ...]
-    hypotheses: tuple[str, ...]
-    errors: tuple[int, ...]
-    words: tuple[int, ...]
-
-    @property
-    def wer(self) -> float:
-        """Oracle WER in %, pooled; NaN if all references are empty."""
-        return 100.0 * sum(self.errors) / sum(self.words) if sum(self.words) else float("nan")
-
-
 def find_metric(name: str) -> Metric:
     """The metric of that name.
 
@@ -170,7 +149,6 @@ def score_corpus(
     entities: Sequence[Sequence[Entity]] | None = None,
     terms: Sequence[Sequence[str]] | None = None,
     bias_words: Sequence[Collection[str]] | None = None,
-    strict_entities: bool = False,
 ) -> CorpusScores:
     """Counts the errors of every utterance.
 
@@ -180,19 +158,15 @@ def score_corpus(
         entities: of each utterance, as strings or word spans; without them EWER and recall are undefined (NaN).
         terms: the term list that each utterance was given, for false alarms; without it they are undefined.
         bias_words: of each utterance, for the B-WER mode; without them B-WER is undefined.
-        strict_entities: raise instead of reporting in ``missing`` when a reference lacks one of its entities.
 
     Raises:
-        ManifestError: no utterances, lists of different lengths, spans outside their reference, or missing entities.
+        ManifestError: no utterances, lists of different lengths, or spans outside their reference.
     """
     _check_lengths(references, hypotheses=hypotheses, entities=entities, terms=terms, bias_words=bias_words)
     # The terms of a run recur in every utterance.
     clean = functools.cache(lambda text: " ".join(normalize(text).split()))
     refs, hyps = [clean(t) for t in references], [clean(t) for t in hypotheses]
     spans, missing = locate_all(references, refs, entities, clean)
-    if missing and strict_entities:
-        listed = "; ".join(f"utterance {m.utterance}: '{m.entity}'" for m in missing)
-        raise ManifestError(f"entities that their reference text lacks: {listed}. Correct the manifest's entities.")
     word_alignments = jiwer.process_words(refs, hyps).alignments
     char_alignments = jiwer.process_characters(refs, hyps).alignments
     rows = []
@@ -252,28 +226,28 @@ def paired_difference(
     return PairedDifference(first.value(metric) - second.value(metric), low, high, p_value)
 
 
-def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normalize: Callable[[str], str]) -> Oracle:
-    """Picks the best member of every N-best list: the floor of what rescoring or one round of training can reach.
+def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normalize: Callable[[str], str]) -> list[str]:
+    """The member of every N-best list with fewest word errors: what rescoring or one round of training can reach.
 
     Args:
         references: one text per utterance.
         nbest: the hypotheses of each utterance, at least one.
         normalize: applied to both sides.
 
+    Returns:
+        One member per utterance as given, the first of equals; feed them to `score_corpus`.
+
     Raises:
         ManifestError: no utterances, lists of different lengths, or an empty N-best list.
     """
     _check_lengths(references, nbest=nbest)
-    empty = [str(u) for u, members in enumerate(nbest) if not members]
-    if empty:
+    if empty := [str(u) for u, members in enumerate(nbest) if not members]:
         raise ManifestError(f"no hypotheses for utterance {', '.join(empty)}: every N-best list needs one member")
-    rows = []
+    best = []
     for reference, members in zip(references, nbest, strict=True):
-        ref_words = normalize(reference).split()
-        distances = [Levenshtein.distance(ref_words, normalize(member).split()) for member in members]
-        best = min(range(len(distances)), key=distances.__getitem__)
-        rows.append((best, members[best], distances[best], len(ref_words)))
-    return Oracle(*zip(*rows, strict=True))
+        words = normalize(reference).split()
+        best.append(min(members, key=lambda member: Levenshtein.distance(words, normalize(member).split())))
+    return best
 
 
 def _check_lengths(references: Sequence[str], **columns: Sequence[object] | None) -> None:

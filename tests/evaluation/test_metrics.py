@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 
@@ -148,15 +147,13 @@ def test_entity_and_other_errors_add_up():
     assert whole.column("word_errors").sum() - outer >= inner > 0
 
 
-def test_missing_entities_are_listed_or_an_error():
+def test_missing_entities_are_listed():
     texts = ["an iced mocha", "tea"]
     entities = [["iced mocha", "Latte"], ["tea", "--"]]
     scores = score_corpus(texts, texts, normalize=basic, entities=entities)
     assert [(m.utterance, m.entity) for m in scores.missing] == [(0, "Latte"), (1, "--")]
     assert scores.value("entity_recall") == 100.0
     assert scores.column("entities").tolist() == [1, 1]
-    with pytest.raises(ManifestError, match=r"utterance 0: 'Latte'; utterance 1: '--'.*Correct the manifest"):
-        score_corpus(texts, texts, normalize=basic, entities=entities, strict_entities=True)
 
 
 @pytest.mark.parametrize("span", [[1, 1], [2, 1], [-1, 1], [0, 4], [0], [0, 1, 2]])
@@ -331,22 +328,19 @@ def test_bias_counts_agree_with_the_published_scorer(rate, tolerance):
 def test_oracle():
     references = ["a b c", "d e", ""]
     nbest = [["a x c", "A b c", "a b c"], ["x", "y e"], ["u v", "w"]]
-    result = oracle(references, nbest, normalize=lower)
-    assert result.best == (1, 1, 1)
-    assert result.hypotheses == ("A b c", "y e", "w")
-    assert (result.errors, result.words) == ((0, 1, 1), (3, 2, 0))
-    assert result.wer == pytest.approx(40.0)
-    rescored = score_corpus(references, result.hypotheses, normalize=lower)
-    assert rescored.value("wer") == pytest.approx(result.wer)
-    assert math.isnan(oracle([""], [["a"]], normalize=lower).wer)
+    best = oracle(references, nbest, normalize=lower)
+    assert best == ["A b c", "y e", "w"]
+    scores = score_corpus(references, best, normalize=lower)
+    assert scores.column("word_errors").tolist() == [0, 1, 1]
+    assert scores.value("wer") == pytest.approx(40.0)
 
 
 def test_oracle_against_jiwer_on_random_lists():
     rng = random.Random(4)
     references = [" ".join(random_words(rng, 6)) for _ in range(40)]
     nbest = [[" ".join(random_words(rng, 6)) for _ in range(rng.randint(1, 5))] for _ in references]
-    result = oracle(references, nbest, normalize=none)
-    for reference, members, errors in zip(references, nbest, result.errors, strict=True):
+    best = score_corpus(references, oracle(references, nbest, normalize=none), normalize=none)
+    for reference, members, errors in zip(references, nbest, best.column("word_errors"), strict=True):
         every = score_corpus([reference] * len(members), members, normalize=none).column("word_errors")
         assert errors == every.min()
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from nemo.utils import logging
 
 from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import oracle
 from nemo_llm_feedback.evaluation.scoring import score_rows
@@ -53,4 +54,5 @@ def _oracle_wer(model: Any, rows: list[Row]) -> float:
     config = feedback.config
     some = rows[:: -(-len(rows) // config.feedback.pool_utterances)]
     texts = propose_rows(model, some, config.proposals, run_context=config.context.load(), head=feedback.heads[0].name)
-    return oracle([row.text for row in some], texts, normalize=get_normalizer(config.feedback.normalizer)).wer
+    best = oracle([row.text for row in some], texts, normalize=get_normalizer(config.feedback.normalizer))
+    return score_rows(some, best, run_context=Context(), normalizer=config.feedback.normalizer).value("wer")
