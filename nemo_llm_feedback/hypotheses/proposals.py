@@ -78,7 +78,7 @@ class Proposer:
                 found[b] += [Candidate(tuple(labels), source) for labels in sequences]
 
         if not self.sampled_only:
-            add("greedy", rows, [[y] for y in self._head.greedy(encoded, lengths, max_symbols=config.max_symbols)])
+            add("greedy", rows, [[y] for y in self._greedy(encoded, lengths)])
         if config.beam:
             add("beam", rows, self._head.beam(encoded, lengths, size=config.beam, max_symbols=config.max_symbols))
         if config.boosted:
@@ -88,7 +88,15 @@ class Proposer:
             self._add_swaps(found, encoded, lengths, contexts)
         if config.samples:
             add("samples", rows, self._head.sample(encoded, lengths, size=config.samples, generator=self._generator))
-        return found if self.sampled_only else [_distinct(candidates) for candidates in found]
+        if not self.sampled_only:
+            return [_distinct(candidates) for candidates in found]
+        bare = [b for b in rows if not found[b]]
+        if bare:  # no sample of a transducer has ended: one member alone gives no gradient
+            add("greedy", bare, [[y] for y in self._greedy(encoded[bare], lengths[bare])])
+        return found
+
+    def _greedy(self, encoded: Tensor, lengths: Tensor) -> list[Labels]:
+        return self._head.greedy(encoded, lengths, max_symbols=self._config.max_symbols)
 
     def _add_swaps(
         self, found: list[list[Candidate]], encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]

@@ -179,3 +179,13 @@ def test_packaged_configurations_are_found(tmp_path: Path) -> None:
     code = "from nemo_llm_feedback.core.config.compose import conf_dir; print(conf_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == tmp_path / "nemo_llm_feedback" / "conf"
+
+
+def test_an_utterance_whose_samples_never_end_has_its_greedy_text(nemo_file: Any) -> None:
+    model = restore(nemo_file("tdt_char"), map_location="cpu").eval()
+    proposer = Proposer(heads_of(model)[0], ProposalConfig(beam=0, boosted=0, term_swap=0, samples=3, max_symbols=3))
+    encoded, lengths = torch.randn(2, 16, 6), torch.tensor([6, 4])
+    proposer._head.sample = lambda encoded, *args, **kwargs: [[(0,)], []]  # type: ignore[method-assign]
+    first, second = proposer.propose(encoded, lengths, [Context(), Context()])
+    assert [candidate.source for candidate in first] == ["samples"]
+    assert [candidate.source for candidate in second] == ["greedy"]
