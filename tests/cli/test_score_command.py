@@ -220,7 +220,7 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
     flags = ["--manifest", str(manifest), "--llm", str(tiny_llm), "--description", "an order", "--json", str(out)]
     assert main(["score", str(nemo_file("ctc_bpe")), *flags, "--set", *overrides]) == 0
     found = json.loads(out.read_text())
-    assert found["weights"] == {"alpha": measured.alpha, "beta": measured.beta, "origin": "spread"}
+    assert found["weights"] == {"alpha": measured.alpha, "beta": measured.beta, "origin": "spread", "grid": []}
     assert measured.alpha != 1.0
     del found["spread"]["reward"]
     assert found["spread"] == pytest.approx(measured.spread, rel=1e-6)
@@ -230,7 +230,12 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
 def test_weights_that_are_set_are_used(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     assert main(["score", *flags, "--alpha", "0.5", "--beta", "3", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["weights"] == {"alpha": 0.5, "beta": 3.0, "origin": "settings"}
+    assert json.loads(out.read_text())["weights"] == {
+        "alpha": 0.5,
+        "beta": 3.0,
+        "origin": "settings",
+        "grid": [],
+    }
     assert "reward.alpha=0.5 reward.beta=3, as set" in capsys.readouterr().out
 
 
@@ -276,7 +281,7 @@ def test_the_grid_finds_where_the_truth_wins() -> None:
     assert {(p.alpha, p.beta): p.wer for p in found.grid} == {
         (alpha, beta): (100.0 if alpha < 1.5 else 0.0) for alpha in grid["alphas"] for beta in grid["betas"]
     }
-    assert (found.alpha, found.beta, found.rows) == (2.0, 0.0, 3)  # the smallest of equals
+    assert (found.alpha, found.beta, found.origin) == (2.0, 0.0, "labels")  # the smallest of equals
     assert all(math.isnan(point.ewer) for point in found.grid)
     text = tuned_text(found)
     assert text.splitlines()[-1] == "reward.alpha=2 reward.beta=0"
@@ -299,7 +304,7 @@ def test_tune_with_labels_and_without(flags: list[str], manifest: Path, tmp_path
     found = json.loads(out.read_text())["tuned"]
     points = {(p["alpha"], p["beta"]): p["wer"] for p in found["grid"]}
     assert points[found["alpha"], found["beta"]] == min(points.values())
-    assert found["rows"] == 3
+    assert found["origin"] == "labels"
     last = f"reward.alpha={found['alpha']:g} reward.beta={found['beta']:g}"
     assert capsys.readouterr().out.splitlines()[-1] == last
 
@@ -308,7 +313,7 @@ def test_tune_with_labels_and_without(flags: list[str], manifest: Path, tmp_path
     assert main(["score", *unlabeled, "--tune", "--alpha", "1", *cache, "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     found, spread = report["tuned"], report["spread"]
-    assert (found["rows"], found["grid"], report["weights"]["alpha"]) == (0, [], 1.0)
+    assert (found["origin"], found["grid"], report["weights"]["alpha"]) == ("spread", [], 1.0)
     assert found["alpha"] == pytest.approx(2 * spread["asr"] / spread["llm"], rel=0.06)
     assert found["beta"] == pytest.approx(2 * found["alpha"], rel=0.06)
     assert "no row has text: the weights are" in capsys.readouterr().out

@@ -84,21 +84,18 @@ def run(options: TranscribeFlags) -> int:
     settings = parse_rescoring_config(tree) if tree is not None else None
     quiet_nemo()
     from nemo_llm_feedback.cli.jobs import transcribe as job
-    from nemo_llm_feedback.cli.jobs.progress import progress
 
     types = options.audio_type.split(",") if options.audio_type else job.AUDIO_TYPES
     rows = job.find_rows(options.audio, manifest=options.dataset_manifest, audio_types=types)
-    with progress("transcribing", len(rows)) as on_done:
-        found = job.transcribe(
-            options.model,
-            rows,
-            batch_size=options.batch_size,
-            decoder_type=options.decoder_type,
-            timestamps=options.timestamps,
-            device=chosen_device(options.cuda),
-            rescoring=settings,
-            on_done=on_done,
-        )
+    found = job.transcribe(
+        options.model,
+        rows,
+        batch_size=options.batch_size,
+        decoder_type=options.decoder_type,
+        timestamps=options.timestamps,
+        device=chosen_device(options.cuda),
+        rescoring=settings,
+    )
     if options.output_filename:
         job.write_manifest(options.output_filename, found, nbest=options.nbest)
     else:

@@ -18,7 +18,7 @@ from nemo_llm_feedback.cli.jobs.quantization import (
     comparison_text,
     other_llm,
 )
-from nemo_llm_feedback.cli.jobs.tuning import Tuned, tune_by_labels, tuned_text
+from nemo_llm_feedback.cli.jobs.tuning import Weights, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.core.errors import ConfigError
@@ -46,20 +46,6 @@ class Preference:
 
     preferred: int
     rows: int
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The reward's α and β.
-
-    Attributes:
-        alpha, beta: as ``reward.alpha`` and ``reward.beta``.
-        origin: ``settings``, or ``spread`` where α was left to the spread within the groups at hand.
-    """
-
-    alpha: float
-    beta: float
-    origin: Literal["settings", "spread"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class ScoreReport:
     systems: dict[str, CorpusScores] = field(default_factory=dict)
     agreement: dict[str, RankAgreement] = field(default_factory=dict)
     quantization: QuantizationComparison | None = None
-    tuned: Tuned | None = None
+    tuned: Weights | None = None
 
     @property
     def errors(self) -> dict[int, list[int]]:
@@ -246,10 +232,10 @@ def _values(nbest: NBestBatch, row: int) -> dict[str, list[float]]:
     return {name: values[row, :size].tolist() for name, values in {"reward": rewards, **nbest.parts}.items()}
 
 
-def _tuned(report: ScoreReport, settings: RewardConfig) -> Tuned:
+def _tuned(report: ScoreReport, settings: RewardConfig) -> Weights:
     """α and β by the rows with text, or, without any, by the spread."""
     if report.labelled is None:
-        return Tuned(*from_spread(report.spread, replace(settings, beta=None)))
+        return Weights(*from_spread(report.spread, replace(settings, beta=None)), "spread")
     scores = report.labelled.chosen
     return tune_by_labels(report.nbest, scores, asr_weight=settings.asr_weight, part=settings.weighed_part)
 
@@ -280,8 +266,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     }
     if report.weights is not None:
         origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
-        alpha, beta = report.weights.alpha, report.weights.beta
-        facts["weights"] = f"reward.alpha={alpha:g} reward.beta={beta:g}, {origin[report.weights.origin]}"
+        facts["weights"] = f"{report.weights}, {origin[report.weights.origin]}"
     lines.append(facts_text(facts))
     lines += _labels_text(report) if report.systems else ["no row has text: nothing to compare the reward with"]
     if report.quantization is not None:

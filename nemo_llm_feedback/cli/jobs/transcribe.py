@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.asr.encoded_rows import map_rows
+from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context
@@ -105,7 +106,6 @@ def transcribe(
     timestamps: bool = False,
     device: str = "cpu",
     rescoring: RescoringConfig | None = None,
-    on_done: Callable[[int], None] = lambda done: None,
 ) -> Transcripts:
     """Transcribes rows; one that fails does not lose the others.
 
@@ -117,7 +117,6 @@ def transcribe(
         timestamps: word and segment times.
         device: of the recogniser.
         rescoring: settings of the rescoring, or None for the checkpoint's own decoding.
-        on_done: receives the number of rows done.
 
     Raises:
         CheckpointError, ConfigError, LLMError, RewardError: nothing can be transcribed this way.
@@ -126,7 +125,8 @@ def transcribe(
     failures: dict[int, str] = {}
     start = time.perf_counter()
     work = functools.partial(_decode, model, timestamps)
-    hypotheses = map_rows(model, rows, work, batch_size=batch_size, on_batch=on_done, failures=failures)
+    with progress("transcribing", len(rows)) as on_batch:
+        hypotheses = map_rows(model, rows, work, batch_size=batch_size, on_batch=on_batch, failures=failures)
     seconds = time.perf_counter() - start
     worked = [row.duration for i, row in enumerate(rows) if i not in failures]
     listed = tuple(f"{rows[i].origin}: {failures[i]}" for i in sorted(failures))

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import greedy_members
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
@@ -33,23 +34,21 @@ class GridPoint:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The weights picked.
+class Weights:
+    """α and β of a reward.
 
     Attributes:
-        alpha, beta: to give to ``adapt``.
-        rows: with text, that the choice rests on; 0 = chosen by the spread.
-        grid: everything that was tried; empty without labels.
+        alpha, beta: as ``reward.alpha`` and ``reward.beta``.
+        origin: ``settings``; ``spread`` = by the spread within the groups at hand; ``labels`` = by the rows with text.
+        grid: everything that was tried on labels.
     """
 
     alpha: float
     beta: float
-    rows: int = 0
+    origin: Literal["settings", "spread", "labels"]
     grid: tuple[GridPoint, ...] = ()
 
-    @property
-    def settings(self) -> str:
-        """As ``adapt`` takes them."""
+    def __str__(self) -> str:
         return f"reward.alpha={self.alpha:g} reward.beta={self.beta:g}"
 
 
@@ -77,7 +76,7 @@ def tune_by_labels(
     part: str,
     alphas: Sequence[float] = ALPHAS,
     betas: Sequence[float] = BETAS,
-) -> Tuned:
+) -> Weights:
     """The point of the grid with the lowest WER; of equals that with the lowest EWER, then the smallest α and β.
 
     Args:
@@ -91,19 +90,18 @@ def tune_by_labels(
         found = scores(choose(nbest, alpha=alpha, beta=beta, asr_weight=asr_weight, part=part))
         grid.append(GridPoint(alpha, beta, found.value("wer"), found.value("ewer")))
     best = min(grid, key=lambda p: (p.wer, p.ewer if math.isfinite(p.ewer) else 0.0, p.alpha, p.beta))
-    return Tuned(best.alpha, best.beta, len(found.references), tuple(grid))
+    return Weights(best.alpha, best.beta, "labels", tuple(grid))
 
 
-def tuned_text(found: Tuned) -> str:
+def tuned_text(found: Weights) -> str:
     """What was tried and, last, the settings to give to ``adapt``."""
     if not found.grid:
-        why = "no row has text: the weights are those that adapt takes from the spread of its pool"
-        return f"{why}\n{found.settings}"
+        return f"no row has text: the weights are those that adapt takes from the spread of its pool\n{found}"
     alphas, betas = (sorted({getattr(p, name) for p in found.grid}) for name in ("alpha", "beta"))
     wer = {(p.alpha, p.beta): p.wer for p in found.grid}
     rows = [[f"{alpha:g}", *(f"{wer[alpha, beta]:.1f}" for beta in betas)] for alpha in alphas]
-    caption = f"WER in % of the best-rewarded members over {found.rows} rows with text; choosing on them flatters."
+    caption = "WER in % of the best-rewarded members of the rows with text; choosing on them flatters."
     lines = [Table(["α \\ β", *(f"{beta:g}" for beta in betas)], rows, caption).to_text()]
     if found.alpha in (0.0, alphas[-1]) or found.beta == betas[-1]:
         lines.append("The choice is at the edge of the grid: doubt it, or look further with --alpha and --beta.")
-    return "\n".join([*lines, found.settings])
+    return "\n".join([*lines, str(found)])
