@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -83,3 +85,16 @@ def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
         assert "nemo" not in top
     if not name.startswith(TRANSFORMERS):
         assert not top & {"transformers", "bitsandbytes", "accelerate"}
+
+
+# Import name → name of the distribution, where they differ. accelerate, bitsandbytes and tensorboard are used by name.
+DISTRIBUTIONS = {"nemo": "nemo_toolkit", "hydra": "hydra-core", "yaml": "pyyaml", "silero_vad": "silero-vad"}
+
+
+def test_setup_declares_what_the_code_imports() -> None:
+    declared = set(
+        re.findall(r'"([A-Za-z0-9_-]+)(?:\[\w+\])?(?:[<>=!,.\d]*)"', (ROOT.parent / "setup.py").read_text())
+    )
+    imported = {i.split(".")[0] for name in _modules() for i in _imports(name)} - set(sys.stdlib_module_names)
+    wanted = {DISTRIBUTIONS.get(name, name) for name in imported} - {"nemo_llm_feedback", "__future__"}
+    assert wanted <= declared, wanted - declared
