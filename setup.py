@@ -23,6 +23,7 @@ setup(
         "nemo_llm_feedback.conf": ["*.yaml", "*/*.yaml"],
         "nemo_llm_feedback": ["py.typed"],
         "nemo_llm_feedback.evaluation.report": ["templates/*"],
+        "nemo_llm_feedback.llm": ["templates/*"],
     },
     install_requires=[
         "nemo_toolkit[asr]>=3.0,<3.1",

@@ -42,7 +42,8 @@ import torch
 from torch import nn
 
 from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.llm.engine import Engine, Sharing
+from nemo_llm_feedback.llm.engine import Engine
+from nemo_llm_feedback.llm.packing import Sharing
 
 Ids = tuple[int, ...]
 Requests = list[tuple[Ids, list[Ids]]]  # (prompt, its hypotheses)

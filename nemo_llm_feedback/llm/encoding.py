@@ -7,16 +7,20 @@ Descriptions, terms and hypotheses are untrusted: the LLM's control tokens in th
 
 from __future__ import annotations
 
+import bisect
+import functools
+import hashlib
+import json
 import logging
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm.prompts import Template
+from nemo_llm_feedback.llm.packing import Ids
+from nemo_llm_feedback.llm.prompts import read_template
 
 logger = logging.getLogger(__name__)
 
@@ -29,55 +33,52 @@ class PromptEncoder:
 
     Args:
         tokenizer: a ``transformers`` tokenizer.
-        template: the prompt template.
-        chat: put the prompt into the tokenizer's chat template as the user's message, the hypothesis being the answer.
-        chat_template_kwargs: extra variables of the chat template.
-        max_tokens: longest prompt; a longer context is truncated, terms first.
+        config: which template, how it is wrapped in a chat template, and the longest prompt.
+        max_positions: longest sequence that the LLM can read, of which a part is kept for the hypothesis.
 
     Attributes:
-        chat: whether prompts go through the chat template.
-        max_tokens: longest prompt.
+        chat: whether prompts go through the tokenizer's chat template as the user's message, the hypothesis being the
+            answer.
+        max_tokens: longest prompt; a longer context is truncated, terms first.
+        uses_context: whether the template shows the context at all.
+        identity: all that decides the ids of a context and a text, the tokenizer's files aside.
         num_truncated: contexts that were too long so far.
         end_id: the token that ends a transcript.
 
     Raises:
-        LLMError: there is no chat template, no token that ends a transcript, or none that could begin an empty prompt.
+        LLMError: the template is faulty or too long, there is no chat template, no token that ends a transcript, or
+            none that could begin an empty prompt.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        template: Template,
-        chat: bool,
-        chat_template_kwargs: Mapping[str, Any],
-        max_tokens: int,
-    ) -> None:
+    def __init__(self, tokenizer: Any, config: LLMConfig, *, max_positions: int) -> None:
         self._tokenizer = tokenizer
-        self._template = template
-        self.chat = chat
-        self._chat_kwargs = dict(chat_template_kwargs)
-        self.max_tokens = max_tokens
-        self._prompts: OrderedDict[Context, tuple[int, ...]] = OrderedDict()
+        self.chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
+        self._chat_kwargs = dict(config.chat_template_kwargs)
+        self._template = read_template(config.template, chat=self.chat)
+        self.max_tokens = min(config.max_context_tokens, max_positions - min(256, max_positions // 4))
+        self.uses_context = self._template.uses_context
+        self.identity = {
+            "template": self._template.text,
+            "chat": [tokenizer.chat_template, self._chat_kwargs] if self.chat else None,
+            "max_context_tokens": config.max_context_tokens,
+        }
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
+        self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(
+            lambda context: self.fit(context, lambda short: (self._prompt_ids(short),))[0]
+        )
         self.num_truncated = 0
         self.end_id = self._find_end_id()
 
-    @property
-    def uses_context(self) -> bool:
-        """Whether the template has a slot for a description, terms or previous utterances."""
-        return self._template.uses_context
-
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def encode_text(self, text: str) -> Ids:
         """Returns the ids of a hypothesis followed by the end token; the empty text is the end token alone."""
-        ids = self._ids(text)
+        ids = self.ids(text)
         if self._control.keys() & set(ids):
-            ids = [i for i in self._ids(self._safe(text)) if i not in self._control]
+            ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
         return (*ids, self.end_id)
 
-    def encode_prompt(self, context: Context) -> tuple[int, ...]:
+    def encode_prompt(self, context: Context) -> Ids:
         """Returns the prompt's ids, at least one and at most ``max_tokens``.
 
         Args:
@@ -86,32 +87,29 @@ class PromptEncoder:
         Raises:
             LLMError: the template alone is longer than ``max_tokens``.
         """
-        if context in self._prompts:
-            self._prompts.move_to_end(context)
-            return self._prompts[context]
-        safe = self.shorten(self.safe_context(context), lambda short: len(self._prompt_ids(short)))
-        ids = self._prompt_ids(safe)
-        if len(ids) > self.max_tokens:
+        return self._cached_prompt(context)
+
+    def fit(self, context: Context, parts: Callable[[Context], tuple[Ids, ...]]) -> tuple[Ids, ...]:
+        """Returns the ids of a prompt's parts, together at most ``max_tokens``.
+
+        Args:
+            context: too long ones are cut (see ``shorten``).
+            parts: context → the parts of its prompt.
+
+        Raises:
+            LLMError: even without a context there are more.
+        """
+        found = parts(self.shorten(context, lambda short: sum(map(len, parts(short)))))
+        if (length := sum(map(len, found))) > self.max_tokens:
             raise LLMError(
-                f"The prompt template alone takes {len(ids)} tokens, {self.max_tokens} are allowed: shorten it or "
-                "raise llm.max_context_tokens (within what the LLM can read)."
+                f"The prompt template alone takes {length} tokens, {self.max_tokens} are allowed: shorten it or raise "
+                "llm.max_context_tokens (within what the LLM can read)."
             )
-        self._prompts[context] = ids
-        if len(self._prompts) > _CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        return ids
+        return found
 
     def safe_text(self, text: str) -> str:
         """Returns the text with whatever the tokenizer would read as a control token broken up."""
-        return self._safe(text) if self._control.keys() & set(self._ids(text)) else text
-
-    def safe_context(self, context: Context) -> Context:
-        """Returns the context with whatever the tokenizer would read as a control token broken up."""
-        whole = "\n".join((context.description, *context.terms, *context.previous))
-        if not self._control.keys() & set(self._ids(whole)):
-            return context
-        texts = (context.terms, context.previous)
-        return Context(self._safe(context.description), *(tuple(map(self._safe, column)) for column in texts))
+        return self._safe(text) if self._control.keys() & set(self.ids(text)) else text
 
     def shorten(self, context: Context, num_tokens: Callable[[Context], int]) -> Context:
         """Returns the context, cut so that its prompt has at most ``max_tokens`` where that is possible.
@@ -120,41 +118,41 @@ class PromptEncoder:
         the description; counted in ``num_truncated`` and logged once.
 
         Args:
-            context: without control tokens.
+            context: control tokens in it are broken up.
             num_tokens: context → tokens of its prompt.
         """
-
-        def fits(short: Context) -> bool:
-            return num_tokens(short) <= self.max_tokens
-
-        if fits(context):
+        context = self._safe_context(context)
+        if num_tokens(context) <= self.max_tokens:
             return context
         self.num_truncated += 1
-        terms, previous, words = context.terms, context.previous, context.description.split(" ")
-        steps: list[tuple[int, Callable[[int], Context]]] = [
-            (len(terms), lambda n: replace(context, terms=terms[:n])),
-            (len(previous), lambda n: replace(context, terms=(), previous=previous[len(previous) - n :])),
-            (len(words), lambda n: Context(" ".join(words[:n]))),
-        ]
-        cut = next((step for step in steps if fits(step[1](0))), steps[-1])
-        shortened = cut[1](_largest(cut[0], lambda n: fits(cut[1](n))))
+        words = context.description.split(" ")
+
+        def without(n: int) -> Context:
+            num_terms, num_previous = len(context.terms), len(context.previous)
+            kept = len(words) - max(0, n - num_terms - num_previous)
+            terms, previous = context.terms[: max(0, num_terms - n)], context.previous[max(0, n - num_terms) :]
+            return Context(" ".join(words[:kept]), terms, previous)
+
+        total = len(context.terms) + len(context.previous) + len(words)
+        # The fewest that must go; without more of them it fits, too.
+        fewest = bisect.bisect_left(range(total), True, key=lambda n: num_tokens(without(n)) <= self.max_tokens)
+        shortened = without(fewest)
         if self.num_truncated == 1:
             logger.warning(
-                "A context is longer than %d tokens: kept %d of its %d terms%s%s. Raise llm.max_context_tokens, set "
-                "llm.max_terms so that the nearest terms are kept, or shorten the list. Later ones are counted only.",
+                "A context is longer than %d tokens: kept %d of its %d terms, %d of its %d previous utterances and %d "
+                "of %d words. Raise llm.max_context_tokens, set llm.max_terms so that the nearest terms are kept, or "
+                "shorten the list. Later ones are counted only.",
                 self.max_tokens,
-                len(shortened.terms),
-                len(terms),
-                "" if shortened.previous == previous else f" and {len(shortened.previous)} previous utterances",
-                "" if shortened.description == context.description else " and a part of its description",
+                *(len(shortened.terms), len(context.terms), len(shortened.previous), len(context.previous)),
+                *(len(shortened.description.split()), len(context.description.split())),
             )
         return shortened
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of a text that is the user's own (control tokens in it are kept), without an end token."""
-        return tuple(self._ids(text))
+    def ids(self, text: str) -> Ids:
+        """Returns the ids of a text as it is (control tokens in it are kept), without an end token."""
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def text_spans(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]], str]:
+    def text_spans(self, text: str) -> tuple[Ids, list[tuple[int, int]], str]:
         """Returns what ``encode_text`` does, and which characters each token stands for.
 
         Returns:
@@ -180,7 +178,7 @@ class PromptEncoder:
         """Returns the text of ids that the LLM wrote, without control tokens."""
         return str(self._tokenizer.decode([i for i in ids if i not in self._control], skip_special_tokens=True))
 
-    def frame(self, prompt: str) -> tuple[tuple[int, ...], str]:
+    def frame(self, prompt: str) -> tuple[Ids, str]:
         """Returns the ids that begin a prompt (a begin token or none), and the prompt in its chat template if any."""
         if self.chat:
             return (), self._chat_text(prompt)
@@ -189,12 +187,9 @@ class PromptEncoder:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
         return (() if first is None else (first,)), prompt
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _prompt_ids(self, context: Context) -> tuple[int, ...]:
+    def _prompt_ids(self, context: Context) -> Ids:
         begin, prompt = self.frame(self._template.render(context))
-        return (*begin, *self._ids(prompt))
+        return (*begin, *self.ids(prompt))
 
     def _chat_text(self, prompt: str, answer: str | None = None) -> str:
         messages = [{"role": "user", "content": prompt.strip()}]
@@ -219,10 +214,18 @@ class PromptEncoder:
                 "transcript cannot be scored as the answer. For a thinking model set "
                 "llm.chat_template_kwargs={enable_thinking: false}; otherwise set llm.chat=off."
             )
-        tail = self._ids(whole[len(question + _PROBE) :].lstrip())
+        tail = self.ids(whole[len(question + _PROBE) :].lstrip())
         if not tail or tail[0] not in self._control:
             raise LLMError("The chat template does not end an answer with a control token: set llm.chat=off.")
         return tail[0]
+
+    def _safe_context(self, context: Context) -> Context:
+        """Returns the context with whatever the tokenizer would read as a control token broken up."""
+        whole = "\n".join((context.description, *context.terms, *context.previous))
+        if not self._control.keys() & set(self.ids(whole)):
+            return context
+        texts = (context.terms, context.previous)
+        return Context(self._safe(context.description), *(tuple(map(self._safe, column)) for column in texts))
 
     def _safe(self, text: str) -> str:
         """Puts a space after the first character of whatever the tokenizer would read as a control token."""
@@ -230,7 +233,7 @@ class PromptEncoder:
             cut = match.start() + 1
             kept = cut if match.end() > cut else cut - 1  # a single character cannot be broken, only left out
             text = text[:kept] + " " + text[cut:]
-        if self._control.keys() & set(self._ids(text)):  # found only after the tokenizer's own normalisation
+        if self._control.keys() & set(self.ids(text)):  # found only after the tokenizer's own normalisation
             text = " ".join(text)
         return text
 
@@ -244,10 +247,6 @@ def _control_tokens(tokenizer: Any) -> dict[int, str]:
     }
 
 
-def _largest(upper: int, fits: Any) -> int:
-    """Returns the largest n in [0, upper] with ``fits(n)``, for a ``fits`` that turns false once; 0 if none."""
-    low, high = 0, upper
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def hash_of(parts: object) -> str:
+    """Returns hexadecimal digits that change whenever anything in a structure of plain values does."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

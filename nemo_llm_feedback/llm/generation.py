@@ -1,23 +1,22 @@
-"""The LLM as a writer: one corrected transcript from a group's hypotheses, by greedy generation."""
+"""Writes one corrected transcript from a group's hypotheses with the LLM, by greedy generation."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rapidfuzz import fuzz
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
+from nemo_llm_feedback.llm.packing import Ids
 from nemo_llm_feedback.llm.prompts import Template
-from nemo_llm_feedback.llm.view import LLMView, restored
-
-if TYPE_CHECKING:
-    from nemo_llm_feedback.llm.scorer import LLMScorer
+from nemo_llm_feedback.llm.scorer import LLMScorer
+from nemo_llm_feedback.llm.view import LLMView, truecased
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +37,20 @@ class Corrector:
 
     Attributes:
         identity: changes whenever anything does that the answers depend on.
+        uses_context: whether the template shows the context at all.
         num_asked, num_unusable: groups that the LLM was asked about so far, and those without a usable answer.
     """
 
     def __init__(self, scorer: LLMScorer, *, template: Template, view: LLMView, max_hypotheses: int = 8) -> None:
         self._scorer, self._template, self._view = scorer, template, view
         self._max_hypotheses = max_hypotheses
-        self._known: OrderedDict[tuple[Context, tuple[str, ...]], str | None] = OrderedDict()
-        parts = [scorer.identity, template.text, view.max_terms, view.restore, max_hypotheses]
-        self.identity = "correction:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self._known: dict[tuple[Context, tuple[str, ...]], str | None] = {}
+        parts = [scorer.identity, template.text, view.max_terms, view.truecasing, max_hypotheses]
+        self.identity = f"correction:{hash_of(parts)}"
+        self.uses_context = template.uses_context
         self.num_asked = self.num_unusable = 0
         if not scorer.encoder.chat:
             logger.warning("The LLM has no chat template: a base model's corrections are mostly unusable.")
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether the template shows the context at all."""
-        return self._template.uses_context
 
     def __call__(self, contexts: Sequence[Context], nbest: Sequence[Sequence[str]]) -> list[str | None]:
         """Corrects groups.
@@ -76,30 +72,24 @@ class Corrector:
             listed = tuple(dict.fromkeys(text for text in texts if text.strip()))[: self._max_hypotheses]
             keys.append((self._view.context(context, listed), listed))
         asked = list(dict.fromkeys(key for key in keys if key[1] and key not in self._known))
-        answers = self._answers(asked) if asked else []
-        self.num_asked += len(asked)
-        unusable = sum(answer is None for answer in answers)
+        answers = self._answers(asked)
+        unusable = answers.count(None)
         if unusable and not self.num_unusable:
-            logger.warning(
-                "An LLM correction is unusable (empty, too long, no transcript); later ones are counted only."
-            )
+            logger.warning("An LLM correction is unusable (empty, too long, no transcript). Later ones are counted.")
+        self.num_asked += len(asked)
         self.num_unusable += unusable
         self._known.update(zip(asked, answers, strict=True))
         found = [self._known.get(key) for key in keys]
-        while len(self._known) > _KEPT:
-            self._known.popitem(last=False)
+        for key in list(self._known)[:-_KEPT]:  # the oldest ones
+            del self._known[key]
         return found
 
     def _answers(self, asked: Sequence[tuple[Context, tuple[str, ...]]]) -> list[str | None]:
-        encoder = self._scorer.encoder
-        questions: list[tuple[tuple[int, ...], int]] = []
-        for context, texts in asked:
-            shown = [restored(text, context.terms, style=self._view.restore) for text in texts]
-            limit = 2 * max(len(encoder.encode_text(text)) for text in shown) + 16
-            questions.append((self._prompt(context, shown), limit))
-        out: list[str | None] = [None] * len(asked)
-        fitting = [n for n, (ids, limit) in enumerate(questions) if self._fits(ids, limit)]
+        """Answers of groups, generated in batches of similar length; None where there is none of use."""
+        questions = [self._question(*group) for group in asked]
+        fitting = [n for n, (ids, limit) in enumerate(questions) if len(ids) + limit <= self._scorer.max_positions]
         fitting.sort(key=lambda n: len(questions[n][0]))
+        answers: dict[int, str | None] = {}
         size = _BATCH[self._scorer.model.device.type] if fitting else 1
         while fitting:
             batch = fitting[:size]
@@ -111,63 +101,61 @@ class Corrector:
                 size = max(1, len(batch) // 2)
                 logger.warning("Out of memory while generating: %d groups at a time from now on.", size)
                 continue
-            out = self._with(out, batch, written)
+            answers.update(zip(batch, written, strict=True))
             fitting = fitting[size:]
         return [
-            text if text and _resembles(text, texts) else None for text, (_, texts) in zip(out, asked, strict=True)
+            text if (text := answers.get(n)) and _resembles(text, texts) else None
+            for n, (_, texts) in enumerate(asked)
         ]
 
-    @staticmethod
-    def _with(out: list[str | None], batch: Sequence[int], written: Sequence[str | None]) -> list[str | None]:
-        found = dict(zip(batch, written, strict=True))
-        return [found.get(n, text) for n, text in enumerate(out)]
+    def _question(self, context: Context, texts: Sequence[str]) -> tuple[Ids, int]:
+        """The prompt of a group, and the most tokens that its answer may have."""
+        encoder = self._scorer.encoder
+        shown = [truecased(text, context.terms, style=self._view.truecasing) for text in texts]
+        return self._prompt(context, shown), 2 * max(len(encoder.encode_text(text)) for text in shown) + 16
 
-    def _prompt(self, context: Context, texts: Sequence[str]) -> tuple[int, ...]:
+    def _prompt(self, context: Context, texts: Sequence[str]) -> Ids:
         encoder = self._scorer.encoder
         safe = [encoder.safe_text(text) for text in texts]
 
-        def ids(short: Context) -> tuple[int, ...]:
+        def ids(short: Context) -> Ids:
             begin, prompt = encoder.frame(self._template.render_list(short, safe))
             return (*begin, *encoder.ids(prompt))
 
-        return ids(encoder.shorten(encoder.safe_context(context), lambda short: len(ids(short))))
+        return ids(encoder.shorten(context, lambda short: len(ids(short))))
 
-    def _fits(self, ids: tuple[int, ...], limit: int) -> bool:
-        return len(ids) + limit <= self._scorer.max_positions
-
-    def _generate(self, questions: Sequence[tuple[tuple[int, ...], int]]) -> list[str | None]:
+    def _generate(self, questions: Sequence[tuple[Ids, int]]) -> list[str | None]:
         """Answers of one batch, left-padded, greedy."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig
 
         model, encoder = self._scorer.model, self._scorer.encoder
-        width = max(len(ids) for ids, _ in questions)
         device = model.get_input_embeddings().weight.device
-        inputs = torch.tensor([[*[0] * (width - len(ids)), *ids] for ids, _ in questions], device=device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in questions], device=device)
-        ends = _end_ids(model, encoder.end_id)
-        # A checkpoint's own generation settings (sampling, repetition penalties) would be mixed into ours.
-        own, model.generation_config = model.generation_config, GenerationConfig()
-        criteria: Any = StoppingCriteriaList([] if encoder.chat else [_LineEnd(encoder, width, ends)])
+        prompts = [torch.tensor(ids, device=device) for ids, _ in questions]
+        inputs = pad_sequence(prompts, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
+        width = inputs.shape[1]
+        # A checkpoint's generation settings (sampling, repetition penalties) would be mixed into ours.
+        stored, model.generation_config = model.generation_config, GenerationConfig()
+        ends = _end_ids(stored, encoder.end_id)
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 output = model.generate(
                     input_ids=inputs,
                     attention_mask=mask,
-                    generation_config=GenerationConfig(
-                        do_sample=False,
-                        num_beams=1,
-                        max_new_tokens=max(limit for _, limit in questions),
-                        eos_token_id=ends,
-                        pad_token_id=ends[0],
-                    ),
-                    stopping_criteria=criteria,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=max(limit for _, limit in questions),
+                    eos_token_id=ends,
+                    pad_token_id=ends[0],
+                    stopping_criteria=[] if encoder.chat else [_line_end(encoder, width, ends)],
                 )
         finally:
-            model.generation_config = own
+            model.generation_config = stored
         rows = output[:, width:].tolist()
         return [self._usable(row, ends, limit) for row, (_, limit) in zip(rows, questions, strict=True)]
 
     def _usable(self, ids: Sequence[int], ends: Sequence[int], limit: int) -> str | None:
+        """The text of an answer if it is a single line that ended within the limit."""
         end = next((n for n, token in enumerate(ids) if token in ends), None)
         encoder = self._scorer.encoder
         text = encoder.decode(ids[:end]).strip()
@@ -180,17 +168,15 @@ class Corrector:
         return text if usable else None
 
 
-class _LineEnd:
-    """Stops a row at the end of its first line, or at an end token."""
+def _line_end(encoder: PromptEncoder, start: int, ends: Sequence[int]) -> Callable[..., Tensor]:
+    """A stopping criterion: a row is done at the end of its first line, or at an end token."""
 
-    def __init__(self, encoder: Any, start: int, ends: Sequence[int]) -> None:
-        self._encoder, self._start, self._ends = encoder, start, set(ends)
+    def done(input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        rows = input_ids[:, start:].tolist()
+        found = [not {*ends}.isdisjoint(row) or "\n" in encoder.decode(row).lstrip() for row in rows]
+        return torch.tensor(found, device=input_ids.device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
-        """[B] bool: which rows are done."""
-        rows = input_ids[:, self._start :].tolist()
-        done = [bool(self._ends & set(row)) or "\n" in self._encoder.decode(row).lstrip() for row in rows]
-        return torch.tensor(done, device=input_ids.device)
+    return done
 
 
 def _resembles(answer: str, texts: Sequence[str]) -> bool:
@@ -199,8 +185,8 @@ def _resembles(answer: str, texts: Sequence[str]) -> bool:
     return any(fuzz.ratio(written, other) >= _MIN_LIKENESS for other in others)
 
 
-def _end_ids(model: Any, end_id: int) -> list[int]:
+def _end_ids(settings: Any, end_id: int) -> list[int]:
     """The tokens that end an answer: the chat template's, and those of the checkpoint's generation settings."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    more = own if isinstance(own, list) else [own]
+    stored = settings.eos_token_id
+    more = stored if isinstance(stored, list) else [stored]
     return list(dict.fromkeys([end_id, *(token for token in more if isinstance(token, int))]))

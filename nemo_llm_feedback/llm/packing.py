@@ -7,6 +7,7 @@ continuations that end there. A row with a single continuation is an ordinary se
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,17 @@ from torch import Tensor
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 Ids = tuple[int, ...]
+ROW_NODES = 256  # nodes of a trie in one row: attention within a row costs their square
 _PADDING = 1.05  # widest batch, as a multiple of its real tokens
 _KEY_FACTOR = 16  # rows × (prompt + nodes) ≤ this × token budget: bounds one layer's joined keys
+
+
+class Sharing(enum.IntEnum):
+    """How much of the work continuations of one prompt share."""
+
+    NONE = 0  # each row whole, by the model's forward
+    PROMPT = 1  # the prompt's keys and values
+    TRIE = 2  # those, and every common prefix
 
 
 @dataclass(frozen=True)
@@ -122,10 +132,10 @@ class PackedBatch:
         self._trie = trie = PrefixTrie.build([ids[:-1] for ids in continuations], owner)
         self._prompt_lens = torch.tensor([len(row.prompt) for row in rows])
         firsts = torch.tensor([first for _, first, _ in trie.spans])
-        is_node = trie.depth > 0
+        self._is_node = is_node = trie.depth > 0
         self._column = torch.arange(trie.num_nodes) - firsts[trie.utterance] - 1  # −1 at a root, the prompt's end
         shape = (len(rows), max(last - first - 1 for _, first, last in trie.spans))
-        self.ids, self.positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        self.ids, self.positions = torch.zeros(2, *shape, dtype=torch.long)
         self.real = torch.zeros(shape, dtype=torch.bool)
         where = (trie.utterance[is_node], self._column[is_node])
         self.ids[where] = trie.token[is_node]
@@ -146,8 +156,7 @@ class PackedBatch:
         """
         trie, (rows, width) = self._trie, self.real.shape
         seen = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
-        for depth in range(2, int(trie.depth.max()) + 1):
-            node = (trie.depth == depth).nonzero().squeeze(1)
+        for node in self._levels():
             row = trie.utterance[node]
             seen[row, self._column[node]] |= seen[row, self._column[trie.parent[node]]]
         longest = int(self._prompt_lens.max())
@@ -161,19 +170,22 @@ class PackedBatch:
         prompt = torch.ones(len(self.real), int(self._prompt_lens.max()), dtype=torch.bool)
         return torch.cat([prompt, self.real], dim=1).long()
 
-    def sums(self, edge_logp: Tensor) -> list[float]:
+    def sums(self, pair_logp: Tensor) -> list[float]:
         """Returns the sum of each continuation's log-probabilities, in the rows' order.
 
         Args:
-            edge_logp: [E] log p of each pair of ``sources`` and ``targets``, float64.
+            pair_logp: [E] log p of each pair of ``sources`` and ``targets``, float64.
         """
-        trie = self._trie
-        logp = torch.empty_like(edge_logp)
-        logp[self._order] = edge_logp
-        is_node = trie.depth > 0
+        trie, num_nodes = self._trie, int(self._is_node.sum())
+        logp = torch.empty_like(pair_logp)
+        logp[self._order] = pair_logp
         path = torch.zeros(trie.num_nodes, dtype=torch.float64)
-        path[is_node] = logp[: int(is_node.sum())]
-        for depth in range(2, int(trie.depth.max()) + 1):
-            node = (trie.depth == depth).nonzero().squeeze(1)
+        path[self._is_node] = logp[:num_nodes]
+        for node in self._levels():
             path[node] += path[trie.parent[node]]
-        return (path[trie.leaf] + logp[int(is_node.sum()) :]).tolist()
+        return (path[trie.leaf] + logp[num_nodes:]).tolist()
+
+    def _levels(self) -> Iterator[Tensor]:
+        """Yields the numbers of the trie's nodes depth by depth, from those on whose parents are nodes too."""
+        for depth in range(2, int(self._trie.depth.max()) + 1):
+            yield (self._trie.depth == depth).nonzero().squeeze(1)

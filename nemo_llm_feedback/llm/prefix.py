@@ -1,4 +1,4 @@
-"""The state of prompts that were run once: their keys and values, shared by all that continues them."""
+"""Keys and values of prompts that ran once, shared by all that continues them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
 
-Ids = tuple[int, ...]
+from nemo_llm_feedback.llm.packing import Ids
 
 
-class PrefixLayer(CacheLayerMixin):
-    """One layer's keys and values of the prompts, joined to a batch's own for that layer only and never changed.
+class PrefixLayer(DynamicLayer):
+    """One layer's keys and values of the prompts, joined to a batch's new ones for that layer only and never changed.
+
+    Layers with a sliding window keep all of the prompt too; the mask hides what is out of reach.
 
     Args:
-        keys: one [1, heads, P, head_dim] tensor a row of the batch, or a single one for all rows.
+        keys: one [1, heads, P, head_dim] tensor per row of the batch, or a single one for all rows.
         values: likewise.
     """
-
-    is_sliding = False  # sliding-window layers keep all of the prompt too; the mask hides what is out of reach
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
@@ -30,51 +31,31 @@ class PrefixLayer(CacheLayerMixin):
         self._length = max(tensor.shape[-2] for tensor in keys)
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the layer is made with its tensors."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns prompts and new states joined: [B, heads, P + L, head_dim] each, for new ones [B, heads, L, …]."""
-        return _join(self._keys, key_states, self._length), _join(self._values, value_states, self._length)
+        return self._join(self._keys, key_states), self._join(self._values, value_states)
 
     def get_seq_length(self) -> int:
         """Returns P, the longest prompt's length in tokens."""
         return self._length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns the number of keys that ``query_length`` new tokens see, and the first one's index."""
-        return self._length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Returns −1: no limit."""
-        return -1
-
-
-def _join(prefixes: Sequence[Tensor], new: Tensor, length: int) -> Tensor:
-    """Joins prompts (right-padded with zeros to ``length``) and new states along the tokens."""
-    rows, heads, width, size = new.shape
-    if len(prefixes) == 1:
-        return torch.cat([prefixes[0].expand(rows, -1, -1, -1), new], dim=-2)
-    joined = new.new_zeros(rows, heads, length + width, size)
-    for row, prefix in enumerate(prefixes):
-        joined[row, :, : prefix.shape[-2]] = prefix[0]
-    joined[:, :, length:] = new
-    return joined
+    def _join(self, prefixes: Sequence[Tensor], new: Tensor) -> Tensor:
+        """Joins prompts, right-padded with zeros, and new states along the tokens."""
+        padded = torch.cat([pad(prefix, (0, 0, 0, self._length - prefix.shape[-2])) for prefix in prefixes])
+        return torch.cat([padded.expand(len(new), -1, -1, -1), new], dim=-2)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt's state: per layer (keys, values), and the log-probabilities [V] (float32) of what follows it."""
 
-    length: int
     layers: tuple[tuple[Tensor, Tensor], ...]
     next_logp: Tensor
 
     @property
     def num_bytes(self) -> int:
         """Memory of the state in bytes."""
-        tensors = [self.next_logp, *(tensor for layer in self.layers for tensor in layer)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self.next_logp.nbytes + sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
 
 def joined_cache(prefixes: Sequence[Prefix]) -> Cache:

@@ -24,44 +24,14 @@ from pathlib import Path
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 
-_CHAT_CONTEXT = (
-    "The recording is {description}.\nTerms that may occur: {terms}.\nRight before, this was said: {previous}\n"
-)
-_BASE_CONTEXT = "The following is a transcript of {description}.\nTerms that may occur: {terms}.\n"
-
-BASE_TEMPLATE = _BASE_CONTEXT + "{previous}\n{hypothesis}"
-CHAT_TEMPLATE = (
-    f"Write down what is said in a recording.\n{_CHAT_CONTEXT}Reply with the transcript only.\n{{hypothesis}}"
-)
-_JUDGE_HEAD = {
-    True: f"A speech recogniser transcribed a recording.\n{_CHAT_CONTEXT}Its transcript:\n{{hypothesis}}\n",
-    False: _BASE_CONTEXT + "{previous}\nTranscript:\n{hypothesis}\n",
-}
-_RIGHT = "Is this what was said, without a single recognition error?"
-_RATE = "How likely is it that this is what was said, from 1 (impossible) to 5 (certain)?"
-_GUESSES = "A speech recogniser's guesses, most probable first:\n{hypotheses}\n"
-# (use, chat) → the built-in template. The base ones end where an answer with a leading space begins.
-BUILT_IN: dict[tuple[str, bool], str] = {
-    ("score", False): BASE_TEMPLATE,
-    ("score", True): CHAT_TEMPLATE,
-    ("yes_no", False): _JUDGE_HEAD[False] + f"Question: {_RIGHT}\nAnswer (yes or no):",
-    ("yes_no", True): _JUDGE_HEAD[True] + f"{_RIGHT} Answer with one word, Yes or No.",
-    ("rating", False): _JUDGE_HEAD[False] + f"Question: {_RATE}\nAnswer:",
-    ("rating", True): _JUDGE_HEAD[True] + f"{_RATE} Answer with one digit.",
-    ("correction", False): _BASE_CONTEXT + "{previous}\n" + _GUESSES + "What was really said:",
-    ("correction", True): (
-        f"Find out what was said in a recording.\n{_CHAT_CONTEXT}{_GUESSES}"
-        "Reply with the corrected transcript only, on one line, in the spelling style of the guesses. Change only "
-        "what the recogniser is likely to have misheard."
-    ),
-}
 # The answers of the built-in judge templates, best last for ratings; a base LLM's begin with a space.
 ANSWERS = {"yes_no": ("Yes", "No"), "rating": ("1", "2", "3", "4", "5")}
 
+_BUILT_IN = Path(__file__).parent / "templates"  # the base ones end where an answer with a leading space begins
 _SLOT = re.compile(r"\{(\w+)\}")
 _CONTEXT_SLOTS = ("description", "terms", "previous")
 _KINDS = {"score": "hypothesis", "judge": "hypothesis", "correction": "hypotheses"}
-_MARK = "\ue000"  # a private character: stands for the hypothesis until the prompt is cut there
+MARK = "\ue000"  # a private character: stands for the hypothesis until a judge's prompt is cut there
 
 
 @dataclass(frozen=True)
@@ -72,8 +42,7 @@ class Template:
     kind: str = "score"
 
     def __post_init__(self) -> None:
-        faults = template_faults(self.text, kind=self.kind)
-        if faults:
+        if faults := template_faults(self.text, kind=self.kind):
             raise LLMError(" ".join(faults))
 
     @cached_property
@@ -91,19 +60,14 @@ class Template:
         return _fill(self.text[: self.text.index("{hypothesis}")], _context_values(context))
 
     def render_question(self, context: Context) -> str:
-        """Returns a ``judge`` prompt in which :data:`mark` stands for the hypothesis, exactly once."""
-        values = {slot: value.replace(_MARK, "") for slot, value in _context_values(context).items()}
-        return _fill(self.text, {**values, "hypothesis": _MARK}).rstrip()
+        """Returns a ``judge`` prompt in which :data:`MARK` stands for the hypothesis, exactly once."""
+        values = {slot: value.replace(MARK, "") for slot, value in _context_values(context).items()}
+        return _fill(self.text, {**values, "hypothesis": MARK}).rstrip()
 
     def render_list(self, context: Context, texts: Sequence[str]) -> str:
         """Returns a ``correction`` prompt with the texts as a numbered list."""
         listed = "\n".join(f"{n}. {' '.join(text.split())}" for n, text in enumerate(texts, 1))
         return _fill(self.text, {**_context_values(context), "hypotheses": listed}).rstrip()
-
-    @property
-    def mark(self) -> str:
-        """The character that stands for the hypothesis in :meth:`render_question`."""
-        return _MARK
 
 
 def _context_values(context: Context) -> dict[str, str]:
@@ -152,7 +116,7 @@ def template_faults(text: str, *, kind: str = "score") -> list[str]:
 
 
 def read_template(path: str | None, *, chat: bool, use: str = "score", key: str = "llm.template") -> Template:
-    """Reads a template file, or returns the built-in template.
+    """Reads a template file, by default one of the folder ``templates``.
 
     Args:
         path: file name; None = built-in.
@@ -164,15 +128,13 @@ def read_template(path: str | None, *, chat: bool, use: str = "score", key: str 
         LLMError: the file cannot be read, or its text is no valid template.
     """
     kind = use if use in _KINDS else "judge"
-    if path is None:
-        return Template(BUILT_IN[use, chat], kind)
+    file = Path(path).expanduser() if path is not None else _BUILT_IN / f"{use}_{'chat' if chat else 'base'}.txt"
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+        return Template(text if path is not None else text.removesuffix("\n"), kind)
     except (OSError, UnicodeDecodeError) as error:
         raise LLMError(
             f"{key}={path} cannot be read as UTF-8 text ({error}): give the path of a text file."
         ) from error
-    faults = template_faults(text, kind=kind)
-    if faults:
-        raise LLMError(f"{key}={path}: " + " ".join(faults))
-    return Template(text, kind)
+    except LLMError as error:
+        raise LLMError(f"{key}={path}: {error}") from None

@@ -1,4 +1,4 @@
-"""What can be asked of the scoring LLM beside a whole hypothesis's log-probability: fixed answers, and spans.
+"""What the scoring LLM is asked beside a whole text's log-probability: fixed answers, and the mentions of terms.
 
 Both are differences of sums over beginnings of one token sequence. Behind a shared prompt and packed into tries such
 sums cost the hypothesis and the question once, and each answer one token that is only predicted.
@@ -6,25 +6,22 @@ sums cost the hypothesis and the question once, and each answer one token that i
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm.prompts import Template
+from nemo_llm_feedback.llm.encoding import hash_of
+from nemo_llm_feedback.llm.packing import Ids
+from nemo_llm_feedback.llm.prompts import MARK, Template
+from nemo_llm_feedback.llm.scorer import LLMScorer, TextScore
 from nemo_llm_feedback.llm.term_ranking import find_terms
 
-if TYPE_CHECKING:
-    from nemo_llm_feedback.llm.scorer import LLMScorer
-
-Ids = tuple[int, ...]
 _PROBE = Context("a recording")
 
 
-class AnswerJudge:
+class AnswerScorer:
     """Asks the LLM a question about a transcript and returns the log-probabilities of fixed answers.
 
     Args:
@@ -34,6 +31,7 @@ class AnswerJudge:
 
     Attributes:
         answers: as given.
+        uses_context: whether the template shows the context at all.
         identity: changes whenever anything does that the answers depend on.
 
     Raises:
@@ -42,58 +40,43 @@ class AnswerJudge:
 
     def __init__(self, scorer: LLMScorer, *, template: Template, answers: Sequence[str]) -> None:
         self._scorer, self._template = scorer, template
-        self.answers = tuple(answers)
+        self.answers, self.uses_context = tuple(answers), template.uses_context
         self._answer_ids = self._single_tokens()
         parts = [scorer.identity, template.text, self.answers]
-        self.identity = "judge:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether the template shows the context at all."""
-        return self._template.uses_context
+        self.identity = f"judge:{hash_of(parts)}"
 
     def __call__(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[tuple[float, ...]]]:
         """Asks about texts behind their contexts.
 
         Returns:
-            One list a request, one tuple a text: natural-log probability of each answer given context, text and
+            Per request one list, per text one tuple: natural-log probability of each answer given context, text and
             question; NaN for a text that does not fit the LLM.
 
         Raises:
             LLMError: out of memory with a single text, or the template alone exceeds the prompt's limit.
         """
+        encoder, width = self._scorer.encoder, len(self.answers) + 1
         rows: list[tuple[Ids, list[Ids]]] = []
         for context, texts in requests:
-            head, tail = self._prompt(context)
-            asked = [(*self._scorer.encoder.encode_text(text)[:-1], *tail) for text in texts]
+            head, tail = encoder.fit(context, self._halves)
+            asked = [(*encoder.encode_text(text)[:-1], *tail) for text in texts]
             rows.append((head, [(*ids, *end) for ids in asked for end in ((), *((i,) for i in self._answer_ids))]))
         answers = []
-        width = len(self.answers) + 1
         for sums in self._scorer.score_ids(rows):
             groups = [sums[start : start + width] for start in range(0, len(sums), width)]
             answers.append([tuple(with_answer - base for with_answer in rest) for base, *rest in groups])
         return answers
 
-    def _prompt(self, context: Context) -> tuple[Ids, Ids]:
-        """The ids before and after the transcript, without any answer."""
-        encoder = self._scorer.encoder
-        safe = encoder.shorten(encoder.safe_context(context), lambda short: sum(map(len, self._halves(short))))
-        head, tail = self._halves(safe)
-        if len(head) + len(tail) > encoder.max_tokens:
-            raise LLMError(
-                f"The judge's template alone takes {len(head) + len(tail)} tokens, {encoder.max_tokens} are allowed: "
-                "shorten it or raise llm.max_context_tokens."
-            )
-        return head, tail
-
     def _halves(self, context: Context) -> tuple[Ids, Ids]:
+        """The ids before and after the transcript, without any answer."""
         begin, before, after = self._texts(context)
-        head = (*begin, *self._scorer.encoder.ids(before))
-        return head, self._scorer.encoder.ids(after)
+        encoder = self._scorer.encoder
+        return (*begin, *encoder.ids(before)), encoder.ids(after)
 
     def _texts(self, context: Context) -> tuple[Ids, str, str]:
+        """The ids that begin the prompt, and its text before and after the transcript."""
         begin, prompt = self._scorer.encoder.frame(self._template.render_question(context))
-        before, after = prompt.split(self._template.mark)
+        before, after = prompt.split(MARK)
         if not begin and not before:
             raise LLMError(
                 "The judge's template begins with {hypothesis} and this LLM has no token that begins a text: put some "
@@ -106,41 +89,22 @@ class AnswerJudge:
         encoder = self._scorer.encoder
         _, _, after = self._texts(_PROBE)
         tail = encoder.ids(after)
-        found, faults = [], []
-        for answer in self.answers:
-            ids = encoder.ids(after + answer)
-            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
-                pieces = ids[len(tail) :] if ids[: len(tail)] == tail else encoder.ids(answer)
-                faults.append(f"{answer!r} is {len(pieces)} tokens ({', '.join(map(str, pieces))})")
-            else:
-                found.append(ids[-1])
-        if len(set(found)) < len(found):
-            faults.append("two answers are the same token")
-        if faults or len(found) < 2:
-            reason = "; ".join(faults) or f"{len(found)} given"
+        found = [encoder.ids(after + answer) for answer in self.answers]
+        if any(ids[:-1] != tail for ids in found) or len(set(found)) < max(2, len(found)):
+            tokens = ", ".join(f"{answer!r} {list(encoder.ids(answer))}" for answer in self.answers)
             raise LLMError(
                 "The judge needs at least two different answers, each exactly one token of this LLM after "
-                f"{after[-20:]!r}: {reason}. Set reward.settings.answers, e.g. [Yes, No] or [A, B], and, if need be, "
-                "reward.settings.template to a template that ends otherwise."
+                f"{after[-20:]!r}; the answers and their tokens are {tokens}. Set reward.settings.answers, e.g. [Yes, "
+                "No] or [A, B], and, if need be, reward.settings.template to a template that ends otherwise."
             )
-        return tuple(found)
+        return tuple(ids[-1] for ids in found)
 
 
-@dataclass(frozen=True)
-class TermScore:
-    """Log-probabilities of a text's tokens, natural log.
+class TermScore(NamedTuple):
+    """A text's score, and that of those of its tokens that are part of a mention of a listed term."""
 
-    Attributes:
-        total: of all tokens through the end token.
-        inside: of those that are part of a mention of a listed term.
-        num_inside: how many those are.
-        num_tokens: all of them.
-    """
-
-    total: float
-    inside: float
-    num_inside: int
-    num_tokens: int
+    whole: TextScore
+    inside: TextScore
 
 
 def score_terms(
@@ -153,44 +117,43 @@ def score_terms(
         requests: (context that the LLM reads, terms whose mentions count, texts).
 
     Returns:
-        One list a request, one score a text; NaN for a text that does not fit the LLM.
+        Per request one list, per text one score; NaN for a text that does not fit the LLM.
 
     Raises:
         LLMError: as ``LLMScorer.score``, or the tokenizer does not tell which characters its tokens stand for.
     """
-    rows, plans = [], []
-    for context, terms, texts in requests:
-        marked = [_marked(scorer, text, terms) for text in texts]
-        beginnings = [ids[:n] for ids, runs in marked for n in (*(n for run in runs for n in run if n), len(ids))]
-        rows.append((scorer.encoder.encode_prompt(context), beginnings))
-        plans.append(marked)
+    marked = [[_marked(scorer, text, terms) for text in texts] for _, terms, texts in requests]
+    rows = [
+        (scorer.encoder.encode_prompt(context), [ids[:n] for ids, runs in texts for n in _ends(ids, runs)])
+        for (context, _, _), texts in zip(requests, marked, strict=True)
+    ]
     out = []
-    for marked, (_, beginnings), sums in zip(plans, rows, scorer.score_ids(rows), strict=True):
-        known = dict(zip(beginnings, sums, strict=True))
-        known[()] = 0.0
+    for texts, (_, beginnings), sums in zip(marked, rows, scorer.score_ids(rows), strict=True):
+        known = {(): 0.0, **dict(zip(beginnings, sums, strict=True))}
         out.append(
             [
                 TermScore(
-                    known[ids],
-                    sum(known[ids[:stop]] - known[ids[:start]] for start, stop in runs),
-                    sum(stop - start for start, stop in runs),
-                    len(ids),
+                    TextScore(known[ids], len(ids)),
+                    TextScore(
+                        sum(known[ids[:stop]] - known[ids[:start]] for start, stop in runs),
+                        sum(stop - start for start, stop in runs),
+                    ),
                 )
-                for ids, runs in marked
+                for ids, runs in texts
             ]
         )
     return out
+
+
+def _ends(ids: Ids, runs: Sequence[tuple[int, int]]) -> list[int]:
+    """The lengths of those beginnings of a text whose log-probability tells those of its runs and of the whole."""
+    return [*(n for run in runs for n in run if n), len(ids)]
 
 
 def _marked(scorer: LLMScorer, text: str, terms: Sequence[str]) -> tuple[Ids, list[tuple[int, int]]]:
     """The ids of a text, and the runs [start, stop) of its tokens that stand for a mention of a term."""
     ids, spans, shown = scorer.encoder.text_spans(text)
     mentions = find_terms(shown, terms)
-    runs: list[tuple[int, int]] = []
-    for n, (start, end) in enumerate(spans):
-        if any(start < m.end and m.start < end for m in mentions):
-            if runs and runs[-1][1] == n:
-                runs[-1] = (runs[-1][0], n + 1)
-            else:
-                runs.append((n, n + 1))
-    return ids, runs
+    inside = [False, *(any(start < m.end and m.start < end for m in mentions) for start, end in spans), False]
+    changes = [n for n, (before, now) in enumerate(itertools.pairwise(inside)) if before != now]
+    return ids, list(zip(changes[::2], changes[1::2], strict=True))

@@ -1,26 +1,31 @@
-"""The LLM as a judge of transcripts: log p(text | context)."""
+"""Scores texts with a frozen LLM: log p(text | context)."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm.encoding import PromptEncoder
-from nemo_llm_feedback.llm.engine import ROW_NODES, Engine, Ids, Sharing
-from nemo_llm_feedback.llm.loading import LLMFiles, load_model, open_files
-from nemo_llm_feedback.llm.prompts import read_template
+from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
+from nemo_llm_feedback.llm.folder import resolve_folder
+from nemo_llm_feedback.llm.loading import (
+    checkpoint_name,
+    load_model,
+    load_tokenizer,
+    pick_placement,
+    read_max_positions,
+)
+from nemo_llm_feedback.llm.packing import ROW_NODES, Ids, Sharing
+
+if TYPE_CHECKING:
+    from nemo_llm_feedback.llm.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,7 @@ _RECHECK = 1.1  # how much farther rows may reach than those that were compared 
 _HOW = {Sharing.PROMPT: "hypotheses share their prompt only", Sharing.NONE: "each hypothesis runs by itself (slow)"}
 
 
-@dataclass(frozen=True)
-class TextScore:
+class TextScore(NamedTuple):
     """Score of one text: ``logp`` = Σ log p(token | prompt, earlier tokens), natural log, through the end token;
     ``num_tokens`` counts the end token too. ``logp`` is NaN for a text that does not fit the LLM."""
 
@@ -53,43 +57,32 @@ class LLMScorer:
     on 211 hypotheses: 1.3e-5, 0.12 and 0.27 (docs/rewards.md).
 
     It is no ``nn.Module`` on purpose: assigned to a model it enters neither the state dict nor the optimizer.
+
+    Args:
+        config: which LLM, and how it is stored and prompted.
+
+    Attributes:
+        encoder: makes token ids of contexts and texts.
+        identity: changes whenever anything does that scores depend on: LLM, storage, dtype, template.
+        max_positions: the longest sequence that the LLM can read, in tokens.
+
+    Raises:
+        LLMError: settings, files, template or tokenizer cannot be used.
     """
 
-    def __init__(self, config: LLMConfig, files: LLMFiles) -> None:
-        self._config, self._files = config, files
-        tokenizer = files.tokenizer
-        chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
-        template = read_template(config.template, chat=chat)
-        self._room = _positions(files.settings)
-        reserve = min(256, self._room // 4)
-        self.encoder = PromptEncoder(
-            tokenizer,
-            template=template,
-            chat=chat,
-            chat_template_kwargs=config.chat_template_kwargs,
-            max_tokens=min(config.max_context_tokens, self._room - reserve),
-        )
-        dtype = str(files.dtype).removeprefix("torch.")
-        parts = {
-            "model": files.name,
-            "quantization": config.quantization,
-            "dtype": dtype,
-            "template": template.text,
-            "chat": [tokenizer.chat_template, dict(config.chat_template_kwargs)] if chat else None,
-            "max_context_tokens": config.max_context_tokens,
-        }
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self._identity = f"{files.name}:{config.quantization}:{dtype}:{digest}"
+    def __init__(self, config: LLMConfig) -> None:
+        self._config, self._folder = config, resolve_folder(config)
+        _, self._tokenizer = load_tokenizer(str(self._folder), key="llm.model")
+        self.max_positions = read_max_positions(self._folder)
+        self.encoder = PromptEncoder(self._tokenizer, config, max_positions=self.max_positions)
+        name = checkpoint_name(config, self._folder)
+        dtype = str(pick_placement(config)[1]).removeprefix("torch.")
+        parts = {"model": name, "quantization": config.quantization, "dtype": dtype, **self.encoder.identity}
+        self.identity = f"{name}:{config.quantization}:{dtype}:{hash_of(parts)[:16]}"
         self._tolerance = _TOLERANCE.get("int8" if config.quantization == "int8" else dtype, _TOLERANCE["half"])
         self._warned_long = False
         self._checked_reach = 0
-        self._model: Any = None
         self._engine: Engine | None = None
-
-    @property
-    def identity(self) -> str:
-        """A string that changes whenever anything does that scores depend on: LLM, storage, dtype, template."""
-        return self._identity
 
     @property
     def loaded(self) -> bool:
@@ -101,48 +94,43 @@ class LLMScorer:
         """What runs the model; the first use loads the weights (see ``load``)."""
         return self._engine or self.load()
 
+    @property
+    def model(self) -> Any:
+        """The ``transformers`` model, frozen; the first use loads it."""
+        return self.engine.model
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the LLM's weights and of the prompts' kept keys and values; 0 before it is loaded."""
+        return self._engine.memory_bytes if self._engine is not None else 0
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the prompt template shows the context to the LLM at all."""
+        return self.encoder.uses_context
+
     def load(self) -> Engine:
         """Loads the weights and checks the scoring on a short example.
 
         Raises:
             LLMError: the weights cannot be used, or the check failed.
         """
+        from nemo_llm_feedback.llm.engine import Engine  # imports transformers
+
         # The first text may come in the middle of a training step, whose modes are not the LLM's.
-        with torch.inference_mode(False), _quiet():
-            self._model = load_model(self._config, self._files)
-            engine = Engine(self._model, token_budget=self._config.token_budget)
+        with torch.inference_mode(False):
+            model = load_model(self._config, self._folder, self._tokenizer)
+            engine = Engine(model, token_budget=self._config.token_budget)
             self._check(engine)
         self._engine = engine
         return engine
 
     def unload(self) -> None:
         """Frees the weights; the next text that must be scored loads them again."""
-        self._model = self._engine = None
+        self._engine = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    @property
-    def model(self) -> Any:
-        """The ``transformers`` model, frozen; the first use loads it."""
-        if self._engine is None:
-            self.load()
-        return self._model
-
-    @property
-    def max_positions(self) -> int:
-        """The longest sequence that the LLM can read, in tokens."""
-        return self._room
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the LLM's weights and of the prompts' kept keys and values; 0 before it is loaded."""
-        return self._model.get_memory_footprint() + self._engine.prefix_bytes if self._engine is not None else 0
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether the prompt template shows the context to the LLM at all."""
-        return self.encoder.uses_context
 
     def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
         """Scores texts behind their contexts; equal (context, text) pairs run once.
@@ -153,7 +141,7 @@ class LLMScorer:
             requests: (context, texts) pairs; the empty context and the empty text are allowed.
 
         Returns:
-            One list a request, one ``TextScore`` a text, in the given order.
+            Per request one list, per text one ``TextScore``, in the given order.
 
         Raises:
             LLMError: out of memory with a single text, or the template alone exceeds the prompt's limit.
@@ -178,32 +166,26 @@ class LLMScorer:
             requests: (prompt, continuations), each of at least one id.
 
         Returns:
-            One list a request, one sum a continuation, natural log; NaN where the LLM cannot read it whole.
+            Per request one list, per continuation one sum, natural log; NaN where the LLM cannot read it whole.
 
         Raises:
             LLMError: out of memory with a single continuation.
         """
         wanted: dict[Ids, dict[Ids, float]] = {}
         for prompt, texts in requests:
-            wanted.setdefault(prompt, {}).update((ids, float("nan")) for ids in texts)
-        with _quiet():
-            fitting = [
-                (prompt, [ids for ids in scores if len(prompt) + len(ids) <= self._room])
-                for prompt, scores in wanted.items()
-            ]
-            answers = self._checked_score(fitting) if any(texts for _, texts in fitting) else [[] for _ in fitting]
-            for (prompt, texts), sums in zip(fitting, answers, strict=True):
-                if len(texts) < len(wanted[prompt]):
-                    self._warn_long()
+            wanted.setdefault(prompt, {}).update((ids, math.nan) for ids in texts)
+        fitting = [
+            (prompt, [ids for ids in scores if len(prompt) + len(ids) <= self.max_positions])
+            for prompt, scores in wanted.items()
+        ]
+        if not self._warned_long and sum(map(len, wanted.values())) > sum(len(texts) for _, texts in fitting):
+            self._warned_long = True
+            message = "A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN."
+            logger.warning(message, self.max_positions)
+        if any(texts for _, texts in fitting):
+            for (prompt, texts), sums in zip(fitting, self._checked_score(fitting), strict=True):
                 wanted[prompt].update(zip(texts, sums, strict=True))
         return [[wanted[prompt][ids] for ids in texts] for prompt, texts in requests]
-
-    def _warn_long(self) -> None:
-        if not self._warned_long:
-            logger.warning(
-                "A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN.", self._room
-            )
-        self._warned_long = True
 
     def _checked_score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[float]]:
         """The engine's scores, compared with plain forwards where rows reach farther than any compared before.
@@ -238,10 +220,11 @@ class LLMScorer:
         prompt = self.encoder.encode_prompt(_PROBE_CONTEXT)
         texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
         plain = [engine.plain_score(prompt, ids) for ids in texts]
-        if engine.sharing is Sharing.TRIE and _deviation(engine, prompt, texts, plain) > self._tolerance:
+        deviation = _deviation(engine, prompt, texts, plain)
+        if engine.sharing is Sharing.TRIE and deviation > self._tolerance:
             logger.warning("This LLM does not take trie-shaped rows: %s.", _HOW[Sharing.PROMPT])
             engine.sharing = Sharing.PROMPT
-        deviation = _deviation(engine, prompt, texts, plain)
+            deviation = _deviation(engine, prompt, texts, plain)
         self._checked_reach = _reach(prompt, texts)
         if deviation > self._tolerance:
             raise LLMError(
@@ -280,7 +263,7 @@ def open_llm(config: LLMConfig) -> LLMScorer:
     Raises:
         LLMError: settings, files, template or tokenizer cannot be used.
     """
-    return LLMScorer(config, open_files(config))
+    return LLMScorer(config)
 
 
 def load_llm(config: LLMConfig) -> LLMScorer:
@@ -289,24 +272,6 @@ def load_llm(config: LLMConfig) -> LLMScorer:
     Raises:
         LLMError: settings, files, template or tokenizer cannot be used, or the check failed.
     """
-    scorer = open_llm(config)
+    scorer = LLMScorer(config)
     scorer.load()
     return scorer
-
-
-def _positions(config: Any) -> int:
-    """Longest sequence that the LLM can read, in tokens."""
-    text_config = config.get_text_config(decoder=True)
-    return getattr(text_config, "max_position_embeddings", None) or 2**20
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes bitsandbytes' remark on casting to float16, which its int8 layers log at every call on float32."""
-    noisy = logging.getLogger("bitsandbytes.autograd._functions")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)

@@ -25,7 +25,7 @@ from rapidfuzz import fuzz, process
 
 from nemo_llm_feedback.core.text import UNSPACED, basic
 
-DISTRACTOR_SHARE = 0.25
+_DISTRACTORS = 0.25  # share of the kept terms that is taken from the rest of the list at equal distances
 _UNIT = re.compile(rf"{UNSPACED.pattern}|[^\s{UNSPACED.pattern[1:-1]}]+")
 
 
@@ -37,49 +37,46 @@ class Mention(NamedTuple):
     term: str
 
 
-def rank_terms(
-    terms: Sequence[str], texts: Iterable[str], *, max_terms: int, distractors: float = DISTRACTOR_SHARE
-) -> tuple[str, ...]:
+def rank_terms(terms: Sequence[str], texts: Iterable[str], *, max_terms: int) -> tuple[str, ...]:
     """Chooses the terms of a long list that a group's prompt shows.
 
     Args:
         terms: the list; equal ones are one.
         texts: the group's transcripts.
         max_terms: how many to keep; a list that is not longer is returned as it is.
-        distractors: share of them that is taken from the rest of the list at equal distances.
 
     Returns:
-        The likest terms, likest first and equal ones in the list's order, with the distractors, in the list's order,
-        spread evenly among them: what a prompt that is still too long keeps has its share of distractors, too.
+        The likest terms, likest first and equal ones in the list's order, with distractors (a quarter of all, from the
+        rest of the list at equal distances, in its order) spread evenly among them: what a prompt that is still too
+        long keeps has its share of distractors, too.
     """
     if len(terms) <= max_terms:
         return tuple(terms)
     terms = tuple(dict.fromkeys(terms))
-    num_others = min(round(max_terms * distractors), max_terms - 1)
+    num_others = min(round(max_terms * _DISTRACTORS), max_terms - 1)
     order = np.argsort(-likeness(terms, texts), kind="stable").tolist()
     near, rest = order[: max_terms - num_others], sorted(order[max_terms - num_others :])
-    others = [rest[(2 * n + 1) * len(rest) // (2 * num_others)] for n in range(min(num_others, len(rest)))]
-    others = list(dict.fromkeys(others))
-    places = [(n + 1) / len(column) for column in (near, others) for n in range(len(column))]
-    mixed = [term for _, term in sorted(zip(places, near + others, strict=True), key=lambda item: item[0])]
-    return tuple(terms[n] for n in mixed)
+    places = [(2 * n + 1) * len(rest) // (2 * num_others) for n in range(min(num_others, len(rest)))]
+    others = [rest[place] for place in dict.fromkeys(places)]
+    spread = [((n + 1) / len(column), term) for column in (near, others) for n, term in enumerate(column)]
+    return tuple(terms[n] for _, n in sorted(spread, key=lambda item: item[0]))
 
 
 def likeness(terms: Sequence[str], texts: Iterable[str]) -> NDArray[np.float32]:
     """Returns [len(terms)] the likeness, 0 to 100, of each term and the likest span of any of the texts."""
-    units = {tuple(_units(basic(text))) for text in texts}
+    units = {_units(basic(text)) for text in texts}
     best = np.zeros(len(terms), dtype=np.float32)
     for size, members in _by_size(tuple(terms)).items():
+        places, spellings, sounds = map(list, zip(*members, strict=True))
         sizes = range(max(1, size - 1), size + 2)
         spans = {text[i : i + n] for text in units for n in sizes for i in range(len(text) - n + 1)}
-        written = sorted({_spelling(span) for span in spans})
-        if not written:
+        if not spans:
             continue
-        found = _ratios([m.spelling for m in members], [spelling for spelling, _ in written])
-        sounds = _ratios([m.sound for m in members], [sound for _, sound in written])
-        audible = np.outer([bool(m.sound) for m in members], [bool(sound) for _, sound in written])
-        found = np.where(audible, (found + sounds) / 2, found)
-        best[[m.place for m in members]] = found.max(axis=1)
+        span_spellings, span_sounds = map(list, zip(*sorted({_spelling(span) for span in spans}), strict=True))
+        found = _ratios(spellings, span_spellings)
+        audible = np.outer(list(map(bool, sounds)), list(map(bool, span_sounds)))
+        found = np.where(audible, (found + _ratios(sounds, span_sounds)) / 2, found)
+        best[places] = found.max(axis=1)
     return best.round(2)
 
 
@@ -89,36 +86,25 @@ def find_terms(text: str, terms: Sequence[str]) -> list[Mention]:
     Letter case does not matter; words must match whole, except in scripts written without spaces.
     """
     listed = _by_first_unit(tuple(terms))
-    units = [(unit.casefold(), start) for unit, start in _positions(text)]
+    units = [(unit.casefold(), start, start + len(unit)) for unit, start in _positions(text)]
+    words = tuple(word for word, _, _ in units)
     found, i = [], 0
     while i < len(units):
-        match = None
-        for words, term in listed.get(units[i][0], ()):
-            if tuple(unit for unit, _ in units[i : i + len(words)]) == words:
-                match = (len(words), term)
-                break
-        if match is None:
-            i += 1
-            continue
-        last, start = units[i + match[0] - 1]
-        found.append(Mention(units[i][1], start + len(last), match[1]))
-        i += match[0]
+        candidates = listed.get(words[i], ())
+        size, term = next(((len(w), term) for w, term in candidates if words[i : i + len(w)] == w), (0, ""))
+        if size:
+            found.append(Mention(units[i][1], units[i + size - 1][2], term))
+        i += size or 1
     return found
 
 
-class _Term(NamedTuple):
-    place: int
-    spelling: str
-    sound: str
-
-
 @functools.lru_cache(maxsize=16)
-def _by_size(terms: tuple[str, ...]) -> dict[int, list[_Term]]:
-    """Terms by their number of words (or characters of scripts without spaces)."""
-    sizes: dict[int, list[_Term]] = {}
+def _by_size(terms: tuple[str, ...]) -> dict[int, list[tuple[int, str, str]]]:
+    """(place, spelling, sound) of terms by their number of words, or characters where there are no spaces."""
+    sizes: dict[int, list[tuple[int, str, str]]] = {}
     for place, term in enumerate(terms):
-        units = tuple(_units(basic(term)))
-        sizes.setdefault(len(units), []).append(_Term(place, *_spelling(units)))
+        units = _units(basic(term))
+        sizes.setdefault(len(units), []).append((place, *_spelling(units)))
     return sizes
 
 
@@ -126,33 +112,27 @@ def _by_size(terms: tuple[str, ...]) -> dict[int, list[_Term]]:
 def _by_first_unit(terms: tuple[str, ...]) -> dict[str, list[tuple[tuple[str, ...], str]]]:
     listed: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for term in terms:
-        words = tuple(unit.casefold() for unit, _ in _positions(term))
+        words = tuple(map(str.casefold, _units(term)))
         if words:
             listed.setdefault(words[0], []).append((words, term))
     return {first: sorted(entries, key=lambda entry: -len(entry[0])) for first, entries in listed.items()}
 
 
-def _units(text: str) -> list[str]:
-    return [unit for unit, _ in _positions(text)]
+def _units(text: str) -> tuple[str, ...]:
+    return tuple(unit for unit, _ in _positions(text))
 
 
 def _positions(text: str) -> list[tuple[str, int]]:
     """The words of a text (characters where it has no spaces) without outer punctuation, and where they begin."""
     found = []
     for match in _UNIT.finditer(text):
-        inner = [n for n, char in enumerate(match.group()) if _is_word(char)]
+        inner = [n for n, char in enumerate(match.group()) if unicodedata.category(char)[0] in "LMN"]
         if inner:
             found.append((match.group()[inner[0] : inner[-1] + 1], match.start() + inner[0]))
     return found
 
 
-def _is_word(char: str) -> bool:
-    return unicodedata.category(char)[0] in "LMN"
-
-
-@functools.lru_cache(maxsize=65536)
-def _sound(word: str) -> str:
-    return jellyfish.metaphone(word)
+_sound = functools.lru_cache(maxsize=65536)(jellyfish.metaphone)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -25,11 +25,11 @@ class LLMView:
 
     Attributes:
         max_terms: of a longer term list the group is shown its nearest terms, and some others (see ``term_ranking``).
-        restore: ``none``, ``sentence`` or ``english`` (see ``restored``).
+        truecasing: ``none``, ``sentence`` or ``english`` (see ``truecased``).
     """
 
     max_terms: int
-    restore: str = "none"
+    truecasing: str = "none"
 
     @classmethod
     def of(cls, config: LLMConfig) -> LLMView:
@@ -39,10 +39,9 @@ class LLMView:
     def __call__(self, group: HypothesisGroup) -> HypothesisGroup:
         """Returns the group as the LLM is to see it: same members in the same order."""
         context = self.context(group.context, group.texts)
-        if self.restore == "none":
-            return group if context is group.context else dataclasses.replace(group, context=context)
         members = tuple(
-            dataclasses.replace(h, text=restored(h.text, context.terms, style=self.restore)) for h in group.hypotheses
+            dataclasses.replace(h, text=truecased(h.text, context.terms, style=self.truecasing))
+            for h in group.hypotheses
         )
         return dataclasses.replace(group, hypotheses=members, context=context)
 
@@ -53,7 +52,7 @@ class LLMView:
         return dataclasses.replace(context, terms=rank_terms(context.terms, texts, max_terms=self.max_terms))
 
 
-def restored(text: str, terms: Sequence[str], *, style: str) -> str:
+def truecased(text: str, terms: Sequence[str], *, style: str) -> str:
     """Writes a lower-case transcript as a sentence; a rule, so equal words are written equally in every member.
 
     Listed terms get their listed spelling, the first letter is upper case, and a full stop ends the text where it ends

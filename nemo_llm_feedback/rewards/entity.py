@@ -127,14 +127,14 @@ class EntityReward(AskingReward):
     def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
         asked = [(context, context.terms, texts) for context, texts in requests]
         rows = [
-            [[CachedScore(s.total, s.num_tokens), CachedScore(s.inside, s.num_inside)] for s in row]
+            [[CachedScore(*whole), CachedScore(*inside)] for whole, inside in row]
             for row in score_terms(self._scorer, asked)
         ]
         if self._relative:
             bare = [(replace(context, terms=()), terms, texts) for context, terms, texts in asked]
             for row, baselines in zip(rows, score_terms(self._scorer, bare), strict=True):
-                for scores, base in zip(row, baselines, strict=True):
-                    scores.append(CachedScore(base.inside, base.num_inside))
+                for scores, (_, inside) in zip(row, baselines, strict=True):
+                    scores.append(CachedScore(*inside))
         return rows
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from nemo_llm_feedback.core.errors import LLMError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
-from nemo_llm_feedback.llm.queries import AnswerJudge
+from nemo_llm_feedback.llm.queries import AnswerScorer
 from nemo_llm_feedback.rewards.asking import AskingReward, View
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
@@ -47,7 +47,7 @@ class JudgeReward(AskingReward):
 
     def __init__(
         self,
-        judge: AnswerJudge,
+        judge: AnswerScorer,
         *,
         mode: Mode = "yes_no",
         cache: ScoreCache | str | None = None,
@@ -143,7 +143,7 @@ def judge_reward(
     prompt = read_template(template, chat=chat, use=use, key="reward.settings.template")
 
     def reward(words: Sequence[str]) -> JudgeReward:
-        judge = AnswerJudge(scorer, template=prompt, answers=words)
+        judge = AnswerScorer(scorer, template=prompt, answers=words)
         return JudgeReward(judge, mode=mode, cache=cache, view=view, allow_no_context=allow_no_context)
 
     if answers:

@@ -19,7 +19,7 @@ from torch import Tensor
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import UNSPACED, text_length
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
-from nemo_llm_feedback.llm.prompts import BASE_TEMPLATE, Template
+from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.rewards.base import Reward, register
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -236,7 +236,7 @@ class CallableReward:
         if not self._trl:
             return self._function(texts, **columns)
         if self._takes_all or "prompts" in self._taken:
-            template = Template(BASE_TEMPLATE)
+            template = read_template(None, chat=False)
             columns["prompts"] = [template.render(group.context) for group, _ in members]
         return self._function(completions=texts, **columns)
 

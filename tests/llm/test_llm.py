@@ -34,7 +34,7 @@ def naive(scorer, context: Context, text: str) -> float:
     prompt, ids = scorer.encoder.encode_prompt(context), scorer.encoder.encode_text(text)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer with int8
     with torch.no_grad():
-        logits = scorer._model(torch.tensor([prompt + ids])).logits[0].double()
+        logits = scorer.model(torch.tensor([prompt + ids])).logits[0].double()
     logp = logits.log_softmax(-1)
     return sum(logp[len(prompt) + i - 1, token].item() for i, token in enumerate(ids))
 
@@ -71,7 +71,7 @@ def test_nf4_on_cpu_is_packed_and_scores_equal_naive_scoring(architecture, tmp_p
     from bitsandbytes.nn import Linear4bit
 
     llm = load_llm(config(make_tiny_llm(tmp_path, architecture=architecture), quantization="nf4"))
-    blocks = [m for n, m in llm._model.named_modules() if "layers.0." in n or ".h.0." in n]
+    blocks = [m for n, m in llm.model.named_modules() if "layers.0." in n or ".h.0." in n]
     layers = [m for m in blocks if isinstance(m, Linear4bit)]
     matrices = [m for m in blocks if getattr(m, "weight", None) is not None and "norm" not in type(m).__name__.lower()]
     assert layers
@@ -92,7 +92,7 @@ def test_a_cpu_with_bfloat16_instructions_computes_in_the_dtype_that_was_asked_f
     from bitsandbytes.nn import Linear4bit
 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    model = load_llm(config(llama, quantization="nf4", compute_dtype="float32"))._model
+    model = load_llm(config(llama, quantization="nf4", compute_dtype="float32")).model
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert layers
     for layer in layers:
@@ -107,7 +107,7 @@ def test_int8_on_cpu_is_packed_and_scores_equal_naive_scoring(llama):
     from bitsandbytes.nn import Linear8bitLt
 
     llm = load_llm(config(llama, quantization="int8"))
-    layer = llm._model.model.layers[0].mlp.up_proj
+    layer = llm.model.model.layers[0].mlp.up_proj
     assert isinstance(layer, Linear8bitLt)
     assert layer.weight.dtype == torch.int8
     expected = [naive(llm, COFFEE, text) for text in TEXTS]
@@ -137,7 +137,7 @@ def test_the_stated_tolerances_hold_for_a_trained_llm(quantization, dtype, toler
     prompt = llm.encoder.encode_prompt(context)
     plain = [llm.engine.plain_score(prompt, llm.encoder.encode_text(text)) for group in groups for text in group]
     assert llm.engine.sharing.name == "TRIE"
-    assert llm._model.dtype == getattr(torch, dtype)
+    assert llm.model.dtype == getattr(torch, dtype)
     assert got == pytest.approx(plain, abs=tolerance)
 
 
@@ -186,8 +186,8 @@ def test_leaves_random_state_grad_mode_and_autocast_alone(llama):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flat(llm.score([(COFFEE, TEXTS)])) == plain
         assert torch.is_autocast_enabled("cpu")
-    assert not any(p.requires_grad for p in llm._model.parameters())
-    assert not llm._model.training
+    assert not any(p.requires_grad for p in llm.model.parameters())
+    assert not llm.model.training
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_scores(llama, scorer, monkeypatch, caplog):
@@ -196,12 +196,12 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_scores(llama, scorer, monk
     run = llm.engine._hidden
     failures = 0
 
-    def fails_on_wide(**inputs):
+    def fails_on_wide(cache, **inputs):
         nonlocal failures
         if inputs["attention_mask"].dim() == 4 and inputs["input_ids"].numel() > 9:  # tries, not single sequences
             failures += 1
             raise torch.OutOfMemoryError("out of memory")
-        return run(**inputs)
+        return run(cache, **inputs)
 
     monkeypatch.setattr(llm.engine, "_hidden", fails_on_wide)
     with caplog.at_level(logging.WARNING):
@@ -214,7 +214,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_scores(llama, scorer, monk
 def test_out_of_memory_with_one_text_names_the_fix(llama, monkeypatch):
     llm = load_llm(config(llama))
 
-    def fails(**inputs):
+    def fails(*args, **inputs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     monkeypatch.setattr(llm.engine, "_hidden", fails)
@@ -230,7 +230,7 @@ def test_old_prompts_make_room(llama, monkeypatch):
     contexts = [Context(f"number {n}") for n in range(4)]
     scores = flat(llm.score([(c, ["a latte"]) for c in contexts]))
     assert len(llm.engine._prefixes) == 1
-    assert llm.memory_bytes == llm._model.get_memory_footprint() + llm.engine.prefix_bytes
+    assert llm.memory_bytes == llm.model.get_memory_footprint() + llm.engine._prefixes.num_bytes
     assert scores == pytest.approx([naive(llm, c, "a latte") for c in contexts], abs=1e-4)
 
 

@@ -83,11 +83,11 @@ def test_hub_ids_that_are_partly_cached_are_faults_only_offline(hub):
     home, commit = hub
     (home / "hub" / "models--someone--tiny" / "snapshots" / commit / "model.safetensors").unlink()
     code = """
-import os
+import huggingface_hub
 from nemo_llm_feedback.llm import check_llm_folder
 from nemo_llm_feedback.core.config import LLMConfig
-assert "has no weights" in check_llm_folder(LLMConfig(model="someone/tiny"))[0]
-os.environ["HF_HUB_OFFLINE"] = "0"
+assert "has no safetensors weights" in check_llm_folder(LLMConfig(model="someone/tiny"))[0]
+huggingface_hub.constants.HF_HUB_OFFLINE = False
 assert check_llm_folder(LLMConfig(model="someone/tiny")) == []
 """
     run_offline(home, code)
@@ -125,14 +125,14 @@ def refused(folder: Path | str, match: str, **settings) -> None:
 def test_folder_without_weights(tiny_llm, tmp_path):
     folder = damaged(tiny_llm, tmp_path)
     (folder / "model.safetensors").unlink()
-    refused(folder, "has no weights")
+    refused(folder, "has no safetensors weights")
 
 
 def test_folder_with_pickle_weights_only(tiny_llm, tmp_path):
     folder = damaged(tiny_llm, tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"anything")
-    refused(folder, "pickle weights only")
+    refused(folder, "Pickle weights can run code")
 
 
 def test_folder_with_cut_weights_or_a_pointer_file(tiny_llm, tmp_path):
@@ -199,11 +199,11 @@ def test_checkpoint_stored_quantised_otherwise(tiny_llm, tmp_path):
 
 def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_own_dtype(tiny_llm, tmp_path):
     fresh = load_llm(config(tiny_llm, quantization="nf4"))
-    fresh._model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
-    fresh._model.save_pretrained(tmp_path)
+    fresh.model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
+    fresh.model.save_pretrained(tmp_path)
     fresh.encoder._tokenizer.save_pretrained(tmp_path)
     stored = load_llm(config(tmp_path, quantization="nf4"))
-    assert stored._model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    assert stored.model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     expected = [score.logp for score in fresh.score([(HOME, TEXTS)])[0]]
     assert [score.logp for score in stored.score([(HOME, TEXTS)])[0]] == pytest.approx(expected, abs=1e-4)
     refused(tmp_path, "stored in nf4", quantization="none")
@@ -211,7 +211,7 @@ def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_own_dtype(tiny
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "bad id", "owner/model.gguf", "-x/y"])
 def test_neither_folder_nor_hub_id(model):
-    refused(model, "no hub id either")
+    refused(model, "neither a folder nor a hub id")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -279,7 +279,7 @@ def test_memory_estimate_is_close(tmp_path):
     folder = make_tiny_llm(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     for kind in ("none", "nf4", "int8"):
         settings = config(folder, quantization=kind)
-        actual = load_llm(settings)._model.get_memory_footprint()
+        actual = load_llm(settings).model.get_memory_footprint()
         assert estimate_memory(folder, settings, compute_bytes=4) == pytest.approx(actual, rel=0.1)
 
 
@@ -289,7 +289,7 @@ def test_memory_estimate_is_close(tmp_path):
 def test_hub_ids_without_a_commit_are_named_with_theirs(hub, monkeypatch, caplog):
     home, commit = hub
     snapshot = home / "hub" / "models--someone--tiny" / "snapshots" / commit
-    monkeypatch.setattr("nemo_llm_feedback.llm.folder._snapshot", lambda config, *, local_only: snapshot)
+    monkeypatch.setattr("nemo_llm_feedback.llm.folder.fetch", lambda model, revision, *, key: snapshot)
     for revision in (None, "v2", commit[:12]):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

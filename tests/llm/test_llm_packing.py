@@ -11,9 +11,9 @@ import transformers
 from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm
 
 from nemo_llm_feedback.core.errors import LLMError
-from nemo_llm_feedback.llm import head
-from nemo_llm_feedback.llm.engine import Engine, Sharing
-from nemo_llm_feedback.llm.packing import PackedBatch, Row, batch_rows, plan_rows
+from nemo_llm_feedback.llm import output_layer
+from nemo_llm_feedback.llm.engine import Engine
+from nemo_llm_feedback.llm.packing import PackedBatch, Row, Sharing, batch_rows, plan_rows
 
 VOCABULARY = 300
 
@@ -68,7 +68,7 @@ def test_short_windows_run_as_sequences_and_long_ones_as_tries(tmp_path):
         assert engine.tokens_run - before == len(prompt) + nodes
 
 
-def test_recurrent_models_and_unknown_heads_run_whole_rows(tmp_path, monkeypatch):
+def test_recurrent_models_and_unknown_output_layers_run_whole_rows(tmp_path, monkeypatch):
     assert Engine(load(make_tiny_llm(tmp_path / "m", architecture="mamba")), token_budget=64).sharing is Sharing.NONE
     model = load(make_tiny_llm(tmp_path / "l"))
     forward = model.forward
@@ -119,10 +119,10 @@ def test_an_old_prompt_makes_room_for_a_new_one(llama, monkeypatch):
     engine.score([(old, [(9, 1)])])
     run = engine._hidden
 
-    def fails_beside_the_old_one(**inputs):
+    def fails_beside_the_old_one(cache, **inputs):
         if engine._prefixes.get(old) is not None:
             raise torch.OutOfMemoryError("out of memory")
-        return run(**inputs)
+        return run(cache, **inputs)
 
     monkeypatch.setattr(engine, "_hidden", fails_beside_the_old_one)
     assert engine.score([(new, [(9, 1)])]) == [[pytest.approx(engine.plain_score(new, (9, 1)), abs=1e-4)]]
@@ -133,7 +133,7 @@ def test_an_old_prompt_makes_room_for_a_new_one(llama, monkeypatch):
 def test_memory_that_never_suffices_is_an_error_even_for_many_answers_of_one_token(llama, monkeypatch):
     engine = Engine(llama, token_budget=64)
 
-    def fails(**inputs):
+    def fails(*args, **inputs):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(engine, "_hidden", fails)
@@ -144,8 +144,8 @@ def test_memory_that_never_suffices_is_an_error_even_for_many_answers_of_one_tok
         engine.plain_score((3, 4), (5, 1))
 
 
-def test_whole_rows_ask_the_head_for_scored_positions_only_a_chunk_at_a_time(tmp_path, llama, monkeypatch):
-    monkeypatch.setattr(head, "_CHUNK", 4)
+def test_whole_rows_ask_the_output_layer_for_scored_positions_only_a_chunk_at_a_time(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(output_layer, "_CHUNK", 4)
     asked: list[int] = []
 
     def count(module, inputs, output):

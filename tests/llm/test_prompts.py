@@ -7,21 +7,20 @@ import logging
 import pytest
 from helpers.tiny_llm import make_tiny_tokenizer
 
+from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import merge_context, parse_context
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.prompts import (
-    BASE_TEMPLATE,
-    BUILT_IN,
-    CHAT_TEMPLATE,
+    MARK,
     Template,
     read_template,
     template_faults,
 )
 from nemo_llm_feedback.rewards import score_key
 
-BASE = Template(BASE_TEMPLATE)
+BASE, CHAT = read_template(None, chat=False), read_template(None, chat=True)
 
 
 def test_base_template_is_the_format_that_the_small_lm_was_trained_on():
@@ -56,10 +55,10 @@ def test_non_latin_contexts_are_kept_as_they_are():
 
 
 def test_chat_template_ends_before_the_answer():
-    text = Template(CHAT_TEMPLATE).render(Context("a phone call", ("latte",)))
+    text = CHAT.render(Context("a phone call", ("latte",)))
     assert "The recording is a phone call.\n" in text
     assert text.endswith("Reply with the transcript only.\n")
-    assert Template(CHAT_TEMPLATE).render(Context()).startswith("Write down what is said")
+    assert CHAT.render(Context()).startswith("Write down what is said")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +86,10 @@ def test_files_are_read_and_checked(tmp_path):
     file.write_text("{description} {hypothesis}")
     with pytest.raises(LLMError, match=r"template\.txt.*line break"):
         read_template(str(file), chat=True)
-    assert read_template(None, chat=True).text == CHAT_TEMPLATE
-    assert read_template(None, chat=False).text == BASE_TEMPLATE
+    assert (
+        BASE.text
+        == "The following is a transcript of {description}.\nTerms that may occur: {terms}.\n{previous}\n{hypothesis}"
+    )
 
 
 # ---------------------------------------------------------------- previous utterances
@@ -99,9 +100,7 @@ def test_previous_utterances_stand_before_the_hypothesis_one_a_line():
     assert BASE.render(context) == (
         "The following is a transcript of a call.\nTerms that may occur: latte.\nhow can i help you\ni want {terms}\n"
     )
-    assert "Right before, this was said: how can i help you\ni want {terms}\n" in Template(CHAT_TEMPLATE).render(
-        context
-    )
+    assert "Right before, this was said: how can i help you\ni want {terms}\n" in CHAT.render(context)
     assert BASE.render(Context(previous=("喂，你好",))) == "喂，你好\n"
     assert Template("{previous}\n{hypothesis}").uses_context
     assert Context(previous=("hello",))
@@ -133,7 +132,7 @@ def tokenizer(tmp_path_factory):
 
 
 def encoder(tokenizer, max_tokens: int) -> PromptEncoder:
-    return PromptEncoder(tokenizer, template=BASE, chat=False, chat_template_kwargs={}, max_tokens=max_tokens)
+    return PromptEncoder(tokenizer, LLMConfig("m", chat="off", max_context_tokens=max_tokens), max_positions=2**20)
 
 
 def test_long_contexts_lose_terms_then_the_oldest_utterances_then_words(tokenizer, caplog):
@@ -166,7 +165,8 @@ def test_control_tokens_in_previous_utterances_stay_text(tokenizer):
 # ---------------------------------------------------------------- questions and lists
 
 
-@pytest.mark.parametrize(("use", "chat"), BUILT_IN)
+@pytest.mark.parametrize("use", ["score", "yes_no", "rating", "correction"])
+@pytest.mark.parametrize("chat", [False, True])
 def test_built_in_templates_are_valid_and_show_the_whole_context(use, chat):
     template = read_template(None, chat=chat, use=use)
     context = Context("a call", ("拿铁",), ("hello",))
@@ -174,7 +174,7 @@ def test_built_in_templates_are_valid_and_show_the_whole_context(use, chat):
         text = template.render(context)
     elif template.kind == "judge":
         text = template.render_question(context)
-        assert text.count(template.mark) == 1
+        assert text.count(MARK) == 1
     else:
         text = template.render_list(context, ["a\nlatte", "我要拿铁", "{terms}"])
         assert "\n1. a latte\n2. 我要拿铁\n3. {terms}\n" in text
@@ -182,7 +182,7 @@ def test_built_in_templates_are_valid_and_show_the_whole_context(use, chat):
         assert part in text
     if template.kind != "score":
         assert text == text.rstrip()
-        assert not text.endswith(template.mark)
+        assert not text.endswith(MARK)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness, rank_terms
-from nemo_llm_feedback.llm.view import LLMView, restored
+from nemo_llm_feedback.llm.view import LLMView, truecased
 from nemo_llm_feedback.rewards import LLMReward
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
@@ -100,6 +100,7 @@ def test_mentions_are_whole_words_longest_first_and_in_any_case():
     text = "a FLAT white, whites O'Brien 我要拿铁! oat-milk white"
     assert [text[m.start : m.end] for m in found] == ["FLAT white", "O'Brien", "拿铁", "oat-milk", "white"]
     assert find_terms("", terms) == find_terms("a", ()) == []
+    assert find_terms("Straße 1", ("straße",)) == [(0, 6, "straße")]  # longer in casefolded letters
 
 
 @pytest.mark.parametrize(
@@ -116,8 +117,8 @@ def test_mentions_are_whole_words_longest_first_and_in_any_case():
         ("кофе с молоком", "sentence", "Кофе с молоком."),
     ],
 )
-def test_restoration(text, style, expected):
-    assert restored(text, ("Flat White", "拿铁"), style=style) == expected
+def test_truecasing(text, style, expected):
+    assert truecased(text, ("Flat White", "拿铁"), style=style) == expected
 
 
 def group(context: Context, *texts: str) -> HypothesisGroup:
@@ -127,8 +128,8 @@ def group(context: Context, *texts: str) -> HypothesisGroup:
 def test_a_view_is_off_unless_it_is_asked_for_and_the_same_for_the_group():
     context = Context("a test", tuple(catalogue(50)), ("hello",))
     plain = group(context, "bada", "kune")
-    assert LLMView.of(LLMConfig("m"))(plain) is plain
-    shown = LLMView(max_terms=10, restore="sentence")(plain)
+    assert LLMView.of(LLMConfig("m"))(plain) == plain
+    shown = LLMView(max_terms=10, truecasing="sentence")(plain)
     assert shown.texts == ("Bada.", "Kune.")
     assert len(shown.context.terms) == 10
     assert (shown.context.description, shown.context.previous) == ("a test", ("hello",))

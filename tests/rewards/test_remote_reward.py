@@ -270,7 +270,7 @@ def test_a_failed_context_free_score_fails_the_group_under_pmi(stub: Stub, llm: 
 
 def test_the_llm_reads_the_groups_view_of_it(stub: Stub, llm: Path, local: LLMScorer) -> None:
     reward = remote_reward(stub, llm, truecasing="english", max_terms=1, retries=0, batch_size=1)
-    view = LLMView(max_terms=1, restore="english")
+    view = LLMView(max_terms=1, truecasing="english")
     groups = [group("a", ["can i have an oat milk latte", "can i have a latte"]), group("b", ["i do"], MUSIC)]
     expected = LLMReward(local, alpha=1.0, beta=BETA, view=view)(groups)
     torch.testing.assert_close(reward(groups).values, expected.values, atol=1e-3, rtol=0, equal_nan=True)

@@ -15,8 +15,8 @@ from nemo_llm_feedback.core.config import LLMConfig, RunConfig, parse_run_config
 from nemo_llm_feedback.core.errors import LLMError, RewardError
 from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.llm import load_llm
-from nemo_llm_feedback.llm.prompts import Template
-from nemo_llm_feedback.llm.queries import AnswerJudge, score_terms
+from nemo_llm_feedback.llm.prompts import MARK, Template
+from nemo_llm_feedback.llm.queries import AnswerScorer, score_terms
 from nemo_llm_feedback.rewards import (
     CallableReward,
     Component,
@@ -119,13 +119,13 @@ def test_judges_whose_answers_do_not_fit_the_mode_are_refused(answers, mode, mat
 @pytest.mark.parametrize("kind", ["scorer", "chat"])
 def test_answers_have_the_probabilities_of_a_plain_forward(kind, request):
     llm = request.getfixturevalue(kind)
-    judge = AnswerJudge(llm, template=JUDGE_TEMPLATE, answers=["y", "n", "?"])
+    judge = AnswerScorer(llm, template=JUDGE_TEMPLATE, answers=["y", "n", "?"])
     texts = ["a latte with oat milk", "a latte", ""]
     found = judge([(CONTEXT, texts), (Context("another"), texts[:1])])
     asked = [(CONTEXT, text) for text in texts] + [(Context("another"), texts[0])]
     for (context, text), logps in zip(asked, found[0] + found[1], strict=True):
         begin, whole = llm.encoder.frame(JUDGE_TEMPLATE.render_question(context))
-        before, after = whole.split(JUDGE_TEMPLATE.mark)
+        before, after = whole.split(MARK)
         ids = [*begin, *llm.encoder.ids(before), *llm.encoder.encode_text(text)[:-1], *llm.encoder.ids(after)]
         with torch.no_grad():
             expected = llm.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
@@ -136,12 +136,12 @@ def test_answers_have_the_probabilities_of_a_plain_forward(kind, request):
 
 
 def test_answers_that_are_not_one_token_are_refused_with_their_pieces(scorer, tmp_path):
-    with pytest.raises(LLMError, match=r"' yes' is \d tokens.*reward\.settings\.answers"):
+    with pytest.raises(LLMError, match=r"' yes' \[\d+, .*\], 'n' \[\d+\].*reward\.settings\.answers"):
         build_reward("judge", scorer=scorer, answers=[" yes", "n"])
-    with pytest.raises(LLMError, match="same token"):
-        AnswerJudge(scorer, template=JUDGE_TEMPLATE, answers=["y", "y"])
+    with pytest.raises(LLMError, match="at least two different"):
+        AnswerScorer(scorer, template=JUDGE_TEMPLATE, answers=["y", "y"])
     with pytest.raises(LLMError, match="at least two"):
-        AnswerJudge(scorer, template=JUDGE_TEMPLATE, answers=["y"])
+        AnswerScorer(scorer, template=JUDGE_TEMPLATE, answers=["y"])
     # The tiny tokenizer has no token " 1", but it has "1": the default takes what is one token.
     assert build_reward("judge", scorer=scorer, mode="rating")([group("a latte")]).values.isfinite().all()
     file = tmp_path / "judge.txt"
@@ -151,8 +151,8 @@ def test_answers_that_are_not_one_token_are_refused_with_their_pieces(scorer, tm
 
 
 def test_control_tokens_in_a_judged_text_stay_text(chat):
-    judge = AnswerJudge(chat, template=JUDGE_TEMPLATE, answers=["y", "n"])
-    head, tail = judge._prompt(Context("a <|im_end|> test", ("\ue000",)))
+    judge = AnswerScorer(chat, template=JUDGE_TEMPLATE, answers=["y", "n"])
+    head, tail = chat.encoder.fit(Context("a <|im_end|> test", ("\ue000",)), judge._halves)
     controls = {i for i, t in chat.encoder._tokenizer.added_tokens_decoder.items() if t.content == "<|im_end|>"}
     assert not controls & set(head)
     assert len(controls & set(tail)) == 1  # the chat template's own
@@ -202,7 +202,7 @@ def test_term_scores_split_the_plain_log_probability(scorer):
     plain = scorer.score([(CONTEXT, texts)])[0]
     prompt = scorer.encoder.encode_prompt(CONTEXT)
     for text, score, whole in zip(texts, scores, plain, strict=True):
-        assert score.total == pytest.approx(whole.logp, abs=1e-4)
+        assert score.whole.logp == pytest.approx(whole.logp, abs=1e-4)
         ids, spans, shown = scorer.encoder.text_spans(text)
         assert ids == scorer.encoder.encode_text(text)
         with torch.no_grad():
@@ -212,21 +212,21 @@ def test_term_scores_split_the_plain_log_probability(scorer):
             for n, (start, end) in enumerate(spans)
             if any(start < at + len(t) and at < end for t in CONTEXT.terms if (at := f"{shown} ".find(f"{t} ")) >= 0)
         ]
-        assert score.num_inside == len(inside)
-        assert score.inside == pytest.approx(sum(inside), abs=1e-4)
-    assert [score.num_inside > 0 for score in scores] == [True, False, True, False, True]
+        assert score.inside.num_tokens == len(inside)
+        assert score.inside.logp == pytest.approx(sum(inside), abs=1e-4)
+    assert [score.inside.num_tokens > 0 for score in scores] == [True, False, True, False, True]
 
 
 def test_entity_weighs_the_terms_tokens(scorer):
     members = group("a latte", "a letter")
     plain = [score.logp for score in scorer.score([(CONTEXT, members.texts)])[0]]
-    inside = [score.inside for score in score_terms(scorer, [(CONTEXT, CONTEXT.terms, members.texts)])[0]]
+    inside = [score.inside.logp for score in score_terms(scorer, [(CONTEXT, CONTEXT.terms, members.texts)])[0]]
     bare = score_terms(scorer, [(Context(CONTEXT.description), CONTEXT.terms, members.texts)])[0]
     out = EntityReward(scorer, weight=3.0, relative=False)([members])
     assert_rows(out.values, [[plain[0] + 2 * inside[0], plain[1]]], atol=1e-3, rtol=0)
     out = EntityReward(scorer, weight=3.0)([members])
-    assert_rows(out.parts["entity_terms"], [[inside[0] - bare[0].inside, 0.0]], atol=1e-3, rtol=0)
-    assert_rows(out.values, [[plain[0] + 2 * (inside[0] - bare[0].inside), plain[1]]], atol=1e-3, rtol=0)
+    assert_rows(out.parts["entity_terms"], [[inside[0] - bare[0].inside.logp, 0.0]], atol=1e-3, rtol=0)
+    assert_rows(out.values, [[plain[0] + 2 * (inside[0] - bare[0].inside.logp), plain[1]]], atol=1e-3, rtol=0)
     assert_rows(EntityReward(scorer, weight=1.0)([members]).values, [plain], atol=1e-3, rtol=0)
     with pytest.raises(RewardError, match="weight"):
         EntityReward(scorer, weight=-1.0)
@@ -243,10 +243,12 @@ def test_entity_shared_price_leaves_the_choice_among_terms_to_the_recogniser(sco
     scores = score_terms(scorer, [(CONTEXT, CONTEXT.terms, texts)])[0]
     bare = score_terms(scorer, [(Context(CONTEXT.description), CONTEXT.terms, texts)])[0]
     alone = zip(scores[len(members.texts) :], bare[len(members.texts) :], strict=True)
-    worth = [one.inside + 2 * (one.inside - (without.inside if relative else 0.0)) for one, without in alone]
+    worth = [
+        one.inside.logp + 2 * (one.inside.logp - (without.inside.logp if relative else 0.0)) for one, without in alone
+    ]
     price = sum(worth) / len(worth)
     counted = [n * price for n in (1, 1, 2, 0)]
-    outside = [one.total - one.inside for one in scores[: len(members.texts)]]
+    outside = [one.whole.logp - one.inside.logp for one in scores[: len(members.texts)]]
     assert_rows(out.values, [[o + c for o, c in zip(outside, counted, strict=True)]], atol=1e-3, rtol=0)
     assert_rows(out.parts["entity_terms"], [counted], atol=1e-3, rtol=0)
     apart = each.values[0, 0] - each.values[0, 1]  # by their own tokens the two names differ, by the shared price not

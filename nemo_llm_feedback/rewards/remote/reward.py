@@ -8,8 +8,6 @@ the next refresh round.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -28,10 +26,9 @@ from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm import load_llm
-from nemo_llm_feedback.llm.encoding import PromptEncoder
+from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
 from nemo_llm_feedback.llm.folder import check_llm_folder, fingerprint, is_hub_id
 from nemo_llm_feedback.llm.loading import load_tokenizer
-from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards.asking import Pair
 from nemo_llm_feedback.rewards.base import RefusedError, register
@@ -228,25 +225,14 @@ class RemoteScorer:
                 "reward.settings.max_model_len to its context length in tokens."
             )
         self._room = length - 1  # one token is generated behind every sequence
-        chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
-        template = read_template(config.template, chat=chat)
-        self.encoder = PromptEncoder(
-            tokenizer,
-            template=template,
-            chat=chat,
-            chat_template_kwargs=config.chat_template_kwargs,
-            max_tokens=min(config.max_context_tokens, self._room - min(256, self._room // 4)),
-        )
+        self.encoder = PromptEncoder(tokenizer, config.prompting, max_positions=self._room)
         parts = {
             "model": [config.model, served.get("root"), config.version],
             "dialect": "vllm",  # caches of earlier versions stay valid
             "tokenizer": [config.tokenizer_source, fingerprint(folder)],
-            "template": template.text,
-            "chat": [tokenizer.chat_template, dict(config.chat_template_kwargs)] if chat else None,
-            "max_context_tokens": config.max_context_tokens,
+            **self.encoder.identity,
         }
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.identity = f"remote:{config.model}:{digest}"
+        self.identity = f"remote:{config.model}:{hash_of(parts)[:16]}"
         self.probe_scores = self._check_self()
 
     @property

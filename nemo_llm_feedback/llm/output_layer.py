@@ -1,4 +1,4 @@
-"""The LLM's output head, taken apart: positions are picked before the vocabulary is multiplied in."""
+"""Log-probabilities from the LLM's hidden states: positions are picked before the vocabulary is multiplied in."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 _CHUNK = 256  # positions × vocabulary in float32 at a time
 
 
-class Head:
+class OutputLayer:
     """From last hidden states to log-probabilities of tokens, a few hundred positions at a time.
 
     Args:
         model: a ``transformers`` causal LM on its device, without gradients.
 
     Attributes:
-        exact: whether hidden states and head could be taken apart so that they reproduce the model's own logits.
+        exact: whether hidden states and output matrix could be taken apart so that they reproduce the model's logits.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,7 +31,7 @@ class Head:
         """Returns log-probabilities [M, V] in float32 of hidden states [M, D]; for few positions."""
         return self._logits(hidden).log_softmax(-1)
 
-    def edge_logp(self, hidden: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    def pair_logp(self, hidden: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
         """Returns log p(target | position) of (position, target) pairs.
 
         Args:
@@ -56,25 +56,22 @@ class Head:
         return self._finish(self._model.get_output_embeddings()(hidden)).float()
 
     def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
-        """Finds what the model does to its logits after the output matrix, by comparing with its own forward.
+        """Finds what the model does to its logits after the output matrix, by comparing with a plain forward.
 
         Gemma caps them, Cohere multiplies and Granite divides them. None if nothing known reproduces the model.
         """
         config = self._model.config.get_text_config()
         ids = torch.arange(1, 7, device=self._model.get_input_embeddings().weight.device)[None] % config.vocab_size
-        mask = torch.ones_like(ids)
-        expected = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        expected = self._model(**inputs).logits.float()
         try:
-            hidden = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            raw = self._model.get_output_embeddings()(hidden)
+            raw = self._model.get_output_embeddings()(self._model.base_model(**inputs).last_hidden_state)
         except (AttributeError, TypeError):
             return None
-        cap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None)
         finishes: list[Callable[[Tensor], Tensor]] = [_as_they_are]
-        if cap:
+        if cap := getattr(config, "final_logit_softcapping", None):
             finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
-        if scale:
+        if scale := getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None):
             finishes += [lambda logits: logits * scale, lambda logits: logits / scale]
         for finish in finishes:
             if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-3):
@@ -85,10 +82,9 @@ class Head:
 def chosen_logp(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns [M] log p (natural log, float64) of target ids [M] under logits [M, V], a chunk in float32 at a time."""
     parts = [torch.zeros(0, dtype=torch.float64, device=logits.device)]
-    for start in range(0, len(targets), _CHUNK):
-        chunk = logits[start : start + _CHUNK].float()
-        picked = chunk.gather(1, targets[start : start + _CHUNK, None]).squeeze(1)
-        parts.append((picked - chunk.logsumexp(-1)).double())
+    for chunk, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        chunk = chunk.float()
+        parts.append((chunk.gather(1, ids[:, None]).squeeze(1) - chunk.logsumexp(-1)).double())
     return torch.cat(parts)
 
 
