@@ -1,5 +1,7 @@
 """Rewards by name: ``build_reward("llm", scorer=…, alpha=…, beta=…)``. Importing this registers the built-in ones."""
 
+# ruff: noqa: F401  (what the other rooms and users import from here)
+
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register, reward_names
 from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
@@ -10,30 +12,3 @@ from nemo_llm_feedback.rewards.judge import JudgeReward
 from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.reward import RemoteConfig, RemoteReward, RemoteScorer, parse_remote
 from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, as_reward
-
-__all__ = [
-    "CachedScore",
-    "CallableReward",
-    "Component",
-    "CompositeReward",
-    "CorrectionReward",
-    "EntityReward",
-    "JudgeReward",
-    "LLMReward",
-    "RemoteConfig",
-    "RemoteReward",
-    "RemoteScorer",
-    "Reward",
-    "RuleReward",
-    "ScoreCache",
-    "as_reward",
-    "build_reward",
-    "corrector_from_config",
-    "open_cache",
-    "parse_remote",
-    "register",
-    "reward_faults",
-    "reward_from_config",
-    "reward_names",
-    "score_key",
-]

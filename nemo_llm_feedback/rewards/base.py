@@ -81,7 +81,7 @@ def build_reward(name: str, *, allow_dotted: bool = False, **settings: Any) -> R
         raise RewardError(f"Reward {name!r} does not take these settings ({error}).") from error
     if not isinstance(reward, Reward):
         raise RewardError(
-            f"{name!r} made {reward!r}, which is no reward: it needs a name and to be callable on groups."
+            f"{name!r} made {reward!r}, which is not a reward: it needs a name and to be callable on groups."
         )
     return reward
 
@@ -121,5 +121,5 @@ def import_object(path: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise RewardError(f"The reward {path!r} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
     if not callable(target):
-        raise RewardError(f"The reward {path!r} is no class or function.")
+        raise RewardError(f"The reward {path!r} is neither a class nor a function.")
     return target

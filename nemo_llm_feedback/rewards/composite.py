@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum, each part in its own unit or brought to a common one within the group.
+"""Several rewards as one: a weighted sum, with parts in their units or brought to a common one within the group.
 
 R(h) = Σ_k w_k · f_k(r_k(h)), where f_k is, over the members of h's group that every component can judge:
 
@@ -27,7 +27,7 @@ from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register
 
 _STD_FLOOR = 1e-6
-_SHARED = ("asr", "length")  # parts that a reward with an ASR and a length term of its own would give twice
+_SHARED = ("asr", "length")  # parts that a reward which has an ASR and a length term itself would give twice
 
 
 @dataclass(frozen=True)

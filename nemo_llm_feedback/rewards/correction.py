@@ -1,6 +1,6 @@
-"""Nearness to the LLM's correction: the LLM writes once a group what was probably said; members are compared with it.
+"""Nearness to the LLM's correction: it writes what was probably said, and members are compared with it.
 
-R(h) = −(words to insert, delete or substitute between h and the correction). One text is generated a group, so the
+R(h) = −(words to insert, delete or substitute between h and the correction). One text is generated per group, so the
 LLM's opinion of the other members does not enter: a coarse reward that needs an instruct model.
 """
 
@@ -49,7 +49,7 @@ class CorrectionReward(AskingReward):
         cache: ScoreCache | str | None = None,
         allow_no_context: bool = False,
     ) -> None:
-        # The corrector has its own view of groups; distances are those of the texts as they are.
+        # The corrector shows groups to the LLM by itself; distances are those of the texts as they are.
         super().__init__(
             reads_context=corrector.uses_context, cache=cache, view=None, allow_no_context=allow_no_context
         )

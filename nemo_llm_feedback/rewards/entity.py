@@ -12,7 +12,7 @@ al., Class-based n-gram models of natural language, 1992, eq. 3, with P(w | clas
 fits, the recogniser which.
 
 ``entity_hits`` counts the listed terms that a member mentions. ``entity_false_alarms`` counts, negatively, those
-mentions that nothing in the recogniser's own best transcript looks or sounds like. Without a transcript a false alarm
+mentions that nothing in the recogniser's best transcript looks or sounds like. Without a transcript a false alarm
 cannot be known, only suspected: the definition is ours.
 """
 

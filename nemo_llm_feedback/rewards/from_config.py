@@ -21,7 +21,7 @@ from nemo_llm_feedback.llm.generation import Corrector
 from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards.base import Reward, build_reward, find_factory, import_object
-from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache
+from nemo_llm_feedback.rewards.cache import open_cache
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.remote.reward import parse_remote
 
@@ -37,13 +37,12 @@ _GIVEN = {
 }
 
 
-def reward_from_config(config: RunConfig, scorer: Any, *, cache: ScoreCache | None = None) -> Reward:
+def reward_from_config(config: RunConfig, scorer: Any) -> Reward:
     """Makes the reward that a configuration names.
 
     Args:
         config: the run's settings.
         scorer: the LLM; None where none is needed.
-        cache: of LLM scores, to be shared with another reward; by default the one at ``reward.cache``.
 
     Raises:
         RewardError, LLMError, ConfigError: the settings do not fit the reward or the LLM.
@@ -54,7 +53,7 @@ def reward_from_config(config: RunConfig, scorer: Any, *, cache: ScoreCache | No
         "scorer": scorer,
         "corrector": corrector_from_config(config, scorer) if "correction" in settings.names else None,
         "view": LLMView.of(config.llm) if config.llm is not None else None,
-        "cache": cache if cache is not None else open_cache(settings.cache),
+        "cache": open_cache(settings.cache),
         "allow_no_context": not config.context.required,
         "normalizer": config.feedback.normalizer,
         **dict.fromkeys(_WEIGHTS, 0.0),

@@ -2,8 +2,8 @@
 
 ``yes_no`` is P(yes) / (P(yes) + P(no)), in [0, 1]; ``log_odds`` is log P(yes) − log P(no), in nats, which does not
 saturate and adds to log-probabilities; ``rating`` is the expectation Σ k·P(k) / Σ P(k) of a digit. The probability
-that the LLM puts on the fixed answers at all is returned beside it: where it is small, the LLM wants to say something
-else and its judgement means little.
+that the LLM puts on the fixed answers at all is returned beside it: where it is small, the LLM would rather answer
+something else and its judgement means little.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewards that need no LLM: the frozen reference's own score, simple rules, and any Python function.
+"""Rewards that need no LLM: the frozen reference's score, simple rules, and any Python function.
 
 The rules alone are hacked at once (``length`` by insertions, ``negative_length`` by deletions, ``repetition`` and
 ``edit_distance`` by what they cannot see): they are components and controls, not goals.
@@ -173,10 +173,10 @@ class CallableReward:
 
     Args:
         function: returns one number per text, None (or NaN) where it cannot judge.
-        name: the part's name; the function's own by default.
+        name: the part's name; that of the function by default.
 
     Raises:
-        RewardError: ``function`` is no function, or needs an argument that is not offered; on call, it failed or
+        RewardError: ``function`` is not a function, or needs an argument that is not offered; on call, it failed or
             returned something else.
     """
 

@@ -359,8 +359,8 @@ def test_dotted_paths_need_permission(tmp_path, monkeypatch):
     for path, match in (
         ("my_rewards:consonants", "cannot be imported"),
         ("no_such_module_here:x", "cannot be imported"),
-        ("my_rewards:number", "no class or function"),
-        ("my_rewards:nothing", "is no reward"),
+        ("my_rewards:number", "neither a class nor a function"),
+        ("my_rewards:nothing", "is not a reward"),
         ("my_rewards.vowels", "package.module:attribute"),
     ):
         with pytest.raises(RewardError, match=match):

@@ -11,6 +11,7 @@ RENAMED = {
     "objective.correction=anchored": "objective.correction=kl_optimum",
     "guards.mix": "guards.interpolation",
     "llm.restore": "llm.truecasing",
+    "reward.settings.dialect": "always vLLM's, without a key (the SGLang dialect is gone)",
     "reward.settings.restore": "reward.settings.truecasing",
     "replay=anchor": '"replay": "kl"',
     "--base-share": "--interpolation (the share of the run: 1 − the base's)",

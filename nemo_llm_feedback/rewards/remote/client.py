@@ -163,7 +163,7 @@ class Client:
             except openai.APIConnectionError as error:
                 reason = f"no whole answer ({self._hidden(str(error.__cause__ or error))})"
             except ValueError:
-                reason = "the answer is no JSON, or cut short"
+                reason = "the answer is not JSON, or cut short"
             # Exponential back-off with full jitter, and no less than what the server asked for.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (attempt - 1))
             wait = asked + longest * self._random.random()
