@@ -257,7 +257,7 @@ def test_a_row_can_say_what_its_text_is_for(lhotse: bool, nemo_file: Any, tmp_pa
         model = restore(nemo_file("ctc_bpe"), map_location="cpu")
         settings = config(manifest, feedback={"labelled": default}, model={"train_ds": train_ds})
         model.setup_feedback(settings, work_dir=tmp_path / f"{default}_{lhotse}", reward=judge)
-        parts = model._setup.reader.split(next(iter(model._train_dl)))
+        parts = model.feedback_setup.reader.split(next(iter(model._train_dl)))
         sizes[default] = [len(four[1]) for four in parts[:2] if four is not None] + [len(parts.unlabeled.utterances)]
         fit(model, steps=2)
     assert sizes == {"supervised": [2, 1, 1], "replay": [1, 2, 1]}

@@ -199,7 +199,7 @@ def test_other_loaders_see_the_same_labelled_and_unlabeled_rows(
     assert trained == {id(p) for p in model.parameters()}
     assert list(model.state_dict()) == list(weights(nemo_file(kind)))
     assert not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
-    assert model._feedback.scorer.memory_bytes > 0
+    assert model.feedback.scorer.memory_bytes > 0
     # Lhotse's tarred stream repeats for ever, so a batch of six may hold a row twice; all others hold each row once.
     assert len(seen[0].utterances) + len(supervised) == 6
     assert min(supervised) > 0

@@ -87,4 +87,4 @@ def begin(model: Any) -> Any:
     where = {"global_rank": 0, "local_rank": 0, "world_size": 1}
     model._trainer = SimpleNamespace(global_step=0, ckpt_path=None, barebones=True, **where)
     model.on_fit_start()
-    return model._feedback
+    return model.feedback

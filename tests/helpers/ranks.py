@@ -139,7 +139,7 @@ def _equal(folder: Path, nemo: Path, manifest: Path, settings: str) -> dict[str,
 
 def _lhotse(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
     model = train(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", steps=2, use_lhotse=True)
-    return {"seen": sorted(model._feedback.reader.seen)}
+    return {"seen": sorted(model.feedback.reader.seen)}
 
 
 def _failure(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:

@@ -87,12 +87,12 @@ def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
     settings["model"]["train_ds"]["batch_size"] = 4
     model.setup_feedback(settings, work_dir=tmp_path, reward=preference)
     fit(model, steps=60)
-    nbest = model._feedback.cache.latest
-    audio = next(model._feedback.reader.split(batch).unlabeled for batch in model._train_dl)
+    nbest = model.feedback.cache.latest
+    audio = next(model.feedback.reader.split(batch).unlabeled for batch in model._train_dl)
     assert nbest.utterances == audio.utterances
     with torch.no_grad(), evaluation_mode(model):
         encoded, lengths = encode(model, audio.signal, audio.signal_len)
-        now = torch.softmax(model._feedback.heads[0].score(encoded, lengths, nbest.labels), dim=1)
+        now = torch.softmax(model.feedback.heads[0].score(encoded, lengths, nbest.labels), dim=1)
     before, after = [], []
     for b, labels in enumerate(nbest.labels):
         n = labels.index(preference.best[nbest.utterances[b]])
@@ -121,7 +121,7 @@ def test_unlabeled_rows_never_reach_nemos_step(nemo_file: Any, tmp_path: Path) -
     assert len(seen) == 1
     assert len(seen[0]) == 2
     assert min(seen[0]) > 0
-    assert len(model._feedback.cache.latest) == 2
+    assert len(model.feedback.cache.latest) == 2
 
 
 def test_greedy_is_a_member_and_members_differ_after_normalisation(nemo_file: Any, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_greedy_is_a_member_and_members_differ_after_normalisation(nemo_file: An
     manifest = write_manifest(tmp_path / "m.json", [None] * 4)
     model.setup_feedback(config(manifest), work_dir=tmp_path, reward=label_reward)
     fit(model, steps=1)
-    nbest = model._feedback.cache.latest
+    nbest = model.feedback.cache.latest
     for texts, members in zip(nbest.texts, nbest.hypotheses, strict=True):
         assert len(set(texts)) == len(texts)
         assert any(h.source == "greedy" for h in members) or len(texts) == 1
@@ -144,7 +144,7 @@ def test_feedback_gradient_matches_finite_differences(nemo_file: Any, tmp_path: 
     model.preprocessor.forward = lambda **kw: tuple(
         x.double() if x.is_floating_point() else x for x in processed(**kw)
     )
-    model._setup.reference.preprocessor.forward = model.preprocessor.forward
+    model.feedback_setup.reference.preprocessor.forward = model.preprocessor.forward
     feedback = begin(model)
     audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
     assert audio is not None

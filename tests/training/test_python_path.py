@@ -60,7 +60,7 @@ def test_plain_settings_and_an_own_trainer_are_enough(model: Any, tmp_path: Path
     assert [line["step"] for line in lines if "held_out/gain" in line] == [2, 4]
     statistics = json.loads((tmp_path / "work" / "pool_statistics.json").read_text())
     assert statistics["signal_fraction"] > 0
-    assert len(model._setup.staged.held_out) == 4
+    assert len(model.feedback_setup.staged.held_out) == 4
     assert (guards.kept_step > 0) is any(not torch.equal(v, before[k]) for k, v in snapshot(model).items())
 
 
@@ -76,8 +76,8 @@ def test_a_reward_by_name_is_taken_from_the_settings(model: Any, tmp_path: Path)
     manifest = write_manifest(tmp_path / "m.json", [None] * 4)
     model.setup_feedback(minimal(manifest, reward={"name": "rules"}, guards={"every": 0}), work_dir=tmp_path / "w")
     fit(model, steps=1)
-    assert model._feedback.config.reward.settings["repetition"] == 4.0  # of conf/reward/rules.yaml
-    assert {"repetition", "edit_distance", "asr"} <= set(model._feedback.cache.latest.parts)
+    assert model.feedback.config.reward.settings["repetition"] == 4.0  # of conf/reward/rules.yaml
+    assert {"repetition", "edit_distance", "asr"} <= set(model.feedback.cache.latest.parts)
 
 
 def test_what_is_wrong_is_said_before_any_work(model: Any, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> 
         feedback = SimpleNamespace(cache=SimpleNamespace(latest=nbest), heads=[SimpleNamespace(name="ctc")])
         for step in range(1, 6):
             trainer = SimpleNamespace(global_step=step, loggers=[SimpleNamespace(experiment=experiment)])
-            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(_feedback=feedback))  # type: ignore[arg-type]
+            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(feedback=feedback))  # type: ignore[arg-type]
     assert shown == {1: [1, 2, 3, 4, 5], 3: [1, 4], 0: []}
 
 
@@ -356,7 +356,7 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     learned, objective = LLMFeedbackMixin.feedback_loss, mixin.objective_loss
 
     def watched(self: Any, *args: Any) -> Any:
-        feedback = self._feedback
+        feedback = self.feedback
         seen.append((self.trainer.global_step, len(feedback.cache), feedback.scorer.loaded))
         return learned(self, *args)
 
