@@ -10,5 +10,6 @@ from nemo_llm_feedback.rewards.entity import EntityReward
 from nemo_llm_feedback.rewards.from_config import corrector_from_config, reward_faults, reward_from_config
 from nemo_llm_feedback.rewards.judge import JudgeReward
 from nemo_llm_feedback.rewards.lm import LLMReward
-from nemo_llm_feedback.rewards.remote.reward import RemoteConfig, RemoteReward, RemoteScorer, parse_remote
+from nemo_llm_feedback.rewards.remote.config import RemoteConfig, parse_remote
+from nemo_llm_feedback.rewards.remote.reward import RemoteReward, RemoteScorer
 from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, as_reward

@@ -23,7 +23,7 @@ from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards.base import Reward, build_reward, find_factory, import_object
 from nemo_llm_feedback.rewards.cache import open_cache
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
-from nemo_llm_feedback.rewards.remote.reward import parse_remote
+from nemo_llm_feedback.rewards.remote.config import parse_remote
 
 # Arguments that come from other settings, so that reward.settings may not name them.
 _ASKING = ("cache", "allow_no_context")
