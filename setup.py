@@ -48,6 +48,7 @@ setup(
         "lightning>=2.4",
         "numpy",
         "soxr",
+        "safetensors",
         "scipy",
         "soundfile",
         "librosa",

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo
 
 from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.llm.folder import check_llm_folder, is_hub_id
 
 SETTINGS_KEY = "reward.settings"
