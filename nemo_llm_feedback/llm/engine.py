@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nemo_llm_feedback.core.errors import LLMError
-from nemo_llm_feedback.llm.output_layer import OutputLayer, chosen_logp
-from nemo_llm_feedback.llm.packing import ROW_NODES, Ids, PackedBatch, Row, Sharing, batch_rows, plan_rows
+from nemo_llm_feedback.llm.output_layer import OutputLayer, pair_logp
+from nemo_llm_feedback.llm.packing import ROW_NODES, Ids, PackedBatch, PackedRow, Sharing, batch_rows, plan_rows
 from nemo_llm_feedback.llm.prefix import Prefix, PrefixStore, joined_cache
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Engine:
         Raises:
             LLMError: out of memory.
         """
-        rows = [Row(prompt, ((0, 0),), (continuation,), len(prompt) + len(continuation))]
+        rows = [PackedRow(prompt, ((0, 0),), (continuation,), len(prompt) + len(continuation))]
         with self._frozen():
             while (scores := self._try(rows, plain=True)) is None:
                 self._make_room(rows)
@@ -109,10 +109,10 @@ class Engine:
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
-    def _batches(self, prompts: Sequence[Ids], pending: Sequence[dict[int, Ids]]) -> Iterator[list[Row]]:
+    def _batches(self, prompts: Sequence[Ids], pending: Sequence[dict[int, Ids]]) -> Iterator[list[PackedRow]]:
         """Plans batches of what is pending: those that may be tries together, the others prompt by prompt."""
-        tries: list[Row] = []
-        sequences: list[Row] = []
+        tries: list[PackedRow] = []
+        sequences: list[PackedRow] = []
         for request, (prompt, continuations) in enumerate(zip(prompts, pending, strict=True)):
             if not continuations:
                 continue
@@ -127,11 +127,11 @@ class Engine:
         yield from self._batch_rows(tries)
         yield from self._batch_rows(sequences, mix_prompts=self.sharing is Sharing.NONE)
 
-    def _batch_rows(self, rows: Sequence[Row], *, mix_prompts: bool = True) -> Iterator[list[Row]]:
+    def _batch_rows(self, rows: Sequence[PackedRow], *, mix_prompts: bool = True) -> Iterator[list[PackedRow]]:
         slack = min(_SLACK[self._device.type], self.token_budget)
         return batch_rows(rows, token_budget=self.token_budget, slack=slack, mix_prompts=mix_prompts)
 
-    def _try(self, rows: Sequence[Row], *, plain: bool = False) -> list[float] | None:
+    def _try(self, rows: Sequence[PackedRow], *, plain: bool = False) -> list[float] | None:
         """Scores one batch; None when memory ran out."""
         try:
             if plain or self.sharing is Sharing.NONE:
@@ -143,17 +143,15 @@ class Engine:
                 return None
             raise
 
-    def _make_room(self, rows: Sequence[Row]) -> None:
+    def _make_room(self, rows: Sequence[PackedRow]) -> None:
         """After an out-of-memory error: kept prompts go, and batches are halved for good.
 
         Raises:
             LLMError: neither can be done.
         """
         num_nodes, num_continuations = sum(r.num_nodes for r in rows), sum(len(r.continuations) for r in rows)
-        # The batch's prompts would only be run and kept again.
-        others = len(self._prefixes) - sum(
-            self._prefixes.get(prompt) is not None for prompt in {r.prompt for r in rows}
-        )
+        own = {row.prompt for row in rows}  # would only be run and kept again
+        others = len(self._prefixes) - sum(self._prefixes.get(prompt) is not None for prompt in own)
         self._prefixes.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -167,7 +165,7 @@ class Engine:
             self.token_budget = smaller
             logger.warning("Out of memory while scoring: llm.token_budget is now %d.", self.token_budget)
 
-    def _run_packed(self, rows: Sequence[Row]) -> list[float]:
+    def _run_packed(self, rows: Sequence[PackedRow]) -> list[float]:
         """Scores rows of nodes behind their prompts' kept keys and values."""
         prefixes, batch = self._prefixes_of(rows), PackedBatch(rows)
         one_prompt = len({row.prompt for row in rows}) == 1
@@ -181,13 +179,14 @@ class Engine:
             cache = joined_cache(prefixes[:1] if one_prompt else prefixes)
             hidden = self._hidden(cache, input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions)
             nodes = hidden[batch.real.to(self._device)]
-            logp.append(self._output.pair_logp(nodes, batch.sources[at_prompt:], targets[at_prompt:]))
+            sources, logits_of = batch.sources[at_prompt:], self._output.logits
+            logp.append(pair_logp(nodes, sources, targets[at_prompt:], logits_of=logits_of))
         return batch.sums(torch.cat(logp).cpu())
 
-    def _prefixes_of(self, rows: Sequence[Row]) -> list[Prefix]:
+    def _prefixes_of(self, rows: Sequence[PackedRow]) -> list[Prefix]:
         """Returns the state of each row's prompt, running those that are not kept, a batch of similar length each."""
         known = {row.prompt: self._prefixes.get(row.prompt) for row in rows}
-        missing = [Row(prompt, (), (), len(prompt)) for prompt, prefix in known.items() if prefix is None]
+        missing = [PackedRow(prompt, (), (), len(prompt)) for prompt, prefix in known.items() if prefix is None]
         for batch in self._batch_rows(missing):
             for row, prefix in zip(batch, self._run_prompts([row.prompt for row in batch]), strict=True):
                 known[row.prompt] = prefix
@@ -210,7 +209,7 @@ class Engine:
             states.append(Prefix(layers, logp.clone()))
         return states
 
-    def _run_whole(self, rows: Sequence[Row], *, by_model: bool) -> list[float]:
+    def _run_whole(self, rows: Sequence[PackedRow], *, by_model: bool) -> list[float]:
         """Scores rows of prompt + continuation, each by itself.
 
         Args:
@@ -220,23 +219,22 @@ class Engine:
         """
         texts = [torch.tensor((*row.prompt, *row.continuations[0])) for row in rows]
         ids = pad_sequence(texts, batch_first=True).to(self._device)
-        lens, firsts = (
-            torch.tensor(column, device=self._device)[:, None]
-            for column in ([len(text) for text in texts], [len(row.prompt) for row in rows])
-        )
+        lens = torch.tensor([[len(text)] for text in texts], device=self._device)
+        firsts = torch.tensor([[len(row.prompt)] for row in rows], device=self._device)
         places = torch.arange(1, ids.shape[1], device=self._device)  # of the tokens that are predicted
         real = places < lens
         scored = real & (places >= firsts)
         targets = ids[:, 1:][scored]
         inputs = {"input_ids": ids[:, :-1], "attention_mask": real.long(), "use_cache": False}
         self.tokens_run += real.numel()
+        logits_of: Callable[[Tensor], Tensor] = self._output.logits
         if by_model:
             kept = {"logits_to_keep": ids.shape[1] - int(firsts.min())} if self._keeps_logits else {}
             logits = self.model(**inputs, **kept).logits
-            found = chosen_logp(logits[scored[:, -logits.shape[1] :]], targets)
+            states, logits_of = logits[scored[:, -logits.shape[1] :]], Tensor.float
         else:
-            hidden = self.model.base_model(**inputs).last_hidden_state[scored]
-            found = self._output.pair_logp(hidden, torch.arange(len(hidden)), targets)
+            states = self.model.base_model(**inputs).last_hidden_state[scored]
+        found = pair_logp(states, torch.arange(len(states)), targets, logits_of=logits_of)
         logp = torch.zeros(scored.shape, dtype=torch.float64)
         logp[scored.cpu()] = found.cpu()
         return logp.sum(1).tolist()

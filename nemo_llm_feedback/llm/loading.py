@@ -86,11 +86,8 @@ def checkpoint_name(config: LLMConfig, folder: Path) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
         logger.warning(
             "llm.model=%s is not pinned: revision %s may be another model tomorrow. This run uses commit %s; set "
-            "llm.revision=%s to keep it.",
-            config.model,
-            config.revision or "main",
-            folder.name,
-            folder.name,
+            "llm.revision to it to keep it.",
+            *(config.model, config.revision or "main", folder.name),
         )
     return f"{config.model}@{folder.name}"
 

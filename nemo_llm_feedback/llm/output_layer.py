@@ -12,7 +12,7 @@ _CHUNK = 256  # positions × vocabulary in float32 at a time
 
 
 class OutputLayer:
-    """From last hidden states to log-probabilities of tokens, a few hundred positions at a time.
+    """From last hidden states to logits as the model makes them.
 
     Args:
         model: a ``transformers`` causal LM on its device, without gradients.
@@ -29,30 +29,10 @@ class OutputLayer:
 
     def next_logp(self, hidden: Tensor) -> Tensor:
         """Returns log-probabilities [M, V] in float32 of hidden states [M, D]; for few positions."""
-        return self._logits(hidden).log_softmax(-1)
+        return self.logits(hidden).log_softmax(-1)
 
-    def pair_logp(self, hidden: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        """Returns log p(target | position) of (position, target) pairs.
-
-        Args:
-            hidden: [M, D] last hidden states.
-            sources: [E] position in ``hidden`` of each pair, ascending; on the CPU.
-            targets: [E] token ids; on the model's device.
-
-        Returns:
-            [E] natural log, float64, on the model's device.
-        """
-        bounds = range(0, hidden.shape[0], _CHUNK)
-        cuts = torch.searchsorted(sources, torch.tensor([*bounds, hidden.shape[0]])).tolist()
-        sources = sources.to(hidden.device)
-        parts = [torch.zeros(0, dtype=torch.float64, device=hidden.device)]
-        for start, first, last in zip(bounds, cuts[:-1], cuts[1:], strict=True):
-            logits = self._logits(hidden[start : start + _CHUNK])
-            rows = sources[first:last] - start
-            parts.append((logits[rows, targets[first:last]] - logits.logsumexp(-1)[rows]).double())
-        return torch.cat(parts)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the model's logits [M, V] in float32 of hidden states [M, D]."""
         return self._finish(self._model.get_output_embeddings()(hidden)).float()
 
     def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
@@ -79,12 +59,26 @@ class OutputLayer:
         return None
 
 
-def chosen_logp(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns [M] log p (natural log, float64) of target ids [M] under logits [M, V], a chunk in float32 at a time."""
-    parts = [torch.zeros(0, dtype=torch.float64, device=logits.device)]
-    for chunk, ids in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
-        chunk = chunk.float()
-        parts.append((chunk.gather(1, ids[:, None]).squeeze(1) - chunk.logsumexp(-1)).double())
+def pair_logp(states: Tensor, sources: Tensor, targets: Tensor, *, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns log p(target | position) of (position, target) pairs.
+
+    Args:
+        states: [M, D] the positions' hidden states, or [M, V] their logits.
+        sources: [E] position in ``states`` of each pair, ascending; on the CPU.
+        targets: [E] token ids; on the model's device.
+        logits_of: some of the states → their logits in float32.
+
+    Returns:
+        [E] natural log, float64, on the model's device.
+    """
+    bounds = range(0, states.shape[0], _CHUNK)
+    cuts = torch.searchsorted(sources, torch.tensor([*bounds, states.shape[0]])).tolist()
+    sources = sources.to(states.device)
+    parts = [torch.zeros(0, dtype=torch.float64, device=states.device)]
+    for start, first, last in zip(bounds, cuts[:-1], cuts[1:], strict=True):
+        logits = logits_of(states[start : start + _CHUNK])
+        rows = sources[first:last] - start
+        parts.append((logits[rows, targets[first:last]] - logits.logsumexp(-1)[rows]).double())
     return torch.cat(parts)
 
 

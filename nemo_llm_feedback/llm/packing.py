@@ -32,7 +32,7 @@ class Sharing(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Continuations of one prompt that go through the model as one row.
 
     Attributes:
@@ -48,17 +48,17 @@ class Row:
     num_nodes: int
 
 
-def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_nodes: int) -> list[Row]:
+def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_nodes: int) -> list[PackedRow]:
     """Splits a prompt's continuations into rows of about equal size.
 
     Args:
-        request: name of the request, for ``Row.members``.
+        request: name of the request, for ``PackedRow.members``.
         prompt: the prompt's ids.
         continuations: position within the request → ids.
         max_nodes: nodes a row may have, half a continuation more or less; 0 = one continuation a row.
     """
     if not max_nodes:
-        return [Row(prompt, ((request, n),), (ids,), len(ids) - 1) for n, ids in continuations.items()]
+        return [PackedRow(prompt, ((request, n),), (ids,), len(ids) - 1) for n, ids in continuations.items()]
     order = sorted(continuations, key=lambda n: continuations[n][:-1])  # neighbours share their prefixes
     inputs = [continuations[n][:-1] for n in order]
     fresh = [len(inputs[0]), *(len(two) - _common(one, two) for one, two in itertools.pairwise(inputs))]
@@ -73,7 +73,7 @@ def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_n
     for start, end in itertools.pairwise((*starts, len(order))):
         members = tuple((request, n) for n in order[start:end])
         num_nodes = len(inputs[start]) + sum(fresh[start + 1 : end])
-        rows.append(Row(prompt, members, tuple(continuations[n] for n in order[start:end]), num_nodes))
+        rows.append(PackedRow(prompt, members, tuple(continuations[n] for n in order[start:end]), num_nodes))
     return rows
 
 
@@ -82,7 +82,9 @@ def _common(one: Ids, two: Ids) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
-def batch_rows(rows: Iterable[Row], *, token_budget: int, slack: int, mix_prompts: bool) -> Iterator[list[Row]]:
+def batch_rows(
+    rows: Iterable[PackedRow], *, token_budget: int, slack: int, mix_prompts: bool
+) -> Iterator[list[PackedRow]]:
     """Groups rows into batches of similar width within the token budget; a batch has at least one row.
 
     Args:
@@ -91,7 +93,7 @@ def batch_rows(rows: Iterable[Row], *, token_budget: int, slack: int, mix_prompt
         slack: batches of at most so many nodes, padding included, may have any share of padding.
         mix_prompts: whether rows of different prompts may share a batch.
     """
-    batch: list[Row] = []
+    batch: list[PackedRow] = []
     prompts: set[Ids] = set()
     nodes = longest = 0
     for row in sorted(rows, key=lambda r: (0 if mix_prompts else r.members[0][0], -r.num_nodes)):
@@ -126,7 +128,7 @@ class PackedBatch:
         targets: [E] token that is predicted there.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[PackedRow]) -> None:
         owner = [b for b, row in enumerate(rows) for _ in row.continuations]
         continuations = [ids for row in rows for ids in row.continuations]
         self._trie = trie = PrefixTrie.build([ids[:-1] for ids in continuations], owner)

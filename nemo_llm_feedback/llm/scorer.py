@@ -40,7 +40,8 @@ _HOW = {Sharing.PROMPT: "hypotheses share their prompt only", Sharing.NONE: "eac
 
 class TextScore(NamedTuple):
     """Score of one text: ``logp`` = Σ log p(token | prompt, earlier tokens), natural log, through the end token;
-    ``num_tokens`` counts the end token too. ``logp`` is NaN for a text that does not fit the LLM."""
+    ``num_tokens`` counts the end token too. ``logp`` is NaN for a text that does not fit the LLM. Caches keep whatever
+    else an LLM answered about a text in the same form."""
 
     logp: float
     num_tokens: int
@@ -64,6 +65,7 @@ class LLMScorer:
     Attributes:
         encoder: makes token ids of contexts and texts.
         identity: changes whenever anything does that scores depend on: LLM, storage, dtype, template.
+        uses_context: whether the prompt template shows the context to the LLM at all.
         max_positions: the longest sequence that the LLM can read, in tokens.
 
     Raises:
@@ -75,6 +77,7 @@ class LLMScorer:
         _, self._tokenizer = load_tokenizer(str(self._folder), key="llm.model")
         self.max_positions = read_max_positions(self._folder)
         self.encoder = PromptEncoder(self._tokenizer, config, max_positions=self.max_positions)
+        self.uses_context = self.encoder.uses_context
         name = checkpoint_name(config, self._folder)
         dtype = str(pick_placement(config)[1]).removeprefix("torch.")
         parts = {"model": name, "quantization": config.quantization, "dtype": dtype, **self.encoder.identity}
@@ -103,11 +106,6 @@ class LLMScorer:
     def memory_bytes(self) -> int:
         """Bytes of the LLM's weights and of the prompts' kept keys and values; 0 before it is loaded."""
         return self._engine.memory_bytes if self._engine is not None else 0
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether the prompt template shows the context to the LLM at all."""
-        return self.encoder.uses_context
 
     def load(self) -> Engine:
         """Loads the weights and checks the scoring on a short example.

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, open_cache, score_key
+from nemo_llm_feedback.llm import TextScore
+from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache, score_key
 
 Item = TypeVar("Item", bound=Hashable)
 Pair = tuple[Context, str]
@@ -54,8 +55,8 @@ class AskingReward:
         return [self._view(group) for group in groups] if self._view else list(groups)
 
     def _look_up(
-        self, keys: Mapping[Item, Sequence[str]], ask: Callable[[list[Item]], Sequence[Sequence[CachedScore]]]
-    ) -> dict[Item, Sequence[CachedScore]]:
+        self, keys: Mapping[Item, Sequence[str]], ask: Callable[[list[Item]], Sequence[Sequence[TextScore]]]
+    ) -> dict[Item, Sequence[TextScore]]:
         """Returns the scores of every item, asking for those that the cache lacks and keeping the answers.
 
         Args:
@@ -63,7 +64,7 @@ class AskingReward:
             ask: items → their scores, in the order of their keys.
         """
         known = self.cache.get_many([key for row in keys.values() for key in row])
-        found: dict[Item, Sequence[CachedScore]] = {
+        found: dict[Item, Sequence[TextScore]] = {
             item: [known[key] for key in row] for item, row in keys.items() if all(key in known for key in row)
         }
         lacking = [item for item in keys if item not in found]
@@ -77,8 +78,8 @@ class AskingReward:
         self,
         pairs: Sequence[Pair],
         identities: Sequence[str],
-        ask: Callable[[list[tuple[Context, list[str]]]], Sequence[Sequence[Sequence[CachedScore]]]],
-    ) -> dict[Pair, Sequence[CachedScore]]:
+        ask: Callable[[list[tuple[Context, list[str]]]], Sequence[Sequence[Sequence[TextScore]]]],
+    ) -> dict[Pair, Sequence[TextScore]]:
         """Returns the scores of (context, text) pairs.
 
         Args:
@@ -88,7 +89,7 @@ class AskingReward:
                 run once.
         """
 
-        def ask_by_context(lacking: list[Pair]) -> list[Sequence[CachedScore]]:
+        def ask_by_context(lacking: list[Pair]) -> list[Sequence[TextScore]]:
             texts: dict[Context, list[str]] = {}
             for context, text in lacking:
                 texts.setdefault(context, []).append(text)

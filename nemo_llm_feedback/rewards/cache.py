@@ -14,19 +14,12 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm import TextScore
 
 _CHUNK = 500  # keys per query; SQLite allows 999 parameters in old builds
-
-
-class CachedScore(NamedTuple):
-    """Σ log p of a text's tokens, natural log, and how many tokens that are; or whatever else an LLM answered."""
-
-    logp: float
-    num_tokens: int
 
 
 def score_key(identity: str, context: Context, text: str) -> str:
@@ -62,21 +55,21 @@ class ScoreCache:
     def __len__(self) -> int:
         return self._connect().execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, CachedScore]:
+    def get_many(self, keys: Iterable[str]) -> dict[str, TextScore]:
         """Returns key → score of those keys that are known."""
         wanted = list(dict.fromkeys(keys))
-        found: dict[str, CachedScore] = {}
+        found: dict[str, TextScore] = {}
         for start in range(0, len(wanted), _CHUNK):
             part = wanted[start : start + _CHUNK]
             marks = ",".join("?" * len(part))
             with self._typed():
                 rows = self._connect().execute(f"SELECT key, logp, tokens FROM scores WHERE key IN ({marks})", part)
-                found.update((key, CachedScore(logp, tokens)) for key, logp, tokens in rows)
+                found.update((key, TextScore(logp, tokens)) for key, logp, tokens in rows)
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found
 
-    def put_many(self, scores: Mapping[str, CachedScore]) -> None:
+    def put_many(self, scores: Mapping[str, TextScore]) -> None:
         """Keeps the finite ones among the scores."""
         rows = [(key, logp, tokens) for key, (logp, tokens) in scores.items() if math.isfinite(logp)]
         with self._typed(), self._connect() as connection:  # one transaction

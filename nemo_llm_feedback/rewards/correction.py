@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.llm.generation import Corrector
 from nemo_llm_feedback.rewards.asking import AskingReward
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, score_key
+from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.rules import word_distance
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class CorrectionReward(AskingReward):
         values = pad_groups([[value for value, _ in found[g.context, _by_score(g), g.texts]] for g in groups])
         return RewardOutput(values, {self.name: values})
 
-    def _ask(self, items: list[tuple[Context, tuple[str, ...], tuple[str, ...]]]) -> list[list[CachedScore]]:
+    def _ask(self, items: list[tuple[Context, tuple[str, ...], tuple[str, ...]]]) -> list[list[TextScore]]:
         answers = self._corrector([context for context, _, _ in items], [nbest for _, nbest, _ in items])
         corrections = [self._normalize(answer) if answer else "" for answer in answers]
         lacking = sum(not correction for correction in corrections)
@@ -83,7 +84,7 @@ class CorrectionReward(AskingReward):
             logger.warning("The LLM's correction of a group is unusable: its reward is NaN. Later ones are counted.")
         self.num_unusable += lacking
         return [
-            [CachedScore(self._value(text, correction), 1) for text in texts]
+            [TextScore(self._value(text, correction), 1) for text in texts]
             for (_, _, texts), correction in zip(items, corrections, strict=True)
         ]
 

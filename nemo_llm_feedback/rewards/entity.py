@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.llm.queries import score_terms
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
 from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
+from nemo_llm_feedback.rewards.cache import ScoreCache
 from nemo_llm_feedback.rewards.rules import GroupRuleReward, best_transcript
 
 if TYPE_CHECKING:
@@ -124,17 +125,14 @@ class EntityReward(AskingReward):
             for pair, row in found.items()
         }
 
-    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
         asked = [(context, context.terms, texts) for context, texts in requests]
-        rows = [
-            [[CachedScore(*whole), CachedScore(*inside)] for whole, inside in row]
-            for row in score_terms(self._scorer, asked)
-        ]
+        rows = [[list(score) for score in row] for row in score_terms(self._scorer, asked)]
         if self._relative:
             bare = [(replace(context, terms=()), terms, texts) for context, terms, texts in asked]
             for row, baselines in zip(rows, score_terms(self._scorer, bare), strict=True):
-                for scores, (_, inside) in zip(row, baselines, strict=True):
-                    scores.append(CachedScore(*inside))
+                for scores, baseline in zip(row, baselines, strict=True):
+                    scores.append(baseline.inside)
         return rows
 
 

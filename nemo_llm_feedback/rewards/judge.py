@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_llm_feedback.core.errors import LLMError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
 from nemo_llm_feedback.llm.queries import AnswerScorer
 from nemo_llm_feedback.rewards.asking import AskingReward, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
+from nemo_llm_feedback.rewards.cache import ScoreCache
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.llm import LLMScorer
@@ -76,8 +77,8 @@ class JudgeReward(AskingReward):
         self._watch(float(mass[values.isfinite()].mean()) if values.isfinite().any() else 1.0)
         return RewardOutput(values, {self.name: values, "judge_mass": mass})
 
-    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
-        return [[[CachedScore(float(logp), 1) for logp in text] for text in row] for row in self._judge(requests)]
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
+        return [[[TextScore(float(logp), 1) for logp in text] for text in row] for row in self._judge(requests)]
 
     def _value(self, logps: Sequence[float]) -> float:
         if not all(map(math.isfinite, logps)):

@@ -19,22 +19,13 @@ from torch import Tensor
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache
+from nemo_llm_feedback.rewards.cache import ScoreCache
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
 _NO_CONTEXT = Context()
-
-
-class ScoredText(Protocol):
-    """A text's score: Σ log p of its tokens, natural log, and how many tokens that are."""
-
-    @property
-    def logp(self) -> float: ...
-
-    @property
-    def num_tokens(self) -> int: ...
 
 
 class Scorer(Protocol):
@@ -46,7 +37,7 @@ class Scorer(Protocol):
     @property
     def uses_context(self) -> bool: ...
 
-    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[ScoredText]]: ...
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[TextScore]]: ...
 
 
 @register("llm")
@@ -142,10 +133,10 @@ class LLMReward(AskingReward):
         scores = {pair: score for pair, (score,) in found.items()}
         return [[self._normalized(scores, group.context, text) for text in group.texts] for group in groups]
 
-    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
-        return [[[CachedScore(s.logp, s.num_tokens)] for s in row] for row in self._scorer.score(requests)]
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
+        return [[[score] for score in row] for row in self._scorer.score(requests)]
 
-    def _normalized(self, scores: dict[Pair, CachedScore], context: Context, text: str) -> float:
+    def _normalized(self, scores: dict[Pair, TextScore], context: Context, text: str) -> float:
         logp, num_tokens = scores[context, text]
         if self._normalize == "token":
             return logp / num_tokens

@@ -13,7 +13,7 @@ from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.llm import output_layer
 from nemo_llm_feedback.llm.engine import Engine
-from nemo_llm_feedback.llm.packing import PackedBatch, Row, Sharing, batch_rows, plan_rows
+from nemo_llm_feedback.llm.packing import PackedBatch, PackedRow, Sharing, batch_rows, plan_rows
 
 VOCABULARY = 300
 
@@ -181,7 +181,7 @@ def test_rows_hold_every_continuation_once(max_nodes):
 
 def test_batches_keep_to_the_budget_and_the_padding():
     rng = random.Random(6)
-    rows = [Row(random_ids(rng, rng.randrange(1, 20)), ((n, 0),), (), rng.randrange(0, 50)) for n in range(200)]
+    rows = [PackedRow(random_ids(rng, rng.randrange(1, 20)), ((n, 0),), (), rng.randrange(0, 50)) for n in range(200)]
     batches = list(batch_rows(rows, token_budget=300, slack=20, mix_prompts=True))
     assert sorted((row for batch in batches for row in batch), key=id) == sorted(rows, key=id)
     for batch in batches:
@@ -194,7 +194,7 @@ def test_batches_keep_to_the_budget_and_the_padding():
 
 
 def test_masks_and_positions_of_a_small_trie():
-    rows = [Row((7, 7), ((0, 0), (0, 1)), ((3, 4, 1), (3, 5, 1)), 3), Row((8,), ((1, 0),), ((6, 1),), 1)]
+    rows = [PackedRow((7, 7), ((0, 0), (0, 1)), ((3, 4, 1), (3, 5, 1)), 3), PackedRow((8,), ((1, 0),), ((6, 1),), 1)]
     batch = PackedBatch(rows)
     assert batch.ids.tolist() == [[3, 4, 5], [6, 0, 0]]
     assert batch.positions.tolist() == [[2, 3, 3], [1, 0, 0]]

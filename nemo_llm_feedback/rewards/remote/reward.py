@@ -18,14 +18,14 @@ from typing import Any
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
-from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm import TextScore, load_llm
 from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
 from nemo_llm_feedback.llm.folder import fingerprint
 from nemo_llm_feedback.llm.loading import load_tokenizer
 from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards.asking import Pair
 from nemo_llm_feedback.rewards.base import RefusedError, register
-from nemo_llm_feedback.rewards.cache import CachedScore, ScoreCache, score_key
+from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.config import SETTINGS_KEY, RemoteConfig, parse_remote, server_key
 
@@ -37,7 +37,7 @@ _PROBE_TEXTS = ("one two three", "a", "two words and then some more of them")
 # Largest difference between two ways to the same score, in nats, times the root of the number of tokens: rounding in
 # half precision or 8 bit costs hundredths to a fifth of a nat a token, of either sign; a shifted token costs nats.
 _TOLERANCE = 0.25
-_FAILED = CachedScore(math.nan, -1)
+_FAILED = TextScore(math.nan, -1)
 _LOGGED_FAILURES = 5
 _RECENT = 100  # groups whose failures decide whether the run goes on
 _FEWEST = 10  # as many groups count at least, so that one early failure is no 100 %
@@ -107,7 +107,7 @@ class RemoteScorer:
         """Attempts after a first one so far."""
         return self._client.num_retries
 
-    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[CachedScore]]:
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
         """Scores texts behind their contexts; equal (context, text) pairs are sent once.
 
         Args:
@@ -125,13 +125,13 @@ class RemoteScorer:
             (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
             for context, texts in requests
         ]
-        wanted: dict[Ids, dict[Ids, CachedScore]] = {}
+        wanted: dict[Ids, dict[Ids, TextScore]] = {}
         for prompt, texts in encoded:
-            wanted.setdefault(prompt, {}).update((ids, CachedScore(math.nan, len(ids))) for ids in texts)
+            wanted.setdefault(prompt, {}).update((ids, TextScore(math.nan, len(ids))) for ids in texts)
         # A request holds one prompt only: its texts are then all different, so that two swapped answers show.
         batches = [(prompt, batch) for prompt, texts in wanted.items() for batch in self._batches(prompt, list(texts))]
         for (prompt, batch), sums in zip(batches, self._send_all(batches), strict=True):
-            scores = [CachedScore(logp, len(ids)) for logp, ids in zip(sums, batch, strict=True)] if sums else None
+            scores = [TextScore(logp, len(ids)) for logp, ids in zip(sums, batch, strict=True)] if sums else None
             wanted[prompt].update(zip(batch, scores or [_FAILED] * len(batch), strict=True))
         return [[wanted[prompt][ids] for ids in texts] for prompt, texts in encoded]
 
@@ -181,7 +181,7 @@ class RemoteScorer:
             )
         return served[self._config.model]
 
-    def _check_self(self) -> dict[str, CachedScore]:
+    def _check_self(self) -> dict[str, TextScore]:
         """Scores short texts in several ways and returns their scores.
 
         Whole texts must score as the sum of their two parts, and a generated token must have the log p that it has
@@ -212,7 +212,7 @@ class RemoteScorer:
             local = load_llm(self._config.prompting).score([(_PROBE_CONTEXT, _PROBE_TEXTS)])[0]
             for score, whole in zip(local, sums, strict=True):
                 self._compare("by reward.settings.check_against", score.logp, whole, score.num_tokens)
-        return {text: CachedScore(logp, len(ids)) for text, ids, logp in zip(_PROBE_TEXTS, texts, sums, strict=True)}
+        return {text: TextScore(logp, len(ids)) for text, ids, logp in zip(_PROBE_TEXTS, texts, sums, strict=True)}
 
     def _compare(self, way: str, score: float, reference: float, num_tokens: int) -> None:
         if not _agree(score, reference, num_tokens):
@@ -289,7 +289,7 @@ class RemoteReward(LLMReward):
         self._count(lost)
         return [[math.nan] * len(row) if is_lost else row for row, is_lost in zip(rows, lost, strict=True)]
 
-    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[CachedScore]]]:
+    def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
         rows = super()._ask(requests)
         for (context, texts), row in zip(requests, rows, strict=True):
             self._failed.update((context, text) for text, (s,) in zip(texts, row, strict=True) if s.num_tokens < 0)
