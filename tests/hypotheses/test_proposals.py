@@ -176,6 +176,7 @@ def test_packaged_configurations_are_found(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *build], cwd=root, check=True, capture_output=True, timeout=120)
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "adapt.yaml").is_file()
     assert (tmp_path / "nemo_llm_feedback" / "conf" / "objective" / "mwer.yaml").is_file()
+    assert (tmp_path / "nemo_llm_feedback" / "llm" / "templates" / "score_chat.txt").is_file()
     code = "from nemo_llm_feedback.core.config.compose import conf_dir; print(conf_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == tmp_path / "nemo_llm_feedback" / "conf"
