@@ -255,8 +255,8 @@ def score_shared(model: Any, requests: Requests, *, sharing: Sharing) -> Callabl
     engine.sharing = sharing
 
     def run() -> tuple[list[float], int]:
-        scores = engine.score(requests)
-        return [score for row in scores for score in row], engine.tokens_run
+        scores = engine.score(dict(requests))
+        return [scores[prompt][text] for prompt, texts in requests for text in texts], engine.tokens_run
 
     return run
 

@@ -128,6 +128,7 @@ class PromptEncoder:
         words = context.description.split(" ")
 
         def without(n: int) -> Context:
+            """The context without its last n terms, then its oldest utterances, then its last words."""
             num_terms, num_previous = len(context.terms), len(context.previous)
             kept = len(words) - max(0, n - num_terms - num_previous)
             terms, previous = context.terms[: max(0, num_terms - n)], context.previous[max(0, n - num_terms) :]

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,32 +63,31 @@ class Engine:
         """Bytes of the weights and of the kept prompts' keys and values."""
         return self.model.get_memory_footprint() + self._prefixes.num_bytes
 
-    def score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[float]]:
+    def score(self, requests: Mapping[Ids, Sequence[Ids]]) -> dict[Ids, dict[Ids, float]]:
         """Returns log p(continuation | prompt), natural log, summed over the continuation's tokens.
 
         Args:
-            requests: (prompt, continuations) pairs of at least one id each; equal ones are the caller's to merge.
+            requests: prompt → continuations, of at least one id each.
 
         Returns:
-            Per request one list, per continuation one sum.
+            Prompt → continuation → sum.
 
         Raises:
             LLMError: out of memory with a single continuation.
         """
-        pending = [dict(enumerate(continuations)) for _, continuations in requests]
-        sums = [[math.nan] * len(continuations) for _, continuations in requests]
-        prompts = [prompt for prompt, _ in requests]
+        pending = {prompt: dict.fromkeys(continuations) for prompt, continuations in requests.items()}
+        sums: dict[Ids, dict[Ids, float]] = {prompt: {} for prompt in requests}
         with self._frozen():
-            while any(pending):
-                for rows in self._batches(prompts, pending):
+            while any(pending.values()):
+                for rows in self._batches(pending):
                     scores = self._try(rows)
                     if scores is None:
                         self._make_room(rows)
                         break  # plan what is left anew, in smaller batches
-                    members = [member for row in rows for member in row.members]
-                    for (request, n), score in zip(members, scores, strict=True):
-                        sums[request][n] = score
-                        del pending[request][n]
+                    pairs = [(row.prompt, ids) for row in rows for ids in row.continuations]
+                    for (prompt, ids), score in zip(pairs, scores, strict=True):
+                        sums[prompt][ids] = score
+                        del pending[prompt][ids]
         return sums
 
     def plain_score(self, prompt: Ids, continuation: Ids) -> float:
@@ -97,7 +96,7 @@ class Engine:
         Raises:
             LLMError: out of memory.
         """
-        rows = [PackedRow(prompt, ((0, 0),), (continuation,), len(prompt) + len(continuation))]
+        rows = [PackedRow(prompt, (continuation,), len(prompt) + len(continuation))]
         with self._frozen():
             while (scores := self._try(rows, plain=True)) is None:
                 self._make_room(rows)
@@ -109,27 +108,26 @@ class Engine:
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
-    def _batches(self, prompts: Sequence[Ids], pending: Sequence[dict[int, Ids]]) -> Iterator[list[PackedRow]]:
-        """Plans batches of what is pending: those that may be tries together, the others prompt by prompt."""
-        tries: list[PackedRow] = []
-        sequences: list[PackedRow] = []
-        for request, (prompt, continuations) in enumerate(zip(prompts, pending, strict=True)):
+    def _batches(self, pending: Mapping[Ids, Collection[Ids]]) -> Iterator[list[PackedRow]]:
+        """Plans batches of what is pending: sequences prompt by prompt, then those that may be tries together."""
+        mixed: list[PackedRow] = []
+        for prompt, continuations in pending.items():
             if not continuations:
                 continue
-            longest = len(prompt) + max(map(len, continuations.values()))
+            longest = len(prompt) + max(map(len, continuations))
             if self.sharing is Sharing.TRIE and longest <= self._window:
-                max_nodes = min(ROW_NODES, self.token_budget)
-                tries += plan_rows(request, prompt, continuations, max_nodes=max_nodes)
+                mixed += plan_rows(prompt, continuations, max_nodes=min(ROW_NODES, self.token_budget))
+                continue
+            rows = plan_rows(prompt, continuations, max_nodes=0)
+            if self.sharing is Sharing.NONE:  # such rows put the prompt in too
+                mixed += [replace(row, num_nodes=len(prompt) + row.num_nodes) for row in rows]
             else:
-                sequences += plan_rows(request, prompt, continuations, max_nodes=0)
-        if self.sharing is Sharing.NONE:  # such rows put the prompt in too
-            sequences = [replace(row, num_nodes=len(row.prompt) + row.num_nodes) for row in sequences]
-        yield from self._batch_rows(tries)
-        yield from self._batch_rows(sequences, mix_prompts=self.sharing is Sharing.NONE)
+                yield from self._batch_rows(rows)
+        yield from self._batch_rows(mixed)
 
-    def _batch_rows(self, rows: Sequence[PackedRow], *, mix_prompts: bool = True) -> Iterator[list[PackedRow]]:
+    def _batch_rows(self, rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
         slack = min(_SLACK[self._device.type], self.token_budget)
-        return batch_rows(rows, token_budget=self.token_budget, slack=slack, mix_prompts=mix_prompts)
+        return batch_rows(rows, token_budget=self.token_budget, slack=slack)
 
     def _try(self, rows: Sequence[PackedRow], *, plain: bool = False) -> list[float] | None:
         """Scores one batch; None when memory ran out."""
@@ -186,7 +184,7 @@ class Engine:
     def _prefixes_of(self, rows: Sequence[PackedRow]) -> list[Prefix]:
         """Returns the state of each row's prompt, running those that are not kept, a batch of similar length each."""
         known = {row.prompt: self._prefixes.get(row.prompt) for row in rows}
-        missing = [PackedRow(prompt, (), (), len(prompt)) for prompt, prefix in known.items() if prefix is None]
+        missing = [PackedRow(prompt, (), len(prompt)) for prompt, prefix in known.items() if prefix is None]
         for batch in self._batch_rows(missing):
             for row, prefix in zip(batch, self._run_prompts([row.prompt for row in batch]), strict=True):
                 known[row.prompt] = prefix

@@ -119,6 +119,7 @@ class Corrector:
         safe = [encoder.safe_text(text) for text in texts]
 
         def ids(short: Context) -> Ids:
+            """The prompt's ids with a context that may have been cut."""
             begin, prompt = encoder.frame(self._template.render_list(short, safe))
             return (*begin, *encoder.ids(prompt))
 
@@ -172,6 +173,7 @@ def _line_end(encoder: PromptEncoder, start: int, ends: Sequence[int]) -> Callab
     """A stopping criterion: a row is done at the end of its first line, or at an end token."""
 
     def done(input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        """Returns [B] which rows of ids [B, L] are done."""
         rows = input_ids[:, start:].tolist()
         found = [not {*ends}.isdisjoint(row) or "\n" in encoder.decode(row).lstrip() for row in rows]
         return torch.tensor(found, device=input_ids.device)

@@ -37,30 +37,27 @@ class PackedRow:
 
     Attributes:
         prompt: the prompt's ids.
-        members: (request, position within it) of each continuation.
         continuations: ids of each, at least one; the last id is only predicted, never put in.
         num_nodes: distinct prefixes to put in; 0 if every continuation is a single id.
     """
 
     prompt: Ids
-    members: tuple[tuple[int, int], ...]
     continuations: tuple[Ids, ...]
     num_nodes: int
 
 
-def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_nodes: int) -> list[PackedRow]:
+def plan_rows(prompt: Ids, continuations: Iterable[Ids], *, max_nodes: int) -> list[PackedRow]:
     """Splits a prompt's continuations into rows of about equal size.
 
     Args:
-        request: name of the request, for ``PackedRow.members``.
         prompt: the prompt's ids.
-        continuations: position within the request → ids.
-        max_nodes: nodes a row may have, half a continuation more or less; 0 = one continuation a row.
+        continuations: ids of each, at least one.
+        max_nodes: nodes a row may have, half a continuation more or less; 0 = one continuation per row.
     """
     if not max_nodes:
-        return [PackedRow(prompt, ((request, n),), (ids,), len(ids) - 1) for n, ids in continuations.items()]
-    order = sorted(continuations, key=lambda n: continuations[n][:-1])  # neighbours share their prefixes
-    inputs = [continuations[n][:-1] for n in order]
+        return [PackedRow(prompt, (ids,), len(ids) - 1) for ids in continuations]
+    order = sorted(continuations, key=lambda ids: ids[:-1])  # neighbours share their prefixes
+    inputs = [ids[:-1] for ids in order]
     fresh = [len(inputs[0]), *(len(two) - _common(one, two) for one, two in itertools.pairwise(inputs))]
     target = sum(fresh) / max(1, -(-sum(fresh) // max_nodes))
     starts, size = [0], 0
@@ -69,12 +66,10 @@ def plan_rows(request: int, prompt: Ids, continuations: dict[int, Ids], *, max_n
             starts.append(place)
             size = 0
         size += new if place > starts[-1] else len(inputs[place])
-    rows = []
-    for start, end in itertools.pairwise((*starts, len(order))):
-        members = tuple((request, n) for n in order[start:end])
-        num_nodes = len(inputs[start]) + sum(fresh[start + 1 : end])
-        rows.append(PackedRow(prompt, members, tuple(continuations[n] for n in order[start:end]), num_nodes))
-    return rows
+    return [
+        PackedRow(prompt, tuple(order[start:end]), len(inputs[start]) + sum(fresh[start + 1 : end]))
+        for start, end in itertools.pairwise((*starts, len(order)))
+    ]
 
 
 def _common(one: Ids, two: Ids) -> int:
@@ -82,27 +77,23 @@ def _common(one: Ids, two: Ids) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
-def batch_rows(
-    rows: Iterable[PackedRow], *, token_budget: int, slack: int, mix_prompts: bool
-) -> Iterator[list[PackedRow]]:
+def batch_rows(rows: Iterable[PackedRow], *, token_budget: int, slack: int) -> Iterator[list[PackedRow]]:
     """Groups rows into batches of similar width within the token budget; a batch has at least one row.
 
     Args:
         rows: in any order.
         token_budget: nodes of a batch, padding included; also the tokens of its prompts, where they differ.
         slack: batches of at most so many nodes, padding included, may have any share of padding.
-        mix_prompts: whether rows of different prompts may share a batch.
     """
     batch: list[PackedRow] = []
     prompts: set[Ids] = set()
     nodes = longest = 0
-    for row in sorted(rows, key=lambda r: (0 if mix_prompts else r.members[0][0], -r.num_nodes)):
+    for row in sorted(rows, key=lambda r: -r.num_nodes):
         width = batch[0].num_nodes if batch else row.num_nodes  # the first one is the widest
         size, different = len(batch) + 1, len(prompts) + (row.prompt not in prompts)
         reach = max(longest, len(row.prompt))
         fits = (
-            (mix_prompts or different == 1)
-            and size * width <= min(token_budget, max(slack, _PADDING * (nodes + row.num_nodes)))
+            size * width <= min(token_budget, max(slack, _PADDING * (nodes + row.num_nodes)))
             and (different == 1 or different * reach <= token_budget)
             and size * (reach + width) <= _KEY_FACTOR * token_budget
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -172,20 +172,20 @@ class LLMScorer:
         wanted: dict[Ids, dict[Ids, float]] = {}
         for prompt, texts in requests:
             wanted.setdefault(prompt, {}).update((ids, math.nan) for ids in texts)
-        fitting = [
-            (prompt, [ids for ids in scores if len(prompt) + len(ids) <= self.max_positions])
-            for prompt, scores in wanted.items()
-        ]
-        if not self._warned_long and sum(map(len, wanted.values())) > sum(len(texts) for _, texts in fitting):
+        fitting = {
+            prompt: [ids for ids in texts if len(prompt) + len(ids) <= self.max_positions]
+            for prompt, texts in wanted.items()
+        }
+        if not self._warned_long and any(len(fitting[prompt]) < len(texts) for prompt, texts in wanted.items()):
             self._warned_long = True
             message = "A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN."
             logger.warning(message, self.max_positions)
-        if any(texts for _, texts in fitting):
-            for (prompt, texts), sums in zip(fitting, self._checked_score(fitting), strict=True):
-                wanted[prompt].update(zip(texts, sums, strict=True))
+        if any(fitting.values()):
+            for prompt, sums in self._checked_score(fitting).items():
+                wanted[prompt].update(sums)
         return [[wanted[prompt][ids] for ids in texts] for prompt, texts in requests]
 
-    def _checked_score(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[float]]:
+    def _checked_score(self, requests: Mapping[Ids, Sequence[Ids]]) -> dict[Ids, dict[Ids, float]]:
         """The engine's scores, compared with plain forwards where rows reach farther than any compared before.
 
         Sliding windows that a config declares are the engine's matter. One that it does not (GPT-Neo's layers have
@@ -193,15 +193,13 @@ class LLMScorer:
         """
         engine = self.engine
         sums = engine.score(requests)
-        place = max((n for n, (_, texts) in enumerate(requests) if texts), key=lambda n: _reach(*requests[n]))
-        prompt, texts = requests[place]
+        prompt, texts = max(((p, texts) for p, texts in requests.items() if texts), key=lambda pair: _reach(*pair))
         if _reach(prompt, texts) <= _RECHECK * self._checked_reach:
             return sums
         probes = list({max(texts, key=len), max(texts)})  # the longest one, and the one at the end of a packed row
         plain = [engine.plain_score(prompt, ids) for ids in probes]
         while engine.sharing > Sharing.NONE and all(map(math.isfinite, plain)):
-            ours = [sums[place][texts.index(ids)] for ids in probes]
-            if _difference(ours, plain, probes) <= self._tolerance:
+            if _difference([sums[prompt][ids] for ids in probes], plain, probes) <= self._tolerance:
                 break
             engine.sharing = Sharing(engine.sharing - 1)
             logger.warning("Long rows score otherwise than in a plain forward: from now on %s.", _HOW[engine.sharing])
@@ -235,13 +233,13 @@ class LLMScorer:
 def _deviation(engine: Engine, prompt: Ids, texts: Sequence[Ids], plain: Sequence[float]) -> float:
     """Returns the largest difference from plain scoring in nats a token; ∞ for NaN or where the LLM breaks."""
     try:
-        ours = engine.score([(prompt, texts)])[0]
+        sums = engine.score({prompt: texts})[prompt]
     except LLMError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         logger.info("Shared scoring failed in the start-up check: %s", error)
         return math.inf
-    return _difference(ours, plain, texts)
+    return _difference([sums[ids] for ids in texts], plain, texts)
 
 
 def _difference(ours: Sequence[float], plain: Sequence[float], texts: Sequence[Ids]) -> float:

@@ -22,6 +22,12 @@ def load(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def score(engine: Engine, requests):
+    """The sums in the requests' order."""
+    found = engine.score(dict(requests))
+    return [[found[prompt][ids] for ids in texts] for prompt, texts in requests]
+
+
 def random_ids(rng: random.Random, length: int) -> tuple[int, ...]:
     return tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
 
@@ -54,7 +60,7 @@ def test_every_way_of_sharing_gives_the_plain_scores(architecture, sharing, tmp_
     assert engine.sharing is Sharing.TRIE
     engine.sharing = sharing
     requests = random_requests(1)
-    got = engine.score(requests)
+    got = score(engine, requests)
     for (prompt, continuations), row in zip(requests, got, strict=True):
         assert row == pytest.approx([engine.plain_score(prompt, ids) for ids in continuations], abs=1e-4)
 
@@ -64,7 +70,7 @@ def test_short_windows_run_as_sequences_and_long_ones_as_tries(tmp_path):
     long, short = (tuple(range(3, 13)), [(5, 6, 1), (5, 7, 1)]), ((3, 4), [(5, 6, 1), (5, 7, 1)])
     for (prompt, continuations), nodes in ((long, 4), (short, 3)):
         before = engine.tokens_run
-        engine.score([(prompt, continuations)])
+        score(engine, [(prompt, continuations)])
         assert engine.tokens_run - before == len(prompt) + nodes
 
 
@@ -83,7 +89,7 @@ def test_recurrent_models_and_unknown_output_layers_run_whole_rows(tmp_path, mon
     assert engine.sharing is Sharing.NONE
     requests = random_requests(2)
     expected = [[engine.plain_score(prompt, ids) for ids in texts] for prompt, texts in requests]
-    assert engine.score(requests) == [pytest.approx(row, abs=1e-4) for row in expected]
+    assert score(engine, requests) == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
 def test_no_more_tokens_run_than_unique_ones_and_five_percent(llama):
@@ -94,12 +100,12 @@ def test_no_more_tokens_run_than_unique_ones_and_five_percent(llama):
     ]
     unique = sum(len(prompt) + unique_nodes(texts) for prompt, texts in utterances)
     engine = Engine(llama, token_budget=8192)
-    engine.score(utterances)
+    score(engine, utterances)
     assert unique <= engine.tokens_run <= 1.05 * unique + 64
     # Behind one prompt the utterances' texts are one trie, cut into rows of a few hundred nodes.
     together = (prompts[0], sorted({ids for _, texts in requests for ids in texts}))
     engine = Engine(llama, token_budget=8192)
-    engine.score([together])
+    score(engine, [together])
     unique = len(prompts[0]) + unique_nodes(together[1])
     assert unique <= engine.tokens_run <= 1.1 * unique
 
@@ -107,16 +113,16 @@ def test_no_more_tokens_run_than_unique_ones_and_five_percent(llama):
 def test_prompts_run_once_for_the_whole_run(llama):
     engine = Engine(llama, token_budget=4096)
     (request,) = random_requests(4, prompts=1)
-    first = engine.score([request])
+    first = score(engine, [request])
     before = engine.tokens_run
-    assert engine.score([request])[0] == pytest.approx(first[0], abs=1e-5)
+    assert score(engine, [request])[0] == pytest.approx(first[0], abs=1e-5)
     assert engine.tokens_run - before == unique_nodes(request[1])
 
 
 def test_an_old_prompt_makes_room_for_a_new_one(llama, monkeypatch):
     engine = Engine(llama, token_budget=64)
     old, new = (3, 4, 5), (6, 7, 8)
-    engine.score([(old, [(9, 1)])])
+    score(engine, [(old, [(9, 1)])])
     run = engine._hidden
 
     def fails_beside_the_old_one(cache, **inputs):
@@ -125,7 +131,7 @@ def test_an_old_prompt_makes_room_for_a_new_one(llama, monkeypatch):
         return run(cache, **inputs)
 
     monkeypatch.setattr(engine, "_hidden", fails_beside_the_old_one)
-    assert engine.score([(new, [(9, 1)])]) == [[pytest.approx(engine.plain_score(new, (9, 1)), abs=1e-4)]]
+    assert score(engine, [(new, [(9, 1)])]) == [[pytest.approx(engine.plain_score(new, (9, 1)), abs=1e-4)]]
     assert engine._prefixes.get(old) is None
     assert engine.token_budget == 64
 
@@ -138,7 +144,7 @@ def test_memory_that_never_suffices_is_an_error_even_for_many_answers_of_one_tok
 
     monkeypatch.setattr(engine, "_hidden", fails)
     with pytest.raises(LLMError, match="Out of memory"):  # they are one row, which no budget splits
-        engine.score([((3, 4), [(5,), (6,), (7,)])])
+        score(engine, [((3, 4), [(5,), (6,), (7,)])])
     monkeypatch.setattr(llama, "forward", fails)
     with pytest.raises(LLMError, match="Out of memory"):
         engine.plain_score((3, 4), (5, 1))
@@ -155,10 +161,10 @@ def test_whole_rows_ask_the_output_layer_for_scored_positions_only_a_chunk_at_a_
     mamba = load(make_tiny_llm(tmp_path, architecture="mamba"))
     engine = Engine(mamba, token_budget=4096)
     with mamba.get_output_embeddings().register_forward_hook(count):
-        scores = engine.score([(prompt, texts)])[0]
+        scores = score(engine, [(prompt, texts)])[0]
     assert sum(asked) == sum(map(len, texts))
     assert max(asked) <= 4
-    for model, expected in ((mamba, scores), (llama, Engine(llama, token_budget=64).score([(prompt, texts)])[0])):
+    for model, expected in ((mamba, scores), (llama, score(Engine(llama, token_budget=64), [(prompt, texts)])[0])):
         engine = Engine(model, token_budget=4096)
         asked.clear()
         with model.get_output_embeddings().register_forward_hook(count):
@@ -169,32 +175,29 @@ def test_whole_rows_ask_the_output_layer_for_scored_positions_only_a_chunk_at_a_
 @pytest.mark.parametrize("max_nodes", [0, 1, 7, 10_000])
 def test_rows_hold_every_continuation_once(max_nodes):
     (_, continuations), *_ = random_requests(5, continuations=30)
-    rows = plan_rows(2, (9, 9), dict(enumerate(continuations)), max_nodes=max_nodes)
-    members = [member for row in rows for member in row.members]
-    assert sorted(members) == [(2, n) for n in range(len(continuations))]
+    rows = plan_rows((9, 9), continuations, max_nodes=max_nodes)
+    assert sorted(ids for row in rows for ids in row.continuations) == sorted(continuations)
     for row in rows:
-        assert row.continuations == tuple(continuations[n] for _, n in row.members)
+        assert row.prompt == (9, 9)
         assert row.num_nodes == unique_nodes(row.continuations)
-        assert row.num_nodes <= max_nodes + 11 or len(row.members) == 1
+        assert row.num_nodes <= max_nodes + 11 or len(row.continuations) == 1
     assert len(rows) == {0: len(continuations), 10_000: 1}.get(max_nodes, len(rows))
 
 
 def test_batches_keep_to_the_budget_and_the_padding():
     rng = random.Random(6)
-    rows = [PackedRow(random_ids(rng, rng.randrange(1, 20)), ((n, 0),), (), rng.randrange(0, 50)) for n in range(200)]
-    batches = list(batch_rows(rows, token_budget=300, slack=20, mix_prompts=True))
+    rows = [PackedRow(random_ids(rng, rng.randrange(1, 20)), (), rng.randrange(0, 50)) for _ in range(200)]
+    batches = list(batch_rows(rows, token_budget=300, slack=20))
     assert sorted((row for batch in batches for row in batch), key=id) == sorted(rows, key=id)
     for batch in batches:
         padded = len(batch) * max(row.num_nodes for row in batch)
         assert padded <= 300
         assert padded <= max(20, 1.05 * sum(row.num_nodes for row in batch))
-    alone = list(batch_rows(rows, token_budget=300, slack=20, mix_prompts=False))
-    assert all(len({row.prompt for row in batch}) == 1 for batch in alone)
-    assert [len(batch) for batch in batch_rows(rows[:2], token_budget=1, slack=0, mix_prompts=True)] == [1, 1]
+    assert [len(batch) for batch in batch_rows(rows[:2], token_budget=1, slack=0)] == [1, 1]
 
 
 def test_masks_and_positions_of_a_small_trie():
-    rows = [PackedRow((7, 7), ((0, 0), (0, 1)), ((3, 4, 1), (3, 5, 1)), 3), PackedRow((8,), ((1, 0),), ((6, 1),), 1)]
+    rows = [PackedRow((7, 7), ((3, 4, 1), (3, 5, 1)), 3), PackedRow((8,), ((6, 1),), 1)]
     batch = PackedBatch(rows)
     assert batch.ids.tolist() == [[3, 4, 5], [6, 0, 0]]
     assert batch.positions.tolist() == [[2, 3, 3], [1, 0, 0]]
