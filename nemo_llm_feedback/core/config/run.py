@@ -95,11 +95,15 @@ SECTIONS: dict[str, type[Section]] = {**get_type_hints(RunConfig), "llm": LLMCon
 
 
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Builds the checked configuration from plain nested mappings (only our sections are read).
+    """Builds the checked configuration from nested mappings or an OmegaConf config (only our sections are read).
 
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
     """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(tree):
+        tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     faults: list[str] = []
     made: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
