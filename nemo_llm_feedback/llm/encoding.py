@@ -1,4 +1,4 @@
-"""From contexts and hypotheses to token ids.
+"""Encodes contexts and hypotheses as token ids.
 
 The prompt and each hypothesis are encoded separately and their ids concatenated: encoding ``prompt + hypothesis`` in
 one go lets BPE merge across the boundary, so that hypotheses of one group would not be scored after the same prompt.
@@ -234,7 +234,7 @@ class PromptEncoder:
             cut = match.start() + 1
             kept = cut if match.end() > cut else cut - 1  # a single character cannot be broken, only left out
             text = text[:kept] + " " + text[cut:]
-        if self._control.keys() & set(self.ids(text)):  # found only after the tokenizer's own normalisation
+        if self._control.keys() & set(self.ids(text)):  # found only after the tokenizer's normalisation
             text = " ".join(text)
         return text
 

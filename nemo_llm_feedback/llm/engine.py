@@ -1,4 +1,4 @@
-"""Sums of log-probabilities of continuations of prompts, with as few tokens through the model as possible.
+"""Sums the log-probabilities of continuations of prompts, with as few tokens through the model as possible.
 
 A prompt runs once; its keys and values are kept (see ``prefix.py``). Its continuations follow packed into tries (see
 ``packing.py``) where every layer attends to everything, or as ordinary sequences behind the shared prompt where a
@@ -148,8 +148,8 @@ class Engine:
             LLMError: neither can be done.
         """
         num_nodes, num_continuations = sum(r.num_nodes for r in rows), sum(len(r.continuations) for r in rows)
-        own = {row.prompt for row in rows}  # would only be run and kept again
-        others = len(self._prefixes) - sum(self._prefixes.get(prompt) is not None for prompt in own)
+        needed = {row.prompt for row in rows}  # would only be run and kept again
+        others = len(self._prefixes) - sum(self._prefixes.get(prompt) is not None for prompt in needed)
         self._prefixes.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -252,7 +252,7 @@ def _allowed_sharing(model: Any) -> tuple[Sharing, float]:
     config = model.config.get_text_config(decoder=True)
     try:
         layers = DynamicCache(config=config).layers
-    except KeyError:  # a layer type with a state of its own
+    except KeyError:  # a layer type whose state is more than keys and values
         return Sharing.NONE, 0
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     if not plain or getattr(config, "attention_chunk_size", None) is not None:

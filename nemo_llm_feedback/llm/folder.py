@@ -1,4 +1,4 @@
-"""Checks an LLM's files before a weight is loaded, finds those of a hub id, and tells their size and identity."""
+"""Checks an LLM's files before a weight is loaded, fetches those of a hub id, and measures and hashes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Packs continuations of prompts into few, dense rows.
 
 A row holds the distinct prefixes of several continuations of one prompt: the nodes of a trie over LLM tokens. Each
-node is one token at its own position, sees the prompt and its ancestors, and predicts its children and the
+node is one token at its position in its sequence, sees the prompt and its ancestors, and predicts its children and the
 continuations that end there. A row with a single continuation is an ordinary sequence.
 """
 

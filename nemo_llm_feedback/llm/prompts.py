@@ -55,7 +55,7 @@ class Template:
 
         Args:
             context: white space inside a term or utterance, line breaks included, becomes one space; the full stop
-                that ends a description is dropped (the template brings its own); utterances stand one a line.
+                that ends a description is dropped (the template has one); utterances stand one per line.
         """
         return _fill(self.text[: self.text.index("{hypothesis}")], _context_values(context))
 

@@ -1,4 +1,4 @@
-"""What the scoring LLM is asked beside a whole text's log-probability: fixed answers, and the mentions of terms.
+"""Asks the scoring LLM for more than a text's log-probability: those of fixed answers, and of the mentions of terms.
 
 Both are differences of sums over beginnings of one token sequence. Behind a shared prompt and packed into tries such
 sums cost the hypothesis and the question once, and each answer one token that is only predicted.

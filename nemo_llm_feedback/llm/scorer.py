@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_CONTEXT = Context(description="a short test", terms=("one", "two"))
 _PROBE_TEXTS = ("one two three", "one two four", "a", "one", "two words and then some more of them")
-# Largest difference, in nats a token, between shared and plain scoring. A wrong mask or position costs tenths of a nat
+# Largest difference, in nats per token, of shared from plain scoring. A wrong mask or position costs tenths of a nat
 # and more on a trained LM; rounding costs hundredths in half precision, and int8 picks its outlier columns by batch.
 _TOLERANCE = {"float32": 1e-3, "half": 0.15, "int8": 0.25}
 _RECHECK = 1.1  # how much farther rows may reach than those that were compared with a plain forward
@@ -158,7 +158,7 @@ class LLMScorer:
         """Returns Σ log p(token | prompt, earlier tokens) of token ids; equal pairs run once.
 
         A continuation may be the beginning of another: differences of such sums are scores of spans, and cost no
-        tokens of their own where hypotheses are packed into tries.
+        further tokens where hypotheses are packed into tries.
 
         Args:
             requests: (prompt, continuations), each of at least one id.
@@ -231,7 +231,7 @@ class LLMScorer:
 
 
 def _deviation(engine: Engine, prompt: Ids, texts: Sequence[Ids], plain: Sequence[float]) -> float:
-    """Returns the largest difference from plain scoring in nats a token; ∞ for NaN or where the LLM breaks."""
+    """Returns the largest difference from plain scoring in nats per token; ∞ for NaN or where the LLM breaks."""
     try:
         sums = engine.score({prompt: texts})[prompt]
     except LLMError:
@@ -243,7 +243,7 @@ def _deviation(engine: Engine, prompt: Ids, texts: Sequence[Ids], plain: Sequenc
 
 
 def _difference(ours: Sequence[float], plain: Sequence[float], texts: Sequence[Ids]) -> float:
-    """Returns the largest difference in nats a token; ∞ where one is not finite."""
+    """Returns the largest difference in nats per token; ∞ where one is not finite."""
     differences = [abs(a - b) / len(ids) for a, b, ids in zip(ours, plain, texts, strict=True)]
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 

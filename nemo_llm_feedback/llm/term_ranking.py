@@ -1,4 +1,4 @@
-"""Which terms of a long list the LLM gets to read, and which terms a text mentions.
+"""Ranks the terms of a long list by their likeness to hypotheses, and finds the terms that a text mentions.
 
 A catalogue of thousands of terms fits no prompt. Of such a list a group's prompt gets the terms that look or sound
 like something in the group's hypotheses, and some others, so that being listed is no sign of being right. The choice

@@ -1,4 +1,4 @@
-"""The LLM's view of a group: which terms it reads, and how the hypotheses are written for it.
+"""Shows a group to the LLM: which terms it reads, and how the hypotheses are written for it.
 
 A view changes what the LLM is shown and nothing else. It is the same for all members of a group, and since scores are
 kept under the context and the text that were shown, a cache needs to know nothing of it.
