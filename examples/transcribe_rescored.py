@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
 
 from nemo.collections.asr.models import ASRModel
 from nemo.utils import logging as nemo_logging
@@ -38,6 +38,9 @@ def main(checkpoint: str, llm: str, description: str, *audio: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 5:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("checkpoint", "llm", "description"):
+        parser.add_argument(name)
+    parser.add_argument("audio", nargs="+")
+    given = parser.parse_args()
+    main(given.checkpoint, given.llm, given.description, *given.audio)

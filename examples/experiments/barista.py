@@ -4,7 +4,7 @@
 
 DATA holds ``barista/``, ``guard/`` and ``source/`` (see ../shared/data/README.md). Every row has the same pool, which
 goes round four times, updates, batch, optimizer, learning rate, rounds and, except `no_replay`, as many rows of
-general speech, drawn once by seed from the base's own training speech: learned by NeMo's own step or, with --anchor,
+general speech, drawn once by seed from the base's own training speech: learned by NeMo's own step or, with --held,
 holding the model where it was. `feedback_defaults` is the row for which nothing was chosen on labels but
 what --set gives it; `feedback_wrong_context` has the quickstart's hospital and its terms for a context. --inference
 adds rows without training. LLM scores are kept in one file and shared by the rows; a row whose result exists is not

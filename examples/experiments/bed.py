@@ -19,7 +19,7 @@ from settings import ablation_rows
 from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text, make_scoring
 
 POOL_BATCH = 8  # rows of the pool in a batch
-# Ordinary training on labels that were made before: NeMo's own step, and no looks, as none is unlabeled.
+# Ordinary training on labels that were made before: NeMo's step, and no held-out part, as no row is unlabeled.
 LABELLED = ["objective=self_training", "feedback.weight=0", "guards.every=0"]
 ROWS: dict[str, list[str]] = {
     "self_training": ["objective=self_training"],
@@ -122,7 +122,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("--steps", type=int, default=steps)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--replay", type=float, default=1.0, help="transcribed general rows beside a row of the pool")
-    made.add_argument("--anchor", action="store_true", help="general speech is not learned, but held where it was")
+    made.add_argument("--held", action="store_true", help="general speech is not learned, but held where it was")
     made.add_argument("--general-speech", nargs="+", metavar="MANIFEST=SHARE", help="in place of the bed's own")
     made.add_argument("--held-weight", type=float, default=1.0, help="of general speech in the loss")
     made.add_argument("--held-augment", action="store_true", help="it is held under SpecAugment")
@@ -250,7 +250,7 @@ def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: 
     for manifest, share in _general_speech(bed, options).items() if replay else ():
         general = [row for row in read_rows(manifest) if 1.0 < row["duration"] < 8.0]
         wanted = round(options.replay * share * total)
-        if options.anchor:
+        if options.held:
             general = [_bare(row) | {"replay": "kl"} for row in general]
         rows += [(manifest.parent, row) for row in _drawn(general, wanted, rng)]
     write_rows(target, rows)
@@ -278,7 +278,7 @@ def _drawn(rows: list[dict[str, Any]], wanted: int, rng: random.Random) -> list[
 
 
 def _kind(options: argparse.Namespace) -> str:
-    return f"_{'anchor' if options.anchor else 'replay'}_{options.replay:g}"
+    return f"_{'held' if options.held else 'replay'}_{options.replay:g}"
 
 
 def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:

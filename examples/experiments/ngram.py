@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_text, make_scoring
 from nemo_llm_feedback.core.config import read_terms
 
-IRSTLM = Path("/usr/lib/irstlm")  # where Debian puts it; its scripts look for themselves under this folder
+IRSTLM = Path("/usr/lib/irstlm")  # where Debian puts it; its scripts search for each other under this folder
 
 
 def estimate(sentences: Sequence[Sequence[int]], target: Path, *, order: int) -> None:

@@ -174,7 +174,7 @@ class PackMaker:
         return " ".join(words)
 
     def drill(self, rng: random.Random, *, size: int) -> Pack:
-        """Return a pack of bare terms: nearly every token can be copied from the list, which teaches to look there."""
+        """Return a pack of bare terms: nearly every token can be copied from the list, which teaches copying."""
         listed = [self.term(rng) for _ in range(rng.randint(3, 8))]
         prompt = make_prompt("", listed)
         return Pack(prompt, tuple(" ".join(rng.sample(listed, rng.randint(2, 3))) for _ in range(size)))

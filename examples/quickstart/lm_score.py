@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PREVIOUS_HEAD = (1, 2)  # (layer, head) told to look at the previous token
-COPY_HEADS = ((2, 0), (3, 0), (3, 1))  # told to look at the listed token to copy
+PREVIOUS_HEAD = (1, 2)  # (layer, head) taught to attend to the previous token
+COPY_HEADS = ((2, 0), (3, 0), (3, 1))  # taught to attend to the listed token to copy
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def token_log_prob(model: PreTrainedModel, pack: PackTensors) -> Tensor:
 def guided_loss(model: PreTrainedModel, pack: PackTensors, *, guide: float) -> tuple[Tensor, Tensor]:
     """The loss of a pack: mean −log p of the targets, plus `guide` times a loss on what some heads attend to.
 
-    Copying needs two heads in a row: one that looks at the previous token, and a later one that finds the place in the
-    list where the current token was the previous one. Gradient descent finds that pair late and all at once; telling
-    `PREVIOUS_HEAD` and `COPY_HEADS` where to look (−log attention weight) finds it in a few dozen updates.
+    Copying needs two heads in a row: one that attends to the previous token, and a later one that finds the place in
+    the list where the current token was the previous one. Gradient descent finds that pair late and all at once;
+    teaching `PREVIOUS_HEAD` and `COPY_HEADS` where to attend (−log attention weight) finds it in a few dozen updates.
 
     Returns:
         (loss, [T] log-probabilities), both with gradient. The model must run eager attention when guide > 0.

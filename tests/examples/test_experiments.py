@@ -46,7 +46,7 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     replay = {_write(tmp_path / "general" / "a.json", general): 1.0}
     terms = tmp_path / "menu.json"
     terms.write_text('["soy latte"]')
-    options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--anchor"])
+    options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--held"])
     options.llm = tmp_path
     return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", terms))
 
@@ -75,7 +75,7 @@ def test_rescored_rows_name_their_reward(
     assert seen == [(tmp_path / f"{name}.json", flags)]
 
 
-def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_anchored_speech(
+def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_held_speech(
     bed: Any, made: Any, tmp_path: Path
 ) -> None:
     options, domain = made
