@@ -191,3 +191,10 @@ def test_composition_opens_nemos_sections_and_reports_hydras_errors() -> None:
         compose_config(["objective=ppo"])
     with pytest.raises(ConfigError):
         compose_config(["nonsense=1"])
+
+
+def test_a_composed_configuration_is_taken_as_it_is() -> None:
+    from nemo_llm_feedback.core.config.compose import compose_config
+
+    config = parse_run_config(compose_config(["context.terms=[latte,mocha]", "reward=rules"]))
+    assert config.context.load().terms == ("latte", "mocha")
