@@ -178,7 +178,7 @@ class Bench:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The curves of a run folder, a value a line, and its JSON files."""
+    """The curves of a run folder, one value per line, and its JSON files."""
     lines = [json.loads(line) for line in (folder / STEPS).read_text(encoding="utf-8").splitlines()]
     names = dict.fromkeys(key for line in lines for key in line)
     curves = {name: [line.get(name) for line in lines] for name in names}

@@ -90,7 +90,7 @@ class Problem:
 
     @property
     def rho(self) -> float:
-        """Unique nodes of the groups ÷ nodes of one hypothesis a row."""
+        """Unique nodes of the groups ÷ nodes of one hypothesis per row."""
         nodes = sum(len(hyp) + 1 for hyp in self.best)
         return PrefixTrie.build(*self.flat).num_nodes / nodes
 

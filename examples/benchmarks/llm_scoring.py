@@ -6,7 +6,7 @@
 Three ways to score 16 utterances × 8 hypotheses × 20 tokens behind a context of 300 tokens, with a context for each
 utterance and with one for the whole run:
 
-- naive: one row a hypothesis with its whole prompt, in the batch size that is fastest here. It is the strongest naive
+- naive: one row per hypothesis with its whole prompt, in the batch size that is fastest here. It is the strongest naive
   way we know: the output matrix is applied to the hypothesis's positions only, as in ours.
 - prompt: the prompt runs once, the hypotheses continue from its keys and values.
 - trie: what the plugin does, common prefixes of the hypotheses run once too.
@@ -323,7 +323,7 @@ def measure(model: Any, workload: Workload, *, storage: str, vocabulary: int, ro
 
 
 def best_batch(model: Any, requests: Requests) -> int:
-    """The batch size with which the naive way is fastest a row: powers of two until three in a row are no faster."""
+    """The batch size with which the naive way is fastest per row: powers of two until three in a row are no faster."""
     rows = [(prompt, [text]) for prompt, texts in requests for text in texts]
     score_naive(model, rows[:1], batch=1)  # what a first call alone costs
     best, fastest = 1, float("inf")

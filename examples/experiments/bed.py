@@ -265,7 +265,7 @@ def _general_speech(bed: Bed, options: argparse.Namespace) -> Mapping[Path, floa
 
 
 def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what tells its text."""
+    """A row without its text and what follows from it."""
     return {key: value for key, value in row.items() if key not in ("text", "entities", "context")}
 
 

@@ -2,8 +2,8 @@
 
     python examples/experiments/curves.py OUT.png LABEL=RUN_FOLDER …
 
-RUN_FOLDER holds ``steps.jsonl`` and ``result.json`` (``<--out>/runs/<row>_seed<n>/version_0``). A panel a metric: WER
-and entity WER of the domain's set, WER of the guard set.
+RUN_FOLDER holds ``steps.jsonl`` and ``result.json`` (``<--out>/runs/<row>_seed<n>/version_0``). One panel per
+metric: WER and entity WER of the domain's set, WER of the guard set.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/experiments/pool_size.py OUT.png 67=FOLDER 134=FOLDER … [--system NAME] [--sets NAME …]
 
 A folder is the ``--out`` of a bed's run with ``--pool-rows`` of that number; of its JSON files those of the sets are
-read. The base stands at 0. A panel a set; the domain's, which is the first, has WER and entity WER.
+read. The base stands at 0. One panel per set; the domain's, which is the first, has WER and entity WER.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rare words of LibriSpeech with a list of about 100 context words an utterance: rows of docs/results/rare_words.md.
+"""Rare words of LibriSpeech, a list of 100 context words per utterance: the rows of docs/results/rare_words.md.
 
     python examples/experiments/rare_words.py DATA CHECKPOINT.nemo --out FOLDER [--rows feedback …] [--split test]
 

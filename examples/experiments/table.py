@@ -3,7 +3,7 @@
     python examples/experiments/table.py MANIFEST --systems "base=ctc.nemo" "self-training=a_seed1.nemo,a_seed2.nemo" \
         "rescoring=rescored.json" [--against self-training] [--guard GUARD.json …] [--json out.json]
 
-A system is a label and its files: adapted checkpoints, one a seed, which are decoded greedily, or ready transcripts
+A system is a label and its files: adapted checkpoints, one per seed, which are decoded greedily, or ready transcripts
 (JSON Lines with ``pred_text``), which have no guard. The first system is the one that changes are measured from.
 """
 
@@ -72,7 +72,7 @@ class Draws:
         """A system's cell.
 
         Args:
-            seeds: its scores, one a seed.
+            seeds: its scores, one per seed.
             metric: a key of `metrics.METRICS`.
             other: scores of the system that it is compared with; None = with none.
         """

@@ -35,13 +35,13 @@ def padded(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> tuple[to
 
 
 def mean_loss(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Nats a token; padding stands behind each sentence, so that the causal mask alone keeps it out."""
+    """Nats per token; padding stands behind each sentence, so that the causal mask alone keeps it out."""
     logits = model(input_ids=inputs).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 def main() -> None:
-    """Trains, reports nats a token on held-out sentences, and writes the model in fp32."""
+    """Trains, reports nats per token on held-out sentences, and writes the model in fp32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/")
     parser.add_argument("--layout", type=Path, default=SHARED.parent / "checkpoints" / "lm", help="config, tokenizer")

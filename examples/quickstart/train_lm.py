@@ -199,7 +199,7 @@ def asr_report(
 
 
 def main() -> None:
-    """Train (unless told otherwise), write the model in fp16, print the report."""
+    """Train (unless asked not to), write the model in fp16, print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/ and source/")
     parser.add_argument("--start", type=Path, default=SHARED.parent / "checkpoints" / "lm")
