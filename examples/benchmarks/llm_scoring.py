@@ -6,8 +6,8 @@
 Three ways to score 16 utterances × 8 hypotheses × 20 tokens behind a context of 300 tokens, with a context for each
 utterance and with one for the whole run:
 
-- naive: one row per hypothesis with its whole prompt, in the batch size that is fastest here. It is the strongest naive
-  way we know: the output matrix is applied to the hypothesis's positions only, as in ours.
+- naive: one row per hypothesis with its whole prompt, in the batch size that is fastest here. It is the strongest
+  naive way we know: the output matrix is applied to the hypothesis's positions only, as in ours.
 - prompt: the prompt runs once, the hypotheses continue from its keys and values.
 - trie: what the plugin does, common prefixes of the hypotheses run once too.
 
