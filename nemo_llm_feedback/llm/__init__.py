@@ -1,6 +1,7 @@
-"""The scoring LLM. ``load_llm(config).score([(context, texts)])`` returns log p(text | context) of every text.
+"""The frozen LLM that scores texts: ``load_llm(config).score([(context, texts)])`` returns log p(text | context).
 
-transformers is imported when a tokenizer or a model is loaded; ``check_llm_folder`` refuses an unusable LLM without.
+transformers is imported only when a tokenizer or a model is loaded; ``check_llm_folder`` finds the faults of an
+unusable LLM without it.
 """
 
 from nemo_llm_feedback.llm.folder import check_llm_folder, estimate_memory, resolve_folder

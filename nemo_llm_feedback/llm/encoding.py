@@ -1,4 +1,4 @@
-"""Encodes contexts and hypotheses as token ids.
+"""Encodes prompts and hypotheses as the LLM's token ids.
 
 The prompt and each hypothesis are encoded separately and their ids concatenated: encoding ``prompt + hypothesis`` in
 one go lets BPE merge across the boundary, so that hypotheses of one group would not be scored after the same prompt.
@@ -33,21 +33,20 @@ class PromptEncoder:
 
     Args:
         tokenizer: a ``transformers`` tokenizer.
-        config: which template, how it is wrapped in a chat template, and the longest prompt.
-        max_positions: longest sequence that the LLM can read, of which a part is kept for the hypothesis.
+        config: names the template, how a chat template wraps it, and the longest prompt.
+        max_positions: longest sequence that the LLM can read, in tokens; up to 256 are kept for the hypothesis.
 
     Attributes:
         chat: whether prompts go through the tokenizer's chat template as the user's message, the hypothesis being the
             answer.
-        max_tokens: longest prompt; a longer context is truncated, terms first.
+        max_tokens: longest prompt in tokens; a longer context is truncated, terms first.
         uses_context: whether the template shows the context at all.
-        identity: all that decides the ids of a context and a text, the tokenizer's files aside.
+        identity: everything that decides the ids of a context and a text, apart from the tokenizer's files.
         num_truncated: contexts that were too long so far.
         end_id: the token that ends a transcript.
 
     Raises:
-        LLMError: the template is faulty or too long, there is no chat template, no token that ends a transcript, or
-            none that could begin an empty prompt.
+        LLMError: the template is faulty, or the tokenizer lacks the chat template or the token that ends a transcript.
     """
 
     def __init__(self, tokenizer: Any, config: LLMConfig, *, max_positions: int) -> None:
@@ -57,32 +56,25 @@ class PromptEncoder:
         self._template = read_template(config.template, chat=self.chat)
         self.max_tokens = min(config.max_context_tokens, max_positions - min(256, max_positions // 4))
         self.uses_context = self._template.uses_context
-        self.identity = {
-            "template": self._template.text,
-            "chat": [tokenizer.chat_template, self._chat_kwargs] if self.chat else None,
-            "max_context_tokens": config.max_context_tokens,
-        }
+        chat = [tokenizer.chat_template, self._chat_kwargs] if self.chat else None
+        limit = config.max_context_tokens
+        self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": limit}
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
-        self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(
-            lambda context: self.fit(context, lambda short: (self._prompt_ids(short),))[0]
-        )
+        self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(lambda context: self.fit(context, self._parts)[0])
         self.num_truncated = 0
         self.end_id = self._find_end_id()
 
     def encode_text(self, text: str) -> Ids:
         """Returns the ids of a hypothesis followed by the end token; the empty text is the end token alone."""
-        ids = self.ids(text)
-        if self._control.keys() & set(ids):
-            ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
-        return (*ids, self.end_id)
+        return (*(i for i in self.ids(self.safe_text(text)) if i not in self._control), self.end_id)
 
     def encode_prompt(self, context: Context) -> Ids:
         """Returns the prompt's ids, at least one and at most ``max_tokens``.
 
         Args:
-            context: too long ones are cut (see ``shorten``); the template and hypotheses never are.
+            context: what the LLM is given to know; cut if it is too long (see ``shorten``).
 
         Raises:
             LLMError: the template alone is longer than ``max_tokens``.
@@ -90,14 +82,14 @@ class PromptEncoder:
         return self._cached_prompt(context)
 
     def fit(self, context: Context, parts: Callable[[Context], tuple[Ids, ...]]) -> tuple[Ids, ...]:
-        """Returns the ids of a prompt's parts, together at most ``max_tokens``.
+        """Returns the ids of a prompt's parts, together at most ``max_tokens`` of them.
 
         Args:
-            context: too long ones are cut (see ``shorten``).
-            parts: context → the parts of its prompt.
+            context: what the LLM is given to know; cut if it is too long (see ``shorten``).
+            parts: function from a context to the ids of its prompt's parts.
 
         Raises:
-            LLMError: even without a context there are more.
+            LLMError: the template alone is longer than ``max_tokens``.
         """
         found = parts(self.shorten(context, lambda short: sum(map(len, parts(short)))))
         if (length := sum(map(len, found))) > self.max_tokens:
@@ -108,7 +100,7 @@ class PromptEncoder:
         return found
 
     def safe_text(self, text: str) -> str:
-        """Returns the text with whatever the tokenizer would read as a control token broken up."""
+        """Returns the text, in which whatever the tokenizer would read as a control token is broken up."""
         return self._safe(text) if self._control.keys() & set(self.ids(text)) else text
 
     def shorten(self, context: Context, num_tokens: Callable[[Context], int]) -> Context:
@@ -118,8 +110,8 @@ class PromptEncoder:
         the description; counted in ``num_truncated`` and logged once.
 
         Args:
-            context: control tokens in it are broken up.
-            num_tokens: context → tokens of its prompt.
+            context: what the LLM is given to know; control tokens in it are broken up.
+            num_tokens: function from a context to the number of its prompt's tokens.
         """
         context = self._safe_context(context)
         if num_tokens(context) <= self.max_tokens:
@@ -127,7 +119,7 @@ class PromptEncoder:
         self.num_truncated += 1
         words = context.description.split(" ")
 
-        def without(n: int) -> Context:
+        def _without(n: int) -> Context:
             """The context without its last n terms, then its oldest utterances, then its last words."""
             num_terms, num_previous = len(context.terms), len(context.previous)
             kept = len(words) - max(0, n - num_terms - num_previous)
@@ -136,8 +128,8 @@ class PromptEncoder:
 
         total = len(context.terms) + len(context.previous) + len(words)
         # The fewest that must go; without more of them it fits, too.
-        fewest = bisect.bisect_left(range(total), True, key=lambda n: num_tokens(without(n)) <= self.max_tokens)
-        shortened = without(fewest)
+        fewest = bisect.bisect_left(range(total), True, key=lambda n: num_tokens(_without(n)) <= self.max_tokens)
+        shortened = _without(fewest)
         if self.num_truncated == 1:
             logger.warning(
                 "A context is longer than %d tokens: kept %d of its %d terms, %d of its %d previous utterances and %d "
@@ -154,21 +146,21 @@ class PromptEncoder:
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def text_spans(self, text: str) -> tuple[Ids, list[tuple[int, int]], str]:
-        """Returns what ``encode_text`` does, and which characters each token stands for.
+        """Returns the ids that ``encode_text`` returns, and which characters each token stands for.
 
         Returns:
             The ids with the end token; (start, end) in the shown text of every token but the end token; and that text,
             which differs from ``text`` where control tokens were broken up.
 
         Raises:
-            LLMError: the tokenizer is a slow one, which does not tell.
+            LLMError: the tokenizer is a slow one, which does not know its tokens' characters.
         """
         shown = self.safe_text(text)
         try:
             found = self._tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         except NotImplementedError as error:
             raise LLMError(
-                "The LLM's tokenizer does not tell which characters its tokens stand for: use a checkpoint with "
+                "The LLM's tokenizer does not know which characters its tokens stand for: use a checkpoint with "
                 "tokenizer.json, or another reward than entity."
             ) from error
         pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
@@ -180,7 +172,7 @@ class PromptEncoder:
         return str(self._tokenizer.decode([i for i in ids if i not in self._control], skip_special_tokens=True))
 
     def frame(self, prompt: str) -> tuple[Ids, str]:
-        """Returns the ids that begin a prompt (a begin token or none), and the prompt in its chat template if any."""
+        """Returns the ids that begin a prompt (a begin token or none), and its text, wrapped in the chat template."""
         if self.chat:
             return (), self._chat_text(prompt)
         first = self._tokenizer.bos_token_id
@@ -188,17 +180,17 @@ class PromptEncoder:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
         return (() if first is None else (first,)), prompt
 
-    def _prompt_ids(self, context: Context) -> Ids:
+    def _parts(self, context: Context) -> tuple[Ids]:
+        """The one part of a scoring prompt: all of it."""
         begin, prompt = self.frame(self._template.render(context))
-        return (*begin, *self.ids(prompt))
+        return ((*begin, *self.ids(prompt)),)
 
-    def _chat_text(self, prompt: str, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": prompt.strip()}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer is None, **self._chat_kwargs
-        )
+    def _chat_text(self, prompt: str, *answer: str) -> str:
+        """The user's message in the chat template, with the answer after it or up to where the answer begins."""
+        turns = zip(("user", "assistant"), (prompt.strip(), *answer), strict=False)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        settings = {"tokenize": False, "add_generation_prompt": not answer, **self._chat_kwargs}
+        return self._tokenizer.apply_chat_template(messages, **settings)
 
     def _find_end_id(self) -> int:
         if not self.chat:
@@ -211,9 +203,9 @@ class PromptEncoder:
         question, whole = self._chat_text(prompt), self._chat_text(prompt, _PROBE)
         if not whole.startswith(question + _PROBE):
             raise LLMError(
-                "The chat template writes something else before an answer than before the answer to come, so a "
-                "transcript cannot be scored as the answer. For a thinking model set "
-                "llm.chat_template_kwargs={enable_thinking: false}; otherwise set llm.chat=off."
+                "The chat template writes one thing before a given answer and another before a generated one, so a "
+                "transcript cannot be scored as the answer: set llm.chat_template_kwargs={enable_thinking: false} for "
+                "a thinking model, llm.chat=off for another."
             )
         tail = self.ids(whole[len(question + _PROBE) :].lstrip())
         if not tail or tail[0] not in self._control:
@@ -221,7 +213,7 @@ class PromptEncoder:
         return tail[0]
 
     def _safe_context(self, context: Context) -> Context:
-        """Returns the context with whatever the tokenizer would read as a control token broken up."""
+        """Returns the context, in which whatever the tokenizer would read as a control token is broken up."""
         whole = "\n".join((context.description, *context.terms, *context.previous))
         if not self._control.keys() & set(self.ids(whole)):
             return context
@@ -240,7 +232,7 @@ class PromptEncoder:
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Added tokens (id → text) that are no ordinary words or white space, special or not (``<tool_call>``)."""
+    """Added tokens (id → text) other than ordinary words and white space, special or not (``<tool_call>``)."""
     return {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -249,5 +241,5 @@ def _control_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def hash_of(parts: object) -> str:
-    """Returns hexadecimal digits that change whenever anything in a structure of plain values does."""
+    """Returns the SHA-256, in hexadecimal digits, of a structure of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

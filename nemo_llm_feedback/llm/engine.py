@@ -36,12 +36,12 @@ class Engine:
 
     Args:
         model: a ``transformers`` causal LM in eval mode.
-        token_budget: continuation tokens, padding included, in one forward.
+        token_budget: most continuation tokens, padding included, per forward.
 
     Attributes:
-        model: as given.
-        sharing: what this model allows; may be lowered.
-        token_budget: halved for good whenever memory runs out.
+        model: the model.
+        sharing: the work that this model's rows can share; may be lowered.
+        token_budget: the budget, halved for good whenever memory runs out.
         tokens_run: tokens that went through the model so far, padding included.
     """
 
@@ -54,9 +54,8 @@ class Engine:
         with self._frozen():
             self._output = OutputLayer(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.sharing: Sharing
-        self._window: float
-        self.sharing, self._window = _allowed_sharing(model) if self._output.exact else (Sharing.NONE, 0)
+        allowed = _allowed_sharing(model) if self._output.exact else (Sharing.NONE, 0.0)
+        self.sharing, self._window = allowed
 
     @property
     def memory_bytes(self) -> int:
@@ -67,10 +66,10 @@ class Engine:
         """Returns log p(continuation | prompt), natural log, summed over the continuation's tokens.
 
         Args:
-            requests: prompt → continuations, of at least one id each.
+            requests: maps each prompt to its continuations, of at least one id each.
 
         Returns:
-            Prompt → continuation → sum.
+            Per prompt and continuation the sum.
 
         Raises:
             LLMError: out of memory with a single continuation.
@@ -91,7 +90,7 @@ class Engine:
         return sums
 
     def plain_score(self, prompt: Ids, continuation: Ids) -> float:
-        """Returns the same as ``score`` for one continuation by one plain forward over prompt and continuation.
+        """Returns what ``score`` returns for one continuation, by one plain forward over prompt and continuation.
 
         Raises:
             LLMError: out of memory.
@@ -104,12 +103,12 @@ class Engine:
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        # Training wraps its step in autocast; the LLM's dtype must not depend on that.
+        """No gradients, and no autocast, in which training wraps its step: the LLM's dtype must not depend on it."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
     def _batches(self, pending: Mapping[Ids, Collection[Ids]]) -> Iterator[list[PackedRow]]:
-        """Plans batches of what is pending: sequences prompt by prompt, then those that may be tries together."""
+        """Plans batches of pending continuations: sequences prompt by prompt, then tries of all prompts together."""
         mixed: list[PackedRow] = []
         for prompt, continuations in pending.items():
             if not continuations:
@@ -126,11 +125,10 @@ class Engine:
         yield from self._batch_rows(mixed)
 
     def _batch_rows(self, rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
-        slack = min(_SLACK[self._device.type], self.token_budget)
-        return batch_rows(rows, token_budget=self.token_budget, slack=slack)
+        return batch_rows(rows, token_budget=self.token_budget, slack=_SLACK[self._device.type])
 
     def _try(self, rows: Sequence[PackedRow], *, plain: bool = False) -> list[float] | None:
-        """Scores one batch; None when memory ran out."""
+        """Returns the sum per continuation of one batch; None when memory ran out."""
         try:
             if plain or self.sharing is Sharing.NONE:
                 return self._run_whole(rows, by_model=plain or not self._output.exact)
@@ -142,7 +140,7 @@ class Engine:
             raise
 
     def _make_room(self, rows: Sequence[PackedRow]) -> None:
-        """After an out-of-memory error: kept prompts go, and batches are halved for good.
+        """After an out-of-memory error: forgets the kept prompts, and halves batches for good.
 
         Raises:
             LLMError: neither can be done.
@@ -164,7 +162,7 @@ class Engine:
             logger.warning("Out of memory while scoring: llm.token_budget is now %d.", self.token_budget)
 
     def _run_packed(self, rows: Sequence[PackedRow]) -> list[float]:
-        """Scores rows of nodes behind their prompts' kept keys and values."""
+        """Returns the sum per continuation of rows of nodes, run behind their prompts' kept keys and values."""
         prefixes, batch = self._prefixes_of(rows), PackedBatch(rows)
         one_prompt = len({row.prompt for row in rows}) == 1
         targets = batch.targets.to(self._device)
@@ -182,7 +180,7 @@ class Engine:
         return batch.sums(torch.cat(logp).cpu())
 
     def _prefixes_of(self, rows: Sequence[PackedRow]) -> list[Prefix]:
-        """Returns the state of each row's prompt, running those that are not kept, a batch of similar length each."""
+        """Returns the state per row of its prompt; those that are not kept run in batches of similar length."""
         known = {row.prompt: self._prefixes.get(row.prompt) for row in rows}
         missing = [PackedRow(prompt, (), len(prompt)) for prompt, prefix in known.items() if prefix is None]
         for batch in self._batch_rows(missing):
@@ -198,7 +196,7 @@ class Engine:
         mask = (torch.arange(ids.shape[1]) < lens[:, None]).long()
         cache: Any = DynamicCache()  # without a config every layer keeps all of the prompt
         hidden = self._hidden(cache, input_ids=ids, attention_mask=mask)
-        ends = self._output.next_logp(hidden[torch.arange(len(prompts)), lens - 1])
+        ends = self._output.logits(hidden[torch.arange(len(prompts)), lens - 1]).log_softmax(-1)
         states = []
         for row, (length, logp) in enumerate(zip(lens.tolist(), ends, strict=True)):
             # Copies: views would keep the whole batch's tensors alive as long as any of its prompts.
@@ -208,10 +206,10 @@ class Engine:
         return states
 
     def _run_whole(self, rows: Sequence[PackedRow], *, by_model: bool) -> list[float]:
-        """Scores rows of prompt + continuation, each by itself.
+        """Returns the sum per row of prompts + continuations that share nothing.
 
         Args:
-            rows: of one continuation each.
+            rows: rows of one continuation each.
             by_model: let the model compute its logits from the first scored position on, instead of those of the
                 scored positions only, a few hundred at a time.
         """
@@ -245,9 +243,9 @@ class Engine:
 
 
 def _allowed_sharing(model: Any) -> tuple[Sharing, float]:
-    """Returns how much this architecture lets continuations share, and the shortest sliding window (∞ if none).
+    """Returns how much of the work continuations can share in this architecture, and within how many tokens as tries.
 
-    Within the shortest window a sliding layer attends to everything, so short rows may be tries there too.
+    That is the shortest sliding window, within which a sliding layer attends to everything; ∞ if there is none.
     """
     config = model.config.get_text_config(decoder=True)
     try:

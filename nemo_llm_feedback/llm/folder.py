@@ -1,4 +1,4 @@
-"""Checks an LLM's files before a weight is loaded, fetches those of a hub id, and measures and hashes them."""
+"""The LLM's files: checks them before weights are loaded, fetches those of a hub id, measures and hashes them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from nemo_llm_feedback.llm.prompts import read_template
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _LLM_FILES = ("*.safetensors", *TOKENIZER_FILES)  # neither pickles nor code are fetched
+_SETTINGS = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: text part of multimodal models
 _SAMPLE = 2**12  # bytes of each tensor's beginning, middle and end that enter the fingerprint …
@@ -25,10 +26,10 @@ _WHOLE = 2**22  # … of weight files larger than this
 
 
 def check_llm_folder(config: LLMConfig) -> list[str]:
-    """Returns every fault of the LLM's files, template and device that shows without loading weights.
+    """Returns every fault of the LLM's files, template and device that can be found without loading weights.
 
-    A hub id is checked by its form and, where ``HF_HUB_OFFLINE`` is set, by what the local hub cache has of it;
-    nothing is downloaded. Faults of the values are ``config.validate()``'s matter.
+    A hub id is checked by its form and, where ``HF_HUB_OFFLINE`` is set, by its files in the local hub cache; nothing
+    is downloaded. ``config.validate()`` finds the faults of the settings' values.
     """
     from huggingface_hub import is_offline_mode
 
@@ -56,7 +57,7 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether ``model`` has the form of a hub id, ``name`` or ``owner/name``."""
+    """Returns whether ``model`` has the form of a hub id, ``name`` or ``owner/name``."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -88,8 +89,8 @@ def fetch(model: str, revision: str | None, *, key: str, patterns: Sequence[str]
     Args:
         model: the hub id.
         revision: branch, tag or commit; None = main.
-        key: of the setting that names the model, for the error.
-        patterns: names of the files that are wanted.
+        key: the setting that names the model, for error messages.
+        patterns: glob patterns of the files to fetch.
 
     Raises:
         LLMError: the hub cannot be reached or does not deliver.
@@ -112,7 +113,7 @@ def fetch(model: str, revision: str | None, *, key: str, patterns: Sequence[str]
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of all that decides the LLM's scores: configs, tokenizer, sizes, and samples of every tensor."""
+    """Returns a hash of what decides the LLM's scores: configs, tokenizer, file sizes, and samples of every tensor."""
     digest = hashlib.sha256()
     suffixes = (".json", ".model", ".txt", ".jinja", ".safetensors")
     for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
@@ -139,9 +140,9 @@ def estimate_memory(folder: Path, config: LLMConfig, *, compute_bytes: int) -> i
 
     Args:
         folder: the LLM's folder.
-        config: its quantisation. Matrices other than embeddings and output matrix take 0.52 bytes per weight in NF4
-            with double quantisation (4 bits, and 0.127 bits of scales) and 1 byte in int8.
-        compute_bytes: bytes of one unquantised weight.
+        config: the LLM's settings, of which the quantisation counts. Matrices other than embeddings and output matrix
+            take 0.52 bytes per weight in NF4 with double quantisation (4 bits, and 0.127 bits of scales), 1 in int8.
+        compute_bytes: bytes per unquantised weight.
     """
     factor = {"nf4": 0.52, "int8": 1.0}.get(config.quantization, float(compute_bytes))
     total = 0.0
@@ -150,24 +151,21 @@ def estimate_memory(folder: Path, config: LLMConfig, *, compute_bytes: int) -> i
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_slice(name)
                 shape = tensor.get_shape()
-                if tensor.get_dtype() in ("U8", "I8"):
-                    total += prod(shape)
-                else:
-                    keeps = len(shape) < 2 or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
-                    total += prod(shape) * (compute_bytes if keeps else factor)
+                keeps = len(shape) < 2 or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+                stored = tensor.get_dtype() in ("U8", "I8")
+                total += prod(shape) * (1 if stored else compute_bytes if keeps else factor)
     return round(total)
 
 
 def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:
     try:
-        settings = _read_json(folder / "config.json")
-        index = _read_json(folder / "model.safetensors.index.json", default={})
-        tokenizer_settings = _read_json(folder / "tokenizer_config.json", default={})
+        files = {name: _read_json(folder / name) for name in _SETTINGS}
     except LLMError as error:
         yield f"llm.model={folder}: {error} Give the folder of a causal LM saved by transformers."
         return
+    settings, _, index = files.values()
     yield from _weight_faults(folder, index)
-    for name, content in (("config.json", settings), ("tokenizer_config.json", tokenizer_settings)):
+    for name, content in files.items():
         if "auto_map" in content:
             yield (
                 f"llm.model={folder} asks for custom code (auto_map in {name}), which is never run: use a checkpoint "
@@ -175,19 +173,19 @@ def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:
             )
     names = settings.get("architectures") or []
     if settings.get("is_encoder_decoder") or (names and not any(name.endswith(_CAUSAL) for name in names)):
-        yield f"llm.model={folder} is no causal LM ({', '.join(names)}): give a decoder-only language model."
+        yield f"llm.model={folder} is not a causal LM ({', '.join(names)}): give a decoder-only language model."
     stored = _stored_quantization(settings)
     if stored not in (None, config.quantization):
         yield (
-            f"llm.model={folder} is stored in {stored}, llm.quantization={config.quantization} asks for something "
-            "else: set llm.quantization to what is stored (nf4 or int8), or give the unquantised checkpoint."
+            f"llm.model={folder} is stored in {stored}, but llm.quantization={config.quantization}: set "
+            "llm.quantization to the stored one (nf4 or int8), or give the unquantised checkpoint."
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         yield f"llm.model={folder} has no tokenizer (tokenizer.json or tokenizer.model): copy it there."
 
 
 def _weight_faults(folder: Path, index: dict[str, Any]) -> Iterator[str]:
-    """Faults of the weight files: there must be safetensors, whole, and all of an index's shards."""
+    """Faults of the weight files: they must be whole safetensors files, and all that the index names must be there."""
     missing = sorted({name for name in index.get("weight_map", {}).values() if not (folder / name).is_file()})
     weights = sorted(folder.glob("*.safetensors"))
     if missing:
@@ -199,33 +197,31 @@ def _weight_faults(folder: Path, index: dict[str, Any]) -> Iterator[str]:
         )
     for path in weights:
         try:
-            with safe_open(path, framework="pt"):  # checks that the file ends where its header says
+            with safe_open(path, framework="pt"):  # checks the file's length against its header
                 pass
         except (OSError, SafetensorError) as error:
-            yield f"{path} is cut short or no safetensors file, such as a git-lfs pointer ({error}): fetch it anew."
+            yield f"{path} is cut short or not a safetensors file (a git-lfs pointer?) ({error}): fetch it anew."
 
 
 def _stored_quantization(settings: dict[str, Any]) -> str | None:
-    """In what a checkpoint's weights are stored, by its config: nf4, int8, another method, or None if unquantised."""
-    stored = settings.get("quantization_config")
-    if stored is None:
-        return None
+    """How a checkpoint's weights are quantised, by its config: nf4, int8, another method, or None."""
+    stored = settings.get("quantization_config") or {}
     if stored.get("load_in_8bit"):
         return "int8"
-    return stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else str(stored.get("quant_method"))
+    return stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else stored.get("quant_method")
 
 
-def _read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a file's JSON object; without the file the default.
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object, an empty one where a file other than config.json is missing.
 
     Raises:
-        LLMError: the file cannot be read, or is missing and there is no default.
+        LLMError: config.json is missing, or the file cannot be read.
     """
-    if default is not None and not path.is_file():
-        return default
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
+        if path.name != "config.json":
+            return {}
         raise LLMError(f"{path.name} is missing.") from None
     except (OSError, ValueError, TypeError) as error:
         raise LLMError(f"{path.name} cannot be read as a JSON object ({error}).") from error

@@ -1,4 +1,4 @@
-"""Writes one corrected transcript from a group's hypotheses with the LLM, by greedy generation."""
+"""Lets the LLM write one corrected transcript from the hypotheses of a group, by greedy generation."""
 
 from __future__ import annotations
 
@@ -21,31 +21,30 @@ from nemo_llm_feedback.llm.view import LLMView, truecased
 logger = logging.getLogger(__name__)
 
 _KEPT = 65536  # corrections that are kept in memory
-_BATCH = {"cpu": 4, "cuda": 32}
+_LISTED = 8  # hypotheses that a prompt lists, the first ones
+_BATCH = {"cpu": 4, "cuda": 32}  # groups that are answered at a time
 _MIN_LIKENESS = 50.0  # an answer less like every listed text is a comment or a refusal, not a correction
 _QUOTES = "\"'“”‘’«»「」`*"
 
 
 class Corrector:
-    """Writes what was probably said, given context and hypotheses; the same answer for the same question.
+    """Writes the probable transcript, given context and hypotheses; equal questions get equal answers.
 
     Args:
-        scorer: the LLM; an instruct model, a base model hardly ever answers.
-        template: of kind ``correction``.
+        scorer: the LLM, an instruct model: a base model hardly ever answers.
+        template: a template of kind ``correction``.
         view: how groups are shown to the LLM.
-        max_hypotheses: how many of the texts the prompt lists, the first ones.
 
     Attributes:
-        identity: changes whenever anything does that the answers depend on.
+        identity: changes whenever anything changes that the answers depend on.
         uses_context: whether the template shows the context at all.
         num_asked, num_unusable: groups that the LLM was asked about so far, and those without a usable answer.
     """
 
-    def __init__(self, scorer: LLMScorer, *, template: Template, view: LLMView, max_hypotheses: int = 8) -> None:
+    def __init__(self, scorer: LLMScorer, *, template: Template, view: LLMView) -> None:
         self._scorer, self._template, self._view = scorer, template, view
-        self._max_hypotheses = max_hypotheses
         self._known: dict[tuple[Context, tuple[str, ...]], str | None] = {}
-        parts = [scorer.identity, template.text, view.max_terms, view.truecasing, max_hypotheses]
+        parts = [scorer.identity, template.text, view.max_terms, view.truecasing, _LISTED]
         self.identity = f"correction:{hash_of(parts)}"
         self.uses_context = template.uses_context
         self.num_asked = self.num_unusable = 0
@@ -60,22 +59,22 @@ class Corrector:
             nbest: B lists of transcripts, most probable first; repeated and empty ones are left out.
 
         Returns:
-            B transcripts; None where there is nothing to correct or the answer is of no use: empty, of several lines,
-            not ended within the token limit (twice the longest listed transcript and 16 tokens), less than half like
-            every listed text (by letters), or the question does not fit the LLM.
+            B transcripts; None where there is nothing to correct, the question does not fit the LLM, or the answer is
+            useless: empty, of several lines, not ended within the token limit (twice the longest listed transcript
+            and 16 tokens), or in less than half of its letters like any listed text.
 
         Raises:
             LLMError: the LLM cannot be loaded.
         """
         keys = []
         for context, texts in zip(contexts, nbest, strict=True):
-            listed = tuple(dict.fromkeys(text for text in texts if text.strip()))[: self._max_hypotheses]
+            listed = tuple(dict.fromkeys(text for text in texts if text.strip()))[:_LISTED]
             keys.append((self._view.context(context, listed), listed))
         asked = list(dict.fromkeys(key for key in keys if key[1] and key not in self._known))
         answers = self._answers(asked)
         unusable = answers.count(None)
         if unusable and not self.num_unusable:
-            logger.warning("An LLM correction is unusable (empty, too long, no transcript). Later ones are counted.")
+            logger.warning("An LLM correction is unusable (empty, too long, or a comment). Later ones are counted.")
         self.num_asked += len(asked)
         self.num_unusable += unusable
         self._known.update(zip(asked, answers, strict=True))
@@ -85,7 +84,7 @@ class Corrector:
         return found
 
     def _answers(self, asked: Sequence[tuple[Context, tuple[str, ...]]]) -> list[str | None]:
-        """Answers of groups, generated in batches of similar length; None where there is none of use."""
+        """Answers per group, generated in batches of similar length; None where there is no usable one."""
         questions = [self._question(*group) for group in asked]
         fitting = [n for n, (ids, limit) in enumerate(questions) if len(ids) + limit <= self._scorer.max_positions]
         fitting.sort(key=lambda n: len(questions[n][0]))
@@ -103,10 +102,8 @@ class Corrector:
                 continue
             answers.update(zip(batch, written, strict=True))
             fitting = fitting[size:]
-        return [
-            text if (text := answers.get(n)) and _resembles(text, texts) else None
-            for n, (_, texts) in enumerate(asked)
-        ]
+        found = [(answers.get(n), texts) for n, (_, texts) in enumerate(asked)]
+        return [text if text and _resembles(text, texts) else None for text, texts in found]
 
     def _question(self, context: Context, texts: Sequence[str]) -> tuple[Ids, int]:
         """The prompt of a group, and the most tokens that its answer may have."""
@@ -115,18 +112,18 @@ class Corrector:
         return self._prompt(context, shown), 2 * max(len(encoder.encode_text(text)) for text in shown) + 16
 
     def _prompt(self, context: Context, texts: Sequence[str]) -> Ids:
+        """The ids of the question; the context is cut where it is too long, the texts are not."""
         encoder = self._scorer.encoder
         safe = [encoder.safe_text(text) for text in texts]
 
-        def ids(short: Context) -> Ids:
-            """The prompt's ids with a context that may have been cut."""
+        def _ids(short: Context) -> Ids:
             begin, prompt = encoder.frame(self._template.render_list(short, safe))
             return (*begin, *encoder.ids(prompt))
 
-        return ids(encoder.shorten(context, lambda short: len(ids(short))))
+        return _ids(encoder.shorten(context, lambda short: len(_ids(short))))
 
     def _generate(self, questions: Sequence[tuple[Ids, int]]) -> list[str | None]:
-        """Answers of one batch, left-padded, greedy."""
+        """Greedy answers to one batch of questions, each its prompt and the most tokens of its answer."""
         from transformers import GenerationConfig
 
         model, encoder = self._scorer.model, self._scorer.encoder
@@ -135,21 +132,18 @@ class Corrector:
         inputs = pad_sequence(prompts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
         width = inputs.shape[1]
+        stored = model.generation_config
+        more = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
+        ends = list(dict.fromkeys([encoder.end_id, *(token for token in more if isinstance(token, int))]))
+        longest = max(limit for _, limit in questions)
+        stop = [] if encoder.chat else [_line_end(encoder, width, ends)]
         # A checkpoint's generation settings (sampling, repetition penalties) would be mixed into ours.
-        stored, model.generation_config = model.generation_config, GenerationConfig()
-        ends = _end_ids(stored, encoder.end_id)
+        model.generation_config = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=ends[0]
+        )
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                output = model.generate(
-                    input_ids=inputs,
-                    attention_mask=mask,
-                    do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=max(limit for _, limit in questions),
-                    eos_token_id=ends,
-                    pad_token_id=ends[0],
-                    stopping_criteria=[] if encoder.chat else [_line_end(encoder, width, ends)],
-                )
+                output = model.generate(input_ids=inputs, attention_mask=mask, stopping_criteria=stop)
         finally:
             model.generation_config = stored
         rows = output[:, width:].tolist()
@@ -170,25 +164,18 @@ class Corrector:
 
 
 def _line_end(encoder: PromptEncoder, start: int, ends: Sequence[int]) -> Callable[..., Tensor]:
-    """A stopping criterion: a row is done at the end of its first line, or at an end token."""
+    """A stopping criterion: an answer, which begins at token ``start``, ends with its first line or an end token."""
 
-    def done(input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
-        """Returns [B] which rows of ids [B, L] are done."""
+    def _done(input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        """Returns [B] (bool) which rows of the token ids [B, L] are done."""
         rows = input_ids[:, start:].tolist()
         found = [not {*ends}.isdisjoint(row) or "\n" in encoder.decode(row).lstrip() for row in rows]
         return torch.tensor(found, device=input_ids.device)
 
-    return done
+    return _done
 
 
 def _resembles(answer: str, texts: Sequence[str]) -> bool:
-    """Whether an answer is at least half like one of the texts, by letters without case and spaces."""
+    """Whether an answer shares at least half of its letters with one of the texts, case and spaces aside."""
     written, *others = (text.casefold().replace(" ", "") for text in (answer, *texts))
     return any(fuzz.ratio(written, other) >= _MIN_LIKENESS for other in others)
-
-
-def _end_ids(settings: Any, end_id: int) -> list[int]:
-    """The tokens that end an answer: the chat template's, and those of the checkpoint's generation settings."""
-    stored = settings.eos_token_id
-    more = stored if isinstance(stored, list) else [stored]
-    return list(dict.fromkeys([end_id, *(token for token in more if isinstance(token, int))]))

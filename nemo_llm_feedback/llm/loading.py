@@ -1,4 +1,4 @@
-"""Loads tokenizers, and frozen causal LMs in 4 bit, 8 bit or as they are, on this process's device."""
+"""Loads the LLM's tokenizer, and its frozen weights in 4 bit, 8 bit or unquantised, on this process's device."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def pick_placement(config: LLMConfig) -> tuple[torch.device, torch.dtype]:
     several times slower.
 
     Raises:
-        LLMError: there are not so many CUDA devices.
+        LLMError: the machine has fewer CUDA devices.
     """
     device, dtype = torch.device("cpu"), torch.float32
     if config.device != "cpu" and torch.cuda.is_available():
         device = torch.device(config.device.replace("auto", "cuda"))
-        if device.index is None:  # before Lightning has set this process's device, the launcher's LOCAL_RANK tells it
+        if device.index is None:  # before Lightning has set this process's device, the launcher's LOCAL_RANK has it
             device = torch.device("cuda", torch.cuda.current_device() or int(os.environ.get("LOCAL_RANK", "0")))
         if (count := torch.cuda.device_count()) <= device.index:
             raise LLMError(f"llm.device={config.device} means {device}, but only {count} GPUs are visible.")
@@ -40,15 +40,15 @@ def pick_placement(config: LLMConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tuple[Path, Any]:
-    """Returns the folder of a tokenizer's files and the tokenizer; those of a hub id are fetched if need be.
+    """Returns the folder of a tokenizer's files, fetched from the hub if need be, and the tokenizer.
 
     Args:
         source: folder or hub id.
-        revision: branch, tag or commit of a hub id.
-        key: of the setting, for the error.
+        revision: branch, tag or commit of a hub id; None = main.
+        key: the setting that names the tokenizer, for error messages.
 
     Raises:
-        LLMError: the files cannot be had or used.
+        LLMError: the files cannot be fetched or used.
     """
     from transformers import AutoTokenizer
 
@@ -58,14 +58,14 @@ def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tup
     try:
         return folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _UNUSABLE as error:
-        raise LLMError(f"{key}={source}: its tokenizer cannot be loaded ({error}); give the model's own.") from error
+        raise LLMError(f"{key}={source}: its tokenizer cannot be loaded ({error}): give the model's.") from error
 
 
 def read_max_positions(folder: Path) -> int:
     """Returns the longest sequence that the LLM in a folder can read, in tokens.
 
     Raises:
-        LLMError: the folder's config is of no model that transformers knows.
+        LLMError: transformers does not know the model that the folder's config describes.
     """
     from transformers import AutoConfig
 
@@ -77,7 +77,7 @@ def read_max_positions(folder: Path) -> int:
 
 
 def checkpoint_name(config: LLMConfig, folder: Path) -> str:
-    """Returns what names an LLM's weights on any machine: the hub id with its commit, or a hash of the folder's files.
+    """Returns a name of the weights that holds on any machine: the hub id with its commit, or a hash of the files.
 
     Warns where the revision can move to another commit: branches and tags can, 40 hexadecimal digits cannot.
     """
@@ -96,7 +96,7 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
     """Returns the ``transformers`` model in a folder, frozen and in eval mode.
 
     Raises:
-        LLMError: it is no causal LM, or weights are missing, or the tokenizer is another model's.
+        LLMError: the model is not a causal LM, weights are missing, or the tokenizer is another model's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -104,31 +104,25 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
     try:
         # Making the modules draws random numbers; a run must not depend on whether it has an LLM.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **_quantization(config, folder, dtype),
-            )
+            settings = {"dtype": dtype, "device_map": {"": device}, **_quantization(config, folder, dtype)}
+            safe = {"trust_remote_code": False, "use_safetensors": True}
+            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **safe, **settings)
     except _UNUSABLE as error:
         raise LLMError(f"llm.model={config.model} cannot be loaded as a causal LM ({error}).") from error
     lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if lacking:
         raise LLMError(
-            f"llm.model={config.model} lacks weights that its config asks for ({', '.join(lacking[:3])}, "
-            f"{len(lacking)} in all), which would be random: fetch the whole checkpoint."
+            f"llm.model={config.model} lacks {len(lacking)} weights, such as {', '.join(lacking[:3])}, which "
+            "would be random: fetch the whole checkpoint."
         )
-    # Added tokens beyond the model's vocabulary (a padding token, say) are harmless: they never enter a row.
+    # Added tokens beyond the model's vocabulary (a padding token, for one) are harmless: they never enter a row.
     ids = {*tokenizer.get_vocab().values()} - tokenizer.added_tokens_decoder.keys()
     largest = max(i for i in (*ids, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if largest >= num_embeddings:
         raise LLMError(
             f"llm.model={config.model}: the tokenizer has ids up to {largest}, the model only {num_embeddings} "
-            "tokens: put the model's own tokenizer there."
+            "tokens: put the tokenizer of the model there."
         )
     _freeze(model, dtype)
     logger.info("LLM %s: %s on %s, computing in %s.", config.model, config.quantization, device, dtype)
@@ -139,17 +133,13 @@ def _quantization(config: LLMConfig, folder: Path, dtype: torch.dtype) -> dict[s
     """Returns the keyword arguments that make ``from_pretrained`` quantise while it loads."""
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    if config.quantization == "int8":  # its layers remark at every call that they cast float32 to float16
+    if int8 := config.quantization == "int8":  # its layers log at every call that they cast float32 to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     stored = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "quantization_config", None)
     if config.quantization == "none" or stored is not None:
         return {}  # a checkpoint that is stored quantised has its settings; passing any, even None, breaks it
-    if config.quantization == "int8":
-        settings = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        settings = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    return {"quantization_config": settings}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=int8, load_in_4bit=not int8, **nf4)}
 
 
 def _freeze(model: Any, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities from the LLM's hidden states: positions are picked before the vocabulary is multiplied in."""
+"""The LLM's output matrix, applied only to the hidden states whose log-probabilities are needed."""
 
 from __future__ import annotations
 
@@ -6,39 +6,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHUNK = 256  # positions × vocabulary in float32 at a time
 
 
 class OutputLayer:
-    """From last hidden states to logits as the model makes them.
+    """Turns last hidden states into the logits that the model itself computes.
 
     Args:
         model: a ``transformers`` causal LM on its device, without gradients.
 
     Attributes:
-        exact: whether hidden states and output matrix could be taken apart so that they reproduce the model's logits.
+        exact: whether hidden states and output matrix, taken apart, reproduce the model's logits.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        finish = self._find_finish()
-        self.exact = finish is not None
-        self._finish: Callable[[Tensor], Tensor] = finish or _as_they_are
-
-    def next_logp(self, hidden: Tensor) -> Tensor:
-        """Returns log-probabilities [M, V] in float32 of hidden states [M, D]; for few positions."""
-        return self.logits(hidden).log_softmax(-1)
+        self._finish = self._find_finish()
+        self.exact = self._finish is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the model's logits [M, V] in float32 of hidden states [M, D]."""
-        return self._finish(self._model.get_output_embeddings()(hidden)).float()
+        """Returns the model's logits [M, V] (M positions, V tokens) in float32 for hidden states [M, D]."""
+        logits = self._model.get_output_embeddings()(hidden)
+        return (self._finish(logits) if self._finish else logits).float()
 
     def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
         """Finds what the model does to its logits after the output matrix, by comparing with a plain forward.
 
-        Gemma caps them, Cohere multiplies and Granite divides them. None if nothing known reproduces the model.
+        Gemma caps them, Cohere multiplies and Granite divides them. None if no known way reproduces the model.
         """
         config = self._model.config.get_text_config()
         ids = torch.arange(1, 7, device=self._model.get_input_embeddings().weight.device)[None] % config.vocab_size
@@ -48,7 +44,7 @@ class OutputLayer:
             raw = self._model.get_output_embeddings()(self._model.base_model(**inputs).last_hidden_state)
         except (AttributeError, TypeError):
             return None
-        finishes: list[Callable[[Tensor], Tensor]] = [_as_they_are]
+        finishes: list[Callable[[Tensor], Tensor]] = [nn.Identity()]
         if cap := getattr(config, "final_logit_softcapping", None):
             finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
         if scale := getattr(config, "logit_scale", None) or getattr(config, "logits_scaling", None):
@@ -63,13 +59,13 @@ def pair_logp(states: Tensor, sources: Tensor, targets: Tensor, *, logits_of: Ca
     """Returns log p(target | position) of (position, target) pairs.
 
     Args:
-        states: [M, D] the positions' hidden states, or [M, V] their logits.
-        sources: [E] position in ``states`` of each pair, ascending; on the CPU.
-        targets: [E] token ids; on the model's device.
-        logits_of: some of the states → their logits in float32.
+        states: [M, D] hidden states of M positions, or [M, V] their logits.
+        sources: [E] position of each pair, an index into ``states``, ascending; on the CPU.
+        targets: [E] token id of each pair; on the model's device.
+        logits_of: function from some of the states to their logits in float32.
 
     Returns:
-        [E] natural log, float64, on the model's device.
+        [E] natural-log probabilities in float64, on the model's device.
     """
     bounds = range(0, states.shape[0], _CHUNK)
     cuts = torch.searchsorted(sources, torch.tensor([*bounds, states.shape[0]])).tolist()
@@ -80,7 +76,3 @@ def pair_logp(states: Tensor, sources: Tensor, targets: Tensor, *, logits_of: Ca
         rows = sources[first:last] - start
         parts.append((logits[rows, targets[first:last]] - logits.logsumexp(-1)[rows]).double())
     return torch.cat(parts)
-
-
-def _as_they_are(logits: Tensor) -> Tensor:
-    return logits

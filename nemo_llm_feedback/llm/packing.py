@@ -1,4 +1,4 @@
-"""Packs continuations of prompts into few, dense rows.
+"""Packs continuations of prompts into few, dense rows of a batch.
 
 A row holds the distinct prefixes of several continuations of one prompt: the nodes of a trie over LLM tokens. Each
 node is one token at its position in its sequence, sees the prompt and its ancestors, and predicts its children and the
@@ -24,9 +24,9 @@ _KEY_FACTOR = 16  # rows × (prompt + nodes) ≤ this × token budget: bounds on
 
 
 class Sharing(enum.IntEnum):
-    """How much of the work continuations of one prompt share."""
+    """How much of the work the continuations of one prompt share."""
 
-    NONE = 0  # each row whole, by the model's forward
+    NONE = 0  # nothing: prompt and continuation run as one row
     PROMPT = 1  # the prompt's keys and values
     TRIE = 2  # those, and every common prefix
 
@@ -36,9 +36,9 @@ class PackedRow:
     """Continuations of one prompt that go through the model as one row.
 
     Attributes:
-        prompt: the prompt's ids.
-        continuations: ids of each, at least one; the last id is only predicted, never put in.
-        num_nodes: distinct prefixes to put in; 0 if every continuation is a single id.
+        prompt: the prompt's token ids.
+        continuations: token ids of each, at least one; the last one is only predicted, never put in.
+        num_nodes: number of distinct prefixes to put in; 0 if every continuation is a single token.
     """
 
     prompt: Ids
@@ -50,9 +50,9 @@ def plan_rows(prompt: Ids, continuations: Iterable[Ids], *, max_nodes: int) -> l
     """Splits a prompt's continuations into rows of about equal size.
 
     Args:
-        prompt: the prompt's ids.
-        continuations: ids of each, at least one.
-        max_nodes: nodes a row may have, half a continuation more or less; 0 = one continuation per row.
+        prompt: the prompt's token ids.
+        continuations: token ids of each, at least one.
+        max_nodes: most nodes per row, half a continuation more or less; 0 = one continuation per row.
     """
     if not max_nodes:
         return [PackedRow(prompt, (ids,), len(ids) - 1) for ids in continuations]
@@ -81,9 +81,9 @@ def batch_rows(rows: Iterable[PackedRow], *, token_budget: int, slack: int) -> I
     """Groups rows into batches of similar width within the token budget; a batch has at least one row.
 
     Args:
-        rows: in any order.
-        token_budget: nodes of a batch, padding included; also the tokens of its prompts, where they differ.
-        slack: batches of at most so many nodes, padding included, may have any share of padding.
+        rows: the rows in any order.
+        token_budget: most nodes per batch, padding included; also most tokens of its prompts, where they differ.
+        slack: batches of at most this many nodes, padding included, may have any share of padding.
     """
     batch: list[PackedRow] = []
     prompts: set[Ids] = set()
@@ -108,15 +108,15 @@ def batch_rows(rows: Iterable[PackedRow], *, token_budget: int, slack: int) -> I
 
 
 class PackedBatch:
-    """The tensors of a batch of rows, on the CPU.
+    """The tensors of a batch of B rows of up to L nodes, which predict E tokens; on the CPU.
 
     Attributes:
         ids: [B, L] token ids of the rows' nodes, right-padded with 0.
-        positions: [B, L] positions of the nodes in their sequences.
-        real: [B, L] which of them are nodes.
-        sources: [E] where the pair's token is predicted: −1 − b for row b's prompt, else the node's rank among the
-            real ones in row-major order; ascending.
-        targets: [E] token that is predicted there.
+        positions: [B, L] positions of the nodes in their sequences, in tokens.
+        real: [B, L] (bool) which of them are nodes and not padding.
+        sources: [E] where a token is predicted: −1 − b for row b's prompt, else the node's rank among the real ones
+            in row-major order; ascending.
+        targets: [E] ids of the predicted tokens.
     """
 
     def __init__(self, rows: Sequence[PackedRow]) -> None:
@@ -143,9 +143,9 @@ class PackedBatch:
         self.targets = torch.cat([trie.token[is_node], last_ids])[self._order]
 
     def trie_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Returns the additive mask [B, 1, L, P + L]: 0 on prompt, ancestors and self, the lowest number elsewhere.
+        """Returns the mask [B, 1, L, P + L]: 0 on prompt (P), ancestors and self, the dtype's lowest number elsewhere.
 
-        Additive, because a boolean mask of this shape is silently wrong under eager attention.
+        It is additive, because a boolean mask of this shape is silently wrong under eager attention.
         """
         trie, (rows, width) = self._trie, self.real.shape
         seen = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
@@ -159,15 +159,15 @@ class PackedBatch:
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
     def sequence_mask(self) -> Tensor:
-        """Returns the mask [B, P + L] of real tokens, for rows of one continuation behind one common prompt."""
+        """Returns the mask [B, P + L], 1 on real tokens, for rows of one continuation behind one common prompt (P)."""
         prompt = torch.ones(len(self.real), int(self._prompt_lens.max()), dtype=torch.bool)
         return torch.cat([prompt, self.real], dim=1).long()
 
     def sums(self, pair_logp: Tensor) -> list[float]:
-        """Returns the sum of each continuation's log-probabilities, in the rows' order.
+        """Returns the sum of log-probabilities per continuation, in the rows' order.
 
         Args:
-            pair_logp: [E] log p of each pair of ``sources`` and ``targets``, float64.
+            pair_logp: [E] natural-log probability of each of the ``targets`` at its source, float64.
         """
         trie, num_nodes = self._trie, int(self._is_node.sum())
         logp = torch.empty_like(pair_logp)
@@ -179,6 +179,6 @@ class PackedBatch:
         return (path[trie.leaf] + logp[num_nodes:]).tolist()
 
     def _levels(self) -> Iterator[Tensor]:
-        """Yields the numbers of the trie's nodes depth by depth, from those on whose parents are nodes too."""
+        """Yields the indices of the trie's nodes depth by depth, from those whose parents are nodes too."""
         for depth in range(2, int(self._trie.depth.max()) + 1):
             yield (self._trie.depth == depth).nonzero().squeeze(1)

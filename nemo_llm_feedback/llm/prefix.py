@@ -1,4 +1,4 @@
-"""Keys and values of prompts that ran once, shared by all that continues them."""
+"""Keeps the keys and values of prompts, so that every prompt runs through the LLM once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nemo_llm_feedback.llm.packing import Ids
 
 
 class PrefixLayer(DynamicLayer):
-    """One layer's keys and values of the prompts, joined to a batch's new ones for that layer only and never changed.
+    """One layer's keys and values of prompts, joined to a batch's new ones while that layer runs, and never changed.
 
     Layers with a sliding window keep all of the prompt too; the mask hides what is out of reach.
 
     Args:
-        keys: one [1, heads, P, head_dim] tensor per row of the batch, or a single one for all rows.
-        values: likewise.
+        keys: one [1, heads, P, head_dim] tensor (P prompt tokens) per row of the batch, or a single one for all rows.
+        values: tensors of the same shapes.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -32,7 +32,7 @@ class PrefixLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns prompts and new states joined: [B, heads, P + L, head_dim] each, for new ones [B, heads, L, …]."""
+        """Returns keys and values [B, heads, P + L, head_dim] of prompts and new tokens, given [B, heads, L, …]."""
         return self._join(self._keys, key_states), self._join(self._values, value_states)
 
     def get_seq_length(self) -> int:
@@ -59,13 +59,16 @@ class Prefix:
 
 
 def joined_cache(prefixes: Sequence[Prefix]) -> Cache:
-    """Returns a cache for one forward whose row b continues ``prefixes[b]``, or all rows the only one."""
+    """Returns a cache for one forward: row b continues ``prefixes[b]``, or every row the only one."""
     layers = zip(*(prefix.layers for prefix in prefixes), strict=True)
     return Cache(layers=[PrefixLayer(*zip(*layer, strict=True)) for layer in layers])
 
 
 class PrefixStore:
     """Keeps the most recently used prompts' states within a memory limit, and always the last one put.
+
+    Args:
+        max_bytes: the limit.
 
     Attributes:
         num_bytes: memory of the kept states in bytes.

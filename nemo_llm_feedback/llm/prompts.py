@@ -1,4 +1,4 @@
-"""Prompt templates: what the LLM reads before a hypothesis, and what it is asked about hypotheses.
+"""Prompt templates: the text that the LLM reads before a hypothesis, and the questions that it is asked.
 
 A template is a plain text file with the slots ``{description}``, ``{terms}`` and ``{previous}`` for the context, and
 one slot for what is judged. There are three kinds:
@@ -7,9 +7,9 @@ one slot for what is judged. There are three kinds:
 - ``judge``: has ``{hypothesis}`` inside and ends where the answer (yes, no, a digit) begins.
 - ``correction``: has ``{hypotheses}`` inside (a numbered list) and ends where the corrected transcript begins.
 
-What stands right before ``{hypothesis}`` is a line break or a visible character, never a space (a space there would be
-a token of its own, and the hypothesis would continue it in a way no LLM has seen). A line whose slots all have nothing
-to fill in is left out. Braces around any other word are an error; other braces are plain text.
+A line break or a visible character stands right before ``{hypothesis}``, never a space: it would be a separate token,
+which no LLM has seen before a word. A line whose slots are all empty is left out. Braces around any other word are an
+error; other braces are plain text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ MARK = "\ue000"  # a private character: stands for the hypothesis until a judge'
 
 @dataclass(frozen=True)
 class Template:
-    """A checked prompt template; ``text`` includes the slots, ``kind`` is score, judge or correction."""
+    """A checked prompt template.
+
+    Attributes:
+        text: the text with its slots.
+        kind: ``score``, ``judge`` or ``correction``.
+
+    Raises:
+        LLMError: the text has faults (see ``template_faults``).
+    """
 
     text: str
     kind: str = "score"
@@ -54,7 +62,7 @@ class Template:
         """Returns the prompt of a ``score`` template: the text up to the hypothesis, with the context filled in.
 
         Args:
-            context: white space inside a term or utterance, line breaks included, becomes one space; the full stop
+            context: the values of the slots. White space inside a term or utterance becomes one space; the full stop
                 that ends a description is dropped (the template has one); utterances stand one per line.
         """
         return _fill(self.text[: self.text.index("{hypothesis}")], _context_values(context))
@@ -79,7 +87,7 @@ def _context_values(context: Context) -> dict[str, str]:
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:
-    """Fills the slots in and leaves out lines whose slots all have nothing to fill in."""
+    """Fills the slots in and leaves out lines whose slots are all empty."""
     lines = text.splitlines(keepends=True)
     kept = [line for line in lines if not (slots := _SLOT.findall(line)) or any(values[slot] for slot in slots)]
     # One pass over each line: a value that itself contains "{terms}" is text, not a slot.
@@ -109,8 +117,8 @@ def template_faults(text: str, *, kind: str = "score") -> list[str]:
     last = before[-1:]
     if kind != "correction" and last.isspace() and last != "\n":
         faults.append(
-            "The template has a space before {hypothesis}: end it with a line break or a visible character, because "
-            "a trailing space becomes a token of its own and falsifies the hypothesis's first token."
+            "The template has a space before {hypothesis}, which becomes a separate token and falsifies the "
+            "hypothesis's first one: put a line break or a visible character there."
         )
     return faults
 
@@ -119,13 +127,13 @@ def read_template(path: str | None, *, chat: bool, use: str = "score", key: str 
     """Reads a template file, by default one of the folder ``templates``.
 
     Args:
-        path: file name; None = built-in.
+        path: the file's name; None = built-in.
         chat: whether the prompt goes through a chat template; picks the built-in one.
         use: ``score``, ``yes_no``, ``rating`` or ``correction``.
-        key: the setting that names the file, for messages.
+        key: the setting that names the file, for error messages.
 
     Raises:
-        LLMError: the file cannot be read, or its text is no valid template.
+        LLMError: the file cannot be read, or its text is not a valid template.
     """
     kind = use if use in _KINDS else "judge"
     file = Path(path).expanduser() if path is not None else _BUILT_IN / f"{use}_{'chat' if chat else 'base'}.txt"
@@ -133,8 +141,6 @@ def read_template(path: str | None, *, chat: bool, use: str = "score", key: str 
         text = file.read_text(encoding="utf-8")
         return Template(text if path is not None else text.removesuffix("\n"), kind)
     except (OSError, UnicodeDecodeError) as error:
-        raise LLMError(
-            f"{key}={path} cannot be read as UTF-8 text ({error}): give the path of a text file."
-        ) from error
+        raise LLMError(f"{key}={path} cannot be read as UTF-8 text ({error}): give a text file's path.") from error
     except LLMError as error:
         raise LLMError(f"{key}={path}: {error}") from None

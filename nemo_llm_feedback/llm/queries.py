@@ -1,4 +1,4 @@
-"""Asks the scoring LLM for more than a text's log-probability: those of fixed answers, and of the mentions of terms.
+"""Asks the LLM for the log-probabilities of fixed answers to a question, and of the terms that a text mentions.
 
 Both are differences of sums over beginnings of one token sequence. Behind a shared prompt and packed into tries such
 sums cost the hypothesis and the question once, and each answer one token that is only predicted.
@@ -7,7 +7,7 @@ sums cost the hypothesis and the question once, and each answer one token that i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nemo_llm_feedback.core.errors import LLMError
@@ -26,13 +26,13 @@ class AnswerScorer:
 
     Args:
         scorer: the LLM.
-        template: of kind ``judge``.
-        answers: as they stand in the running text: a base LLM's begin with a space if the template ends in a word.
+        template: a template of kind ``judge``.
+        answers: the answers as running text: a base LLM's begin with a space if the template ends in a word.
 
     Attributes:
-        answers: as given.
+        answers: the answers.
         uses_context: whether the template shows the context at all.
-        identity: changes whenever anything does that the answers depend on.
+        identity: changes whenever anything changes that the answers depend on.
 
     Raises:
         LLMError: an answer is not exactly one token where the template ends, or two are the same token.
@@ -42,15 +42,17 @@ class AnswerScorer:
         self._scorer, self._template = scorer, template
         self.answers, self.uses_context = tuple(answers), template.uses_context
         self._answer_ids = self._single_tokens()
-        parts = [scorer.identity, template.text, self.answers]
-        self.identity = f"judge:{hash_of(parts)}"
+        self.identity = f"judge:{hash_of([scorer.identity, template.text, self.answers])}"
 
     def __call__(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[tuple[float, ...]]]:
         """Asks about texts behind their contexts.
 
+        Args:
+            requests: (context, texts) pairs.
+
         Returns:
-            Per request one list, per text one tuple: natural-log probability of each answer given context, text and
-            question; NaN for a text that does not fit the LLM.
+            One list per request, one tuple per text: natural-log probability of each answer given context, text and
+            question; NaN for a text that is too long for the LLM.
 
         Raises:
             LLMError: out of memory with a single text, or the template alone exceeds the prompt's limit.
@@ -69,39 +71,39 @@ class AnswerScorer:
 
     def _halves(self, context: Context) -> tuple[Ids, Ids]:
         """The ids before and after the transcript, without any answer."""
-        begin, before, after = self._texts(context)
         encoder = self._scorer.encoder
-        return (*begin, *encoder.ids(before)), encoder.ids(after)
-
-    def _texts(self, context: Context) -> tuple[Ids, str, str]:
-        """The ids that begin the prompt, and its text before and after the transcript."""
-        begin, prompt = self._scorer.encoder.frame(self._template.render_question(context))
+        begin, prompt = encoder.frame(self._template.render_question(context))
         before, after = prompt.split(MARK)
         if not begin and not before:
             raise LLMError(
                 "The judge's template begins with {hypothesis} and this LLM has no token that begins a text: put some "
                 "words before it."
             )
-        return begin, before, after
+        return (*begin, *encoder.ids(before)), encoder.ids(after)
 
     def _single_tokens(self) -> tuple[int, ...]:
         """The id of each answer, encoded where it will stand."""
         encoder = self._scorer.encoder
-        _, _, after = self._texts(_PROBE)
-        tail = encoder.ids(after)
+        _, tail = self._halves(_PROBE)
+        after = encoder.frame(self._template.render_question(_PROBE))[1].split(MARK)[1]
         found = [encoder.ids(after + answer) for answer in self.answers]
         if any(ids[:-1] != tail for ids in found) or len(set(found)) < max(2, len(found)):
             tokens = ", ".join(f"{answer!r} {list(encoder.ids(answer))}" for answer in self.answers)
             raise LLMError(
                 "The judge needs at least two different answers, each exactly one token of this LLM after "
                 f"{after[-20:]!r}; the answers and their tokens are {tokens}. Set reward.settings.answers, e.g. [Yes, "
-                "No] or [A, B], and, if need be, reward.settings.template to a template that ends otherwise."
+                "No] or [A, B], or a template with another end as reward.settings.template."
             )
         return tuple(ids[-1] for ids in found)
 
 
 class TermScore(NamedTuple):
-    """A text's score, and that of those of its tokens that are part of a mention of a listed term."""
+    """A text's score, and the score of its tokens inside mentions of listed terms.
+
+    Attributes:
+        whole: score of all tokens.
+        inside: score of the tokens of mentions.
+    """
 
     whole: TextScore
     inside: TextScore
@@ -114,13 +116,13 @@ def score_terms(
 
     Args:
         scorer: the LLM.
-        requests: (context that the LLM reads, terms whose mentions count, texts).
+        requests: (context that the LLM reads, terms whose mentions count, texts) per request.
 
     Returns:
-        Per request one list, per text one score; NaN for a text that does not fit the LLM.
+        One list per request, one score per text; NaN for a text that is too long for the LLM.
 
     Raises:
-        LLMError: as ``LLMScorer.score``, or the tokenizer does not tell which characters its tokens stand for.
+        LLMError: as ``LLMScorer.score``, or the tokenizer does not know which characters its tokens stand for.
     """
     marked = [[_marked(scorer, text, terms) for text in texts] for _, terms, texts in requests]
     rows = [
@@ -130,23 +132,18 @@ def score_terms(
     out = []
     for texts, (_, beginnings), sums in zip(marked, rows, scorer.score_ids(rows), strict=True):
         known = {(): 0.0, **dict(zip(beginnings, sums, strict=True))}
-        out.append(
-            [
-                TermScore(
-                    TextScore(known[ids], len(ids)),
-                    TextScore(
-                        sum(known[ids[:stop]] - known[ids[:start]] for start, stop in runs),
-                        sum(stop - start for start, stop in runs),
-                    ),
-                )
-                for ids, runs in texts
-            ]
-        )
+        out.append([_term_score(ids, runs, known) for ids, runs in texts])
     return out
 
 
+def _term_score(ids: Ids, runs: Sequence[tuple[int, int]], known: Mapping[Ids, float]) -> TermScore:
+    """The scores of a text and of its runs, from those of its beginnings."""
+    logp = sum(known[ids[:stop]] - known[ids[:start]] for start, stop in runs)
+    return TermScore(TextScore(known[ids], len(ids)), TextScore(logp, sum(stop - start for start, stop in runs)))
+
+
 def _ends(ids: Ids, runs: Sequence[tuple[int, int]]) -> list[int]:
-    """The lengths of those beginnings of a text whose log-probability tells those of its runs and of the whole."""
+    """The lengths of a text's beginnings whose log-probabilities give those of its runs and of the whole."""
     return [*(n for run in runs for n in run if n), len(ids)]
 
 

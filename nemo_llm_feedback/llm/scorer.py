@@ -1,4 +1,4 @@
-"""Scores texts with a frozen LLM: log p(text | context)."""
+"""The frozen LLM as a scorer: log p(text | context) of lists of texts, checked against plain forwards."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ import torch
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm import loading
 from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
 from nemo_llm_feedback.llm.folder import resolve_folder
-from nemo_llm_feedback.llm.loading import (
-    checkpoint_name,
-    load_model,
-    load_tokenizer,
-    pick_placement,
-    read_max_positions,
-)
 from nemo_llm_feedback.llm.packing import ROW_NODES, Ids, Sharing
 
 if TYPE_CHECKING:
@@ -39,9 +33,13 @@ _HOW = {Sharing.PROMPT: "hypotheses share their prompt only", Sharing.NONE: "eac
 
 
 class TextScore(NamedTuple):
-    """Score of one text: ``logp`` = Σ log p(token | prompt, earlier tokens), natural log, through the end token;
-    ``num_tokens`` counts the end token too. ``logp`` is NaN for a text that does not fit the LLM. Caches keep whatever
-    else an LLM answered about a text in the same form."""
+    """Score of one text; caches keep the LLM's answers to other questions about a text in the same form.
+
+    Attributes:
+        logp: Σ log p(token | prompt, earlier tokens), natural log, through the end token; NaN for a text that is too
+            long for the LLM.
+        num_tokens: tokens of the text, the end token included.
+    """
 
     logp: float
     num_tokens: int
@@ -51,20 +49,20 @@ class LLMScorer:
     """A frozen LLM that scores texts given a context. Make one with ``load_llm`` or ``open_llm``.
 
     The weights are loaded at the first text that must be scored: a run whose scores are all in its cache needs
-    ``identity`` and ``uses_context`` only, which follow from the settings and the files.
+    ``identity`` and ``uses_context`` only, which settings and files determine.
 
     A score equals that of one plain forward over prompt and text within 1e-4 nat where the LLM computes in float32
     (unquantised or NF4), 0.25 nat in bfloat16, and 0.5 nat in int8, whose layers round activations to 8 bits. Measured
     on 211 hypotheses: 1.3e-5, 0.12 and 0.27 (docs/rewards.md).
 
-    It is no ``nn.Module`` on purpose: assigned to a model it enters neither the state dict nor the optimizer.
+    It is not an ``nn.Module`` on purpose: assigned to a model it enters neither the state dict nor the optimizer.
 
     Args:
-        config: which LLM, and how it is stored and prompted.
+        config: names the LLM, its quantisation and its prompt.
 
     Attributes:
-        encoder: makes token ids of contexts and texts.
-        identity: changes whenever anything does that scores depend on: LLM, storage, dtype, template.
+        encoder: turns contexts and texts into token ids.
+        identity: changes whenever anything changes that scores depend on: LLM, quantisation, dtype, template.
         uses_context: whether the prompt template shows the context to the LLM at all.
         max_positions: the longest sequence that the LLM can read, in tokens.
 
@@ -74,12 +72,12 @@ class LLMScorer:
 
     def __init__(self, config: LLMConfig) -> None:
         self._config, self._folder = config, resolve_folder(config)
-        _, self._tokenizer = load_tokenizer(str(self._folder), key="llm.model")
-        self.max_positions = read_max_positions(self._folder)
+        _, self._tokenizer = loading.load_tokenizer(str(self._folder), key="llm.model")
+        self.max_positions = loading.read_max_positions(self._folder)
         self.encoder = PromptEncoder(self._tokenizer, config, max_positions=self.max_positions)
         self.uses_context = self.encoder.uses_context
-        name = checkpoint_name(config, self._folder)
-        dtype = str(pick_placement(config)[1]).removeprefix("torch.")
+        name = loading.checkpoint_name(config, self._folder)
+        dtype = str(loading.pick_placement(config)[1]).removeprefix("torch.")
         parts = {"model": name, "quantization": config.quantization, "dtype": dtype, **self.encoder.identity}
         self.identity = f"{name}:{config.quantization}:{dtype}:{hash_of(parts)[:16]}"
         self._tolerance = _TOLERANCE.get("int8" if config.quantization == "int8" else dtype, _TOLERANCE["half"])
@@ -94,7 +92,7 @@ class LLMScorer:
 
     @property
     def engine(self) -> Engine:
-        """What runs the model; the first use loads the weights (see ``load``)."""
+        """The engine that runs the model; the first use loads the weights (see ``load``)."""
         return self._engine or self.load()
 
     @property
@@ -117,14 +115,14 @@ class LLMScorer:
 
         # The first text may come in the middle of a training step, whose modes are not the LLM's.
         with torch.inference_mode(False):
-            model = load_model(self._config, self._folder, self._tokenizer)
+            model = loading.load_model(self._config, self._folder, self._tokenizer)
             engine = Engine(model, token_budget=self._config.token_budget)
             self._check(engine)
         self._engine = engine
         return engine
 
     def unload(self) -> None:
-        """Frees the weights; the next text that must be scored loads them again."""
+        """Frees the weights; the next text to be scored loads them again."""
         self._engine = None
         gc.collect()
         if torch.cuda.is_available():
@@ -139,20 +137,15 @@ class LLMScorer:
             requests: (context, texts) pairs; the empty context and the empty text are allowed.
 
         Returns:
-            Per request one list, per text one ``TextScore``, in the given order.
+            One list per request, one ``TextScore`` per text, in the given order.
 
         Raises:
             LLMError: out of memory with a single text, or the template alone exceeds the prompt's limit.
         """
-        encoded = [
-            (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
-            for context, texts in requests
-        ]
-        sums = self.score_ids(encoded)
-        return [
-            [TextScore(logp, len(ids)) for logp, ids in zip(row, texts, strict=True)]
-            for row, (_, texts) in zip(sums, encoded, strict=True)
-        ]
+        prompts = [self.encoder.encode_prompt(context) for context, _ in requests]
+        encoded = [[self.encoder.encode_text(text) for text in texts] for _, texts in requests]
+        sums = self.score_ids(list(zip(prompts, encoded, strict=True)))
+        return [list(map(TextScore, row, map(len, texts))) for row, texts in zip(sums, encoded, strict=True)]
 
     def score_ids(self, requests: Sequence[tuple[Ids, Sequence[Ids]]]) -> list[list[float]]:
         """Returns Σ log p(token | prompt, earlier tokens) of token ids; equal pairs run once.
@@ -161,10 +154,10 @@ class LLMScorer:
         further tokens where hypotheses are packed into tries.
 
         Args:
-            requests: (prompt, continuations), each of at least one id.
+            requests: (prompt, continuations) pairs, each of at least one token id.
 
         Returns:
-            Per request one list, per continuation one sum, natural log; NaN where the LLM cannot read it whole.
+            One list per request, one sum (natural log) per continuation; NaN for one that is too long for the LLM.
 
         Raises:
             LLMError: out of memory with a single continuation.
@@ -172,14 +165,11 @@ class LLMScorer:
         wanted: dict[Ids, dict[Ids, float]] = {}
         for prompt, texts in requests:
             wanted.setdefault(prompt, {}).update((ids, math.nan) for ids in texts)
-        fitting = {
-            prompt: [ids for ids in texts if len(prompt) + len(ids) <= self.max_positions]
-            for prompt, texts in wanted.items()
-        }
+        limit = self.max_positions
+        fitting = {p: [ids for ids in texts if len(p) + len(ids) <= limit] for p, texts in wanted.items()}
         if not self._warned_long and any(len(fitting[prompt]) < len(texts) for prompt, texts in wanted.items()):
             self._warned_long = True
-            message = "A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN."
-            logger.warning(message, self.max_positions)
+            logger.warning("A hypothesis is longer than the LLM can read (%d tokens with its prompt): NaN.", limit)
         if any(fitting.values()):
             for prompt, sums in self._checked_score(fitting).items():
                 wanted[prompt].update(sums)
@@ -188,8 +178,8 @@ class LLMScorer:
     def _checked_score(self, requests: Mapping[Ids, Sequence[Ids]]) -> dict[Ids, dict[Ids, float]]:
         """The engine's scores, compared with plain forwards where rows reach farther than any compared before.
 
-        Sliding windows that a config declares are the engine's matter. One that it does not (GPT-Neo's layers have
-        such) passes a short check, and then falsifies long prompts and rows of many hypotheses.
+        The engine allows for the sliding windows that a config declares. An undeclared one (GPT-Neo's layers have it)
+        passes the short start-up check, and then falsifies long prompts and rows of many hypotheses.
         """
         engine = self.engine
         sums = engine.score(requests)
@@ -202,30 +192,30 @@ class LLMScorer:
             if _difference([sums[prompt][ids] for ids in probes], plain, probes) <= self._tolerance:
                 break
             engine.sharing = Sharing(engine.sharing - 1)
-            logger.warning("Long rows score otherwise than in a plain forward: from now on %s.", _HOW[engine.sharing])
+            logger.warning("Long rows score differently in a plain forward: from now on %s.", _HOW[engine.sharing])
             sums = engine.score(requests)
         self._checked_reach = _reach(prompt, texts)
         return sums
 
     def _check(self, engine: Engine) -> None:
-        """Compares shared with plain scoring on a short example; an LLM that does not bear tries goes on without.
+        """Compares shared with plain scoring on a short example; an LLM that cannot take tries goes on without them.
 
         Raises:
-            LLMError: they differ, or a score is not finite.
+            LLMError: the two differ, or a score is not finite.
         """
         prompt = self.encoder.encode_prompt(_PROBE_CONTEXT)
         texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
         plain = [engine.plain_score(prompt, ids) for ids in texts]
-        deviation = _deviation(engine, prompt, texts, plain)
-        if engine.sharing is Sharing.TRIE and deviation > self._tolerance:
+        while (deviation := _deviation(engine, prompt, texts, plain)) > self._tolerance:
+            if engine.sharing is not Sharing.TRIE:
+                break
             logger.warning("This LLM does not take trie-shaped rows: %s.", _HOW[Sharing.PROMPT])
             engine.sharing = Sharing.PROMPT
-            deviation = _deviation(engine, prompt, texts, plain)
         self._checked_reach = _reach(prompt, texts)
         if deviation > self._tolerance:
             raise LLMError(
-                f"The LLM's start-up check failed: behind a shared prompt a short text scores {deviation:.4f} nat a "
-                "token away from a plain forward. Its weights are damaged or its architecture is not supported; try "
+                f"The LLM's start-up check failed: behind a shared prompt a short text's score is {deviation:.4f} nat "
+                "per token off a plain forward's. Its weights are damaged or its architecture is not supported; try "
                 "llm.compute_dtype=float32, or another LLM."
             )
 
@@ -249,7 +239,7 @@ def _difference(ours: Sequence[float], plain: Sequence[float], texts: Sequence[I
 
 
 def _reach(prompt: Ids, texts: Sequence[Ids]) -> int:
-    """How far, in tokens, a node of a row behind this prompt may be from the sequence's begin, at most."""
+    """The most tokens that may lie between the sequence's begin and a node of a row behind this prompt."""
     return len(prompt) + max(max(map(len, texts)), min(ROW_NODES, sum(map(len, texts))))
 
 
@@ -263,7 +253,7 @@ def open_llm(config: LLMConfig) -> LLMScorer:
 
 
 def load_llm(config: LLMConfig) -> LLMScorer:
-    """Loads the LLM that ``config`` names, and checks its scoring on a short example.
+    """Loads the LLM that ``config`` names and checks its scoring on a short example.
 
     Raises:
         LLMError: settings, files, template or tokenizer cannot be used, or the check failed.

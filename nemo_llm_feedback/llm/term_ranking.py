@@ -1,8 +1,8 @@
-"""Ranks the terms of a long list by their likeness to hypotheses, and finds the terms that a text mentions.
+"""Picks the terms of a long list that are most like the hypotheses, and finds the terms that a text mentions.
 
-A catalogue of thousands of terms fits no prompt. Of such a list a group's prompt gets the terms that look or sound
-like something in the group's hypotheses, and some others, so that being listed is no sign of being right. The choice
-depends on the group's texts as a set: it is the same for every member, and for every order of them.
+A prompt cannot hold a catalogue of thousands of terms. Of such a list a group's prompt gets the terms that look or
+sound like something in the group's hypotheses, and some others, so that a listed term is not right just because it is
+listed. The choice depends on the group's texts as a set: it is the same for every member, and for every order of them.
 
 Likeness is 0 to 100: the normalised indel similarity (rapidfuzz) of term and span written without spaces, averaged
 with that of their Metaphone codes (jellyfish) where both have one; scripts without a Metaphone code are compared by
@@ -30,7 +30,13 @@ _UNIT = re.compile(rf"{UNSPACED.pattern}|[^\s{UNSPACED.pattern[1:-1]}]+")
 
 
 class Mention(NamedTuple):
-    """A term in a text: characters [start, end) and the term as it is listed."""
+    """A listed term in a text.
+
+    Attributes:
+        start: index of the mention's first character.
+        end: index behind its last character.
+        term: the term in its listed spelling.
+    """
 
     start: int
     end: int
@@ -41,14 +47,14 @@ def rank_terms(terms: Sequence[str], texts: Iterable[str], *, max_terms: int) ->
     """Chooses the terms of a long list that a group's prompt shows.
 
     Args:
-        terms: the list; equal ones are one.
+        terms: the list; equal ones count once.
         texts: the group's transcripts.
-        max_terms: how many to keep; a list that is not longer is returned as it is.
+        max_terms: number of terms to keep; a list that is not longer is returned as it is.
 
     Returns:
         The likest terms, likest first and equal ones in the list's order, with distractors (a quarter of all, from the
-        rest of the list at equal distances, in its order) spread evenly among them: what a prompt that is still too
-        long keeps has its share of distractors, too.
+        rest of the list at equal distances, in its order) spread evenly among them, so that a prompt that is still too
+        long and is cut keeps its share of distractors.
     """
     if len(terms) <= max_terms:
         return tuple(terms)
@@ -63,7 +69,7 @@ def rank_terms(terms: Sequence[str], texts: Iterable[str], *, max_terms: int) ->
 
 
 def likeness(terms: Sequence[str], texts: Iterable[str]) -> NDArray[np.float32]:
-    """Returns [len(terms)] the likeness, 0 to 100, of each term and the likest span of any of the texts."""
+    """Returns the likeness [len(terms)], 0 to 100, of each term to the likest span of any of the texts."""
     units = {_units(basic(text)) for text in texts}
     best = np.zeros(len(terms), dtype=np.float32)
     for size, members in _by_size(tuple(terms)).items():
@@ -100,7 +106,7 @@ def find_terms(text: str, terms: Sequence[str]) -> list[Mention]:
 
 @functools.lru_cache(maxsize=16)
 def _by_size(terms: tuple[str, ...]) -> dict[int, list[tuple[int, str, str]]]:
-    """(place, spelling, sound) of terms by their number of words, or characters where there are no spaces."""
+    """(index, spelling, sound) of terms by their number of words, or of characters where there are no spaces."""
     sizes: dict[int, list[tuple[int, str, str]]] = {}
     for place, term in enumerate(terms):
         units = _units(basic(term))
@@ -110,6 +116,7 @@ def _by_size(terms: tuple[str, ...]) -> dict[int, list[tuple[int, str, str]]]:
 
 @functools.lru_cache(maxsize=16)
 def _by_first_unit(terms: tuple[str, ...]) -> dict[str, list[tuple[tuple[str, ...], str]]]:
+    """(words, term) of terms by their first word, or character where there are no spaces; longest first."""
     listed: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for term in terms:
         words = tuple(map(str.casefold, _units(term)))
@@ -137,11 +144,11 @@ _sound = functools.lru_cache(maxsize=65536)(jellyfish.metaphone)
 
 @functools.lru_cache(maxsize=65536)
 def _spelling(units: tuple[str, ...]) -> tuple[str, str]:
-    """A span written without spaces, and its sound; "" where one of its words has none."""
+    """A span written without spaces, and its Metaphone code; "" where one of its words has none."""
     sounds = [_sound(unit) for unit in units]
     return "".join(units), "".join(sounds) if all(sounds) else ""
 
 
 def _ratios(one: Sequence[str], two: Sequence[str]) -> NDArray[np.float32]:
-    """[len(one), len(two)] normalised indel similarity, 0 to 100."""
+    """Normalised indel similarity [len(one), len(two)], 0 to 100, of all pairs of texts."""
     return process.cdist(one, two, scorer=fuzz.ratio, dtype=np.float32, workers=1)

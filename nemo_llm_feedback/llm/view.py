@@ -1,15 +1,14 @@
-"""Shows a group to the LLM: which terms it reads, and how the hypotheses are written for it.
+"""Decides how a group is shown to the LLM: which terms the prompt lists, and how the hypotheses are spelt.
 
-A view changes what the LLM is shown and nothing else. It is the same for all members of a group, and since scores are
-kept under the context and the text that were shown, a cache needs to know nothing of it.
+A view changes nothing but that. It is the same for all members of a group. Caches need not know of it, since they keep
+scores under the context and the text that the LLM was shown.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.text import UNSPACED
@@ -24,7 +23,8 @@ class LLMView:
     """How groups are shown to the LLM.
 
     Attributes:
-        max_terms: of a longer term list the group is shown its nearest terms, and some others (see ``term_ranking``).
+        max_terms: most terms per prompt; a longer list is cut to those nearest to the group, and some others (see
+            ``term_ranking``).
         truecasing: ``none``, ``sentence`` or ``english`` (see ``truecased``).
     """
 
@@ -33,27 +33,25 @@ class LLMView:
 
     @classmethod
     def of(cls, config: LLMConfig) -> LLMView:
-        """The view that the LLM's settings ask for."""
+        """Returns the view that the LLM's settings ask for."""
         return cls(config.max_terms, config.truecasing)
 
     def __call__(self, group: HypothesisGroup) -> HypothesisGroup:
-        """Returns the group as the LLM is to see it: same members in the same order."""
+        """Returns the group as the LLM sees it: the same members in the same order."""
         context = self.context(group.context, group.texts)
-        members = tuple(
-            dataclasses.replace(h, text=truecased(h.text, context.terms, style=self.truecasing))
-            for h in group.hypotheses
-        )
-        return dataclasses.replace(group, hypotheses=members, context=context)
+        texts = (truecased(text, context.terms, style=self.truecasing) for text in group.texts)
+        members = tuple(replace(h, text=text) for h, text in zip(group.hypotheses, texts, strict=True))
+        return replace(group, hypotheses=members, context=context)
 
     def context(self, context: Context, texts: Sequence[str]) -> Context:
         """Returns the context with the terms that a group of these texts is shown."""
         if len(context.terms) <= self.max_terms:
             return context
-        return dataclasses.replace(context, terms=rank_terms(context.terms, texts, max_terms=self.max_terms))
+        return replace(context, terms=rank_terms(context.terms, texts, max_terms=self.max_terms))
 
 
 def truecased(text: str, terms: Sequence[str], *, style: str) -> str:
-    """Writes a lower-case transcript as a sentence; a rule, so equal words are written equally in every member.
+    """Returns a lower-case transcript written as a sentence, by rules: equal words are spelt alike in every member.
 
     Listed terms get their listed spelling, the first letter is upper case, and a full stop ends the text where it ends
     in a letter or digit (``。`` after a character of Chinese or Japanese script; none after other unspaced scripts).
@@ -61,7 +59,7 @@ def truecased(text: str, terms: Sequence[str], *, style: str) -> str:
 
     Args:
         text: a transcript.
-        terms: listed terms, whose spelling is taken over.
+        terms: listed terms, whose spelling is adopted.
         style: ``none``, ``sentence`` or ``english``.
     """
     if style == "none" or not text.strip():

@@ -118,9 +118,9 @@ def test_acoustic_scores_are_those_of_the_checkpoint(scored, nemo_file, manifest
 
 
 def test_a_second_run_takes_all_from_the_cache_and_loads_no_llm(scored, flags, tmp_path, monkeypatch, capsys):
-    from nemo_llm_feedback.llm import scorer
+    from nemo_llm_feedback.llm import loading
 
-    monkeypatch.setattr(scorer, "load_model", lambda *_: pytest.fail("the LLM was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the LLM was loaded"))
     report, cache = scored
     out = tmp_path / "again.json"
     command = ["score", *flags, "--cache", str(cache), "--show", "1", "--members", "2", "--json", str(out)]
@@ -439,11 +439,11 @@ def test_training_from_a_cache_does_not_load_the_llm(nemo_file, tiny_llm, manife
     from nemo_llm_feedback.cli.jobs.adapt import adapt
     from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.core.run_folder import STEPS_FILE, read_steps
-    from nemo_llm_feedback.llm import scorer
+    from nemo_llm_feedback.llm import loading
 
     loads = []
-    load = scorer.load_model
-    monkeypatch.setattr(scorer, "load_model", lambda *args: loads.append(1) or load(*args))
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args: loads.append(1) or load(*args))
 
     def run(name: str, *more: str) -> Any:
         settings = [

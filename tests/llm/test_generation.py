@@ -1,4 +1,4 @@
-"""The LLM as a writer: greedy corrections, what of them is usable, and their way into groups."""
+"""The LLM's corrections: greedy answers, which of them are usable, and how they become members of groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_llm_feedback.core.config import LLMConfig, parse_run_config
 from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.llm.generation import Corrector
-from nemo_llm_feedback.llm.prompts import read_template
+from nemo_llm_feedback.llm.prompts import Template, read_template
 from nemo_llm_feedback.llm.view import LLMView
 from nemo_llm_feedback.rewards import corrector_from_config, reward_from_config
 
@@ -24,9 +24,9 @@ CONTEXT = Context("an order", ("latte", "oat milk"))
 NBEST = ["a large lattey", "a lard latte", "a large latte please"]
 
 
-def corrector(llm: Any, **settings: Any) -> Corrector:
+def corrector(llm: Any) -> Corrector:
     template = read_template(None, chat=llm.encoder.chat, use="correction")
-    return Corrector(llm, template=template, view=LLMView(200), **settings)
+    return Corrector(llm, template=template, view=LLMView(200))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def greedy(llm: Any, ids: tuple[int, ...], limit: int) -> list[int]:
     return out
 
 
-def test_the_answer_is_greedy_whatever_the_checkpoints_own_settings(writer):
+def test_the_answer_is_greedy_whatever_the_checkpoints_settings(writer):
     ours = corrector(writer)
     state = torch.get_rng_state()
     assert ours([CONTEXT], [NBEST]) == ["a large latte"]
@@ -148,10 +148,10 @@ def test_questions_that_do_not_fit_have_no_answer_and_contexts_are_cut(writer):
     assert ours([CONTEXT], [["latte " * 900]]) == [None]
 
 
-def test_answers_that_resemble_no_listed_text_are_no_corrections(writer, monkeypatch):
+def test_answers_unlike_every_listed_text_are_dropped(writer, monkeypatch):
     ours = corrector(writer)
-    said = ["I am sorry, I cannot help with that.", "A large latte, with soy", "我要拿铁"]
-    monkeypatch.setattr(ours, "_generate", lambda questions: [said.pop(0) for _ in questions])
+    written = ["I am sorry, I cannot help with that.", "A large latte, with soy", "我要拿铁"]
+    monkeypatch.setattr(ours, "_generate", lambda questions: [written.pop(0) for _ in questions])
     answers = [ours([CONTEXT], [texts])[0] for texts in (NBEST, ["a lard latte with soil"], ["我要那铁"])]
     assert answers == [None, "A large latte, with soy", "我要拿铁"]
     assert (ours.num_asked, ours.num_unusable) == (3, 1)
@@ -160,7 +160,9 @@ def test_answers_that_resemble_no_listed_text_are_no_corrections(writer, monkeyp
 def test_identity_changes_with_what_the_answer_depends_on(writer):
     ours = corrector(writer)
     other = Corrector(writer, template=ours._template, view=LLMView(200, "sentence"))
-    assert len({ours.identity, other.identity, corrector(writer, max_hypotheses=2).identity}) == 3
+    question = Template("{hypotheses}\nWhat was said:", "correction")
+    third = Corrector(writer, template=question, view=LLMView(200))
+    assert len({ours.identity, other.identity, third.identity}) == 3
     assert corrector(writer).identity == ours.identity
     assert ours.uses_context
 

@@ -1,4 +1,4 @@
-"""The scoring LLM: equality with plain forwards, storage, robustness, and every refusal."""
+"""The scoring LLM: scores equal those of plain forwards, however it is stored, prompted or short of memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(folder: Path | str, **settings) -> LLMConfig:
 def naive(scorer, context: Context, text: str) -> float:
     """log p(text | context) by one plain forward and an explicit loop over the text's tokens."""
     prompt, ids = scorer.encoder.encode_prompt(context), scorer.encoder.encode_text(text)
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer with int8
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line per layer with int8
     with torch.no_grad():
         logits = scorer.model(torch.tensor([prompt + ids])).logits[0].double()
     logp = logits.log_softmax(-1)
@@ -87,7 +87,7 @@ def test_nf4_on_cpu_is_packed_and_scores_equal_naive_scoring(architecture, tmp_p
 
 
 def test_a_cpu_with_bfloat16_instructions_computes_in_the_dtype_that_was_asked_for(llama, monkeypatch):
-    """bitsandbytes takes its bfloat16 kernel there whatever the compute dtype, 0.002 nat a token away (issue 8)."""
+    """bitsandbytes takes its bfloat16 kernel there whatever the compute dtype, 0.002 nat per token off (issue 8)."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -158,7 +158,7 @@ def test_context_and_end_of_text_matter(scorer):
     assert scorer.encoder.encode_text("latte")[-1] == scorer.encoder.end_id == 1
     empty = scorer.score([(COFFEE, [""])])[0][0]
     assert empty.num_tokens == 1
-    assert empty.logp < 0  # the end token's own probability, not an empty sum
+    assert empty.logp < 0  # the end token's probability, not an empty sum
     assert short.logp != with_terms.logp
 
 
@@ -372,11 +372,11 @@ def test_an_llm_that_does_not_take_tries_goes_on_without(llama, monkeypatch):
         return torch.zeros(len(self.real), 1, self.real.shape[1], int(self._prompt_lens.max()) + self.real.shape[1])
 
     monkeypatch.setattr(PackedBatch, "trie_mask", unmasked)
-    said: list[str] = []
-    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: said.append(message % values))
+    warnings: list[str] = []
+    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: warnings.append(message % values))
     llm = load_llm(config(llama))
     assert llm.engine.sharing.name == "PROMPT"
-    assert any("trie-shaped" in message for message in said)
+    assert any("trie-shaped" in message for message in warnings)
     assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx([naive(llm, COFFEE, t) for t in TEXTS], abs=1e-4)
 
 
@@ -397,15 +397,15 @@ def test_a_window_that_the_config_does_not_declare_is_noticed_when_rows_grow_bey
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folder)
-    said: list[str] = []
-    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: said.append(message % values))
+    warnings: list[str] = []
+    monkeypatch.setattr(scorer_module.logger, "warning", lambda message, *values: warnings.append(message % values))
     llm = load_llm(config(folder))
     assert llm.engine.sharing.name == "TRIE"
     texts = [f"{text} and some words {n}" for n in range(3) for text in TEXTS]
     assert flat(llm.score([(COFFEE, texts)])) == pytest.approx([naive(llm, COFFEE, t) for t in texts], abs=1e-3)
     assert llm.engine.sharing.name == "PROMPT"
-    assert said == [
-        "Long rows score otherwise than in a plain forward: from now on hypotheses share their prompt only."
+    assert warnings == [
+        "Long rows score differently in a plain forward: from now on hypotheses share their prompt only."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The LLM's files: hub ids from a local cache, every refusal, and what tells one LLM from another."""
+"""The LLM's files: hub ids from a local cache, which files are refused, and what distinguishes two LLMs."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_folder_with_cut_weights_or_a_pointer_file(tiny_llm, tmp_path):
     weights.write_bytes(whole[:-10])
     refused(folder, "cut short")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(folder, "no safetensors file")
+    refused(folder, "not a safetensors file")
 
 
 def test_folder_with_a_missing_shard(tiny_llm, tmp_path):
@@ -175,14 +175,14 @@ def test_folder_without_tokenizer(tiny_llm, tmp_path):
 
 def test_folder_with_a_foreign_tokenizer(tiny_llm, tmp_path):
     folder = make_tiny_llm(tmp_path / "llm", vocab_size=128)
-    with pytest.raises(LLMError, match="own tokenizer"):
+    with pytest.raises(LLMError, match="tokenizer of the model"):
         load_llm(config(folder))
 
 
 def test_folder_without_config_or_of_another_kind(tiny_llm, tmp_path):
     folder = damaged(tiny_llm, tmp_path)
     edit(folder / "config.json", architectures=["BertForMaskedLM"])
-    refused(folder, "no causal LM")
+    refused(folder, "not a causal LM")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json cannot be read")
     (folder / "config.json").unlink()
@@ -197,7 +197,7 @@ def test_checkpoint_stored_quantised_otherwise(tiny_llm, tmp_path):
     refused(folder, "stored in fp4", quantization="nf4")
 
 
-def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_own_dtype(tiny_llm, tmp_path):
+def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_dtype(tiny_llm, tmp_path):
     fresh = load_llm(config(tiny_llm, quantization="nf4"))
     fresh.model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16
     fresh.model.save_pretrained(tmp_path)

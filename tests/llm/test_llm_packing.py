@@ -1,4 +1,4 @@
-"""Sharing of work between hypotheses: tries and shared prompts give the scores of one-by-one runs, with less work."""
+"""Sharing work between hypotheses: tries and shared prompts score like one-by-one runs, with fewer tokens."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_files_are_read_and_checked(tmp_path):
 # ---------------------------------------------------------------- previous utterances
 
 
-def test_previous_utterances_stand_before_the_hypothesis_one_a_line():
+def test_previous_utterances_stand_before_the_hypothesis_one_per_line():
     context = Context("a call", ("latte",), ("how can i\nhelp you", "", "i want {terms}"))
     assert BASE.render(context) == (
         "The following is a transcript of a call.\nTerms that may occur: latte.\nhow can i help you\ni want {terms}\n"

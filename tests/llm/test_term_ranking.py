@@ -1,4 +1,4 @@
-"""Long term lists, and how the LLM sees a group: which terms it reads, how hypotheses are written."""
+"""How the LLM sees a group: which terms of a long list the prompt has, and how hypotheses are spelt."""
 
 from __future__ import annotations
 

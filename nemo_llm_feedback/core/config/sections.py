@@ -184,7 +184,8 @@ class LLMConfig(Section):
         quantization: ``nf4`` (4 bit, double quantisation), ``int8`` or ``none``; all three work on CPU and on CUDA.
         device: ``auto`` (this process's GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
         compute_dtype: ``auto`` is bfloat16 on a GPU (float16 where the GPU has no bfloat16), float32 on a CPU.
-        template: path of a prompt template file (see ``prompts.py``); null = the built-in one.
+        template: path of a prompt template file (those of the folder ``llm/templates`` are examples); null = the
+            built-in one.
         correction_template: path of a template for ``correction`` rewards and proposals; null = the built-in one.
         chat: wrap the prompt in the tokenizer's chat template: ``auto`` = where it has one, ``on``, ``off``.
         chat_template_kwargs: extra variables of the chat template, e.g. ``{enable_thinking: false}``.
