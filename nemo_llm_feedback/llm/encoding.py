@@ -189,7 +189,7 @@ class PromptEncoder:
         """The user's message in the chat template, with the answer after it or up to where the answer begins."""
         turns = zip(("user", "assistant"), (prompt.strip(), *answer), strict=False)
         messages = [{"role": role, "content": content} for role, content in turns]
-        settings = {"tokenize": False, "add_generation_prompt": not answer, **self._chat_kwargs}
+        settings = {**self._chat_kwargs, "tokenize": False, "add_generation_prompt": not answer}
         return self._tokenizer.apply_chat_template(messages, **settings)
 
     def _find_end_id(self) -> int:

@@ -59,9 +59,9 @@ class Corrector:
             nbest: B lists of transcripts, most probable first; repeated and empty ones are left out.
 
         Returns:
-            B transcripts; None where there is nothing to correct, the question does not fit the LLM, or the answer is
-            useless: empty, of several lines, not ended within the token limit (twice the longest listed transcript
-            and 16 tokens), or in less than half of its letters like any listed text.
+            B transcripts; None where there is nothing to correct, the question is too long for the LLM, or the answer
+            is useless: empty, of several lines, not ended within the token limit (twice the longest listed transcript
+            and 16 tokens), or sharing less than half of its letters with every listed text.
 
         Raises:
             LLMError: the LLM cannot be loaded.

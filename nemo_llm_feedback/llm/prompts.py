@@ -79,11 +79,9 @@ class Template:
 
 
 def _context_values(context: Context) -> dict[str, str]:
-    return {
-        "description": context.description.strip().removesuffix("."),
-        "terms": ", ".join(filter(None, (" ".join(term.split()) for term in context.terms))),
-        "previous": "\n".join(filter(None, (" ".join(text.split()) for text in context.previous))),
-    }
+    tidy = [[" ".join(text.split()) for text in texts if text.split()] for texts in (context.terms, context.previous)]
+    description = context.description.strip().removesuffix(".")
+    return {"description": description, "terms": ", ".join(tidy[0]), "previous": "\n".join(tidy[1])}
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:

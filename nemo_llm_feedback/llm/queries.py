@@ -125,10 +125,11 @@ def score_terms(
         LLMError: as ``LLMScorer.score``, or the tokenizer does not know which characters its tokens stand for.
     """
     marked = [[_marked(scorer, text, terms) for text in texts] for _, terms, texts in requests]
-    rows = [
-        (scorer.encoder.encode_prompt(context), [ids[:n] for ids, runs in texts for n in _ends(ids, runs)])
-        for (context, _, _), texts in zip(requests, marked, strict=True)
-    ]
+    rows = []
+    for (context, _, _), texts in zip(requests, marked, strict=True):
+        # The beginnings of a text whose log-probabilities give those of its runs, and the whole text.
+        beginnings = [ids[:n] for ids, runs in texts for n in (*itertools.chain(*runs), len(ids)) if n]
+        rows.append((scorer.encoder.encode_prompt(context), beginnings))
     out = []
     for texts, (_, beginnings), sums in zip(marked, rows, scorer.score_ids(rows), strict=True):
         known = {(): 0.0, **dict(zip(beginnings, sums, strict=True))}
@@ -140,11 +141,6 @@ def _term_score(ids: Ids, runs: Sequence[tuple[int, int]], known: Mapping[Ids, f
     """The scores of a text and of its runs, from those of its beginnings."""
     logp = sum(known[ids[:stop]] - known[ids[:start]] for start, stop in runs)
     return TermScore(TextScore(known[ids], len(ids)), TextScore(logp, sum(stop - start for start, stop in runs)))
-
-
-def _ends(ids: Ids, runs: Sequence[tuple[int, int]]) -> list[int]:
-    """The lengths of a text's beginnings whose log-probabilities give those of its runs and of the whole."""
-    return [*(n for run in runs for n in run if n), len(ids)]
 
 
 def _marked(scorer: LLMScorer, text: str, terms: Sequence[str]) -> tuple[Ids, list[tuple[int, int]]]:
