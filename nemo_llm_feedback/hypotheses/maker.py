@@ -15,6 +15,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch, hypothesis_groups
 from nemo_llm_feedback.hypotheses.proposals import (
     Candidate,
     Proposer,
+    best_first,
     build_members,
     to_hypothesis,
     written_labels,
@@ -103,10 +104,10 @@ class NBestMaker:
         """Puts the LLM's rewrite of each utterance's best texts second, behind greedy, with its scores."""
         assert self._corrector is not None
         first = self._reference.heads[0]
-        ranked = []
-        for row, logp in zip(candidates, scores[first.name], strict=True):
-            order = sorted(range(len(row)), key=[-value for value in logp].__getitem__)
-            ranked.append([self._normalize(first.vocabulary.ids_to_text(row[i].labels)) for i in order])
+        ranked = [
+            [self._normalize(first.vocabulary.ids_to_text(c.labels)) for c in best_first(row, logp)]
+            for row, logp in zip(candidates, scores[first.name], strict=True)
+        ]
         texts = self._corrector(contexts, ranked)
         labels = [written_labels(text, first.vocabulary, self._normalize) if text else None for text in texts]
         extra = [[Candidate(new, "llm_correction")] if new is not None else [] for new in labels]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 # Term swaps: how often a swapped text is swapped again, from how many texts, and how many swaps of each are scored.
 _SWAP_ROUNDS, _SWAP_SEEDS, _SWAP_TRIED = 2, 4, 8
 
-# Boosting trees kept in memory: one a distinct term list; a run with per-utterance lists goes through many.
+# Boosting trees kept in memory: one per distinct term list; a run with per-utterance lists goes through many.
 _MAX_TREES = 256
 
 
@@ -51,7 +51,7 @@ class Proposer:
     ) -> None:
         self._head, self._config, self._normalize = head, config, normalize
         self._generator = generator or torch.Generator().manual_seed(0)
-        self._trees: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+        self._tree = functools.lru_cache(_MAX_TREES)(lambda terms: boosting_tree(head.vocabulary, terms, config))
 
     @property
     def sampled_only(self) -> bool:
@@ -132,20 +132,17 @@ class Proposer:
         """The most probable candidates of every row under the policy, best first."""
         with torch.no_grad():
             scores = self._head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
-        ranked = []
-        for row, logp in zip(candidates, scores, strict=True):
-            order = sorted(range(len(row)), key=[-value for value in logp].__getitem__)
-            ranked.append([row[i] for i in order[:keep]])
-        return ranked
+        return [best_first(row, logp)[:keep] for row, logp in zip(candidates, scores, strict=True)]
 
     def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
-        tree = self._trees.get(terms)
-        if tree is None:
-            tree = self._trees[terms] = boosting_tree(self._head.vocabulary, terms, self._config)
-            if len(self._trees) > _MAX_TREES:
-                self._trees.popitem(last=False)
-        c, boosting = self._config, (tree.to(encoded.device), self._config.boosting_weight)
+        c, boosting = self._config, (self._tree(terms).to(encoded.device), self._config.boosting_weight)
         return self._head.beam(encoded, lengths, size=c.boosted, max_symbols=c.max_symbols, boosting=boosting)
+
+
+def best_first(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[Candidate]:
+    """The candidates by falling score; ``scores`` may go on behind the last candidate (padding)."""
+    ranked = sorted(zip(scores, candidates, strict=False), key=lambda pair: -pair[0])
+    return [candidate for _, candidate in ranked]
 
 
 def boosting_tree(vocabulary: Vocabulary, terms: Sequence[str], config: ProposalConfig) -> Any:
@@ -198,15 +195,12 @@ def build_members(
     feasible = [i for i, score in enumerate(scores) if score > float("-inf")] or [0]
     if not distinct:
         return feasible[:max_members]
-    best: dict[str, int] = {}
+    best: dict[str, int] = {}  # keeps the order in which the texts were seen first
     for i in feasible:
         text = normalize(vocabulary.ids_to_text(candidates[i].labels))
-        if text not in best or scores[i] > scores[best[text]]:
+        if scores[i] > scores[best.setdefault(text, i)]:
             best[text] = i
-    first_seen: dict[str, None] = {}
-    for i in feasible:
-        first_seen.setdefault(normalize(vocabulary.ids_to_text(candidates[i].labels)))
-    return [best[text] for text in first_seen][:max_members]
+    return list(best.values())[:max_members]
 
 
 def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Hypothesis:

@@ -1,11 +1,12 @@
 """Arithmetic over groups of hypotheses: which members and groups count, and NaN-free means and softmaxes over them.
 
-Tensors are [B, N], B groups of at most N members, as described in `objectives`. Values outside a mask are never read.
+Tensors are [B, N], B groups of at most N members. Values outside a mask are never read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,37 @@ from torch import Tensor
 _MAX_LOG_RATIO = 10.0
 
 
+class Groups(NamedTuple):
+    """What every objective is a function of: B groups of at most N hypotheses, as tensors of one shape [B, N].
+
+    Attributes:
+        logp: natural-log probability log p(h|x) of member n under the moving policy, marginal over alignments, ≤ 0,
+            with gradient; −inf for a text that the audio is too short for.
+        rewards: reward of the member, higher is better, no gradient; it already holds the frozen ASR score. NaN or
+            ±inf: the reward could not judge the member.
+        ref_logp: log p(h|x) under the frozen starting model, no gradient.
+        mask: bool, True for members, False for padding. What the padding holds does not matter, NaN included.
+        old_logp: log-probability under the distribution that the members were *sampled* from, no gradient; or None.
+    """
+
+    logp: Tensor
+    rewards: Tensor
+    ref_logp: Tensor
+    mask: Tensor
+    old_logp: Tensor | None = None
+
+    @property
+    def feasible(self) -> Tensor:
+        """[B, N] bool: members that policy and reference can both produce at all (no log-probability of −inf)."""
+        impossible = torch.isneginf(self.logp.detach()) | torch.isneginf(self.ref_logp.to(self.logp.device))
+        return self.mask.to(self.logp.device) & ~impossible
+
+
 def signal(rewards: Tensor, mask: Tensor, *, min_spread: float) -> Tensor:
     """Which groups can teach anything: at least two members, all judged, whose rewards differ enough.
 
     Args:
-        rewards: [B, N] reward of each member, NaN or ±inf where it could not be judged.
+        rewards: [B, N] reward of each member, NaN or ±inf where it was not judged.
         mask: [B, N] bool, True for members (infeasible ones already removed).
         min_spread: reward units, ≥ 0; a group needs max − min > ``min_spread``.
 
@@ -37,11 +64,6 @@ def reward_spread(rewards: Tensor, mask: Tensor) -> Tensor:
     top = rewards.masked_fill(~usable, -torch.inf).amax(dim=1)
     bottom = rewards.masked_fill(~usable, torch.inf).amin(dim=1)
     return torch.where(usable.any(dim=1), top - bottom, torch.zeros_like(top))
-
-
-def feasible(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """[B, N] bool: members that both the policy and the reference can produce at all (no log-probability of −inf)."""
-    return mask.to(logp.device) & ~torch.isneginf(logp.detach()) & ~torch.isneginf(ref_logp.to(logp.device))
 
 
 def leave_one_out(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -102,23 +124,34 @@ class Members:
         return self.policy_grad.detach()
 
 
-def usable_members(
-    logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor, min_spread: float, old_logp: Tensor | None = None
-) -> Members:
-    """Applies the rules that all rewarded objectives share: feasible members of groups with signal."""
-    valid = feasible(logp, ref_logp, mask)
-    if old_logp is not None:
-        valid = valid & ~torch.isneginf(old_logp.to(logp.device))
-    return members(logp, rewards, ref_logp, valid, signal(rewards.to(logp), valid, min_spread=min_spread))
+def usable_members(groups: Groups, min_spread: float, *, proposed: bool = False) -> Members:
+    """Applies the rules that all rewarded objectives share: feasible members of groups with signal.
+
+    Args:
+        groups: all members.
+        min_spread: see `signal`.
+        proposed: members must also be feasible under ``old_logp``, where there is one.
+    """
+    valid = groups.feasible
+    if proposed and groups.old_logp is not None:
+        valid = valid & ~torch.isneginf(groups.old_logp.to(valid.device))
+    return members(groups, valid, signal(groups.rewards.to(groups.logp), valid, min_spread=min_spread))
 
 
-def members(logp: Tensor, rewards: Tensor | None, ref_logp: Tensor, valid: Tensor, kept: Tensor) -> Members:
-    """Empties the groups that are not kept and makes everything outside the valid members harmless."""
+def members(groups: Groups, valid: Tensor, kept: Tensor, *, judged: bool = True) -> Members:
+    """Empties the groups that are not kept and makes everything outside the valid members harmless.
+
+    Args:
+        groups: all members.
+        valid: [B, N] bool, feasible members.
+        kept: [B] bool, groups with signal.
+        judged: False: the rewards are not read.
+    """
     valid = valid & kept.unsqueeze(1)
-    safe = logp.masked_fill(~valid, 0.0)
-    policy = probabilities(log_softmax_over(safe, valid), valid)
-    judgement = torch.zeros_like(safe) if rewards is None else constant(rewards, logp, valid)
-    return Members(safe, judgement, constant(ref_logp, logp, valid), valid, kept, policy, rewards is not None)
+    logp = groups.logp.masked_fill(~valid, 0.0)
+    policy = probabilities(log_softmax_over(logp, valid), valid)
+    rewards = constant(groups.rewards, logp, valid) if judged else torch.zeros_like(logp)
+    return Members(logp, rewards, constant(groups.ref_logp, logp, valid), valid, kept, policy, judged)
 
 
 def constant(values: Tensor, like: Tensor, valid: Tensor) -> Tensor:

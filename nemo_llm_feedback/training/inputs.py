@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.core.config import RunConfig
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.data.audio import mix_channels, select_channels
 from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, unreadable
 
@@ -24,9 +24,9 @@ def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
         bare = [row.origin for row in rows if not row.text]
         bad = [reason for _, reason in unreadable(rows)]
         if bare or bad:
-            listed = "".join(f"\n  {item}" for item in (bad or bare)[:20])
             what = "unreadable audio" if bad else "no `text`"
-            raise ManifestError(f"{len(bad or bare)} row(s) of the manifest {path} have {what}:{listed}")
+            head = f"{len(bad or bare)} row(s) of the manifest {path} have {what}:"
+            raise ManifestError(list_faults(head, bad or bare))
         stem = Path(path).stem
         name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
         sets[name] = rows

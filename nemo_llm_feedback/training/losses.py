@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.training.distributed import CollectiveBlock
+from nemo_llm_feedback.training.group_math import Groups
 from nemo_llm_feedback.training.objectives import (
     OBJECTIVES,
     ObjectiveOutput,
@@ -129,34 +131,28 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
     Returns:
         The term ``objective`` and the regularisers, with their metrics.
     """
-    rewards, ref_logp, old_logp, mask = (
-        values.to(logp.device)
-        for values in (nbest.rewards[head], nbest.ref_logp[head], nbest.old_logp[head], nbest.mask)
-    )
+    tensors = (nbest.rewards[head], nbest.ref_logp[head], nbest.mask, nbest.old_logp[head])
+    groups = Groups(logp, *(values.to(logp.device) for values in tensors))
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
-    output = OBJECTIVES[config.name](logp, rewards=rewards, ref_logp=ref_logp, mask=mask, old_logp=old_logp, **chosen)
-    groups = float(output.metrics["groups"])
+    output = OBJECTIVES[config.name](groups, **chosen)
+    count = float(output.metrics["groups"])
     loss = LossSum()
-    loss.add("objective", output.loss, count=groups)
-    loss.log(output.metrics, count=groups)
+    loss.add("objective", output.loss, count=count)
+    loss.log(output.metrics, count=count)
     loss.log({name: output.metrics[name] for name in ("groups", "signal_fraction")}, count=len(nbest))
-    regularisers = {
-        "pseudo_label": (config.pseudo_label_weight, lambda: _pseudo_label(logp, rewards, ref_logp, mask)),
-        "mass": (config.mass_weight, lambda: group_mass(logp, ref_logp=ref_logp, mask=mask)),
-        "reference_kl": (config.reference_kl_weight, lambda: reference_kl(logp, ref_logp=ref_logp, mask=mask)),
+    pseudo_label = functools.partial(self_training, label="reward", min_confidence=0.0)
+    regularisers: dict[str, tuple[float, Callable[[Groups], ObjectiveOutput]]] = {
+        "pseudo_label": (config.pseudo_label_weight, pseudo_label),
+        "mass": (config.mass_weight, group_mass),
+        "reference_kl": (config.reference_kl_weight, reference_kl),
     }
     for name, (weight, regulariser) in regularisers.items():
         if weight > 0:
-            term = regulariser()
+            term = regulariser(groups)
             loss.add(name, term.loss, count=float(term.metrics["groups"]), weight=weight)
             loss.log({f"{name}_loss": term.loss.detach()}, count=len(nbest))
-    k3 = sequence_k3(logp.detach(), ref_logp=ref_logp, mask=mask).loss
-    loss.log({"k3_reference": k3}, count=len(nbest))
+    loss.log({"k3_reference": sequence_k3(groups._replace(logp=logp.detach())).loss}, count=len(nbest))
     return loss
-
-
-def _pseudo_label(logp: Tensor, rewards: Tensor, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
-    return self_training(logp, rewards=rewards, ref_logp=ref_logp, mask=mask, label="reward", min_confidence=0.0)
 
 
 def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, float]:

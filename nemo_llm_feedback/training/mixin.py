@@ -59,9 +59,6 @@ class LLMFeedbackMixin(_Base):
     bit for bit.
     """
 
-    stock_target: str
-    """Dotted path of the stock class, written into every ``.nemo``."""
-
     _setup: FeedbackSetup | None = None
     _feedback: Feedback | None = None
     _resumed: dict[str, Any] | None = None
@@ -246,6 +243,11 @@ class LLMFeedbackMixin(_Base):
         """Index of the refresh of hypotheses that this step belongs to."""
         return int(self.trainer.global_step) // self.feedback_setup.config.feedback.refresh_every
 
+    @classmethod
+    def stock(cls) -> type:
+        """The stock NeMo class behind this one, whose name is written into every ``.nemo``."""
+        return cls.__mro__[cls.__mro__.index(LLMFeedbackMixin) + 1]
+
     @property
     def feedback_setup(self) -> FeedbackSetup:
         """What ``setup_feedback`` built.
@@ -330,7 +332,8 @@ class LLMFeedbackMixin(_Base):
 
     def save_to(self, save_path: str) -> None:
         """Writes a plain ``.nemo``: stock class, stock weights; a failed save leaves the file that was there."""
-        with stock_config(self, target=self.stock_target, facts=self._adaptation_facts):
+        stock = self.stock()
+        with stock_config(self, target=f"{stock.__module__}.{stock.__name__}", facts=self._adaptation_facts):
             if not is_global_rank_zero():
                 super().save_to(save_path)
                 return

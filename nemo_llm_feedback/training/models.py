@@ -21,54 +21,39 @@ from nemo_llm_feedback.core.errors import CheckpointError
 from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 
 
-def _target(stock: type) -> str:
-    return f"{stock.__module__}.{stock.__name__}"
-
-
 class FeedbackCTCModel(LLMFeedbackMixin, EncDecCTCModel):
     """Character CTC with feedback."""
-
-    stock_target = _target(EncDecCTCModel)
 
 
 class FeedbackCTCModelBPE(LLMFeedbackMixin, EncDecCTCModelBPE):
     """BPE CTC with feedback."""
 
-    stock_target = _target(EncDecCTCModelBPE)
-
 
 class FeedbackRNNTModel(LLMFeedbackMixin, EncDecRNNTModel):
     """Character RNN-T or TDT with feedback."""
-
-    stock_target = _target(EncDecRNNTModel)
 
 
 class FeedbackRNNTBPEModel(LLMFeedbackMixin, EncDecRNNTBPEModel):
     """BPE RNN-T or TDT with feedback."""
 
-    stock_target = _target(EncDecRNNTBPEModel)
-
 
 class FeedbackHybridRNNTCTCModel(LLMFeedbackMixin, EncDecHybridRNNTCTCModel):
     """Character hybrid with feedback."""
-
-    stock_target = _target(EncDecHybridRNNTCTCModel)
 
 
 class FeedbackHybridRNNTCTCBPEModel(LLMFeedbackMixin, EncDecHybridRNNTCTCBPEModel):
     """BPE hybrid with feedback."""
 
-    stock_target = _target(EncDecHybridRNNTCTCBPEModel)
 
-
-CLASSES: dict[str, Any] = {
-    "EncDecCTCModel": FeedbackCTCModel,
-    "EncDecCTCModelBPE": FeedbackCTCModelBPE,
-    "EncDecRNNTModel": FeedbackRNNTModel,
-    "EncDecRNNTBPEModel": FeedbackRNNTBPEModel,
-    "EncDecHybridRNNTCTCModel": FeedbackHybridRNNTCTCModel,
-    "EncDecHybridRNNTCTCBPEModel": FeedbackHybridRNNTCTCBPEModel,
-}
+_CLASSES = (
+    FeedbackCTCModel,
+    FeedbackCTCModelBPE,
+    FeedbackRNNTModel,
+    FeedbackRNNTBPEModel,
+    FeedbackHybridRNNTCTCModel,
+    FeedbackHybridRNNTCTCBPEModel,
+)
+CLASSES: dict[str, Any] = {cls.stock().__name__: cls for cls in _CLASSES}
 
 
 def locate(path_or_name: str | Path) -> Path:

@@ -1,14 +1,6 @@
-"""Objectives: pure functions of padded tensors, one group of hypotheses a row. Nothing here knows a model or trainer.
+"""Objectives: pure functions of padded tensors, one group of hypotheses per row; none knows a model or trainer.
 
-**Tensors.** All objectives take the same five, of one shape [B, N] (B groups, N the largest group):
-
-- ``logp``: natural-log probability log p(h|x) of member n under the moving policy, marginal over alignments, ≤ 0, with
-  gradient; −inf for a text that the audio is too short for.
-- ``rewards``: reward of the member, higher is better, no gradient; it already holds the frozen ASR score. NaN (or
-  ±inf): the reward could not judge the member.
-- ``ref_logp``: log p(h|x) under the frozen starting model, no gradient.
-- ``mask``: bool, True for members, False for padding. What the padding holds does not matter, NaN included.
-- ``old_logp``: optional, log-probability under the distribution that the members were *sampled* from, no gradient.
+**Tensors.** All objectives take five tensors of one shape [B, N] (B groups, N the largest group) as `Groups`.
 
 **Rules that all share.** A member of −inf in any of the log-probabilities is infeasible and counts as padding; a NaN
 in ``logp`` of a member is a numerical failure and is passed on to the loss, where the trainer's guard sees it. A group
@@ -26,7 +18,7 @@ reaches them. P̂ = softmax(logp) over a group's members is the *renormalised po
 - `grpo`: the ratio starts at 1 for any member, so each gets gradient. With ``old_logp`` kept from the making of the
   group, the clip bounds what one group can do in either direction: a good member far below the policy's own needs many
   refreshes. Without it nothing is clipped and a bad member is pushed down without end, improbable as it is.
-- `reinforce`: never; it is an estimate over samples.
+- `reinforce`: never; it estimates over samples.
 """
 
 from __future__ import annotations
@@ -40,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_llm_feedback.training.group_math import (
+    Groups,
     Members,
     bounded_exp,
     centred,
     constant,
     effective_members,
-    feasible,
     group_kl,
     k3_penalty,
     leave_one_out,
@@ -54,26 +46,8 @@ from nemo_llm_feedback.training.group_math import (
     member_mean,
     members,
     probabilities,
-    signal,
     usable_members,
 )
-
-__all__ = [
-    "OBJECTIVES",
-    "ObjectiveOutput",
-    "distill",
-    "dpo",
-    "feasible",
-    "group_mass",
-    "grpo",
-    "hyperparameters",
-    "mwer",
-    "reference_kl",
-    "reinforce",
-    "self_training",
-    "sequence_k3",
-    "signal",
-]
 
 
 @dataclass(frozen=True)
@@ -90,16 +64,7 @@ class ObjectiveOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def distill(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    temperature: float,
-    min_spread: float,
-) -> ObjectiveOutput:
+def distill(groups: Groups, *, temperature: float, min_spread: float) -> ObjectiveOutput:
     """Soft N-best distillation: KL(q ‖ P̂) with q = softmax(reward / τ).
 
     For a reward of the form R = R' + logP_ref, q at τ = 1 is the optimum of max_π E_π[R'] − KL(π ‖ π_ref) over the
@@ -108,36 +73,21 @@ def distill(
     group; see `group_mass`.
 
     Args:
-        logp, rewards, ref_logp, mask, old_logp: see the module docstring; ``old_logp`` is not used.
+        groups: see `Groups`; ``old_logp`` is not used.
         temperature: τ > 0 in reward units; towards 0 the best member alone is the target.
         min_spread: see `signal`.
 
     Returns:
         Loss in nats ≥ 0; adds the metrics ``target_entropy`` (nats) and ``target_policy_mass`` = Σ q·P̂.
     """
-    g = usable_members(logp, rewards, ref_logp, mask, min_spread)
+    g = usable_members(groups, min_spread)
     log_q = log_softmax_over(g.rewards / temperature, g.valid)
     q = probabilities(log_q, g.valid)
-    entropy = -(q * log_q).sum(dim=1)
-    return _output(
-        g,
-        group_kl(g.rewards / temperature, g.logp, g.valid),
-        {"target_entropy": entropy, "target_policy_mass": (q * g.policy).sum(dim=1)},
-    )
+    parts = {"target_entropy": -(q * log_q).sum(dim=1), "target_policy_mass": (q * g.policy).sum(dim=1)}
+    return _output(g, group_kl(g.rewards / temperature, g.logp, g.valid), parts)
 
 
-def mwer(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    correction: str,
-    temperature: float,
-    mixture: float,
-    min_spread: float,
-) -> ObjectiveOutput:
+def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float, min_spread: float) -> ObjectiveOutput:
     """Expected reward over the N-best, after Prabhavalkar et al. 2018 with word errors → −R.
 
     Loss of a group: −Σ w_i (R_i − R̄), R̄ the plain group mean (it changes no gradient, since Σ w = 1). The weights w:
@@ -161,8 +111,7 @@ def mwer(
     was drawn and once in its weight. Not for beams, which sample from nothing.
 
     Args:
-        logp, rewards, ref_logp, mask: see the module docstring.
-        old_logp: [B, N] log-probability under the sampler; needed by ``proposal`` only.
+        groups: see `Groups`; ``proposal`` needs ``old_logp``, the log-probability under the sampler.
         correction: ``none``, ``kl_optimum`` or ``proposal``.
         temperature: τ > 0 of q, in reward units; used by ``kl_optimum`` only.
         mixture: ε in [0, 1]; used by ``kl_optimum`` only.
@@ -171,14 +120,14 @@ def mwer(
     Raises:
         ValueError: unknown ``correction``, or ``proposal`` without ``old_logp``.
     """
-    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(groups, min_spread, proposed=True)
     advantage = centred(g.rewards, g.valid)
     if correction == "none":
         return _output(g, -(g.policy_grad * advantage).sum(dim=1), {})
     if correction == "proposal":
-        if old_logp is None:
+        if groups.old_logp is None:
             raise ValueError("mwer with correction='proposal' needs old_logp, the log-probability under the sampler")
-        ratio = g.logp - constant(old_logp, g.logp, g.valid)
+        ratio = g.logp - constant(groups.old_logp, g.logp, g.valid)
         weights = probabilities(log_softmax_over(ratio, g.valid), g.valid)
         return _output(g, -(weights * advantage).sum(dim=1), {"effective_members": effective_members(weights)})
     if correction == "kl_optimum":
@@ -192,15 +141,7 @@ def mwer(
     raise ValueError(f"unknown correction '{correction}' of mwer: choose none, kl_optimum or proposal")
 
 
-def reinforce(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    min_spread: float,
-) -> ObjectiveOutput:
+def reinforce(groups: Groups, *, min_spread: float) -> ObjectiveOutput:
     """Policy gradient on samples with the leave-one-out baseline: −(1/N) Σ A_i s_i (Kool et al. 2019).
 
     The gradient is an unbiased estimate of that of −E_π[R] for members that are independent samples of the policy,
@@ -208,29 +149,19 @@ def reinforce(
     policy and each term is weighted by the importance ratio exp(logp − old_logp), which keeps it unbiased.
 
     Args:
-        logp, rewards, ref_logp, mask, old_logp: see the module docstring.
+        groups: see `Groups`.
         min_spread: see `signal`; above 0 the estimate leaves out the groups it drops.
     """
-    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(groups, min_spread, proposed=True)
     advantage = leave_one_out(g.rewards, g.valid)
-    if old_logp is None:
+    if groups.old_logp is None:
         return _output(g, -member_mean(advantage * g.logp, g.valid), {})
-    ratio = bounded_exp(g.logp - constant(old_logp, g.logp, g.valid))
+    ratio = bounded_exp(g.logp - constant(groups.old_logp, g.logp, g.valid))
     return _output(g, -member_mean(advantage * ratio, g.valid), {"ratio_mean": member_mean(ratio, g.valid)})
 
 
 def grpo(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    clip: float,
-    kl_weight: float,
-    standardize: bool,
-    std_floor: float,
-    min_spread: float,
+    groups: Groups, *, clip: float, kl_weight: float, standardize: bool, std_floor: float, min_spread: float
 ) -> ObjectiveOutput:
     """Group-relative policy optimisation (Shao et al. 2024) on whole sequences.
 
@@ -239,8 +170,7 @@ def grpo(
     and k3 as in `sequence_k3`. The ratio is that of the sequence, so ε bounds the change of a whole transcript.
 
     Args:
-        logp, rewards, ref_logp, mask: see the module docstring.
-        old_logp: [B, N] ``logp`` when the group was made; None for the first update on it (ρ = 1).
+        groups: see `Groups`; ``old_logp`` is ``logp`` when the group was made, None = the first update on it (ρ = 1).
         clip: ε in (0, 1).
         kl_weight: β ≥ 0.
         standardize: divide by the population standard deviation of the group's rewards.
@@ -250,12 +180,12 @@ def grpo(
     Returns:
         Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members whose gradient the clip removed) and ``k3``.
     """
-    g = usable_members(logp, rewards, ref_logp, mask, min_spread, old_logp)
+    g = usable_members(groups, min_spread, proposed=True)
     advantage = centred(g.rewards, g.valid)
     if standardize:
         std = member_mean(advantage.square(), g.valid).sqrt().clamp(min=std_floor)
         advantage = advantage / std.unsqueeze(1)
-    old = g.logp.detach() if old_logp is None else constant(old_logp, g.logp, g.valid)
+    old = g.logp.detach() if groups.old_logp is None else constant(groups.old_logp, g.logp, g.valid)
     ratio = bounded_exp(g.logp - old)
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
     gain = torch.minimum(ratio * advantage, clipped)
@@ -266,22 +196,13 @@ def grpo(
     return _output(g, loss, parts)
 
 
-def dpo(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    beta: float,
-    min_spread: float,
-) -> ObjectiveOutput:
+def dpo(groups: Groups, *, beta: float, min_spread: float) -> ObjectiveOutput:
     """Direct preference optimisation (Rafailov et al. 2023): the best member by reward against the worst.
 
     Loss of a group: −log σ(β[(s⁺ − s⁺_ref) − (s⁻ − s⁻_ref)]).
 
     Args:
-        logp, rewards, ref_logp, mask, old_logp: see the module docstring; ``old_logp`` is not used.
+        groups: see `Groups`; ``old_logp`` is not used.
         beta: strength of the implied KL penalty, > 0, per nat.
         min_spread: the margin filter: pairs with R⁺ − R⁻ ≤ ``min_spread`` are dropped (see `signal`).
 
@@ -289,7 +210,7 @@ def dpo(
         Adds the metrics ``preference_accuracy`` (implied reward ranks the pair as the reward does) and ``margin``, the
         implied reward difference in nats.
     """
-    g = usable_members(logp, rewards, ref_logp, mask, min_spread)
+    g = usable_members(groups, min_spread)
     shift = g.logp - g.ref_logp
     best = g.rewards.masked_fill(~g.valid, -torch.inf).argmax(dim=1, keepdim=True)
     worst = g.rewards.masked_fill(~g.valid, torch.inf).argmin(dim=1, keepdim=True)
@@ -298,74 +219,64 @@ def dpo(
     return _output(g, F.softplus(-beta * margin), parts)
 
 
-def self_training(
-    logp: Tensor,
-    *,
-    rewards: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor,
-    old_logp: Tensor | None = None,
-    label: str,
-    min_confidence: float,
-) -> ObjectiveOutput:
-    """Negative log-likelihood of one pseudo-label a group: the baseline.
+def self_training(groups: Groups, *, label: str, min_confidence: float) -> ObjectiveOutput:
+    """Negative log-likelihood of one pseudo-label per group: the baseline.
 
     A group with one member has a pseudo-label too, so no spread is asked for; the filter is the confidence of the
     label, its share softmax(score)_label of the group, where the score is what chose it.
 
     Args:
-        logp, rewards, ref_logp, mask, old_logp: see the module docstring; ``old_logp`` is not used.
-        label: ``reference``: the member that the frozen model finds most probable (plain self-training; the rewards
-            are not looked at), ``reward``: the best by reward (LLM-rescored pseudo-labels).
+        groups: see `Groups`; ``old_logp`` is not used.
+        label: ``reference``: the member that the frozen model finds most probable (plain self-training; rewards
+            are not read), ``reward``: the best by reward (LLM-rescored pseudo-labels).
         min_confidence: in [0, 1]; groups whose label has a smaller share are dropped.
 
     Returns:
-        Loss in nats a sequence; adds the metric ``confidence``.
+        Loss in nats per sequence; adds the metric ``confidence``.
 
     Raises:
         ValueError: unknown ``label``.
     """
     if label not in ("reference", "reward"):
         raise ValueError(f"unknown label '{label}' of self_training: choose reference or reward")
-    score = rewards if label == "reward" else ref_logp
-    valid = feasible(logp, ref_logp, mask)
-    usable = valid.any(dim=1) & (torch.isfinite(score.to(logp.device)) | ~valid).all(dim=1)
-    score = constant(score, logp, valid)
+    score, valid = groups.rewards if label == "reward" else groups.ref_logp, groups.feasible
+    usable = valid.any(dim=1) & (torch.isfinite(score.to(valid.device)) | ~valid).all(dim=1)
+    score = constant(score, groups.logp, valid)
     confidence, best = probabilities(log_softmax_over(score, valid), valid).max(dim=1)
-    g = members(logp, rewards, ref_logp, valid, usable & (confidence >= min_confidence))
+    g = members(groups, valid, usable & (confidence >= min_confidence))
     loss = -g.logp.gather(1, best.unsqueeze(1)).squeeze(1)
     return _output(g, loss, {"confidence": confidence})
 
 
-def reference_kl(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
+def reference_kl(groups: Groups) -> ObjectiveOutput:
     """Keeps the ranking of a group near the reference's: KL(P̂_ref ‖ P̂), mean over groups of two or more members.
 
     This direction has the gradient P̂ − P̂_ref, bounded, and it goes on pulling at a member that the policy has given
     up, where KL(P̂ ‖ P̂_ref) falls silent. Both see ratios within the group only; `group_mass` sees the rest.
 
     Args:
-        logp, ref_logp, mask: see the module docstring.
+        groups: see `Groups`; rewards are not read.
     """
-    valid = feasible(logp, ref_logp, mask)
-    g = members(logp, None, ref_logp, valid, valid.sum(dim=1) >= 2)
+    valid = groups.feasible
+    g = members(groups, valid, valid.sum(dim=1) >= 2, judged=False)
     return _output(g, group_kl(g.ref_logp, g.logp, g.valid), {})
 
 
-def sequence_k3(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
+def sequence_k3(groups: Groups) -> ObjectiveOutput:
     """Schulman's k3 against the reference: mean over members of exp(δ) − δ − 1, δ = ref_logp − logp.
 
     For samples of the policy its mean is KL(π ‖ π_ref); on any other members it is a penalty ≥ 0 that is least where
     the policy gives each what the reference gave. Beyond δ = 10 nats exp(δ) is continued along its tangent.
 
     Args:
-        logp, ref_logp, mask: see the module docstring.
+        groups: see `Groups`; rewards are not read.
     """
-    valid = feasible(logp, ref_logp, mask)
-    g = members(logp, None, ref_logp, valid, valid.any(dim=1))
+    valid = groups.feasible
+    g = members(groups, valid, valid.any(dim=1), judged=False)
     return _output(g, k3_penalty(g.logp, g.ref_logp, g.valid), {})
 
 
-def group_mass(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutput:
+def group_mass(groups: Groups) -> ObjectiveOutput:
     """Keeps probability inside the group: −log Σ_i p(h_i|x), for *distinct* members.
 
     The gradients of `distill`, `mwer` and `reference_kl` sum to zero over a group, so all of them let probability leak
@@ -373,10 +284,10 @@ def group_mass(logp: Tensor, *, ref_logp: Tensor, mask: Tensor) -> ObjectiveOutp
     cross-entropy of soft labels.
 
     Args:
-        logp, ref_logp, mask: see the module docstring; ``ref_logp`` only marks infeasible members.
+        groups: see `Groups`; ``ref_logp`` only marks infeasible members, rewards are not read.
     """
-    valid = feasible(logp, ref_logp, mask)
-    g = members(logp, None, ref_logp, valid, valid.any(dim=1))
+    valid = groups.feasible
+    g = members(groups, valid, valid.any(dim=1), judged=False)
     return _output(g, -log_mass(g.logp, g.valid), {})
 
 
@@ -388,14 +299,12 @@ OBJECTIVES: dict[str, Callable[..., ObjectiveOutput]] = {
     "dpo": dpo,
     "self_training": self_training,
 }
-"""Name → objective; all take ``(logp, *, rewards, ref_logp, mask, old_logp)`` and their own `hyperparameters`."""
-
-_TENSORS = ("logp", "rewards", "ref_logp", "mask", "old_logp")
+"""Name → objective; all take `Groups` and, by name, their `hyperparameters`."""
 
 
 def hyperparameters(name: str) -> tuple[str, ...]:
-    """The keyword arguments of an objective that are not tensors; all of them are required."""
-    return tuple(p for p in inspect.signature(OBJECTIVES[name]).parameters if p not in _TENSORS)
+    """The keyword arguments of an objective; all of them are required."""
+    return tuple(inspect.signature(OBJECTIVES[name]).parameters)[1:]
 
 
 def _output(g: Members, loss: Tensor, parts: dict[str, Tensor]) -> ObjectiveOutput:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from nemo.utils import logging
@@ -20,15 +20,14 @@ from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, num_ranks
-from nemo_llm_feedback.training.objectives import signal
+from nemo_llm_feedback.training.group_math import signal
 from nemo_llm_feedback.training.state import Feedback, PoolStatistics
 
 # Utterances on which the strength of boosting is chosen.
 _BOOSTING_UTTERANCES = 16
 
 
-@dataclass(frozen=True)
-class EncodedAudio:
+class EncodedAudio(NamedTuple):
     """A batch of the pool: audio, [B, D, T] encoder output, [B] frames."""
 
     audio: Audio
@@ -89,10 +88,6 @@ def _enough(pool: Iterable[EncodedAudio], *, most: int) -> list[EncodedAudio]:
     return share
 
 
-def _make(share: Sequence[EncodedAudio], maker: NBestMaker) -> list[NBestBatch]:
-    return [maker.make(part.audio, part.encoded, part.lengths) for part in share]
-
-
 def _joined(deviations: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
     """Component → the deviations of all batches or ranks."""
     names = dict.fromkeys(name for found in deviations for name in found)
@@ -101,7 +96,7 @@ def _joined(deviations: Sequence[dict[str, list[float]]]) -> dict[str, list[floa
 
 def _summary(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunConfig, *, head: str) -> dict[str, Any]:
     """This rank's sums for the statistics."""
-    batches = _make(share, maker)
+    batches = [maker.make(*part) for part in share]
     spread = config.objective.min_spread
     return {
         "utterances": sum(map(len, batches)),
@@ -123,7 +118,7 @@ def _with_scale(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunCon
     """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
     settings = config.reward
     with CollectiveBlock() as ranks:
-        ranks.mine = _joined([component_deviations(nbest) for nbest in _make(share, maker)])
+        ranks.mine = _joined([component_deviations(maker.make(*part)) for part in share])
     spread, part = component_spread(_joined(ranks.all)), settings.weighed_part
     alpha, beta = from_spread(spread, settings)
     logging.info(
@@ -149,20 +144,18 @@ def _with_boosting(
     few = [part for part, before in zip(share, counts, strict=False) if before < _BOOSTING_UTTERANCES]
     by_weight = [replace(config, proposals=replace(settings, boosting_weight=weight)) for weight in tried]
     with CollectiveBlock() as ranks:
-        ranks.mine = [_best_rewards(_make(few, build(changed)), head=head) for changed in by_weight]
-    means = []
-    for k in range(len(tried)):
-        values = [value for found in ranks.all for value in found[k]]
-        means.append(sum(values) / max(1, len(values)))
+        ranks.mine = [_best_rewards(few, build(changed), head=head) for changed in by_weight]
+    joined = [[value for found in ranks.all for value in found[k]] for k in range(len(tried))]
+    means = [sum(values) / max(1, len(values)) for values in joined]
     best = max(range(len(tried)), key=lambda k: round(means[k], 1))
     listed = ", ".join(f"{weight}: {value:.2f}" for weight, value in zip(tried, means, strict=True))
     logging.info(f"boosting weight {tried[best]}, by the mean best reward of {listed}.")
     return by_weight[best]
 
 
-def _best_rewards(batches: Sequence[NBestBatch], *, head: str) -> list[float]:
+def _best_rewards(share: Sequence[EncodedAudio], maker: NBestMaker, *, head: str) -> list[float]:
     """The best reward of each utterance that has a judged member."""
-    rows = [row[~row.isnan()] for nbest in batches for row in nbest.rewards[head]]
+    rows = [row[~row.isnan()] for part in share for row in maker.make(*part).rewards[head]]
     return [float(row.max()) for row in rows if len(row)]
 
 
@@ -188,7 +181,7 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
     """
     with CollectiveBlock():
         for part in pool:
-            nbest = feedback.nbest(part.audio, part.encoded, part.lengths, refresh=refresh)
+            nbest = feedback.nbest(*part, refresh=refresh)
             logp = {h.name: h.score(part.encoded, part.lengths, nbest.labels) for h in feedback.heads}
             feedback.cache.put(nbest.with_old_logp(logp))
     if num_ranks() > 1:

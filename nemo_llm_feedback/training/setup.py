@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from nemo.utils import logging
@@ -19,10 +19,17 @@ from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import with_defaults
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
-from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError
+from nemo_llm_feedback.core.errors import (
+    ConfigError,
+    LLMError,
+    ManifestError,
+    RewardError,
+    TrainingError,
+    list_faults,
+)
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
-from nemo_llm_feedback.data.manifests import Row, Staged, stage
+from nemo_llm_feedback.data.manifests import Staged, stage
 from nemo_llm_feedback.data.resumable_loader import run_seed
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.proposals import Proposer
@@ -31,7 +38,7 @@ from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faul
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
 from nemo_llm_feedback.training.inputs import labelled_rows, rates_to_try, set_optimizer, set_validation
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
-from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics
+from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics, Settings
 from nemo_llm_feedback.training.weights import snapshot
 
 # Best-rewarded texts that are longer or shorter than the recogniser's by more than this factor call for another β.
@@ -53,10 +60,10 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     tree = with_defaults(cfg)
     settings = check_settings(tree, judge)
     config, rates = _with_augmentation(settings.config, model), settings.rates
-    keep_alive: tuple[Any, ...] = ()
+    keep_alive = None
     if work_dir is None:
-        keep_alive = (tempfile.TemporaryDirectory(prefix="nemo_llm_feedback_"),)
-        work_dir = keep_alive[0].name
+        keep_alive = tempfile.TemporaryDirectory(prefix="nemo_llm_feedback_")
+        work_dir = keep_alive.name
     train_ds = tree["model"].get("train_ds") or {}
     train_ds = {**train_ds, "sample_rate": train_ds.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)}
     staged = stage(
@@ -87,7 +94,7 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     choose_parameters(model, config.parameters)
     reader, nemo_ds = _training_data(model, train_ds, staged, config)
     setup = FeedbackSetup(
-        config=config,
+        **{**vars(settings), "config": config},
         staged=staged,
         reader=reader,
         reference=reference,
@@ -97,23 +104,10 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
         train_ds=nemo_ds,
         generator=torch.Generator().manual_seed(torch.initial_seed() % 2**31),
         start=snapshot(model),
-        rates=rates,
-        guard_rows=settings.guard_rows,
-        validation=settings.validation,
-        judge=judge,
         keep_alive=keep_alive,
     )
     _check_held_out(setup)
     return setup
-
-
-class Settings(NamedTuple):
-    """Checked settings with the labelled rows that they name; see ``FeedbackSetup``."""
-
-    config: RunConfig
-    rates: tuple[float, ...]
-    validation: dict[str, list[Row]]
-    guard_rows: tuple[Row, ...]
 
 
 def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Settings:
@@ -131,7 +125,7 @@ def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Sett
     check_judges(config, judge)
     validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"))
     guard_rows = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
-    return Settings(config, rates, validation, tuple(guard_rows))
+    return Settings(config=config, rates=rates, validation=validation, guard_rows=tuple(guard_rows), judge=judge)
 
 
 def check_judges(config: RunConfig, judge: Reward | None) -> None:
@@ -145,9 +139,9 @@ def check_judges(config: RunConfig, judge: Reward | None) -> None:
         LLMError, RewardError: every fault found.
     """
     if config.llm is not None and config.needs_llm and (faults := check_llm_folder(config.llm)):
-        raise LLMError("the LLM cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+        raise LLMError(list_faults("the LLM cannot be used:", faults))
     if judge is None and config.needs_reward and (faults := reward_faults(config)):
-        raise RewardError("the reward cannot be used:" + "".join(f"\n  - {fault}" for fault in faults))
+        raise RewardError(list_faults("the reward cannot be used:", faults))
 
 
 def _training_data(
@@ -237,7 +231,10 @@ def start(
         config = statistics.applied_to(config)
     maker = build(config)
     if scorer is not None:
-        logging.info(_cache_line(scorer.loaded, maker.reward))
+        rate = float(getattr(maker.reward, "hit_rate", float("nan")))
+        cached = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
+        state = "loaded" if scorer.loaded else "not loaded until a score is not in the cache"
+        logging.info(f"{cached}the LLM is {state}.")
     extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact}
     return Feedback(**{**vars(setup), "config": config, **extra})
 
@@ -252,7 +249,9 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
     corrector = corrector_from_config(given, scorer) if given.proposals.llm_correction else None
     base: Any = setup.judge
     if base is None and given.needs_reward:
-        base = make_reward(_with_cache(given, setup.work_dir), scorer)
+        # Scores are kept in the run's folder unless the configuration names another place.
+        cache = given.reward.cache or str(setup.work_dir / "llm_scores.sqlite")
+        base = reward_from_config(replace(given, reward=replace(given.reward, cache=cache)), scorer)
     normalize = get_normalizer(given.feedback.normalizer)
 
     def build(config: RunConfig) -> NBestMaker:
@@ -270,23 +269,6 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
         )
 
     return build, scorer
-
-
-def make_reward(config: RunConfig, scorer: Any) -> Reward:
-    """The reward that the configuration names; ``scorer`` is the loaded LLM, or None where none is needed."""
-    return reward_from_config(config, scorer)
-
-
-def _with_cache(config: RunConfig, folder: Path) -> RunConfig:
-    """Scores are kept in the run's folder unless the configuration names another place."""
-    cache = config.reward.cache or str(folder / "llm_scores.sqlite")
-    return replace(config, reward=replace(config.reward, cache=cache))
-
-
-def _cache_line(loaded: bool, reward: Any) -> str:
-    rate = float(getattr(reward, "hit_rate", float("nan")))
-    known = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
-    return known + ("the LLM is loaded." if loaded else "the LLM is not loaded until a score is not in the cache.")
 
 
 def _report(statistics: PoolStatistics) -> None:
@@ -326,16 +308,14 @@ def _check_rows(staged: Staged, config: RunConfig) -> None:
             )
     for what, rows in (("over max_duration", staged.too_long), ("under min_duration", staged.too_short)):
         if rows:
-            listed = "".join(f"\n  {row.origin}: {row.duration:.2f} s" for row in rows)
-            logging.warning(f"{len(rows)} row(s) {what} are left out:{listed}")
+            listed = [f"{row.origin}: {row.duration:.2f} s" for row in rows]
+            logging.warning(list_faults(f"{len(rows)} row(s) {what} are left out:", listed))
     if staged.bad_audio:
-        listed = "".join(f"\n  {reason}" for reason in staged.bad_audio)
-        logging.warning(f"{len(staged.bad_audio)} row(s) with unreadable audio are left out:{listed}")
+        bad = len(staged.bad_audio)
+        logging.warning(list_faults(f"{bad} row(s) with unreadable audio are left out:", staged.bad_audio))
 
 
 def _head_weights(model: Any, heads: Sequence[Head]) -> dict[str, float]:
     """A hybrid's two heads are mixed as its supervised loss mixes them."""
-    if len(heads) == 1:
-        return {heads[0].name: 1.0}
-    ctc = float(model.ctc_loss_weight)
-    return {"transducer": 1.0 - ctc, "ctc": ctc}
+    ctc = float(getattr(model, "ctc_loss_weight", 0.0))
+    return {"transducer": 1.0 - ctc, "ctc": ctc} if len(heads) > 1 else {heads[0].name: 1.0}

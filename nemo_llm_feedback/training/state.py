@@ -65,11 +65,29 @@ class PoolStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedbackSetup:
-    """What is known before the trainer has placed the model on its device.
+class Settings:
+    """Checked settings, with the labelled rows that they name.
 
     Attributes:
         config: the plugin's settings, as given.
+        rates: learning rates to try; empty where the rate is given.
+        guard_rows: labelled general speech whose WER is watched.
+        validation: name → labelled rows, reported before and after.
+        judge: a reward from Python in place of ``config.reward``.
+    """
+
+    config: RunConfig
+    rates: tuple[float, ...] = ()
+    guard_rows: tuple[Row, ...] = ()
+    validation: Mapping[str, list[Row]] = field(default_factory=dict)
+    judge: Reward | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackSetup(Settings):
+    """What is known before the trainer has placed the model on its device.
+
+    Attributes:
         staged: the rows of the training manifest.
         reader: splits batches by what their rows are for.
         reference: the frozen starting model.
@@ -79,14 +97,9 @@ class FeedbackSetup:
         train_ds: NeMo's settings of the training loader.
         generator: of the sampler.
         start: the weights that learn, as they were.
-        rates: learning rates to try; empty where the rate is given.
-        guard_rows: labelled general speech whose WER is watched.
-        validation: name → labelled rows, reported before and after.
-        judge: a reward from Python in place of ``config.reward``.
-        keep_alive: temporary folders of the run.
+        keep_alive: the run's temporary folder, which is removed with this; None where it has a folder.
     """
 
-    config: RunConfig
     staged: Staged
     reader: BatchReader
     reference: FrozenReference
@@ -96,11 +109,7 @@ class FeedbackSetup:
     train_ds: DictConfig
     generator: torch.Generator
     start: dict[str, Tensor]
-    rates: tuple[float, ...] = ()
-    guard_rows: tuple[Row, ...] = ()
-    validation: Mapping[str, list[Row]] = field(default_factory=dict)
-    judge: Reward | None = None
-    keep_alive: tuple[Any, ...] = ()
+    keep_alive: Any = None
 
     def held_out_rows(self) -> tuple[Row, ...]:
         """Rows that the guards watch: those kept from training, or, of a pool too small or tarred, some of it."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.training.objectives import OBJECTIVES, group_mass, hyperparameters, reference_kl, sequence_k3
+from nemo_llm_feedback.training import objectives
+from nemo_llm_feedback.training.objectives import OBJECTIVES, Groups, ObjectiveOutput, hyperparameters
 
 SETTINGS: dict[str, list[dict]] = {
     "distill": [{"temperature": 0.7}, {"temperature": 3.0}],
@@ -35,6 +38,18 @@ CASES = [
 ]
 JUDGED = [case for case in CASES if case.values[1].get("label") != "reference"]  # plain self-training asks no reward
 TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "kl_optimum"]  # that one is a surrogate
+
+
+def regularise(
+    function: Callable[[Groups], ObjectiveOutput], logp: Tensor, *, ref_logp: Tensor, mask: Tensor
+) -> ObjectiveOutput:
+    """Calls a regulariser; it must not read rewards."""
+    return function(Groups(logp, torch.full_like(logp, math.nan), ref_logp, mask))
+
+
+reference_kl = partial(regularise, objectives.reference_kl)
+sequence_k3 = partial(regularise, objectives.sequence_k3)
+group_mass = partial(regularise, objectives.group_mass)
 REGULARISERS = [reference_kl, sequence_k3, group_mass]
 
 
@@ -43,7 +58,7 @@ def run(name: str, logp: Tensor, rewards: Tensor, ref: Tensor, mask: Tensor | No
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     if "min_spread" in hyperparameters(name):
         settings = {"min_spread": 0.0} | settings
-    return OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=mask, old_logp=old, **settings)
+    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old), **settings)
 
 
 def example(seed: int = 0, shape: tuple[int, int] = (3, 4)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -428,7 +443,7 @@ def test_every_objective_names_its_hyperparameters_and_hides_no_default():
             assert set(hyperparameters(name)) - {"min_spread"} == set(settings)
         logp, rewards, ref, _ = example()
         with pytest.raises(TypeError, match="missing"):
-            OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=logp > -99)
+            OBJECTIVES[name](Groups(logp, rewards, ref, logp > -99))
 
 
 def test_wrong_choices_are_named():

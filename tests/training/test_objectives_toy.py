@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.training.objectives import OBJECTIVES, ObjectiveOutput, hyperparameters
+from nemo_llm_feedback.training.objectives import OBJECTIVES, Groups, ObjectiveOutput, hyperparameters
 
 
 def run(
@@ -19,7 +19,7 @@ def run(
     if "min_spread" in hyperparameters(name):
         settings["min_spread"] = 0.0
     mask = torch.ones_like(logp, dtype=torch.bool)
-    return OBJECTIVES[name](logp, rewards=rewards, ref_logp=ref, mask=mask, old_logp=old, **settings)
+    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old), **settings)
 
 
 def grad(loss: Tensor, parameters: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def train(name: str, steps: int, **settings) -> dict[str, float]:
 
 def test_bare_mwer_cannot_raise_a_foreign_member():
     assert train("mwer", 300, correction="none", temperature=1.0, mixture=0.5)["good"] < -35
-    # weights of the KL-anchored optimum alone fail as well: it is sure of one member and sees no alternative
+    # weights of the KL-regularised optimum alone fail as well: it is sure of one member and sees no alternative
     assert train("mwer", 300, correction="kl_optimum", temperature=1.0, mixture=1.0)["good"] < -30
 
 
@@ -139,7 +139,7 @@ def test_objectives_that_raise_a_foreign_member(name, settings):
     assert end["bad"] > -60  # started at −54: no effort is spent on what is improbable anyway
 
 
-def test_anchored_mwer_gradient_does_not_depend_on_how_improbable_the_member_is():
+def test_kl_optimum_mwer_gradient_does_not_depend_on_how_improbable_the_member_is():
     rewards = torch.tensor([[0.0, 30.0]], dtype=torch.float64)
     for improbable in (-40.0, -400.0, -4000.0):
         logp = torch.tensor([[-1.0, improbable]], dtype=torch.float64, requires_grad=True)

@@ -21,9 +21,9 @@ from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, NBestSettings, judged_references, scored_nbest
 from nemo_llm_feedback.llm import open_llm
-from nemo_llm_feedback.rewards import Reward, corrector_from_config
+from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.models import locate, restore
-from nemo_llm_feedback.training.setup import check_judges, make_reward
+from nemo_llm_feedback.training.setup import check_judges
 
 
 class NBestProbe:
@@ -62,7 +62,7 @@ class NBestProbe:
             memory_budget_mb=config.feedback.memory_budget_mb,
         )
         self.scorer = open_llm(config.llm) if config.needs_llm and config.llm is not None else None
-        self.reward: Reward = make_reward(config, self.scorer)
+        self.reward: Reward = reward_from_config(config, self.scorer)
 
     @functools.cached_property
     def model(self) -> Any:

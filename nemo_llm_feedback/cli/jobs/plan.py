@@ -31,7 +31,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
     context = config.context.load()
     lines = [
         "plan",
-        f"  checkpoint   {source.name}: {type(model).__mro__[2].__name__}, {parameters / 1e6:.1f} M parameters, "
+        f"  checkpoint   {source.name}: {model.stock().__name__}, {parameters / 1e6:.1f} M parameters, "
         f"heads {' + '.join(h.name for h in setup.heads)}",
         f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
         f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",

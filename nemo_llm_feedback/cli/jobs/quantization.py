@@ -17,7 +17,7 @@ from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_memb
 from nemo_llm_feedback.evaluation.records import facts_text
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
-from nemo_llm_feedback.training.setup import make_reward
+from nemo_llm_feedback.rewards import reward_from_config
 
 # Below these, quantisation blurs what the reward is there to tell apart.
 _CORRELATION, _RANKS = 0.995, 0.95
@@ -89,7 +89,7 @@ def compare_quantization(
     assert probe.config.llm is not None
     probe.scorer.unload()
     scorer = open_llm(other)
-    reward: Any = make_reward(probe.config, scorer)
+    reward: Any = reward_from_config(probe.config, scorer)
     again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest)
     head, part = next(iter(nbest.rewards)), probe.config.reward.weighed_part
     return compare_scores(

@@ -32,7 +32,7 @@ from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference
-from nemo_llm_feedback.training.objectives import signal
+from nemo_llm_feedback.training.group_math import signal
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
@@ -97,22 +98,13 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
     put_back(model, start)
     logging.info(f"learning rate {best:g} is taken.")
     if not any(fall > 0 for fall in falls.values()):
-        logging.warning(nothing_learned(best, steps=config.parameters.lr_trial_steps))
+        logging.warning(
+            f"no learning rate lowered the held-out loss in {config.parameters.lr_trial_steps} steps within the "
+            f"guards, so the trial shows nothing and the smallest, {best:g}, is taken: the run may learn next to "
+            "nothing. Add smaller ones to parameters.lr_candidates, raise parameters.lr_trial_steps, or give "
+            "model.optim.lr."
+        )
     return best
-
-
-def nothing_learned(rate: float, *, steps: int) -> str:
-    """The warning after trials of which none lowered the loss: the run would learn next to nothing.
-
-    Args:
-        rate: the one that is taken.
-        steps: of the trial.
-    """
-    return (
-        f"no learning rate lowered the held-out loss in {steps} steps within the guards, so the trial says nothing "
-        f"and the smallest, {rate:g}, is taken: the run may learn next to nothing. Add smaller ones to "
-        "parameters.lr_candidates, raise parameters.lr_trial_steps, or give model.optim.lr."
-    )
 
 
 def smallest_good(falls: Mapping[float, float]) -> float:
@@ -135,7 +127,7 @@ def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
     optimizer = model.setup_optimization(OmegaConf.create({**settings, "lr": rate}))
     model.cfg.optim = given  # NeMo keeps the trial's, and the run would have no schedule
     optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
-    size = trainer.accumulate_grad_batches
+    size, algorithm = trainer.accumulate_grad_batches, GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
     silent = mock.patch.multiple(model, log=mock.DEFAULT, log_dict=mock.DEFAULT)
     for first in range(0, len(batches), size):
         optimizer.zero_grad(set_to_none=True)
@@ -145,15 +137,9 @@ def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
             if loss.requires_grad:
                 loss.backward()
         model.on_before_optimizer_step(optimizer)
-        trainer.precision_plugin.clip_gradients(optimizer, trainer.gradient_clip_val or 0, _algorithm(trainer))
+        trainer.precision_plugin.clip_gradients(optimizer, trainer.gradient_clip_val or 0, algorithm)
         optimizer.step()
     model.zero_grad(set_to_none=True)
-
-
-def _algorithm(trainer: Any) -> Any:
-    from lightning.pytorch.utilities import GradClipAlgorithmType
-
-    return GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
 
 
 class HeldOutLoss:
