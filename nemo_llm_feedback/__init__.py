@@ -13,8 +13,8 @@ from nemo_llm_feedback.core.version import __version__
 
 _PLACES = {
     "adapt": "cli.api",
-    "evaluate": "cli.api",
-    "transcribe": "cli.api",
+    "evaluate": "cli.jobs.evaluate",
+    "transcribe": "cli.jobs.transcribe",
     "score": "cli.api",
     "compose_config": "core.config.compose",
     "restore": "training.models",

@@ -16,7 +16,7 @@ from inference import nemo_beam, rescored
 from nemo.utils import logging
 from settings import ablation_rows
 
-from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text, make_scoring
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text
 
 POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's step, and no held-out part, as no row is unlabeled.
@@ -148,10 +148,9 @@ def run_rows(options: argparse.Namespace, bed: Bed, *, sets: Sequence[TestSet]) 
     adapted = [_adapt(name, options, bed, watched) for name in options.rows]
     logging.setLevel(logging.ERROR)
     for one in sets:
-        scoring = make_scoring(terms_file=str(one.terms_file) if one.terms_file else None)
         ready = _predictions(options, bed, one) if one.in_domain else []
         models = [str(options.checkpoint), *adapted]
-        found = evaluate(models, manifest=str(one.manifest), predictions=ready, scoring=scoring)
+        found = evaluate(models, manifest=str(one.manifest), predictions=ready, terms_file=one.terms_file)
         print(f"\n{one.name}\n{evaluation_text(found)}", flush=True)
         target = options.out / f"{one.name}_seed{options.seed}.json"
         target.write_text(json.dumps(evaluation_record(found), indent=1) + "\n", encoding="utf-8")

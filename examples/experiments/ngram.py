@@ -26,7 +26,7 @@ from nemo.collections.asr.parts.submodules.ngram_lm import DEFAULT_TOKEN_OFFSET
 from nemo.utils import logging
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_text, make_scoring
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_text
 from nemo_llm_feedback.core.config import read_terms
 
 IRSTLM = Path("/usr/lib/irstlm")  # where Debian puts it; its scripts search for each other under this folder
@@ -112,8 +112,7 @@ def main() -> None:
             fused(model, arpa, weight, options.bonus)
 
         ready.append(str(nemo_beam(options.checkpoint, options.manifest, target, set_beam=set_beam)))
-    scoring = make_scoring(terms_file=str(options.terms_file))
-    print(evaluation_text(evaluate(manifest=str(options.manifest), predictions=ready, scoring=scoring)))
+    print(evaluation_text(evaluate(manifest=str(options.manifest), predictions=ready, terms_file=options.terms_file)))
 
 
 if __name__ == "__main__":

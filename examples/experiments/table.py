@@ -20,7 +20,7 @@ import numpy as np
 from nemo.utils import logging
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.cli.jobs.evaluate import evaluate, make_scoring, system_names
+from nemo_llm_feedback.cli.jobs.evaluate import evaluate, system_names
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, find_metric
 
 SAMPLES = 10_000
@@ -107,8 +107,7 @@ def score(systems: Mapping[str, Sequence[Path]], manifest: Path, *, terms_file: 
     """
     models = [str(path) for paths in systems.values() for path in paths if path.suffix == ".nemo"]
     ready = [str(p) for paths in systems.values() for p in paths if p.suffix != ".nemo" and not guard]
-    scoring = make_scoring(terms_file=str(terms_file) if terms_file else None)
-    found = evaluate(models, manifest=str(manifest), predictions=ready, scoring=scoring)
+    found = evaluate(models, manifest=str(manifest), predictions=ready, terms_file=terms_file)
     for line in found.left_out:
         print(f"left out: {line}")
     names = system_names([*models, *ready])

@@ -1,4 +1,4 @@
-"""The commands as Python functions; ``nemo_llm_feedback`` exports them."""
+"""``adapt`` and ``score`` as Python functions; ``nemo_llm_feedback`` exports them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.cli.jobs import evaluate as evaluation
 from nemo_llm_feedback.cli.jobs import score as scoring
-from nemo_llm_feedback.cli.jobs import transcribe as transcription
 from nemo_llm_feedback.cli.jobs.adapt import AdaptResult
 from nemo_llm_feedback.cli.jobs.adapt import adapt as run_adapt
 from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
 from nemo_llm_feedback.core.config.compose import compose_config
-from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.rewards import Reward, as_reward
 from nemo_llm_feedback.rewards.rules import RewardFunction
 
@@ -72,73 +69,6 @@ def adapt(
         if value is not None:
             OmegaConf.update(cfg, name, value)
     return run_adapt(cfg, reward=None if reward is None else as_reward(reward))
-
-
-def evaluate(
-    models: Paths,
-    manifest: str | Path,
-    *,
-    description: str = "",
-    terms: Sequence[str] | str | Path = (),
-    device: str = "cpu",
-    **scoring_settings: Any,
-) -> evaluation.Evaluation:
-    """Scores checkpoints on a labelled manifest; the command ``evaluate``.
-
-    Args:
-        models: ``.nemo`` files; the first is the base of the comparison.
-        manifest: NeMo manifest with text and, optionally, entities.
-        description: the domain in words, for the report.
-        terms: terms whose false alarms are counted, or the path of a file with them.
-        device: ``cpu`` or ``cuda:0`` ….
-        scoring_settings: further fields of ``evaluation.comparison.Scoring``, e.g. ``samples=2000``.
-
-    Returns:
-        ``.comparison`` has the systems with all their scores; ``str()`` of the table: ``evaluation_text``.
-
-    Raises:
-        FeedbackError: unusable input.
-    """
-    settings = evaluation.make_scoring(
-        description=description,
-        terms=() if isinstance(terms, (str, Path)) else tuple(terms),
-        terms_file=str(terms) if isinstance(terms, (str, Path)) else None,
-        **scoring_settings,
-    )
-    paths = [models] if isinstance(models, (str, Path)) else models
-    return evaluation.evaluate([str(path) for path in paths], manifest=str(manifest), scoring=settings, device=device)
-
-
-def transcribe(
-    model: str | Path,
-    audio: Paths,
-    *,
-    rescoring: dict[str, Any] | None = None,
-    timestamps: bool = False,
-    batch_size: int = 16,
-    device: str = "cpu",
-) -> transcription.Transcripts:
-    """Transcribes audio, with LLM rescoring if asked for; the command ``transcribe``.
-
-    Args:
-        model: ``.nemo`` file or pretrained name.
-        audio: files and folders, or a NeMo manifest (``.json``, ``.jsonl``).
-        rescoring: settings as in ``conf/rescoring.yaml``, e.g. ``{"llm": {"model": …}, "context": {…}}``; None = the
-            checkpoint's decoding.
-        timestamps: word and segment times, in seconds.
-        batch_size: utterances per batch.
-        device: ``cpu`` or ``cuda:0`` ….
-
-    Raises:
-        FeedbackError: nothing can be transcribed this way.
-    """
-    paths = [str(path) for path in ([audio] if isinstance(audio, (str, Path)) else audio)]
-    manifest = paths[0] if len(paths) == 1 and paths[0].endswith((".json", ".jsonl")) else None
-    rows = transcription.find_rows([] if manifest else paths, manifest=manifest)
-    settings = None if rescoring is None else parse_rescoring_config(rescoring)
-    return transcription.transcribe(
-        str(model), rows, batch_size=batch_size, timestamps=timestamps, device=device, rescoring=settings
-    )
 
 
 def score(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from nemo_llm_feedback.cli.commands import NAMES
+from nemo_llm_feedback.cli.commands import COMMANDS
 from nemo_llm_feedback.core.errors import FeedbackError
 from nemo_llm_feedback.core.version import __version__
 
@@ -47,8 +46,8 @@ def _app() -> App:
         default_parameter=Parameter(consume_multiple=True, negative=(), show_default=_shown),
     )
     app.command(_adapt, name="adapt", usage="Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]")
-    for name in NAMES:
-        app.command(importlib.import_module(f"nemo_llm_feedback.cli.commands.{name}").run, name=name)
+    for command in COMMANDS:
+        app.command(command, name=command.__name__)
     return app
 
 

@@ -1,22 +1,23 @@
-"""Options that several commands share. A command is one dataclass of options, from which cyclopts builds its parser,
-and a function ``run`` that takes it; flags are the fields' names, their help stands in the docstring.
+"""Groups of flags, as dataclasses from which cyclopts builds parsers: fields are flags, docstrings their help.
 
 Seconds of wall time for ``score --help`` on two CPU cores: cyclopts 0.17 (argparse by hand: 0.05); for a command with
 ten flags cyclopts 0.12, simple-parsing 0.09, jsonargparse 0.14, tyro 0.15, pydantic-settings 0.17. cyclopts takes
 nested dataclasses, lists without brackets and flags with an optional value; its errors name the nearest flag.
 """
 
-# No `from __future__ import annotations`: types are read again in the modules of the commands that inherit them.
+from __future__ import annotations
+
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 HeadName = Literal["auto", "ctc", "transducer"]
 Cuda = Annotated[int | None, Parameter(help="number of the GPU, -1 = CPU; default: GPU 0 if there is one")]
 TermsFile = Annotated[
-    str | None, Parameter(help="terms that may occur: one a line, a JSON list, or a JSON object of lists")
+    str | None, Parameter(help="terms that may occur: one per line, a JSON list, or a JSON object of lists")
 ]
+_RESCORING = Group("Rescoring", help="score = log p(text|audio) + alpha·log p(text|context) + beta·words")
 JsonFile = Annotated[str | None, Parameter(help="write everything here too, as JSON")]
 NoAudio = Annotated[bool, Parameter(help="no audio in the page, for private data")]
 
@@ -29,7 +30,7 @@ class JudgeOptions:
     Attributes:
         llm: folder or hub id of the causal LM
         description: completes 'a transcript of …', e.g. 'an order at a coffee shop'
-        terms_file: terms that may occur: one a line, or JSON
+        terms_file: terms that may occur: one per line, or JSON
         alpha: weight of the LLM (reward.alpha)
         beta: bonus per word, in nats (reward.beta)
         overrides: settings as `adapt` takes them, e.g. reward=entity reward.settings.weight=3
@@ -55,6 +56,63 @@ class JudgeOptions:
         return {key: value for key, value in flags.items() if value is not None}
 
 
+@Parameter(name="*", group=_RESCORING)
+@dataclass(frozen=True)
+class RescoringFlags:
+    """What rescoring is made of beside its judge.
+
+    Attributes:
+        rescore: choose among the N-best with an LLM
+        rescoring: settings as YAML (conf/rescoring.yaml); flags win
+        quantization: of the LLM
+        no_context: allow utterances without any context
+        beam_size: hypotheses of the first pass
+        boosted: more hypotheses from a beam boosted on the terms
+        boosting_weight: of that beam
+        term_swap: more hypotheses with terms swapped in
+    """
+
+    _: KW_ONLY
+    rescore: bool = False
+    rescoring: str | None = None
+    quantization: Literal["nf4", "int8", "none"] | None = None
+    no_context: bool = False
+    beam_size: int | None = None
+    boosted: int | None = None
+    boosting_weight: float | None = None
+    term_swap: int | None = None
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ScoringFlags:
+    """How transcripts are scored.
+
+    Attributes:
+        normalizer: of both sides
+        description: the domain in words, for the report
+        terms: terms whose false alarms are counted
+        entities_key: manifest key of the entities
+        missing_entities: what to do with entities that their reference lacks
+        group_by: manifest keys, e.g. speaker domain: a table per value
+        samples: bootstrap resamples
+        seed: of the bootstrap
+    """
+
+    _: KW_ONLY
+    normalizer: Literal["none", "lower", "basic"] = "basic"
+    description: Annotated[str, Parameter(name=("--description", "--context"))] = ""
+    terms: tuple[str, ...] = ()
+    terms_file: TermsFile = None
+    entities_key: str = "entities"
+    missing_entities: Literal["error", "skip"] = "error"
+    group_by: tuple[str, ...] = ()
+    samples: int = 2000
+    seed: int = 0
+
+
+@Parameter(name="*")
 @dataclass(frozen=True)
 class ProbeOptions:
     """N-best lists with their rewards, of rows of a manifest.

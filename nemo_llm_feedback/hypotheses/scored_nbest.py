@@ -104,12 +104,7 @@ def scored_nbest(
 
 @torch.no_grad()
 def judged_references(
-    model: Any,
-    rows: Sequence[Row],
-    nbest: NBestBatch,
-    *,
-    settings: NBestSettings,
-    reward: Reward,
+    model: Any, rows: Sequence[Row], nbest: NBestBatch, *, settings: NBestSettings, reward: Reward
 ) -> list[JudgedReference | None]:
     """Judges the rows' own texts beside the members of their N-best: does the reward prefer the truth?
 

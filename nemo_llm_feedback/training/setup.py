@@ -19,14 +19,7 @@ from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import with_defaults
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
-from nemo_llm_feedback.core.errors import (
-    ConfigError,
-    LLMError,
-    ManifestError,
-    RewardError,
-    TrainingError,
-    list_faults,
-)
+from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
 from nemo_llm_feedback.data.manifests import Staged, stage
@@ -156,10 +149,7 @@ def _training_data(
         seed=run_seed(),
     )
     reader = BatchReader(
-        config.context.load(),
-        use_text=config.feedback.use_text,
-        labelled=config.feedback.labelled,
-        rows=staged.rows,
+        config.context.load(), use_text=config.feedback.use_text, labelled=config.feedback.labelled, rows=staged.rows
     )
     shown = OmegaConf.create(dict(train_ds))
     reader.attach(model.set_training_data(nemo_ds, shown=shown, shuffle=bool(train_ds.get("shuffle"))))

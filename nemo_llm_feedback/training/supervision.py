@@ -43,10 +43,7 @@ def pseudo_labelled_batch(
         if confidences[-1] >= config.min_confidence and members[best].tokens:
             kept.append(b)
             labels.append(torch.tensor(members[best].tokens))
-    metrics = {
-        "confidence": sum(confidences) / max(len(confidences), 1),
-        "kept_fraction": len(kept) / len(nbest),
-    }
+    metrics = {"confidence": sum(confidences) / max(len(confidences), 1), "kept_fraction": len(kept) / len(nbest)}
     if not kept:
         return None, metrics
     device = audio.signal.device

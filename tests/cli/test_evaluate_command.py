@@ -13,7 +13,6 @@ from nemo_llm_feedback.cli.jobs.evaluate import (
     evaluate,
     evaluation_record,
     evaluation_text,
-    make_scoring,
     system_names,
 )
 from nemo_llm_feedback.cli.main import main
@@ -55,7 +54,7 @@ def manifest(path: Path, rows: list[dict[str, Any]] = ROWS) -> str:
 def both(folder: Path, **more: Any) -> Any:
     """The evaluation of the two systems."""
     files = [predictions(folder / "base.json", BASE), predictions(folder / "better.json", BETTER)]
-    return evaluate(manifest=manifest(folder / "m.json"), predictions=files, scoring=make_scoring(**more))
+    return evaluate(manifest=manifest(folder / "m.json"), predictions=files, **more)
 
 
 def test_two_systems_from_ready_transcripts(tmp_path: Path) -> None:
@@ -86,11 +85,11 @@ def test_without_a_term_list_the_manifests_entities_are_the_list(tmp_path: Path)
 
 def test_the_normalisation_can_be_switched_off(tmp_path: Path) -> None:
     files = [predictions(tmp_path / "p.json", BETTER)]
-    scoring = make_scoring(normalizer="none", entities_key="entities", samples=50)
+    scoring: dict[str, Any] = {"normalizer": "none", "entities_key": "entities", "samples": 50}
     with pytest.raises(ManifestError, match="'iced mocha' in"):  # "mocha," with its comma
-        evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, scoring=scoring)
-    skipping = make_scoring(normalizer="none", missing_entities="skip", samples=50)
-    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, scoring=skipping)
+        evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, **scoring)
+    skipping: dict[str, Any] = {"normalizer": "none", "missing_entities": "skip", "samples": 50}
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, **skipping)
     assert evaluation.comparison.scores["p"].value("wer") == pytest.approx(100 * 4 / 9)
     assert "1 entities are not in their reference" in evaluation_text(evaluation)
 
@@ -105,8 +104,8 @@ def test_predictions_hold_their_own_references(tmp_path: Path, capsys: pytest.Ca
 def test_oracle_and_biased_words_from_predictions(tmp_path: Path) -> None:
     nbest = [[{"text": b, "asr": -2.0, "parts": {"llm": -9.5}}, r["text"]] for b, r in zip(BASE, ROWS, strict=True)]
     file = predictions(tmp_path / "base.json", BASE, nbest=nbest)
-    scoring = make_scoring(bias_key="entities", samples=50)
-    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[file], scoring=scoring)
+    scoring: dict[str, Any] = {"bias_key": "entities", "samples": 50}
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[file], **scoring)
     comparison = evaluation.comparison
     assert comparison.oracles["base"].value("wer") == 0
     assert comparison.systems[0].nbest[0][0].scores == {"asr": -2.0, "llm": -9.5}
@@ -119,16 +118,14 @@ def test_an_utterance_is_found_under_any_spelling_of_its_path(tmp_path: Path) ->
     (tmp_path / "out").mkdir()
     rows = [row | {"audio_filepath": str(tmp_path / row["audio_filepath"])} for row in ROWS]
     absolute = predictions(tmp_path / "out" / "p.json", list(reversed(BASE)), list(reversed(rows)))
-    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[absolute], scoring=Scoring(samples=50))
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=[absolute], samples=50)
     assert evaluation.comparison.systems[0].texts == tuple(BASE)
 
 
 def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> None:
     rows = [{"audio_filepath": "long.wav", "offset": 2.5 * i, "text": f"word{i}"} for i in range(3)]
     file = predictions(tmp_path / "p.json", ["word2", "word1", "word0"], list(reversed(rows)))
-    evaluation = evaluate(
-        manifest=manifest(tmp_path / "m.json", rows), predictions=[file], scoring=Scoring(samples=50)
-    )
+    evaluation = evaluate(manifest=manifest(tmp_path / "m.json", rows), predictions=[file], samples=50)
     assert evaluation.comparison.scores["p"].value("wer") == 0
 
 
@@ -149,7 +146,7 @@ def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> 
 def test_faults_of_the_data_are_typed_errors(rows: list[Any], lines: list[Any], words: str, tmp_path: Path) -> None:
     file = predictions(tmp_path / "p.json", [r["text"] for r in lines], lines)
     with pytest.raises(ManifestError, match=words):
-        evaluate(manifest=manifest(tmp_path / "m.json", rows), predictions=[file], scoring=Scoring(samples=50))
+        evaluate(manifest=manifest(tmp_path / "m.json", rows), predictions=[file], samples=50)
 
 
 def test_faults_of_the_call_are_typed_errors(tmp_path: Path) -> None:
@@ -159,7 +156,7 @@ def test_faults_of_the_call_are_typed_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a file of its own"):
         evaluate(predictions=[file, file])
     with pytest.raises(ConfigError, match=r"no row .* has the key town; there are: .*speaker"):
-        evaluate(predictions=[file], scoring=Scoring(group_by=("town",)))
+        evaluate(predictions=[file], group_by=("town",))
     changed = predictions(tmp_path / "r.json", BASE, [{**ROWS[0], "text": "another"}, *ROWS[1:]])
     with pytest.raises(ManifestError, match=r"1 reference\(s\) differ"):
         evaluate(predictions=[other, changed])
@@ -220,7 +217,7 @@ def test_a_file_that_a_model_fails_on_costs_itself_only(
 
     monkeypatch.setattr(module, "encode", failing)
     models = [str(nemo_file("ctc_char")), str(nemo_file("hybrid_char"))]
-    found = evaluate(models, manifest=str(path), scoring=Scoring(samples=50), oracle=2)
+    found = evaluate(models, manifest=str(path), samples=50, oracle=2)
     assert calls[:5] == [4, 1, 1, 1, 1]
     assert len(found.comparison.rows) == 3
     assert all(len(system.texts) == 3 == len(system.nbest) for system in found.comparison.systems)
@@ -249,4 +246,4 @@ def test_a_model_that_fails_on_everything_is_an_error(
     monkeypatch.setattr(module, "encode", failing)
     path = write_manifest(tmp_path / "m.json", ["a latte", "mocha"])
     with pytest.raises(ManifestError, match=r"ctc_char failed on all 2 rows, e\.g\. RuntimeError: broken"):
-        evaluate([str(nemo_file("ctc_char"))], manifest=str(path), scoring=Scoring(samples=50))
+        evaluate([str(nemo_file("ctc_char"))], manifest=str(path), samples=50)

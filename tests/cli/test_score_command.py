@@ -419,14 +419,9 @@ def test_what_is_wrong_with_the_files_shows_at_once(tmp_path):
         open_llm(LLMConfig(model=str(folder), device="cpu"))
 
 
-def test_a_run_keeps_its_scores_in_its_folder(tmp_path):
-    from nemo_llm_feedback.core.config import RewardConfig, RunConfig
+def test_scores_in_memory_are_not_shared():
     from nemo_llm_feedback.rewards import open_cache
-    from nemo_llm_feedback.training.setup import _with_cache
 
-    assert _with_cache(RunConfig(), tmp_path).reward.cache == str(tmp_path / "llm_scores.sqlite")
-    named = RunConfig(reward=RewardConfig(cache=":memory:"))
-    assert _with_cache(named, tmp_path) == named
     memory = open_cache(":memory:")
     memory.put_many({"a": (-1.0, 1)})
     assert memory.get_many(["a"]) == {"a": (-1.0, 1)}

@@ -137,8 +137,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         return genuine(model, encoded, lengths)
 
     monkeypatch.setattr(job, "_hypotheses", sometimes)
-    rows = job.find_rows(files, manifest=None)
-    found = job.transcribe(str(nemo_file("rnnt_bpe")), rows, batch_size=3)
+    found = job.transcribe(nemo_file("rnnt_bpe"), files, batch_size=3)
     assert batches == [3, 1, 1, 1]
     assert all(hyp is not None for hyp in found.hypotheses)
     assert found.failures == ()

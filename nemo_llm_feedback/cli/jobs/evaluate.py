@@ -36,38 +36,43 @@ class Evaluation:
 
 
 def evaluate(
-    models: Sequence[str] = (),
+    models: str | Path | Sequence[str | Path] = (),
+    manifest: str | Path | None = None,
     *,
-    manifest: str | None = None,
-    predictions: Sequence[str] = (),
-    scoring: Scoring | None = None,
+    predictions: Sequence[str | Path] = (),
     head: str = "auto",
     batch_size: int = 16,
     oracle: int = 0,
     device: str = "cpu",
+    **scoring_settings: Any,
 ) -> Evaluation:
-    """Transcribes a manifest greedily with every model, reads ready transcripts, and scores all of them.
+    """Scores checkpoints, decoded greedily, and ready transcripts on a labelled manifest; the command ``evaluate``.
 
     Args:
         models: ``.nemo`` files; changes are relative to the first system.
-        manifest: with ``text`` and, optionally, entities and ``context``; None takes the rows and their ``text`` from
-            the first predictions file.
+        manifest: NeMo manifest with text and, optionally, entities and ``context``; None takes the rows and their text
+            from the first predictions file.
         predictions: JSON Lines files with ``pred_text``.
-        scoring: how to score; the defaults of `Scoring` if None.
         head: ``ctc``, ``transducer`` or ``auto``.
-        batch_size: rows a batch.
+        batch_size: utterances per batch.
         oracle: beam size of the N-best whose oracle is scored (with terms also of the boosted beam); 0 = none.
         device: of the models, ``cpu`` or ``cuda:0`` …
+        scoring_settings: see :func:`make_scoring`.
+
+    Returns:
+        ``.comparison`` has the systems with all their scores; as text: :func:`evaluation_text`.
 
     Raises:
         CheckpointError, ManifestError, ConfigError: unusable input, before any model is loaded; or a model that fails
             on every row.
     """
-    scoring = scoring or Scoring()
-    names = system_names([*models, *predictions])
-    rows = _rows(models, manifest, predictions, scoring)
-    ready = [read_predictions(path, rows, name=names[str(path)]) for path in predictions]
-    if not models:
+    scoring = make_scoring(**scoring_settings)
+    nemos = [str(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
+    files = [str(path) for path in predictions]
+    names = system_names([*nemos, *files])
+    rows = _rows(nemos, manifest, files)
+    ready = [read_predictions(path, rows, name=names[path]) for path in files]
+    if not nemos:
         return Evaluation(compare(rows, ready, scoring), (), len(rows))
     broken = unreadable(rows)
     bad = {id(row): reason for row, reason in broken}
@@ -78,8 +83,8 @@ def evaluate(
     compare(rows, [System("references", tuple(row.text for row in rows))], scoring)
     usable = [i for i in range(len(rows)) if i not in failed]
     decoded = []
-    for path in models:
-        name, given = names[str(path)], [rows[i] for i in usable]
+    for path in nemos:
+        name, given = names[path], [rows[i] for i in usable]
         system, failures = _decode(path, given, name, scoring, head, batch_size, oracle, device)
         failed |= {usable[k]: f"{given[k].origin}: {name}: {why}" for k, why in failures.items()}
         decoded.append(system)
@@ -94,17 +99,25 @@ def make_scoring(
     *,
     normalizer: str = "basic",
     description: str = "",
-    terms: Sequence[str] = (),
-    terms_file: str | None = None,
+    terms: Sequence[str] | str | Path = (),
+    terms_file: str | Path | None = None,
     **settings: Any,
 ) -> Scoring:
-    """The scoring of command-line flags; ``settings`` are further fields of `Scoring`.
+    """How transcripts are scored.
+
+    Args:
+        normalizer: name of the text normalisation of both sides.
+        description: the domain in words, for the report.
+        terms: terms whose false alarms are counted, or the path of a file with them.
+        terms_file: a file with further terms.
+        settings: further fields of `Scoring`, e.g. ``samples=2000``.
 
     Raises:
         ConfigError: unknown normalisation, or a terms file that cannot be read.
     """
     get_normalizer(normalizer)
-    listed = [*terms, *(read_terms(terms_file) if terms_file else [])]
+    listed = read_terms(terms) if isinstance(terms, (str, Path)) else list(terms)
+    listed += read_terms(terms_file) if terms_file else []
     return Scoring(normalizer=normalizer, context=Context(description, tuple(dict.fromkeys(listed))), **settings)
 
 
@@ -156,7 +169,7 @@ def system_names(paths: Sequence[str]) -> dict[str, str]:
         depth.update({path: depth[path] + 1 for path in clashes})
 
 
-def _rows(models: Sequence[str], manifest: str | None, predictions: Sequence[str], scoring: Scoring) -> list[Row]:
+def _rows(models: Sequence[str], manifest: str | Path | None, predictions: Sequence[str]) -> list[Row]:
     if not models and not predictions:
         raise ConfigError("nothing to evaluate: give .nemo files, or transcripts with --predictions FILE.")
     if models:

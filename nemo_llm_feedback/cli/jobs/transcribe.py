@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from omegaconf import open_dict
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.cli.jobs.progress import progress
-from nemo_llm_feedback.core.config.rescoring import RescoringConfig
+from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
@@ -38,7 +38,7 @@ class Transcripts:
 
     Attributes:
         rows: all rows asked for, in order.
-        hypotheses: one NeMo ``Hypothesis`` a row, None where it failed.
+        hypotheses: one NeMo ``Hypothesis`` per row, None where it failed.
         failures: ``origin: reason`` of the rows without transcript.
         audio_seconds: of the rows that have one.
         seconds: of wall time for loading, encoding, decoding and rescoring.
@@ -57,11 +57,13 @@ class Transcripts:
 
     @property
     def rtfx(self) -> float:
-        """Seconds of audio a second of wall time."""
+        """Seconds of audio per second of wall time."""
         return self.audio_seconds / self.seconds if self.seconds else 0.0
 
 
-def find_rows(audio: Sequence[str], *, manifest: str | None, audio_types: Sequence[str] = AUDIO_TYPES) -> list[Row]:
+def find_rows(
+    audio: Sequence[str], *, manifest: str | Path | None, audio_types: Sequence[str] = AUDIO_TYPES
+) -> list[Row]:
     """The rows of a manifest, or of audio files and folders (searched with their sub-folders).
 
     Args:
@@ -98,35 +100,47 @@ def find_rows(audio: Sequence[str], *, manifest: str | None, audio_types: Sequen
 
 
 def transcribe(
-    model_name: str,
-    rows: Sequence[Row],
+    model: str | Path,
+    audio: str | Path | Sequence[str | Path] = (),
     *,
-    batch_size: int = 16,
-    decoder_type: str | None = None,
+    manifest: str | Path | None = None,
+    rescoring: Mapping[str, Any] | None = None,
     timestamps: bool = False,
+    audio_types: Sequence[str] = AUDIO_TYPES,
+    decoder_type: str | None = None,
+    batch_size: int = 16,
     device: str = "cpu",
-    rescoring: RescoringConfig | None = None,
 ) -> Transcripts:
-    """Transcribes rows; one that fails does not lose the others.
+    """Transcribes audio, with LLM rescoring if asked for; the command ``transcribe``.
+
+    A file that fails does not lose the others.
 
     Args:
-        model_name: a ``.nemo`` or a pretrained name.
-        rows: of :func:`find_rows`.
-        batch_size: utterances per batch.
+        model: ``.nemo`` file or pretrained name.
+        audio: files and folders, or a NeMo manifest (``.json``, ``.jsonl``).
+        manifest: a NeMo manifest in place of ``audio``.
+        rescoring: settings as in ``conf/rescoring.yaml``, e.g. ``{"llm": {"model": …}, "context": {…}}``; None = the
+            checkpoint's decoding.
+        timestamps: word and segment times, in seconds.
+        audio_types: suffixes of the files that are taken from folders.
         decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
-        timestamps: word and segment times.
-        device: of the recogniser.
-        rescoring: settings of the rescoring, or None for the checkpoint's own decoding.
+        batch_size: utterances per batch.
+        device: ``cpu`` or ``cuda:0`` ….
 
     Raises:
-        CheckpointError, ConfigError, LLMError, RewardError: nothing can be transcribed this way.
+        FeedbackError: nothing can be transcribed this way.
     """
-    model = _load(model_name, decoder_type=decoder_type, timestamps=timestamps, device=device, rescoring=rescoring)
+    settings = None if rescoring is None else parse_rescoring_config(rescoring)
+    paths = [str(path) for path in ([audio] if isinstance(audio, (str, Path)) else audio)]
+    if manifest is None and len(paths) == 1 and paths[0].endswith((".json", ".jsonl")):
+        manifest = paths.pop()
+    rows = find_rows(paths, manifest=manifest, audio_types=audio_types)
+    recogniser = _load(model, decoder_type=decoder_type, timestamps=timestamps, device=device, rescoring=settings)
     failures: dict[int, str] = {}
     start = time.perf_counter()
-    work = functools.partial(_decode, model, timestamps)
+    work = functools.partial(_decode, recogniser, timestamps)
     with progress("transcribing", len(rows)) as on_batch:
-        hypotheses = map_rows(model, rows, work, batch_size=batch_size, on_batch=on_batch, failures=failures)
+        hypotheses = map_rows(recogniser, rows, work, batch_size=batch_size, on_batch=on_batch, failures=failures)
     seconds = time.perf_counter() - start
     worked = [row.duration for i, row in enumerate(rows) if i not in failures]
     listed = tuple(f"{rows[i].origin}: {failures[i]}" for i in sorted(failures))
@@ -188,7 +202,7 @@ def _row_of(path: Path) -> Row:
 
 
 def _load(
-    name: str, *, decoder_type: str | None, timestamps: bool, device: str, rescoring: RescoringConfig | None
+    name: str | Path, *, decoder_type: str | None, timestamps: bool, device: str, rescoring: RescoringConfig | None
 ) -> Any:
     """The model with its decoding as asked for; settings are checked before it is loaded."""
     path = locate(name)

@@ -1,0 +1,318 @@
+"""The commands of the command line but ``adapt``: their flags, and the call of the job that does the work.
+
+A command is a function: its parameters are the flags (shared ones stand in ``cli.options``), the first line of its
+docstring is the help, and it returns the exit status. Nothing heavy is imported before a job runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from nemo_llm_feedback.cli.options import (
+    Cuda,
+    HeadName,
+    JsonFile,
+    NoAudio,
+    ProbeOptions,
+    RescoringFlags,
+    ScoringFlags,
+    Segmenting,
+)
+from nemo_llm_feedback.core.errors import ConfigError
+
+
+def prepare(folder: str, *, out: str, segmenting: Segmenting = Segmenting(), preview: int = 5) -> int:
+    """Makes an unlabeled manifest of long recordings by voice activity.
+
+    Args:
+        folder: folder of recordings, searched with its sub-folders, or one file
+        out: the manifest to write
+        segmenting: how recordings are cut
+        preview: segments to show
+    """
+    from nemo_llm_feedback.cli.jobs import prepare as job
+
+    print(job.summary(job.prepare(folder, out=out, settings=segmenting), preview=preview))
+    return 0
+
+
+def score(
+    options: ProbeOptions,
+    *,
+    show: int | None = None,
+    members: int = 8,
+    compare_quantization: Literal["nf4", "int8", "none"] | None = None,
+    tune: bool = False,
+    json: JsonFile = None,
+) -> int:
+    """Shows N-best lists with their rewards; picks weights, compares quantisations.
+
+    Args:
+        options: which N-best lists
+        show: utterances printed in full; default: all that are scored
+        members: members printed per utterance, best first
+        compare_quantization: also judge by the LLM in this quantisation, and compare
+        tune: pick reward.alpha and reward.beta: by WER where rows have text, else by the spread as adapt does
+        json: write everything here too, as JSON
+    """
+    from nemo_llm_feedback.cli.jobs import score as job
+    from nemo_llm_feedback.evaluation.records import write_record
+
+    _quiet_nemo()
+    report = job.score(options, compare_quantization_with=compare_quantization, tune=tune)
+    print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
+    if json:
+        write_record(json, job.report_record(report))
+    return 0
+
+
+def transcribe(
+    model: str,
+    audio: tuple[str, ...] = (),
+    *,
+    dataset_manifest: str | None = None,
+    audio_type: str | None = None,
+    output_filename: str | None = None,
+    batch_size: int = 16,
+    decoder_type: Literal["rnnt", "ctc"] | None = None,
+    timestamps: bool = False,
+    cuda: Cuda = None,
+    nbest: int = 0,
+    choice: RescoringFlags = RescoringFlags(),
+) -> int:
+    """Transcribes audio, with LLM rescoring if asked for.
+
+    Args:
+        model: .nemo file or pretrained name
+        audio: audio files and folders
+        dataset_manifest: a NeMo manifest instead of AUDIO
+        audio_type: comma-separated suffixes to take from folders; default: all known
+        output_filename: manifest to write; default: print the transcripts
+        batch_size: utterances per batch
+        decoder_type: head of a hybrid model
+        timestamps: word and segment times, in seconds
+        cuda: number of the GPU
+        nbest: write so many hypotheses with all score parts
+        choice: rescoring
+    """
+    from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
+
+    if batch_size < 1 or nbest < 0:
+        raise ConfigError("--batch-size must be at least 1 and --nbest at least 0.")
+    tree = _rescoring(choice, nbest)
+    if tree is not None:
+        parse_rescoring_config(tree)  # refuses faults before NeMo is imported
+    _quiet_nemo()
+    from nemo_llm_feedback.cli.jobs import transcribe as job
+
+    found = job.transcribe(
+        model,
+        audio,
+        manifest=dataset_manifest,
+        audio_types=audio_type.split(",") if audio_type else job.AUDIO_TYPES,
+        batch_size=batch_size,
+        decoder_type=decoder_type,
+        timestamps=timestamps,
+        device=_device(cuda),
+        rescoring=tree,
+    )
+    if output_filename:
+        job.write_manifest(output_filename, found, nbest=nbest)
+    else:
+        print(job.transcripts_text(found, nbest=nbest))
+    written = f"; written to {output_filename}" if output_filename else ""
+    print(job.summary(found, written=written), file=sys.stderr)
+    return 1 if found.failures else 0
+
+
+def evaluate(
+    models: tuple[str, ...] = (),
+    *,
+    manifest: str | None = None,
+    predictions: tuple[str, ...] = (),
+    head: HeadName = "auto",
+    batch_size: int = 16,
+    cuda: Cuda = None,
+    oracle: int = 0,
+    scoring: ScoringFlags = ScoringFlags(),
+    b_wer: bool | str = False,
+    json: JsonFile = None,
+    report: str | None = None,
+    no_audio: NoAudio = False,
+) -> int:
+    """Scores checkpoints or ready transcripts on a labelled manifest.
+
+    Args:
+        models: .nemo files; the first system is the base of the comparison
+        manifest: NeMo manifest with text and, optionally, entities and context
+        predictions: JSON Lines with audio_filepath and pred_text
+        head: of a hybrid model
+        batch_size: utterances per batch of the recogniser
+        cuda: number of the GPU
+        oracle: also the oracle WER of each model's N-best, of so many hypotheses
+        scoring: how transcripts are scored
+        b_wer: also B-WER; the value is the manifest key of each utterance's word list (entities if left out)
+        json: write everything here too, as JSON
+        report: write the report here, as HTML
+        no_audio: no audio in the page
+    """
+    from nemo_llm_feedback.cli.jobs import evaluate as job
+    from nemo_llm_feedback.evaluation.records import write_record
+
+    if models:
+        _quiet_nemo()
+    found = job.evaluate(
+        models,
+        manifest,
+        predictions=predictions,
+        head=head,
+        batch_size=batch_size,
+        oracle=oracle,
+        device=_device(cuda) if models else "cpu",
+        bias_key="entities" if b_wer is True else b_wer or None,
+        **vars(scoring),
+    )
+    print(job.evaluation_text(found))
+    if json:
+        write_record(json, job.evaluation_record(found))
+    if report:
+        from nemo_llm_feedback.evaluation.report import evaluation_report, write_report
+
+        page = evaluation_report(found.comparison, left_out=found.left_out)
+        print(f"\nreport: {write_report(page, report, audio=not no_audio)}")
+    return 0
+
+
+def report(run_dir: str, *, output: str | None = None, no_audio: NoAudio = False) -> int:
+    """Writes the report of a run again.
+
+    Args:
+        run_dir: folder of an adapt run; of one that goes on, its curves are shown
+        output: the page to write; default: report.html in the folder
+        no_audio: no audio in the page
+    """
+    from nemo_llm_feedback.cli.jobs import report as job
+
+    print(job.report(run_dir, output=output, audio=not no_audio))
+    return 0
+
+
+def runs(folder: str, *, json: bool = False) -> int:
+    """Lists the runs of a folder with their settings and results.
+
+    Args:
+        folder: exp_manager.exp_dir of the runs, or a folder above
+        json: as a JSON list
+    """
+    from nemo_llm_feedback.cli.jobs import runs as job
+    from nemo_llm_feedback.evaluation.records import to_json
+
+    found = job.list_runs(folder)
+    print(to_json(found) if json else job.runs_text(found))
+    return 0
+
+
+def export(
+    checkpoint: tuple[str, ...],
+    *,
+    base: str | None = None,
+    interpolation: float = 1.0,
+    output: str | None = None,
+    manifest: str | None = None,
+) -> int:
+    """Turns a training checkpoint, or the average of several, into a plain .nemo.
+
+    Args:
+        checkpoint: a Lightning .ckpt of a run, or a .nemo; several, of runs from one base: the mean of their weights
+        base: .nemo that the run started from; of a .ckpt, if it has moved since
+        interpolation: share of the way from the base's weights to the run's: above 0, to 1
+        output: where to write; default: beside the checkpoint; needed for several
+        manifest: labelled rows: before/after for the model card, which is written beside it
+    """
+    from nemo_llm_feedback.cli.jobs import export as job
+
+    _quiet_nemo()
+    print(job.export(checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation))
+    return 0
+
+
+# In the order in which a user meets them.
+COMMANDS = (prepare, score, transcribe, evaluate, report, runs, export)
+
+
+def _quiet_nemo() -> None:
+    """Short commands show their result, not NeMo's notes on restoring a model."""
+    from nemo.utils import logging
+
+    logging.setLevel(logging.ERROR)
+
+
+def _device(number: int | None) -> str:
+    """The device of the flag ``--cuda``: a GPU by its number, −1 the CPU, None GPU 0 if there is one.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if number is None:
+        number = 0 if count else -1
+    if number >= count:
+        raise ConfigError(f"--cuda {number}: {count} GPU(s) here; give a smaller number, or -1 for the CPU.")
+    return f"cuda:{number}" if number >= 0 else "cpu"
+
+
+def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
+    """The rescoring settings that file and flags name; None = the checkpoint's decoding.
+
+    Raises:
+        ConfigError: flags of the rescoring without ``--rescore``.
+    """
+    flags = {
+        "nbest": choice.beam_size,
+        "boosted": choice.boosted,
+        "boosting_weight": choice.boosting_weight,
+        "term_swap": choice.term_swap,
+        "llm.quantization": choice.quantization,
+        "context.required": False if choice.no_context else None,
+    }
+    given = choice.judge.settings() | {key: value for key, value in flags.items() if value is not None}
+    judged = choice.rescore or choice.rescoring is not None
+    if not judged and (choice.judge.overrides or any(key.startswith(("reward.", "llm.")) for key in given)):
+        raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
+    if not judged and not nbest and not given:
+        return None
+    tree: dict[str, Any] = _rescoring_file(choice) if judged else {"reward": None}
+    for key, value in given.items():
+        section, _, name = key.rpartition(".")
+        tree |= {section: {**(tree.get(section) or {}), name: value}} if section else {name: value}
+    if nbest and not tree.get("nbest"):
+        from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
+
+        tree["nbest"] = max(nbest, DEFAULT_NBEST)
+    return tree
+
+
+def _rescoring_file(choice: RescoringFlags) -> dict[str, Any]:
+    """The settings of the file or of ``--set``, as plain mappings."""
+    from omegaconf import OmegaConf
+
+    from nemo_llm_feedback.core.config.compose import compose_config
+    from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS, read_yaml
+
+    overrides = choice.judge.overrides
+    if not overrides:
+        return read_yaml(choice.rescoring) if choice.rescoring else {}
+    if choice.rescoring:
+        raise ConfigError("--set and --rescoring FILE both give the settings: write them into the file, or use --set.")
+    named = list(dict.fromkeys(override.lstrip("+~").split("=")[0].split(".")[0] for override in overrides))
+    strange = [section for section in named if section not in SHARED_SECTIONS]
+    if strange:
+        raise ConfigError(
+            f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has "
+            "to set has flags of its own, or stands in the file of --rescoring."
+        )
+    composed: Any = OmegaConf.to_container(compose_config(overrides), resolve=True, throw_on_missing=False)
+    return {section: composed[section] for section in named}
