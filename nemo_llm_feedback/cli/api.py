@@ -86,7 +86,7 @@ def score(
     Args:
         model: ``.nemo`` file or pretrained name.
         manifest: NeMo manifest, with text or without.
-        utterances: how many, spread evenly over the manifest; 0 = all.
+        utterances: number of rows, spread evenly over the manifest; 0 = all.
         description: see :func:`adapt`.
         terms_file: terms that may occur.
         llm: folder or hub id of a causal LM.

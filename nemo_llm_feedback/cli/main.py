@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: arguments without the program's name; the process's own if None.
+        argv: arguments without the program's name; those of the process if None.
 
     Returns:
         0, or 1 after an error of the user's input, which is printed without a traceback.

@@ -82,7 +82,7 @@ def truncate_steps(path: Path, *, step: int) -> float:
     Lightning repeats in a resumed run.
 
     Args:
-        path: of ``steps.jsonl``; need not exist.
+        path: path of ``steps.jsonl``; need not exist.
         step: the last step that is kept.
 
     Returns:

@@ -18,7 +18,7 @@ def masked(node: Any, key: str = "") -> Any:
 
     Args:
         node: nested mappings and lists.
-        key: of the node, by which it is known to be secret; an empty value stays as it is.
+        key: name of the node, by which it is known to be secret; an empty value stays as it is.
     """
     if isinstance(node, Mapping):
         return {str(name): masked(value, str(name)) for name, value in node.items()}

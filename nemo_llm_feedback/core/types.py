@@ -40,13 +40,13 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class HypothesisGroup:
-    """The hypotheses of one utterance, with what a reward may look at.
+    """The hypotheses of one utterance, with what a reward may read.
 
     Attributes:
         utterance: a name that is stable over epochs (audio path and offset); cache key and log line.
         hypotheses: the members, at least one.
-        context: the utterance's own context merged over the run's.
-        ref_logp: log p(member | audio) under the frozen reference ASR model, natural log, one value a member
+        context: the utterance's context merged over the run's.
+        ref_logp: log p(member | audio) under the frozen reference ASR model, natural log, one value per member
             (−inf where the audio is too short for it); empty when no reference was asked for.
     """
 

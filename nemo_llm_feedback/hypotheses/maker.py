@@ -39,7 +39,7 @@ class NBestMaker:
     """Makes N-best lists with everything that an objective needs.
 
     Args:
-        proposer: of the policy's first head.
+        proposer: proposes with the policy's first head.
         reference: the frozen reference, with the same heads in the same order.
         normalize: the run's text normalisation.
         max_members: largest number of members per utterance.

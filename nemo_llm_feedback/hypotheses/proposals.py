@@ -36,8 +36,8 @@ class Proposer:
 
     Args:
         head: the policy's head; eval mode and no gradient are the caller's.
-        config: how many from which source, and how strongly terms are boosted.
-        generator: of the sampler; its state belongs into checkpoints. One with seed 0 if None.
+        config: number of candidates from each source, and the strength of boosting.
+        generator: random numbers of the sampler; its state belongs into checkpoints. One with seed 0 if None.
         normalize: text normalisation under which a swapped text must come out as it went in.
     """
 
@@ -149,7 +149,7 @@ def boosting_tree(vocabulary: Vocabulary, terms: Sequence[str], config: Proposal
     """NeMo's phrase boosting tree over the terms, for BPE and character models.
 
     Args:
-        vocabulary: of the head.
+        vocabulary: the head's vocabulary.
         terms: at least one.
         config: ``context_score`` and ``depth_scaling``.
     """
@@ -184,7 +184,7 @@ def build_members(
     Args:
         candidates: greedy first.
         scores: log p of each candidate under the frozen reference.
-        vocabulary: of the head.
+        vocabulary: the head's vocabulary.
         normalize: the run's text normalisation.
         max_members: largest group.
         distinct: False keeps repetitions (samples).

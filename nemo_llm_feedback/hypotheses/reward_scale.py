@@ -25,7 +25,7 @@ def component_spread(deviations: Mapping[str, Sequence[float]]) -> dict[str, flo
     """Mean within-group standard deviation of each component of the reward.
 
     Args:
-        deviations: of :func:`component_deviations`, of one batch or of several joined.
+        deviations: what :func:`component_deviations` gave, for one batch or for several joined.
 
     Returns:
         Component → spread in its unit; NaN where no utterance has two judged members.
@@ -36,12 +36,12 @@ def component_spread(deviations: Mapping[str, Sequence[float]]) -> dict[str, flo
 def from_spread(spread: Mapping[str, float], settings: RewardConfig) -> tuple[float, float]:
     """(α, β) with std(α·LLM) = ``spread_factor`` · std(w·ASR) within groups; β as set, or 2·α; rounded to two digits.
 
-    β is not measured as the slope of the LLM's score on length: that came out near 15 nats a word, for words of
+    β is not measured as the slope of the LLM's score on length: that came out near 15 nats per word, for words of
     garbage, and taught insertions (docs/results.md).
 
     Args:
-        spread: of :func:`component_spread`, with ``settings.weighed_part`` and ``asr``.
-        settings: of the reward.
+        spread: what :func:`component_spread` gave, with ``settings.weighed_part`` and ``asr``.
+        settings: settings of the reward.
 
     Raises:
         RewardError: no spread to go by.
@@ -50,7 +50,7 @@ def from_spread(spread: Mapping[str, float], settings: RewardConfig) -> tuple[fl
     if not (llm > 0 and asr > 0):
         raise RewardError(
             "the groups have no spread to scale reward.alpha by (all members are scored alike, or "
-            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, look at more rows, or set reward.alpha "
+            "reward.asr_weight=0): raise proposals.beam or proposals.boosted, take more rows, or set reward.alpha "
             "(`score --tune --alpha 1` picks it where rows have text)."
         )
     alpha = float(f"{settings.spread_factor * asr / llm:.2g}")

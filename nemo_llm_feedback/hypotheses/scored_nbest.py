@@ -27,13 +27,13 @@ class NBestSettings:
     """How the N-best lists of a manifest are made.
 
     Attributes:
-        proposals: how many members from which source, and the largest group.
-        run_context: merged under each row's own.
+        proposals: number of members from each source, and the largest group.
+        run_context: the run's context, merged under each row's.
         head: ``ctc``, ``transducer``, or ``auto`` = the one that ``transcribe`` would use.
         normalizer: name of the text normalisation of the members.
-        batch_size: rows a batch.
-        memory_budget_mb: of the transducer likelihood.
-        seed: of the sampler.
+        batch_size: rows per batch.
+        memory_budget_mb: working memory of the transducer likelihood.
+        seed: seed of the sampler.
     """
 
     proposals: ProposalConfig
@@ -47,10 +47,10 @@ class NBestSettings:
 
 @dataclass(frozen=True)
 class JudgedReference:
-    """An utterance's own text as a further member of its N-best.
+    """An utterance's reference text as a further member of its N-best.
 
     Attributes:
-        nbest: of one utterance: its members followed by the reference, judged together.
+        nbest: one utterance: its members followed by the reference, judged together.
         feasible: whether the audio is long enough for the reference; its rewards mean nothing otherwise.
     """
 
@@ -71,9 +71,9 @@ def scored_nbest(
     """Proposes, scores and judges the N-best of every row; the model's train/eval state is left as it was.
 
     Args:
-        model: a NeMo CTC, transducer or hybrid model; it proposes and is its own reference (``parts["asr"]``).
+        model: a NeMo CTC, transducer or hybrid model; it proposes and is the reference, too (``parts["asr"]``).
         rows: manifest rows, not tarred; at least one.
-        settings: how the N-best lists are made.
+        settings: settings of the N-best lists.
         reward: judges them; None leaves rewards at 0 (for oracles).
         corrector: writes one more member per utterance, see ``NBestMaker``.
         on_batch: receives the number of rows done.
@@ -106,11 +106,11 @@ def scored_nbest(
 def judged_references(
     model: Any, rows: Sequence[Row], nbest: NBestBatch, *, settings: NBestSettings, reward: Reward
 ) -> list[JudgedReference | None]:
-    """Judges the rows' own texts beside the members of their N-best: does the reward prefer the truth?
+    """Judges the rows' reference texts beside the members of their N-best: does the reward prefer the truth?
 
     Args:
-        model, rows, settings, reward: as in :func:`scored_nbest`.
-        nbest: what it returned for these rows.
+        model, rows, settings, reward: see :func:`scored_nbest`.
+        nbest: the N-best that it returned for these rows.
 
     Returns:
         One entry per row, None where it has no text. The reference's acoustic score is that of the better of its
@@ -139,7 +139,7 @@ def judged_references(
 
 
 class _Itself:
-    """A model as its own frozen reference: nothing is copied, and audio is encoded once."""
+    """A model in place of the frozen reference: nothing is copied, and audio is encoded once."""
 
     def __init__(self, model: Any, settings: NBestSettings) -> None:
         self._model = model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from rapidfuzz import fuzz, process
 
-# A term is compared with spans of at most this many words more than its own: recognisers split unknown words.
+# A term is compared with spans of at most this many words more than it has: recognisers split unknown words.
 _EXTRA_WORDS = 2
 
 

@@ -64,11 +64,11 @@ Block = TypeVar("Block", bound="CollectiveBlock")
 class CollectiveBlock:
     """Runs a block on every rank; if it fails on one, every rank raises, so that none waits in a collective for ever.
 
-    The block must not hold another collective. The rank that failed raises its own error; the others raise the same
+    The block must not hold another collective. The rank that failed raises its error; the others raise the same
     class (``TrainingError`` for one that is not ours), naming the rank.
 
     Attributes:
-        mine: what this rank hands to the others; set it inside the block.
+        mine: this rank's message to the others; set it inside the block.
         all: after the block, ``mine`` of every rank in their order.
     """
 
@@ -105,8 +105,8 @@ def zero_grad_for_unused(module: nn.Module) -> Tensor:
 
     DDP waits for a gradient of every parameter on every rank. A hybrid's idle head, a rank whose groups have no signal
     or a joint that a pass did not reach would leave it waiting. With this term in the loss each parameter reports once
-    a step on every rank, and DDP's buckets need not search the graph (``find_unused_parameters``), which could not see
-    what other ranks use. The empty slices keep values, and so a NaN or an infinity, out of the sum.
+    per step on every rank, and DDP's buckets need not search the graph (``find_unused_parameters``), which could not
+    see what other ranks use. The empty slices keep values, and so a NaN or an infinity, out of the sum.
     """
     zeros = [p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad]
     return torch.stack([zero.float() for zero in zeros]).sum() if zeros else torch.zeros(())
@@ -117,7 +117,7 @@ def local_lengths(model: nn.Module) -> None:
 
     They agree on the longest audio of all ranks in every forward pass, to reserve positions or masks for it. Here the
     ranks run encoders a different number of times (for labelled rows, for unlabeled rows, under the frozen reference,
-    for looks at held-out rows on one rank), and would wait for one another for ever. The output is the same without.
+    for held-out rows on one rank), and would wait for one another for ever. The output is the same without.
     """
     for module in model.modules():
         if hasattr(module, "sync_max_audio_length"):
@@ -133,7 +133,7 @@ def _own_length(module: Any, *args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def local_metrics(model: nn.Module) -> Iterator[None]:
-    """Inside this context NeMo's metrics are the rank's own.
+    """Inside this context NeMo's metrics are not joined over ranks.
 
     Its training step computes the WER of the batch, for which torchmetrics asks all ranks; a rank whose batch has no
     labelled row would not answer, nor one that waits for what rank 0 does alone.

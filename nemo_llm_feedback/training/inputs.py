@@ -44,12 +44,12 @@ def rates_to_try(model_settings: Mapping[str, Any], config: RunConfig) -> tuple[
     lacking = []
     if not config.parameters.lr_candidates:
         lacking.append("parameters.lr_candidates is empty")
-    if not config.guards.looks:
+    if not config.guards.measures:
         lacking.append("guards.every=0 leaves no held-out measurement to judge by")
     if not config.needs_reward:
         lacking.append("plain self-training has no reward to judge by")
     if any(group.get("lr") is not None for group in (model_settings.get("optim_param_groups") or {}).values()):
-        lacking.append("model.optim_param_groups have rates of their own")
+        lacking.append("model.optim_param_groups have rates already")
     if lacking:
         raise ConfigError(
             f"model.optim.lr is null, so a short trial would choose it, but {'; '.join(lacking)}. Set model.optim.lr."
@@ -61,9 +61,9 @@ def set_optimizer(model: Any, settings: Mapping[str, Any], *, rates: Sequence[fl
     """Replaces the optimizer section as a whole (a merge would keep the old scheduler).
 
     Args:
-        model: to be trained.
-        settings: of the section ``model``.
-        rates: of :func:`rates_to_try`; the first stands in until the trial.
+        model: the model to train.
+        settings: the section ``model``.
+        rates: what :func:`rates_to_try` gave; the first stands in until the trial.
     """
     optim = dict(settings["optim"])
     if rates:
@@ -85,8 +85,8 @@ def set_validation(model: Any, settings: Mapping[str, Any]) -> None:
     """NeMo's validation on the manifests of ``validation_ds``, where there are any.
 
     Args:
-        model: to be trained.
-        settings: of the section ``model``.
+        model: the model to train.
+        settings: the section ``model``.
     """
     if hasattr(model, "compute_eval_loss") and model.cfg.get("loss", {}).get("loss_name") == "tdt":
         # NeMo has no TDT loss on the CPU; WER is what validation is for.

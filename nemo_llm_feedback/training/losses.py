@@ -32,7 +32,7 @@ class Mean:
     """A mean over some items (groups with signal, rows) of this rank.
 
     Attributes:
-        value: of the mean; a term of the loss has a gradient.
+        value: the mean; a term of the loss has a gradient.
         count: number of items.
         weight: factor of a term in the loss.
     """
@@ -123,10 +123,10 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
     """The run's objective and its regularisers for one head.
 
     Args:
-        config: which objective, with its hyperparameters and the weights of the regularisers.
+        config: the objective with its hyperparameters, and the weights of the regularisers.
         logp: [B, N] policy log p of each member, natural log, with gradient; padding holds −inf.
         nbest: the B groups.
-        head: whose rewards and reference scores to use.
+        head: the head whose rewards and reference scores are used.
 
     Returns:
         The term ``objective`` and the regularisers, with their metrics.
@@ -161,7 +161,7 @@ def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, fl
     Args:
         nbest: the B groups.
         logp: [B, N] policy log p, without gradient.
-        head: whose scores to read.
+        head: the head whose scores are read.
 
     Returns:
         ``reward/<part>`` means over members; ``members`` = mean distinct members; ``unique_fraction`` of members;

@@ -1,6 +1,6 @@
 """The mixin that adds the feedback loss to a NeMo model: ``training_step`` and ``feedback_loss`` are the main path.
 
-The paper (arXiv 2506.11091) says: an LLM that is given the context scores hypotheses, and the scores are the reward of
+The paper (arXiv 2506.11091) lets an LLM that is given the context score hypotheses: the scores are the reward of
 reinforcement learning. What it leaves open, and what stands for it here:
 
 - where hypotheses come from: beam, boosted beam, term swaps, samples, corrections (``hypotheses.proposals``);
@@ -67,7 +67,7 @@ class LLMFeedbackMixin(_Base):
     _train_dl: Any
 
     nonfinite_steps: int = 0
-    """Optimizer steps in a row, up to now, that were skipped because a gradient was not finite."""
+    """Consecutive optimizer steps, up to now, that were skipped because a gradient was not finite."""
 
     # ------------------------------------------------------------------------------------------------- the main path
 
@@ -230,7 +230,7 @@ class LLMFeedbackMixin(_Base):
                 yield EncodedAudio(audio, *self._encode(audio))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Scores the whole pool at the start of each refresh where the LLM has a phase of its own."""
+        """Scores the whole pool at the start of each refresh where the LLM works between the steps."""
         super().on_train_batch_start(batch, batch_idx)
         feedback, refresh = self._feedback, self._refresh()
         if feedback is None or not feedback.config.scores_in_phases or feedback.cache.filled == refresh:

@@ -86,7 +86,7 @@ def restore(path_or_pretrained_name: str | Path, *, map_location: Any = None, tr
         The model, with the context settings of its encoder as the checkpoint has them.
 
     Raises:
-        CheckpointError: not a ``.nemo``, or a class that cannot be adapted; the message says why.
+        CheckpointError: not a ``.nemo``, or a class that cannot be adapted; the message has the reason.
     """
     path = locate(path_or_pretrained_name)
     name = supported_class(read_config(path), origin=path)

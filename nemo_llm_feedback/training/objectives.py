@@ -69,7 +69,7 @@ def distill(groups: Groups, *, temperature: float, min_spread: float) -> Objecti
 
     For a reward of the form R = R' + logP_ref, q at τ = 1 is the optimum of max_π E_π[R'] − KL(π ‖ π_ref) over the
     group, the distribution of LLM rescoring; other τ sharpen or flatten it. The gradient with respect to ``logp`` is
-    P̂ − q: no sampling noise, entries in [−1, 1], 0 where P̂ = q. The loss says nothing about probability outside the
+    P̂ − q: no sampling noise, entries in [−1, 1], 0 where P̂ = q. The loss does not see probability outside the
     group; see `group_mass`.
 
     Args:
@@ -94,7 +94,7 @@ def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float,
 
     ``none``: w = P̂. Gradient −P̂_i (R_i − E_P̂[R]): exact for the expected reward when the group holds all that the
     policy can say. A member that another proposer supplied has P̂_i ≈ 0 and hence no gradient, however good it is.
-    That is no estimation error which importance weights could mend: the expected reward itself is flat there. All that
+    Importance weights cannot mend that, since it is not an estimation error: the expected reward is flat there. All that
     remains is pressure among the policy's own few probable members, which moves probability out of the group.
 
     ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised

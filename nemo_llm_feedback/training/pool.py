@@ -46,8 +46,8 @@ def measure_pool(
     Args:
         pool: batches of this rank's share.
         build: settings → what makes N-best lists by them.
-        config: of the run.
-        head: whose rewards are read.
+        config: the run's settings.
+        head: the head whose rewards are read.
 
     Raises:
         TrainingError: there is no unlabeled row.
@@ -169,13 +169,13 @@ def pool_share(loader: Any, *, rank: int) -> Iterator[Any]:
 
 
 def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int) -> None:
-    """Makes the N-best of every unlabeled row, for runs in which the LLM has a phase of its own.
+    """Makes the N-best of every unlabeled row, for runs whose LLM works between the steps (``llm.phase=cached``).
 
     Every rank scores its share and gets those of the others. Rows that are known in this refresh are left alone. New
     members remember the log p of the policy that proposed them now: at their first use it will have moved.
 
     Args:
-        feedback: of the run.
+        feedback: the run's state.
         pool: batches of this rank's share.
         refresh: index of the refresh.
     """

@@ -20,7 +20,7 @@ def replay_kl(model: Any, feedback: Feedback, batch: Any) -> LossSum:
 
     Args:
         model: the policy.
-        feedback: with the frozen reference and the heads.
+        feedback: state with the frozen reference and the heads.
         batch: NeMo's batch of four: signal [B, S], signal_len [B], tokens [B, U], tokens_len [B]; where a row has no
             text, the reference's transcript takes its place.
 

@@ -44,7 +44,7 @@ def count_finished_batch(checkpoint: dict[str, Any]) -> None:
     resumed run would have one batch more in its epoch than there are, and would end without the last one's marks.
 
     Args:
-        checkpoint: what Lightning is about to write; changed in place.
+        checkpoint: the checkpoint that Lightning is about to write; changed in place.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if not loop:
@@ -67,7 +67,7 @@ def place_in_data(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """The epoch that a run resumed from the checkpoint is in, and how many of its batches are done.
 
     Args:
-        checkpoint: as :func:`count_finished_batch` left it.
+        checkpoint: a checkpoint as :func:`count_finished_batch` left it.
     """
     loop = checkpoint["loops"]["fit_loop"]
     batches = loop["epoch_loop.batch_progress"]["current"]["completed"]

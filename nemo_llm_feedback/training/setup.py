@@ -64,7 +64,7 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
         Path(work_dir) / "manifests",
         use_text=config.feedback.use_text,
         on_bad_audio=config.feedback.on_bad_audio,
-        held_out=config.guards.held_out_utterances if config.guards.looks else 0,
+        held_out=config.guards.held_out_utterances if config.guards.measures else 0,
         held_out_share=config.guards.held_out,
         progress=logging.info,
     )
@@ -125,7 +125,7 @@ def check_judges(config: RunConfig, judge: Reward | None) -> None:
     """Refuses an LLM or a reward that cannot be used, before anything is loaded.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         judge: a reward from Python in place of the section ``reward``, which is then not checked.
 
     Raises:
@@ -157,7 +157,7 @@ def _training_data(
 
 
 def _check_held_out(setup: FeedbackSetup) -> None:
-    if setup.config.guards.looks and not setup.staged.held_out:
+    if setup.config.guards.measures and not setup.staged.held_out:
         logging.warning(
             "no rows are held out (tarred audio, or too few for guards.held_out="
             f"{setup.config.guards.held_out}): the guards watch {len(setup.held_out_rows())} rows that are trained on."
@@ -194,10 +194,10 @@ def start(
     """Places the reference, opens the LLM, measures the pool, and makes proposer and reward by what was found.
 
     Args:
-        model: on its device.
-        setup: of :func:`build_setup`.
+        model: the model, on its device.
+        setup: what :func:`build_setup` gave.
         pool: gives the batches of this rank's share of the pool.
-        known: what ``Feedback.to_plain`` gave, of a resumed run.
+        known: what a checkpoint of a resumed run holds (``Feedback.to_plain``).
     """
     setup.reference.to(model.device)
     config = setup.config

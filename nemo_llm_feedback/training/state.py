@@ -39,9 +39,9 @@ class PoolStatistics:
         spread: component of the reward → mean within-group standard deviation over judged members, in its unit; NaN =
             no utterance has two.
         length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
-        boosting_weight: of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
-        alpha, beta: of the reward: the run's, or with ``reward.alpha`` null those that the pool's spread gave, before
-            the strength of boosting was chosen; None for a reward that has none.
+        boosting_weight: weight of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
+        alpha, beta: weights of the reward: the run's, or with ``reward.alpha`` null those that the pool's spread gave,
+            before the strength of boosting was chosen; None for a reward without any.
         learning_rate: chosen by the trial; None where ``model.optim.lr`` is given.
     """
 
@@ -95,7 +95,7 @@ class FeedbackSetup(Settings):
         head_weights: name → weight in the loss.
         work_dir: folder of the run.
         train_ds: NeMo's settings of the training loader.
-        generator: of the sampler.
+        generator: random numbers of the sampler.
         start: the weights that learn, as they were.
         keep_alive: the run's temporary folder, which is removed with this; None where it has a folder.
     """
@@ -126,10 +126,10 @@ class Feedback(FeedbackSetup):
     """What the main path uses: the set-up, with what needed the device, the LLM and the pool.
 
     Attributes:
-        config: with what the pool has set.
+        config: the settings, with what the pool has set.
         maker: proposes and rewards.
         cache: the N-best of this refresh.
-        statistics: of the pool; None where there is no reward.
+        statistics: statistics of the pool; None for a run without reward.
         scorer: the LLM, or None.
         exact_supervision: whether labelled rows need our likelihood, since NeMo has no TDT loss on a CPU.
     """
@@ -166,11 +166,11 @@ class Feedback(FeedbackSetup):
 
     def load_nbest(self, plain: Mapping[str, Any], *, rank: int) -> None:
         """Takes back the kept hypotheses; with another number of ranks, all take those of all."""
-        own = plain["nbest"][rank : rank + 1] if len(plain["nbest"]) == num_ranks() else plain["nbest"]
-        for kept in own:
+        same = len(plain["nbest"]) == num_ranks()
+        for kept in plain["nbest"][rank : rank + 1] if same else plain["nbest"]:
             self.cache.load_plain(kept)
 
     def load_random(self, plain: Mapping[str, Any], *, rank: int) -> None:
-        """Takes up the random states of a checkpoint; with another number of ranks there is none to take up."""
+        """Takes up the random states of a checkpoint; with another number of ranks they are left alone."""
         if len(plain["random"]) == num_ranks():
             set_random_states(plain["random"][rank], [self.generator])

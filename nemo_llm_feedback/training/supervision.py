@@ -25,7 +25,7 @@ def pseudo_labelled_batch(
         config: ``label`` chooses by frozen model or by reward, ``min_confidence`` filters.
         audio: B utterances.
         nbest: their hypotheses.
-        head: whose scores choose.
+        head: the head whose scores choose.
 
     Returns:
         NeMo's batch of four (None when no label passed the filter or all are empty), and metrics: mean ``confidence``

@@ -39,7 +39,7 @@ class MovingAverage:
 
     Args:
         decay: d, in (0, 1); the n-th update uses min(d, n / (n + 9)), so that the start is soon forgotten.
-        weights: where it starts.
+        weights: the weights at which it starts.
     """
 
     def __init__(self, decay: float, weights: Weights) -> None:
@@ -56,16 +56,16 @@ class MovingAverage:
 
 @contextmanager
 def holding(model: Any, weights: Weights | None) -> Iterator[None]:
-    """While inside, the model has these weights (its own if None)."""
+    """While inside, the model has these weights (those that it has if None)."""
     if weights is None:
         yield
         return
-    own = snapshot(model)
+    before = snapshot(model)
     put_back(model, weights)
     try:
         yield
     finally:
-        put_back(model, own)
+        put_back(model, before)
 
 
 def _moving(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -153,7 +153,7 @@ def test_faults_of_the_call_are_typed_errors(tmp_path: Path) -> None:
     file, other = predictions(tmp_path / "p.json", BASE), predictions(tmp_path / "q.json", BASE, ROWS[:0] + ROWS)
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         evaluate()
-    with pytest.raises(ConfigError, match="a file of its own"):
+    with pytest.raises(ConfigError, match="needs another file"):
         evaluate(predictions=[file, file])
     with pytest.raises(ConfigError, match=r"no row .* has the key town; there are: .*speaker"):
         evaluate(predictions=[file], group_by=("town",))

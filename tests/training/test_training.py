@@ -121,8 +121,8 @@ def test_measurements_are_a_share_of_the_run_unless_their_interval_is_named(
     every: Any, steps: float, interval: int
 ) -> None:
     assert GuardConfig(every=every).interval(steps) == interval
-    assert GuardConfig(every=every).looks
-    assert not GuardConfig(every=0).looks
+    assert GuardConfig(every=every).measures
+    assert not GuardConfig(every=0).measures
 
 
 def test_a_run_without_a_named_interval_measures_by_its_length(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:

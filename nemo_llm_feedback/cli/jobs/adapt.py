@@ -42,7 +42,7 @@ from nemo_llm_feedback.training.setup import check_settings
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         nemo: path of the adapted ``.nemo``.
@@ -51,7 +51,8 @@ class AdaptResult:
         changed: unlabeled rows (those held out, or some of the pool) whose greedy transcript changed, as
             (before, after).
         learning_rate: peak of the run.
-        alpha, beta, boosting_weight: of the reward and of the boosting tree; None for a reward that has none.
+        alpha, beta: weights of the reward; None for a reward without any.
+        boosting_weight: weight of the boosting tree.
         kept_step: the step whose weights are exported; 0 = the start.
         gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
         ended: why training ended before its last step; empty if it did not.

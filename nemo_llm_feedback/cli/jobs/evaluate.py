@@ -56,7 +56,7 @@ def evaluate(
         head: ``ctc``, ``transducer`` or ``auto``.
         batch_size: utterances per batch.
         oracle: beam size of the N-best whose oracle is scored (with terms also of the boosted beam); 0 = none.
-        device: of the models, ``cpu`` or ``cuda:0`` …
+        device: where models run, ``cpu`` or ``cuda:0`` …
         scoring_settings: see :func:`make_scoring`.
 
     Returns:
@@ -159,7 +159,7 @@ def system_names(paths: Sequence[str]) -> dict[str, str]:
     """
     parts = {str(path): Path(path).expanduser().absolute().with_suffix("").parts for path in paths}
     if len(set(parts.values())) < len(paths):
-        raise ConfigError(f"every system needs a file of its own, got {', '.join(map(str, paths))}.")
+        raise ConfigError(f"every system needs another file, got {', '.join(map(str, paths))}.")
     depth = dict.fromkeys(parts, 1)
     while True:
         names = {path: "/".join(parts[path][-depth[path] :]) for path in parts}

@@ -46,10 +46,10 @@ def export(
         checkpoint: a Lightning ``.ckpt`` of a run, or a ``.nemo`` (rewritten with the stock class as target); several,
             of runs that started from one base: the mean of their weights.
         base: the ``.nemo`` that the ``.ckpt`` was trained from; gives configuration and tokenizer. A checkpoint of
-            this plugin names its own; it is needed where that file has moved.
+            this plugin names its base; it is needed where that file has moved.
         output: where to write; beside the checkpoint, with the suffix ``.nemo``, if None. Needed for several.
         manifest: labelled rows on which base and export are scored for the card; None = the card has what the
-            checkpoint says of itself, which a ``.ckpt`` does not.
+            ``.nemo`` holds of its training; a ``.ckpt`` holds nothing.
         interpolation: 0 < W ≤ 1, share of the way from the base's weights to the adapted ones: below 1, less of what
             was learned and less of what was lost of other speech. Below 1 it needs an output, and ``base`` unless a
             ``.ckpt`` names it.
@@ -91,7 +91,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Run:
-    """A file's model, its base where that is known, and what the file says of how it was made."""
+    """A file's model, its base where that is known, and what the file holds of how it was made."""
 
     name: str
     model: Any
@@ -102,8 +102,7 @@ class _Run:
 def _opened(source: Path, base: str | Path | None) -> _Run:
     """The run of a ``.nemo`` or of a Lightning checkpoint, restored on the CPU."""
     if source.suffix == ".nemo":
-        said = read_config(source).get("adaptation")
-        facts: Any = OmegaConf.to_container(said) if said else {}
+        facts: Any = OmegaConf.to_container(read_config(source).get("adaptation") or OmegaConf.create())
         return _Run(str(source), restore(source, map_location="cpu"), base, facts)
     content = _read_lightning(source)
     base = base or content.get(CHECKPOINT_KEY, {}).get("base")
@@ -186,8 +185,8 @@ def _symbols(model: Any) -> list[str]:
 def _scores(model: Any, rows: dict[str, list[Row]]) -> dict[str, CorpusScores]:
     """Set → scores of greedy transcripts."""
     return {
-        name: score_rows(own, transcribe_rows(model, own), run_context=Context(), normalizer=_NORMALIZER)
-        for name, own in rows.items()
+        name: score_rows(part, transcribe_rows(model, part), run_context=Context(), normalizer=_NORMALIZER)
+        for name, part in rows.items()
     }
 
 
@@ -197,7 +196,7 @@ def _read_lightning(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_plain_config_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or "state_dict" not in content:
-            raise CheckpointError(f"{path} has no state_dict: it is no Lightning checkpoint.")
+            raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint.")
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read as a Lightning checkpoint ({str(error)[:300]}).") from None
     return content

@@ -16,7 +16,7 @@ def source(cfg: DictConfig) -> Path:
     """The starting checkpoint's file.
 
     Raises:
-        ConfigError, CheckpointError: none or two are given, there is no such file, or no GPU that is asked for.
+        ConfigError, CheckpointError: none or two are given, or the file, or a GPU that is asked for, does not exist.
     """
     given = [key for key in ("init_from_nemo_model", "init_from_pretrained_model") if cfg.get(key)]
     if len(given) != 1:

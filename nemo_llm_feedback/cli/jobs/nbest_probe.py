@@ -27,7 +27,7 @@ from nemo_llm_feedback.training.setup import check_judges
 
 
 class NBestProbe:
-    """Rows, recogniser and reward of some flags; all is checked when it is made, and loaded when it is needed.
+    """Rows, recogniser and reward by the flags of a command; checked when it is made, loaded when it is needed.
 
     Args:
         options: the flags.
@@ -38,7 +38,7 @@ class NBestProbe:
         total: rows of the manifest.
         settings: how the N-best lists are made.
         scorer: the LLM, whose weights wait for the first score that the cache lacks; None where none is needed.
-        reward: of the configuration.
+        reward: the reward that the configuration names.
 
     Raises:
         ConfigError, LLMError, RewardError, ManifestError, CheckpointError: the message names the fix.

@@ -1,4 +1,4 @@
-"""The plan that a run states before it starts: rows, hours, model, LLM and estimated memory."""
+"""The plan that a run logs before it starts: rows, hours, model, LLM and estimated memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
         model: prepared by ``setup_feedback``.
         source: the checkpoint.
         log_dir: folder of the run.
-        device: on which the run will train.
+        device: the device of training.
     """
     setup = model.feedback_setup
     config, staged, rates = setup.config, setup.staged, setup.rates

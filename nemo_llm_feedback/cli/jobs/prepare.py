@@ -201,7 +201,7 @@ def _load(path: Path) -> NDArray[np.float32]:
     if not len(samples):
         raise ValueError("no audio in it")
     if not np.isfinite(samples).all():
-        raise ValueError("has samples that are no numbers")
+        raise ValueError("has samples that are not finite")
     return np.asarray(samples, dtype=np.float32)
 
 
@@ -227,7 +227,7 @@ def _convert(path: Path, folder: Path) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             samples, rate = librosa.load(str(path), sr=None, mono=False)
-    except Exception as error:  # each of its backends raises an error of its own
+    except Exception as error:  # each of its backends raises another kind of error
         raise RuntimeError(f"neither soundfile nor librosa can read it ({_first_line(error)})") from None
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{path.stem}.flac"

@@ -13,9 +13,9 @@ def progress(label: str, total: int, *, unit: str = "utt") -> Iterator[Callable[
     """Shows a bar while inside.
 
     Args:
-        label: what is done.
-        total: how many there are to do.
-        unit: of what.
+        label: name of the work.
+        total: number of units.
+        unit: name of a unit.
 
     Yields:
         A function that takes how many are done so far.

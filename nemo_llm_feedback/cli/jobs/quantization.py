@@ -19,7 +19,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import reward_from_config
 
-# Below these, quantisation blurs what the reward is there to tell apart.
+# Below these, quantisation blurs the differences that the reward is to see.
 _CORRELATION, _RANKS = 0.995, 0.95
 _REWARDS = ("llm", "entity")
 
@@ -29,9 +29,9 @@ class QuantizationComparison:
     """The run's LLM compared with the same in another quantisation, on the same texts.
 
     Attributes:
-        run, other: what each was.
+        run, other: the two LLMs with their quantisation.
         members: texts judged by both.
-        mean_difference, max_difference: of |Δ| of a text's log-probability, in nats.
+        mean_difference, max_difference: mean and largest |Δ| of a text's log-probability, in nats.
         correlation: Pearson's, of the log-probabilities about their group's mean: an offset common to a group changes
             nothing that learns from it.
         ranks: agreement of the LLM scores within groups.
@@ -80,9 +80,9 @@ def compare_quantization(
     """Judges an N-best again, by the other LLM; the two are in memory one after the other.
 
     Args:
-        probe: whose LLM judged the N-best.
-        nbest: as judged.
-        other: of :func:`other_llm`.
+        probe: holds the LLM that judged the N-best.
+        nbest: the N-best with its rewards.
+        other: what :func:`other_llm` gave.
         alpha, beta: the weights by which the N-best was judged.
     """
     assert probe.scorer is not None
@@ -109,7 +109,7 @@ def compare_scores(
         nbest: the members.
         scores: [B, N] log-probabilities of the LLMs in nats, NaN = not judged and padding; the run's and the other's.
         rewards: [B, N] whole rewards of the two.
-        names: of the two LLMs.
+        names: names of the two LLMs.
     """
     judged = scores[0].isfinite() & scores[1].isfinite()
     run, other = (values.double().masked_fill(~judged, math.nan) for values in scores)
@@ -140,8 +140,8 @@ def comparison_text(found: QuantizationComparison, *, utterances: int) -> str:
     """The comparison for a terminal.
 
     Args:
-        found: of :func:`compare_scores`.
-        utterances: how many were compared.
+        found: what :func:`compare_scores` gave.
+        utterances: number of utterances compared.
     """
     ranks, reward_ranks, changed = found.ranks, found.reward_ranks, len(found.changed)
     facts = {

@@ -27,11 +27,11 @@ class Run:
         state: ``finished``, ``running`` or ``interrupted``.
         steps: optimizer steps taken.
         max_steps: asked for.
-        attempts: how often it was started.
-        started: of the first attempt, UTC.
+        attempts: number of starts.
+        started: time of the first start, UTC.
         settings: key → value of those that differ between the runs.
         before, after: validation set → score → per cent.
-        held_out_gain: the largest gain in reward on held-out utterances; None without looks.
+        held_out_gain: the largest gain in reward on held-out utterances; None where none were measured.
         ended: why it ended early; empty if it did not.
         nemo: the adapted checkpoint; None without.
     """
@@ -68,9 +68,9 @@ def list_runs(folder: str | Path) -> list[Run]:
     if not places:
         raise ConfigError(f"{folder} holds no run: {SETTINGS_FILE} is in none of its folders.")
     settings = {path: _flat(yaml.safe_load((path / SETTINGS_FILE).read_text(encoding="utf-8"))) for path in places}
-    keys = sorted({key for own in settings.values() for key in own if not key.startswith(_PLACES)})
-    differing = [key for key in keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
-    runs = [_run(top, path, own, differing) for path, own in settings.items()]
+    keys = sorted({key for run in settings.values() for key in run if not key.startswith(_PLACES)})
+    differing = [key for key in keys if len({repr(run.get(key)) for run in settings.values()}) > 1]
+    runs = [_run(top, path, found, differing) for path, found in settings.items()]
     return sorted(runs, key=lambda run: (run.started, run.folder))
 
 

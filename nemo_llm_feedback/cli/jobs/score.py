@@ -1,4 +1,4 @@
-"""The score job: what the reward says of some N-best lists, before anything is trained on it."""
+"""The score job: how the reward ranks some N-best lists, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class ScoreReport:
     """What the job found.
 
     Attributes:
-        rows: that were taken, B.
+        rows: the B rows that were taken.
         total: rows of the manifest.
-        nbest: of the rows, in their order.
-        weights: of the reward; None for a reward without.
-        chosen, greedy: index of the best-rewarded member of each row, and of the recogniser's own.
+        nbest: the rows' N-best, in their order.
+        weights: the reward's weights; None for a reward without any.
+        chosen, greedy: index of each row's best-rewarded member, and of the recogniser's choice.
         signal_fraction: share of groups whose rewards differ by more than ``objective.min_spread``.
         spread: reward and component → mean within-group standard deviation, in its unit.
         unjudged: members that the reward could not judge.
-        references: the rows' own texts judged beside their groups; None where there is none.
+        references: the rows' texts judged beside their groups; None for rows without text.
         preference: reward and components → how often they prefer the reference.
         llm: one line on the LLM and its cache.
         labelled: the members of the rows with text, scored; None without any.
@@ -247,9 +247,9 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     """The report for a terminal.
 
     Args:
-        report: of the job.
+        report: what :func:`score` found.
         show: rows whose N-best is printed; 0 = none.
-        members: of each, the best-rewarded ones; greedy is always among them.
+        members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
     lines = ["> best-rewarded, = the recogniser's own, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
@@ -257,7 +257,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     texts, sizes = report.nbest.texts, report.nbest.sizes
     changed = sum(row[a] != row[b] for row, a, b in zip(texts, report.chosen, report.greedy, strict=True))
     facts = {
-        "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members a group",
+        "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members per group",
         "LLM": report.llm,
         "groups with signal": f"{100 * report.signal_fraction:.1f} %",
         "choice ≠ greedy": f"{100 * changed / len(sizes):.1f} %",
@@ -277,7 +277,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
 
 
 def _labels_text(report: ScoreReport) -> list[str]:
-    """What the rows with text say of the reward."""
+    """How good the reward is by the rows with text."""
     first = report.systems["greedy"]
     metrics = ["wer"] + (["ewer", "entity_recall"] if first.column("entity_words").sum() else [])
     metrics += ["false_alarms"] if first.column("term_utterances").sum() else []
@@ -294,7 +294,7 @@ def _labels_text(report: ScoreReport) -> list[str]:
 
 
 def _row_text(report: ScoreReport, i: int, members: int) -> str:
-    """One row's N-best, best-rewarded first; ``>`` marks the choice, ``=`` greedy, ``ref`` the row's own text."""
+    """One row's N-best, best-rewarded first; ``>`` marks the choice, ``=`` greedy, ``ref`` the row's text."""
     record, names = _row_record(report, i), ["reward", *report.nbest.parts]
     found, greedy = record["members"], report.greedy[i]
     order = sorted(range(len(found)), key=lambda n: _descending(found[n]["reward"]))

@@ -1,4 +1,4 @@
-"""Before a run touches anything: where it goes, whether an unfinished one goes on there, and whether there is room."""
+"""The run folder before the run: where it is, whether an unfinished run goes on there, and whether there is room."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def experiment(cfg: DictConfig) -> DictConfig:
     if mode not in ("auto", "never"):
         raise ConfigError(f"resume={mode!r} must be auto (go on with an unfinished run of these settings) or never.")
     if is_global_rank_zero():
-        # exp_manager leaves its choice of folder here for other ranks; a second run of this process is none of them.
+        # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
         os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
     base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
     explicit = manager.get("explicit_log_dir") or manager.get("version")
@@ -122,7 +122,7 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> No
 
     Args:
         cfg: the composed configuration.
-        folder: of the run.
+        folder: the run's folder.
         checkpoint: file name of what this attempt goes on from; None at the start.
     """
     collect(folder)
@@ -151,14 +151,14 @@ def _unfinished(base: Path, settings: str) -> Path | None:
             continue
         if first:
             collect(folder)
-        # A rank that the launcher started looks while rank 0, which may hold the folder already, moves its files.
+        # A rank that the launcher started reads while rank 0, which may hold the folder already, moves its files.
         known = newest(folder, SETTINGS_FILE)
         if known is None or newest(folder, RESULT_FILE) is not None:
             continue
         if known.read_text(encoding="utf-8") == settings:
             os.environ[_CHOICE] = folder.name
             return folder
-        logging.info(f"{folder} holds an unfinished run of other settings; its own command goes on with it.")
+        logging.info(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
     return None
 
 

@@ -34,14 +34,14 @@ AUDIO_TYPES = ("wav", "flac", "ogg", "opus", "mp3")
 
 @dataclass(frozen=True)
 class Transcripts:
-    """What came of a run.
+    """Transcripts of rows.
 
     Attributes:
         rows: all rows asked for, in order.
         hypotheses: one NeMo ``Hypothesis`` per row, None where it failed.
         failures: ``origin: reason`` of the rows without transcript.
-        audio_seconds: of the rows that have one.
-        seconds: of wall time for loading, encoding, decoding and rescoring.
+        audio_seconds: length of the audio of the rows that have one.
+        seconds: wall time for loading, encoding, decoding and rescoring.
     """
 
     rows: tuple[Row, ...]
@@ -89,7 +89,7 @@ def find_rows(
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
             files += found
-            faults += [] if found else [f"{name}: no audio in this folder (looked for {', '.join(sorted(suffixes))})."]
+            faults += [] if found else [f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))})."]
         elif path.is_file():
             files.append(path)
         else:
@@ -123,7 +123,7 @@ def transcribe(
             checkpoint's decoding.
         timestamps: word and segment times, in seconds.
         audio_types: suffixes of the files that are taken from folders.
-        decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
+        decoder_type: head of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
         batch_size: utterances per batch.
         device: ``cpu`` or ``cuda:0`` ….
 
@@ -162,8 +162,8 @@ def summary(transcripts: Transcripts, *, written: str = "") -> str:
     """Totals, WER where every transcribed row has a reference, and failures.
 
     Args:
-        transcripts: of :func:`transcribe`.
-        written: where they went, for the first line.
+        transcripts: what :func:`transcribe` gave.
+        written: the place where they were written, for the first line.
     """
     rows, texts = [row for row, _ in transcripts.worked], [hyp.text for _, hyp in transcripts.worked]
     lines = [
@@ -182,7 +182,7 @@ def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0
     """Writes a NeMo manifest: the rows as they were, ``pred_text``, and where asked for ``nbest`` and times.
 
     Args:
-        path: of the JSON Lines file.
+        path: the JSON Lines file.
         transcripts: rows that failed are left out.
         nbest: members of the ``nbest`` list, each with ``text``, ``score`` and its parts.
     """

@@ -38,7 +38,7 @@ class Weights:
     """α and β of a reward.
 
     Attributes:
-        alpha, beta: as ``reward.alpha`` and ``reward.beta``.
+        alpha, beta: values for ``reward.alpha`` and ``reward.beta``.
         origin: ``settings``; ``spread`` = by the spread within the groups at hand; ``labels`` = by the rows with text.
         grid: everything that was tried on labels.
     """
@@ -60,7 +60,7 @@ def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 
         alpha: α.
         beta: β.
         asr_weight: w.
-        part: what α weighs.
+        part: the part of the reward that α weighs.
     """
     rewards = alpha * nbest.parts[part].double() + beta * nbest.parts["length"].double()
     if asr_weight:
@@ -80,9 +80,9 @@ def tune_by_labels(
     """The point of the grid with the lowest WER; of equals that with the lowest EWER, then the smallest α and β.
 
     Args:
-        nbest: with all parts of the reward.
+        nbest: N-best with all parts of the reward.
         scores: index of a member per utterance → scores of these, over the utterances that have text.
-        asr_weight, part: as in :func:`choose`.
+        asr_weight, part: see :func:`choose`.
         alphas, betas: the grid.
     """
     grid = []
@@ -103,5 +103,5 @@ def tuned_text(found: Weights) -> str:
     caption = "WER in % of the best-rewarded members of the rows with text; choosing on them flatters."
     lines = [Table(["α \\ β", *(f"{beta:g}" for beta in betas)], rows, caption).to_text()]
     if found.alpha in (0.0, alphas[-1]) or found.beta == betas[-1]:
-        lines.append("The choice is at the edge of the grid: doubt it, or look further with --alpha and --beta.")
+        lines.append("The choice is at the edge of the grid: doubt it, or try larger ones with --alpha and --beta.")
     return "\n".join([*lines, str(found)])

@@ -1,4 +1,4 @@
-"""All settings of the plugin, each with its one default. NeMo's own sections (``model``, ``trainer``, ``exp_manager``)
+"""All settings of the plugin, each with its one default. NeMo's sections (``model``, ``trainer``, ``exp_manager``)
 stay NeMo's; the sections here are ours, are checked before any work, and unknown keys are refused by name.
 """
 

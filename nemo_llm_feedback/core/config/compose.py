@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_llm_feedback.core.config import SECTIONS, check_keys
 from nemo_llm_feedback.core.errors import ConfigError
 
-# Sections that NeMo owns: they take any key, as in NeMo's own scripts.
+# Sections that NeMo owns: they take any key, as in NeMo's scripts.
 _OPEN = ("model", "trainer", "exp_manager")
 
 

@@ -22,7 +22,7 @@ class ContextConfig(Section):
     Attributes:
         description: completes "The following is a transcript of …", e.g. ``an order at a coffee shop``.
         terms: terms that may occur.
-        terms_file: one term a line, a JSON list, or a JSON object of lists.
+        terms_file: one term per line, a JSON list, or a JSON object of lists.
         required: False lets the LLM reward run without any context.
     """
 
@@ -52,7 +52,7 @@ class ContextConfig(Section):
 
 
 def read_terms(path: str | Path) -> list[str]:
-    """Reads terms: a JSON list of strings, a JSON object of such lists (nested), or one term a line.
+    """Reads terms: a JSON list of strings, a JSON object of such lists (nested), or one term per line.
 
     Raises:
         ConfigError: no such file, not text, no term in it, or JSON of another form.

@@ -12,7 +12,7 @@ from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.errors import ConfigError
 
 T = TypeVar("T")
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # a bool is no int, "no" is not false; an int is a float
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # a bool is not an int, "no" is not false; an int is a float
 
 _WANTED = {
     "int_type": "int",
@@ -43,7 +43,7 @@ def build(cls: type[T], values: Any, *, where: str) -> tuple[T | None, list[str]
 
     Args:
         cls: a pydantic dataclass or model.
-        values: as read from YAML.
+        values: values as read from YAML.
         where: name of the section, for the sentences; "" = none.
 
     Returns:
@@ -79,7 +79,7 @@ def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
 
 
 def refuse(what: str, faults: list[str]) -> None:
-    """Raises a ConfigError that lists the faults, counted and one a line, if there are any."""
+    """Raises a ConfigError that lists the faults, counted and one per line, if there are any."""
     if faults:
         head = "1 fault:" if len(faults) == 1 else f"{len(faults)} faults:"
         raise ConfigError(f"{what} {head}" + "".join(f"\n  - {fault}" for fault in faults))

@@ -25,7 +25,7 @@ class RescoringConfig(Section):
     """How the N-best of NeMo's beam decoders are rescored.
 
     Attributes:
-        nbest: size of the first pass's beam; null = that of the user's own beam strategy, and 8 where the strategy is
+        nbest: size of the first pass's beam; null = that of the user's beam strategy, and 8 where the strategy is
             greedy, which has no N-best (it is replaced by the family's batched beam).
         boosted, term_swap, boosting_weight: further hypotheses of utterances whose context has terms, as in the groups
             of ``adapt`` (``ProposalConfig``): a rescored transcript is then what training would prefer; 0 = none.

@@ -28,12 +28,12 @@ class RewardConfig(Section):
     """R(h) = alpha·logP_LLM(h | context) + logP_ref(h | audio) + beta·length(h), the one form used everywhere.
 
     Attributes:
-        name: short name of the reward in the registry, or ``package.module:attribute`` from your own YAML. ``judge``,
+        name: short name of the reward in the registry, or ``package.module:attribute`` from your YAML. ``judge``,
             ``correction``, ``entity`` and ``rules`` stand in the LLM's place in the formula; a single rule,
             ``callable``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
         alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
             ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
-        beta: bonus a word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
+        beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
             alike on two dev sets (docs/results.md), and much more teaches insertions.
         spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
             times that of asr_weight·logP_ref.

@@ -23,8 +23,8 @@ REPLAY_VALUES = ("supervised", "kl")
 SOURCE_NAMES = ("beam", "boosted", "term_swap", "llm_correction", "samples")
 NO_MODEL = "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-# Of a run that names no interval of looks: how many there are, and the fewest steps between two.
-_LOOKS, _SHORTEST_INTERVAL = 16, 10
+# Held-out measurements of a run that names no interval: their number, and the fewest steps between two.
+_MEASUREMENTS, _SHORTEST_INTERVAL = 16, 10
 
 
 def _device(value: str) -> str:
@@ -38,7 +38,7 @@ class FeedbackConfig(Section):
     """How the feedback enters the training step.
 
     Attributes:
-        weight: factor of the feedback loss; 0 leaves NeMo's own step untouched.
+        weight: factor of the feedback loss; 0 leaves NeMo's step untouched.
         labelled: what rows with text are for. ``supervised``: they are learned by NeMo's loss. ``replay``: they are
             general speech on which the model shall stay what it is: the KL divergence from the starting model's
             outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). A manifest
@@ -52,7 +52,7 @@ class FeedbackConfig(Section):
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
-        pool_utterances: unlabeled rows looked at before training, for scales and the share with signal.
+        pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
@@ -105,7 +105,7 @@ class ObjectiveConfig(Section):
         beta: ``dpo``: strength of the implied KL to the reference, per nat.
         label: ``self_training``: the frozen model's best (``reference``) or the best-rewarded (``reward``).
         min_confidence: ``self_training``: smallest share of the pseudo-label in its group, 0 to 1.
-        augment: ``self_training``: through NeMo's own training step (SpecAugment, dropout); False: exact likelihood in
+        augment: ``self_training``: through NeMo's training step (SpecAugment, dropout); False: exact likelihood in
             eval mode.
         pseudo_label_weight: weight of −log p(best-rewarded member) added to the objective.
         mass_weight: weight of −log Σ p(members) in the sum, which keeps probability from leaking out of the group;
@@ -141,7 +141,7 @@ class ProposalConfig(Section):
             utterances without terms).
         term_swap: members in which a span is replaced by a context term that looks like it, the most probable ones of
             each of two rounds (0 = none).
-        llm_correction: 1 adds the LLM's own rewrite of the group's best members, for instruct models (0 = none).
+        llm_correction: 1 adds the LLM's rewrite of the group's best members, for instruct models (0 = none).
         samples: members sampled from the model (0 = none).
         max_members: largest group after removing duplicates; the plain beam's members are kept first.
         boosting_weight: weight of the boosting tree in the beam.
@@ -195,7 +195,7 @@ class LLMConfig(Section):
         truecasing: how the LLM sees hypotheses: ``none`` = as they are, ``sentence`` = listed terms in their listed
             spelling, first letter upper case, full stop; ``english`` = also the pronoun I.
         phase: ``inline`` scores groups when a step needs them; ``cached`` scores the whole pool at the start of every
-            refresh round and keeps the LLM in memory only then (and for the guards' looks), so that it and the
+            refresh round and keeps the LLM in memory only then (and for held-out measurements), so that it and the
             training step need not share a GPU.
         token_budget: hypothesis tokens that go through the LLM in one forward; halved by itself when memory runs out.
     """
@@ -216,13 +216,13 @@ class LLMConfig(Section):
     token_budget: PositiveInt = 8192
 
     def validate(self) -> list[str]:
-        """Returns a fault if there is no model; its files are ``check_llm_folder``'s matter."""
+        """Returns a fault if there is no model; its files are checked by ``check_llm_folder``."""
         return [] if self.model.strip() else [NO_MODEL]
 
 
 @dataclass(frozen=True, config=STRICT)
 class ParametersConfig(Section):
-    """Which parameters learn, and how. Learning rates a module are NeMo's ``model.optim_param_groups``.
+    """Which parameters learn, and how. Learning rates per module are NeMo's ``model.optim_param_groups``.
 
     Attributes:
         freeze_encoder: train decoder, joint and CTC head only.
@@ -250,26 +250,26 @@ class ParametersConfig(Section):
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""
         if self.freeze_encoder and self.lora_rank:
-            return ["parameters.freeze_encoder and parameters.lora_rank both speak of the encoder: set one of them."]
+            return ["parameters.freeze_encoder and parameters.lora_rank both are about the encoder: set one of them."]
         return []
 
 
 @dataclass(frozen=True, config=STRICT)
 class GuardConfig(Section):
-    """Looks at utterances that training does not see; limits beyond which it is stopped. No label is needed.
+    """Measurements of utterances that training does not see, and limits beyond which it stops; no label is needed.
 
     Attributes:
-        every: optimizer steps between two looks; null = a sixteenth of the run, at least 10, so that ``patience``
-            bears the plateaus of a long one; 0 = no looks, no guards but the one on non-finite steps.
-        held_out: share of the unlabeled rows that is kept from training for the looks.
+        every: optimizer steps between two measurements; null = a sixteenth of the run, at least 10, so that
+            ``patience`` bears the plateaus of a long one; 0 = none, and no guards but the one on non-finite steps.
+        held_out: share of the unlabeled rows that is kept from training for the measurements.
         held_out_utterances: largest number of them.
-        patience: looks without a rise of the held-out reward after which training stops; 0 = never.
+        patience: measurements without a rise of the held-out reward after which training stops; 0 = never.
         max_length_ratio: largest r for which the greedy transcripts' length ÷ the starting model's may be in
             [1/r, r].
         max_empty_rise: largest rise of the share of empty transcripts.
         max_repetition_rise: largest rise of the share of repeated words.
         max_style_change: largest change of the share of upper-case letters or of punctuation among the characters.
-        max_kl: largest mean of log p(transcript | policy) − log p(transcript | starting model), nats a label.
+        max_kl: largest mean of log p(transcript | policy) − log p(transcript | starting model), nats per label.
         manifest_filepath: labelled general-domain speech whose WER is watched; null = none.
         max_wer_rise: largest relative rise of that WER.
         max_nonfinite_steps: consecutive steps with a gradient that is not finite after which training stops; each is
@@ -297,18 +297,18 @@ class GuardConfig(Section):
     interpolation: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
-    def looks(self) -> bool:
-        """Whether there are looks at all."""
+    def measures(self) -> bool:
+        """Whether held-out utterances are measured at all."""
         return self.every != 0
 
     def interval(self, steps: float) -> int:
-        """Steps between two looks of a run of ``steps``; where ``every`` is null and the run endless (inf), 10."""
+        """Steps between two measurements in ``steps`` of a run; 10 where ``every`` is null and the run endless (inf)."""
         if self.every is not None:
             return self.every
-        return max(_SHORTEST_INTERVAL, round(steps / _LOOKS)) if math.isfinite(steps) else _SHORTEST_INTERVAL
+        return max(_SHORTEST_INTERVAL, round(steps / _MEASUREMENTS)) if math.isfinite(steps) else _SHORTEST_INTERVAL
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""
-        if self.manifest_filepath and not self.looks:
-            return ["guards.manifest_filepath needs looks: set guards.every above 0."]
+        if self.manifest_filepath and not self.measures:
+            return ["guards.manifest_filepath needs held-out measurements: set guards.every above 0."]
         return []

@@ -24,7 +24,7 @@ class HeldOutEarlyStopping(pl.Callback):
     export use the moving average. Every decision is rank 0's.
 
     Args:
-        setup: of the run.
+        setup: the run's set-up.
 
     Attributes:
         history: all measurements of the run, in order.
@@ -58,7 +58,7 @@ class HeldOutEarlyStopping(pl.Callback):
             start = self._restored.get("average") or snapshot(pl_module)
             self._average = MovingAverage(self._parameters.ema_decay, start)
             self._average.updates = self._restored.get("average_updates", 0)
-        if not self._limits.looks or not self._rows:
+        if not self._limits.measures or not self._rows:
             return
         self._every = self._limits.interval(trainer.estimated_stepping_batches)
         self._evaluator = HeldOutEvaluator(pl_module, pl_module.feedback)
@@ -157,7 +157,7 @@ class HeldOutEarlyStopping(pl.Callback):
         return fits / 10
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run continues from, with the best weights up to here; a file of their own could be newer."""
+        """What a resumed run continues from, with the best weights up to here; another file could be newer."""
         average = self._average
         return {
             "best": self._best,

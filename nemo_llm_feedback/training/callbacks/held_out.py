@@ -28,10 +28,10 @@ class _Transcripts:
     """Greedy transcripts of the held-out utterances with their log p, nats.
 
     Attributes:
-        texts: as the model writes them.
+        texts: texts as the model writes them.
         labels: their label sequences.
-        logp: under the model that wrote them.
-        frozen: under the starting model.
+        logp: log p under the model that wrote them.
+        frozen: log p under the starting model.
     """
 
     texts: list[str]
@@ -45,7 +45,7 @@ class HeldOutEvaluator:
 
     Args:
         model: the policy, for its device, sample rate and decoding limits.
-        feedback: with the frozen reference, which is the starting model, and the reward.
+        feedback: state with the frozen reference, which is the starting model, and the reward.
 
     Attributes:
         audio: the held-out utterances.

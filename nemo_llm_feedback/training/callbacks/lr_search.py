@@ -35,8 +35,8 @@ def try_rates(model: Any, feedback: Feedback) -> Feedback:
     Rank 0 chooses for all on its rows while the others wait. A resumed run takes the rate that it had.
 
     Args:
-        model: in its starting weights, on its device, with a trainer.
-        feedback: of the run.
+        model: the model in its starting weights, on its device, with a trainer.
+        feedback: the run's state.
 
     Returns:
         ``feedback`` with the rate in its statistics.
@@ -63,12 +63,12 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
     """Trains from the same weights with each rate in turn, on the same batches, and returns the best one.
 
     A trial is judged by how far the run's loss falls on held-out utterances, on hypotheses that the starting model
-    proposes: greedy transcripts may get worse before they get better, and a dozen steps then tell nothing. A trial
+    proposes: greedy transcripts may get worse before they get better, and a dozen steps do not show which. A trial
     that breaks a guard is out, and so are the larger rates after it. The weights are as before in the end.
 
     Args:
-        model: in its starting weights; its state may be used up.
-        evaluator: of the held-out utterances.
+        model: the model in its starting weights; its training state may be used up.
+        evaluator: measures the held-out utterances.
 
     Returns:
         The smallest candidate with at least 0.8 of the greatest fall; the smallest where the loss fell with none.
@@ -150,7 +150,7 @@ class HeldOutLoss:
 
     Args:
         model: the policy, in its starting weights.
-        feedback: with proposer, reward, heads and objective.
+        feedback: state with proposer, reward, heads and objective.
         audio: the held-out utterances; at least one.
     """
 

@@ -26,7 +26,7 @@ class StepLog(pl.Callback):
     checkpoint, which it is about to write again.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,10 +48,10 @@ class StepLog(pl.Callback):
             return  # its gradients are still being accumulated
         self._last_step = step
         values = {name: _number(value) for name, value in trainer.callback_metrics.items()}
-        own = {k: v for k, v in values.items() if k.startswith("feedback/") or k == "train_loss"}
+        logged = {k: v for k, v in values.items() if k.startswith("feedback/") or k == "train_loss"}
         lr = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
         seconds = self._seconds + time.monotonic() - self._since
-        self.write(step, {"seconds": round(seconds, 3), "lr": lr, **own})
+        self.write(step, {"seconds": round(seconds, 3), "lr": lr, **logged})
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line.
@@ -69,7 +69,7 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float], *, step: int) -
     """Gives what a callback measured to the trainer's loggers and to the step log.
 
     Args:
-        trainer: of the run.
+        trainer: the run's trainer.
         values: name → number.
         step: optimizer steps so far.
     """
@@ -108,7 +108,7 @@ def nbest_table(nbest: NBestBatch, *, head: str, limit: int = 8) -> str:
 
     Args:
         nbest: at least one utterance.
-        head: whose rewards to show.
+        head: the head whose rewards are shown.
         limit: largest number of lines.
     """
     names, members = list(nbest.parts), nbest.hypotheses[0]
