@@ -95,11 +95,10 @@ class RewardOutput:
 
 def pad_groups(rows: list[list[float]], *, fill: float = math.nan, dtype: torch.dtype = torch.float32) -> Tensor:
     """Stacks ragged rows of floats into a [B, N] tensor, N the longest row, padded with ``fill``."""
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), fill, dtype=dtype)
-    for b, row in enumerate(rows):
-        out[b, : len(row)] = torch.tensor(row, dtype=dtype)
-    return out
+    if not rows:
+        return torch.zeros(0, 0, dtype=dtype)
+    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ class NBestMaker:
         proposer: proposes with the policy's first head.
         reference: the frozen reference, with the same heads in the same order.
         normalize: the run's text normalisation.
-        max_members: largest number of members per utterance.
         reward: judges them; None for plain self-training, whose rewards are zeros.
         corrector: writes one more member from the best ones, or None.
     """
@@ -53,13 +52,12 @@ class NBestMaker:
         reference: Reference,
         *,
         normalize: Callable[[str], str],
-        max_members: int,
         reward: Reward | None = None,
         corrector: Corrector | None = None,
     ) -> None:
         self.proposer, self.reward = proposer, reward
         self._reference, self._corrector = reference, corrector
-        self._normalize, self._max_members = normalize, max_members
+        self._normalize = normalize
 
     @torch.no_grad()
     def make(self, audio: Audio, encoded: Tensor, lengths: Tensor) -> NBestBatch:
@@ -84,7 +82,7 @@ class NBestMaker:
                 scores[first.name][b],
                 vocabulary=first.vocabulary,
                 normalize=self._normalize,
-                max_members=self._max_members,
+                max_members=self.proposer.config.max_members,
                 distinct=not self.proposer.sampled_only,
             )
             members.append(tuple(to_hypothesis(row[i], first.vocabulary, self._normalize) for i in keep))

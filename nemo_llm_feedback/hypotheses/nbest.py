@@ -66,10 +66,6 @@ class NBestBatch:
         """The members' label sequences per utterance, as ``Head.score`` takes them."""
         return [[h.tokens for h in row] for row in self.hypotheses]
 
-    def groups(self, head: str) -> list[HypothesisGroup]:
-        """What a reward is given: per utterance the members, the context and this head's reference scores."""
-        return hypothesis_groups(self.utterances, self.contexts, self.hypotheses, self.ref_logp[head])
-
     def with_old_logp(self, logp: Mapping[str, Tensor]) -> NBestBatch:
         """Members that are used for the first time remember the policy's log p (for ratios).
 

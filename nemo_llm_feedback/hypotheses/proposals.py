@@ -49,14 +49,14 @@ class Proposer:
         generator: torch.Generator | None = None,
         normalize: Callable[[str], str] = basic,
     ) -> None:
-        self._head, self._config, self._normalize = head, config, normalize
+        self._head, self.config, self._normalize = head, config, normalize
         self._generator = generator or torch.Generator().manual_seed(0)
         self._tree = functools.lru_cache(_MAX_TREES)(lambda terms: boosting_tree(head.vocabulary, terms, config))
 
     @property
     def sampled_only(self) -> bool:
         """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
-        config = self._config
+        config = self.config
         return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
 
     def propose(self, encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]) -> list[list[Candidate]]:
@@ -70,7 +70,7 @@ class Proposer:
         Returns:
             B lists, greedy first (unless sampled only), then the beam, the boosted beam, term swaps and samples.
         """
-        config, rows = self._config, range(len(contexts))
+        config, rows = self.config, range(len(contexts))
         found: list[list[Candidate]] = [[] for _ in rows]
 
         def add(source: str, rows_of: Sequence[int], proposals: Sequence[Sequence[Labels]]) -> None:
@@ -96,13 +96,13 @@ class Proposer:
         return found
 
     def _greedy(self, encoded: Tensor, lengths: Tensor) -> list[Labels]:
-        return self._head.greedy(encoded, lengths, max_symbols=self._config.max_symbols)
+        return self._head.greedy(encoded, lengths, max_symbols=self.config.max_symbols)
 
     def _add_swaps(
         self, found: list[list[Candidate]], encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]
     ) -> None:
         """Adds the term swaps of each row's most probable candidates; a second round swaps a second term."""
-        wanted = self._config.term_swap
+        wanted = self.config.term_swap
         seeds = [_distinct(row) for row in found]
         for _ in range(_SWAP_ROUNDS):
             top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
@@ -120,7 +120,7 @@ class Proposer:
         texts = swap_terms(
             vocabulary.ids_to_text(seed.labels),
             context.terms,
-            min_similarity=self._config.swap_similarity,
+            min_similarity=self.config.swap_similarity,
             limit=_SWAP_TRIED,
         )
         labels = [written_labels(text, vocabulary, self._normalize) for text in texts]
@@ -135,7 +135,7 @@ class Proposer:
         return [best_first(row, logp)[:keep] for row, logp in zip(candidates, scores, strict=True)]
 
     def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
-        c, boosting = self._config, (self._tree(terms).to(encoded.device), self._config.boosting_weight)
+        c, boosting = self.config, (self._tree(terms).to(encoded.device), self.config.boosting_weight)
         return self._head.beam(encoded, lengths, size=c.boosted, max_symbols=c.max_symbols, boosting=boosting)
 
 

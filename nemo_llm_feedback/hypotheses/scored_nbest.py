@@ -33,7 +33,6 @@ class NBestSettings:
         normalizer: name of the text normalisation of the members.
         batch_size: rows per batch.
         memory_budget_mb: working memory of the transducer likelihood.
-        seed: seed of the sampler.
     """
 
     proposals: ProposalConfig
@@ -42,7 +41,6 @@ class NBestSettings:
     normalizer: str = "basic"
     batch_size: int = 16
     memory_budget_mb: int = 512
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,9 @@ def scored_nbest(
     """
     itself = _Itself(model, settings)
     maker = NBestMaker(
-        Proposer(itself.heads[0], settings.proposals, generator=torch.Generator().manual_seed(settings.seed)),
+        Proposer(itself.heads[0], settings.proposals),
         itself,
         normalize=get_normalizer(settings.normalizer),
-        max_members=settings.proposals.max_members,
         reward=reward,
         corrector=corrector,
     )

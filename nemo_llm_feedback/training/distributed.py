@@ -49,15 +49,6 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank; every rank must call this. For whatever all ranks must decide alike."""
-    if num_ranks() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 Block = TypeVar("Block", bound="CollectiveBlock")
 
 

@@ -94,8 +94,8 @@ def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float,
 
     ``none``: w = P̂. Gradient −P̂_i (R_i − E_P̂[R]): exact for the expected reward when the group holds all that the
     policy can say. A member that another proposer supplied has P̂_i ≈ 0 and hence no gradient, however good it is.
-    Importance weights cannot mend that, since it is not an estimation error: the expected reward is flat there. All that
-    remains is pressure among the policy's own few probable members, which moves probability out of the group.
+    Importance weights cannot mend that: it is not an estimation error, the expected reward itself is flat there. All
+    that remains is pressure among the policy's own few probable members, which moves probability out of the group.
 
     ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised
     optimum q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the

@@ -253,7 +253,6 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
             Proposer(setup.heads[0], config.proposals, generator=setup.generator, normalize=normalize),
             setup.reference,
             normalize=normalize,
-            max_members=config.proposals.max_members,
             reward=reward,
             corrector=corrector,
         )

@@ -208,7 +208,6 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
             Proposer(head, config.proposals),
             Encoded(),
             normalize=get_normalizer("basic"),
-            max_members=config.proposals.max_members,
             reward=reward.with_weights(alpha=alpha, beta=beta),
         )
 

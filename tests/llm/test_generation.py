@@ -222,7 +222,6 @@ def maker(nemo_file, tmp_path_factory):
             known.proposer,
             feedback.reference,
             normalize=basic,
-            max_members=3,
             reward=known.reward,
             corrector=corrector,
         )

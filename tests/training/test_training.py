@@ -14,7 +14,7 @@ from helpers.runs import arguments, weights
 from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, adapt
-from nemo_llm_feedback.cli.jobs.inputs import trainer_settings
+from nemo_llm_feedback.cli.jobs.start import trainer_settings
 from nemo_llm_feedback.core.config import GuardConfig, ProposalConfig, RunConfig
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError

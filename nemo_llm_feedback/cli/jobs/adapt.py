@@ -18,9 +18,8 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
-from nemo_llm_feedback.cli.jobs.inputs import source, trainer_settings
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start
+from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start, source, trainer_settings
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
 from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
@@ -276,14 +275,20 @@ def _facts(config: RunConfig, source: Path, result: AdaptResult, steps: int) -> 
         "steps": steps,
         "kept_step": result.kept_step,
         "context_sha256": digest,
-        "before": {name: _plain(scores) for name, scores in result.before.items()},
-        "after": {name: _plain(scores) for name, scores in result.after.items()},
+        **_plain_scores(result),
     }
 
 
-def _plain(scores: CorpusScores) -> dict[str, float]:
-    out = {m: scores.value(m) for m in ("wer", "cer", "ewer", "u_wer", "entity_recall", "false_alarms")}
-    return {name: round(value, 3) for name, value in out.items() if value == value}
+def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]:
+    """``before`` and ``after`` → validation set → metric → value."""
+    names = ("wer", "cer", "ewer", "u_wer", "entity_recall", "false_alarms")
+
+    def values(scores: CorpusScores) -> dict[str, float]:
+        """The metrics that are defined."""
+        return {name: round(value, 3) for name in names if (value := scores.value(name)) == value}
+
+    both = {"before": result.before, "after": result.after}
+    return {when: {name: values(scores) for name, scores in sets.items()} for when, sets in both.items()}
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
@@ -293,7 +298,6 @@ def _result_json(result: AdaptResult) -> dict[str, Any]:
         **{name: getattr(result, name) for name in kept},
         "gain": result.gain if result.gain == result.gain else None,
         "history": [asdict(found) for found in result.history],
-        "before": {name: _plain(scores) for name, scores in result.before.items()},
-        "after": {name: _plain(scores) for name, scores in result.after.items()},
+        **_plain_scores(result),
         "changed": [{"before": a, "after": b} for a, b in result.changed],
     }

@@ -302,7 +302,7 @@ class GuardConfig(Section):
         return self.every != 0
 
     def interval(self, steps: float) -> int:
-        """Steps between two measurements in ``steps`` of a run; 10 where ``every`` is null and the run endless (inf)."""
+        """Steps between two measurements of ``steps``; 10 where ``every`` is null and the run endless (inf)."""
         if self.every is not None:
             return self.every
         return max(_SHORTEST_INTERVAL, round(steps / _MEASUREMENTS)) if math.isfinite(steps) else _SHORTEST_INTERVAL
