@@ -1,1 +1,1 @@
-"""The command ``nemo-llm-feedback``: faces in ``commands``, work in ``jobs``."""
+"""The command line ``nemo-llm-feedback``: ``commands`` has the flags, ``jobs`` does the work."""

@@ -1,4 +1,4 @@
-"""The commands of the command line but ``adapt``: their flags, and the call of the job that does the work.
+"""The commands of the command line except ``adapt``: their flags, and the call of the job that does the work.
 
 A command is a function: its parameters are the flags (shared ones stand in ``cli.options``), the first line of its
 docstring is the help, and it returns the exit status. Nothing heavy is imported before a job runs.

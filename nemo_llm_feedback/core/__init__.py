@@ -1,1 +1,1 @@
-"""The ground floor: errors, records, text, the prefix trie, run folders and settings. Imports torch at most."""
+"""What every other room may use: errors, records, text, the prefix trie, run folders and settings; torch at most."""

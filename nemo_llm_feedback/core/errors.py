@@ -1,4 +1,4 @@
-"""Typed errors. Every message names what is wrong and the fix; a message may list several faults at once."""
+"""Errors for users of the package. Every message names what is wrong and the fix, and may list several faults."""
 
 from collections.abc import Iterable
 

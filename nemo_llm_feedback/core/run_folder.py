@@ -1,4 +1,4 @@
-"""The files of a run folder: what a run was, how far it came, and whether it is still alive. Needs no NeMo."""
+"""Reads and writes the files of a run folder: settings, steps, results, and the lock of a living run. No NeMo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix trie of a batch of hypothesis groups: one node per distinct prefix of an utterance."""
+"""The prefix trie of hypotheses, by which the likelihood computes shared prefixes once: one node per prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen records that pass between the rooms: contexts, hypotheses, groups and rewards."""
+"""The records that the rooms hand to each other: contexts, hypotheses, groups of them, rewards and audio."""
 
 from __future__ import annotations
 

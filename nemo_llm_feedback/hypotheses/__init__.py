@@ -1,1 +1,1 @@
-"""Where hypotheses come from and how they are kept."""
+"""N-best lists: how hypotheses are proposed, scored, rewarded and kept."""

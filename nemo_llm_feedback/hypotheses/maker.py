@@ -1,4 +1,4 @@
-"""From encoded audio to an N-best with rewards: propose, score under the frozen reference, reward."""
+"""Makes N-best lists with rewards from encoded audio: propose, score under the frozen reference, reward."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ class Reference(Protocol):
     """The frozen ASR model that scores hypotheses: a ``FrozenReference``, or a model that does not learn."""
 
     @property
-    def heads(self) -> Sequence[Head]: ...
+    def heads(self) -> Sequence[Head]:
+        """Its heads, in the policy's order."""
+        ...
 
-    def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]: ...
+    def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] samples and [B] lengths → [B, D, T] encoder output and [B] frames."""
+        ...
 
 
 class NBestMaker:

@@ -1,4 +1,4 @@
-"""Groups of hypotheses: proposed by beams, boosted beams, term swaps or samples; alike members are merged."""
+"""Proposes hypotheses by beams, boosted beams, term swaps and samples, and merges those with equal texts."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class Proposer:
         found: list[list[Candidate]] = [[] for _ in rows]
 
         def add(source: str, rows_of: Sequence[int], proposals: Sequence[Sequence[Labels]]) -> None:
+            """Adds a source's label sequences to the rows that they are for."""
             for b, sequences in zip(rows_of, proposals, strict=True):
                 found[b] += [Candidate(tuple(labels), source) for labels in sequences]
 

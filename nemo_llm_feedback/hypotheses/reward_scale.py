@@ -1,4 +1,4 @@
-"""The weight of the LLM without labels: by how far the components of the reward spread within each N-best."""
+"""Sets the weight of the LLM without labels, by how far the parts of the reward spread within each N-best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scored N-best of a manifest for a model as it is, without training: for ``score`` and for oracles."""
+"""Makes the scored N-best of a manifest with a model as it is, without training: for ``score`` and for oracles."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What happens around the training step: guards, selection of weights, validation, logs."""
+"""Training from feedback: objectives, the training step, what happens before the first step, guards and logs."""

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run do together: fail, exchange and decide. Does nothing in a run of one process."""
+"""Communication between the ranks of a distributed run; a run of one process is left as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic over groups of hypotheses: which members and groups count, and NaN-free means and softmaxes over them.
+"""Arithmetic on groups of hypotheses: which members and groups count, and NaN-free means and softmaxes over them.
 
 Tensors are [B, N], B groups of at most N members. Values outside a mask are never read.
 """

@@ -1,4 +1,4 @@
-"""What NeMo's sections of a run's settings ask of the model: validation data, optimizer, learning rates to try."""
+"""Prepares the model by NeMo's sections of the settings: validation data, optimizer, learning rates to try."""
 
 from __future__ import annotations
 

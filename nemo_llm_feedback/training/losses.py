@@ -1,4 +1,4 @@
-"""The loss of a step as a sum of means, joined over ranks, and the objective's part of it."""
+"""The loss of a step as a sum of means that are joined over ranks, and the objective's part of it."""
 
 from __future__ import annotations
 

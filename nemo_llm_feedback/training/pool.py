@@ -1,4 +1,4 @@
-"""The pool before and between the steps: statistics that set the scales, and the N-best of all of it at once."""
+"""Measures the unlabeled pool before training, and scores all of it between steps where the LLM has to wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay rows: general speech on which the model shall stay what it is (learning without forgetting).
+"""The loss of replay rows, general speech on which the model shall stay what it is (learning without forgetting).
 
 Li and Hoiem 2016, arXiv 1606.09282: the KL divergence from the starting model's outputs is held down.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint needs so that a resumed run takes the same steps as one that was never stopped."""
+"""Random states and counters of a checkpoint, so that a resumed run takes the same steps as one never stopped."""
 
 from __future__ import annotations
 

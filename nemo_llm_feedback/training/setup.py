@@ -1,4 +1,4 @@
-"""Everything before the first step, built once and in order: settings, data, reference, LLM, statistics, reward."""
+"""Prepares training before the first step: settings, data, frozen reference, LLM, pool statistics, reward."""
 
 from __future__ import annotations
 
@@ -245,6 +245,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
     normalize = get_normalizer(given.feedback.normalizer)
 
     def build(config: RunConfig) -> NBestMaker:
+        """The maker by these settings."""
         reward = base
         if config.reward.weights != given.reward.weights:
             alpha, beta = config.reward.weights

@@ -1,4 +1,4 @@
-"""What a run knows beside the model: first what ``setup_feedback`` built, then what the start of training added.
+"""The state of a run beside the model: what ``setup_feedback`` builds, then what the start of training adds.
 
 Plain holders, so that no module in them is registered with the model: neither the LLM nor the frozen reference reaches
 a state dict or an optimizer.

@@ -1,4 +1,4 @@
-"""Supervised terms beside NeMo's: pseudo-labelled batches, and an exact loss where NeMo has none."""
+"""Supervised losses beside NeMo's: pseudo-labelled batches, and an exact loss where NeMo has none."""
 
 from __future__ import annotations
 

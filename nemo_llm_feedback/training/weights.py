@@ -1,4 +1,4 @@
-"""Snapshots of the weights that learn: kept, put back, averaged, and interpolated with where they started."""
+"""Snapshots of the weights that learn: kept, put back, averaged, and interpolated with those of the start."""
 
 from __future__ import annotations
 

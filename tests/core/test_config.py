@@ -110,7 +110,7 @@ def test_contradictions_of_all_sections_come_in_one_error_beside_typos_and_types
         "unbiased only for samples",
         "a group of one",
         "every text would be worth the same",
-        "both speak of the encoder",
+        "both are about the encoder",
         "llm.model is missing",
         "no context",
     ]

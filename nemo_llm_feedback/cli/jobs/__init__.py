@@ -1,1 +1,1 @@
-"""What the commands do, one module a command; each is also an ordinary function for Python."""
+"""What the commands do, one module per command; each is also an ordinary Python function."""

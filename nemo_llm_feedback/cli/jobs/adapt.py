@@ -1,4 +1,4 @@
-"""The adapt job: settings → plan → before → training → plain ``.nemo`` → after."""
+"""The adapt job: checks the settings, logs a plan, trains, writes a plain ``.nemo``, and scores before and after."""
 
 from __future__ import annotations
 

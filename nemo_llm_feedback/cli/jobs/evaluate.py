@@ -1,4 +1,4 @@
-"""The evaluate job: several checkpoints or ready transcripts, one manifest, one table."""
+"""The evaluate job: compares checkpoints or ready transcripts on one labelled manifest."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     comparison = evaluation.comparison
 
     def tables(groups: Mapping[str, Mapping[str, CorpusScores]]) -> dict[str, Any]:
+        """Value → system → numbers."""
         return {value: comparison.table(scores).systems for value, scores in groups.items()}
 
     return comparison.table().record | {

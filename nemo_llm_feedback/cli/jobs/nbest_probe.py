@@ -1,4 +1,4 @@
-"""N-best lists of some rows with their rewards, as ``adapt`` would make them, without training."""
+"""Makes the N-best lists of some rows with their rewards, as ``adapt`` would make them, without training."""
 
 from __future__ import annotations
 

@@ -158,6 +158,7 @@ def _detector(settings: Segmenting) -> Detector:
     model = silero_vad.load_silero_vad()
 
     def detect(samples: NDArray[np.float32]) -> list[tuple[float, float]]:
+        """Start and end of each stretch of speech."""
         with torch.no_grad():
             found: list[dict[str, Any]] = silero_vad.get_speech_timestamps(
                 torch.from_numpy(samples),

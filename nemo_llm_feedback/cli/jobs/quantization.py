@@ -1,4 +1,4 @@
-"""What quantisation costs: the same hypotheses judged by the LLM as a run loads it, and in another quantisation."""
+"""The cost of quantisation: the same hypotheses judged by the LLM as a run loads it and in another quantisation."""
 
 from __future__ import annotations
 

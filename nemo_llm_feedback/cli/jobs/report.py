@@ -1,4 +1,4 @@
-"""The report job: writes the page of a run again, from what the run folder keeps."""
+"""The report job: writes the page of a run again from its run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of a folder side by side: settings that differ, steps, state, results. Reads their files only."""
+"""The runs job: lists the runs of a folder with the settings that differ, steps, state and results."""
 
 from __future__ import annotations
 

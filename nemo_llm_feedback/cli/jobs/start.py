@@ -1,4 +1,4 @@
-"""What a run needs before it starts: checkpoint and trainer settings, its folder or an unfinished run's, and room."""
+"""What a run checks and finds before it starts: checkpoint, trainer settings, disk space, a run to go on with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transcribe job: audio files or a manifest through a checkpoint, with or without rescoring."""
+"""The transcribe job: transcribes audio files or a manifest, with or without rescoring by an LLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Composes a run's configuration with Hydra, from the shipped folder and, before it, one of the user's."""
+"""Composes a run's settings with Hydra from the shipped folder and, before it, one of the user's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How settings are checked: pydantic reads types and ranges; every fault is a sentence with the key and the fix."""
+"""Checks settings: pydantic reads types and ranges, and every fault becomes a sentence with the key and the fix."""
 
 from __future__ import annotations
 

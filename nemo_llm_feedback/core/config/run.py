@@ -1,4 +1,4 @@
-"""The plugin's sections together: checked as a whole, unknown keys refused by name."""
+"""All sections of a run together: they are checked as a whole, and unknown keys are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections of a run's settings but reward and context, each key with its one default."""
+"""The sections of a run's settings except reward and context, each key with its one default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lets a run be left alone: measures held-out utterances, stops, goes back to good weights, picks what is exported."""
+"""Early stopping without labels: measures held-out utterances, stops, goes back, and picks the weights to export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entity metrics beside NeMo's validation."""
+"""Logs entity errors and the oracle WER after each of NeMo's validations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on held-out utterances, and which of it goes beyond the limits. Pure functions of texts."""
+"""Drift of transcripts on held-out utterances, and which of it goes beyond the limits: pure functions of texts."""
 
 from __future__ import annotations
 

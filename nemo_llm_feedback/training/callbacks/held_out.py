@@ -1,4 +1,4 @@
-"""Measures the policy on utterances that training does not see: its transcripts, and what the reward gives them."""
+"""Measures the policy on utterances that training does not see: its transcripts and their rewards."""
 
 from __future__ import annotations
 

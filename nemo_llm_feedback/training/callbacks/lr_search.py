@@ -1,4 +1,4 @@
-"""The learning rate, chosen without a label: short trials from the same start, judged by the loss held out."""
+"""Chooses the learning rate without labels: short trials from the same start, judged by the held-out loss."""
 
 from __future__ import annotations
 

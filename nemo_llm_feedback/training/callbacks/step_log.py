@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: one JSON line per step, and tables of hypotheses."""
+"""Logs of training: one JSON line per step, and tables of hypotheses."""
 
 from __future__ import annotations
 
