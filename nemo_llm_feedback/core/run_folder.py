@@ -54,9 +54,14 @@ def newest(folder: Path, name: str) -> Path | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file; a kill leaves the old one or the new one, never half of it."""
+    """Writes a JSON file as :func:`write_text` does."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; a kill leaves the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -91,9 +96,7 @@ def truncate_steps(path: Path, *, step: int) -> float:
     lines = [line for line in read_steps(path) if line["step"] <= step]
     kept = [line for line in lines if line["step"] < step or not any(key.startswith("val/") for key in line)]
     if path.is_file():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return max((float(line.get("seconds", 0.0)) for line in kept), default=0.0)
 
 

@@ -212,7 +212,7 @@ def _statistics(folder: Path) -> dict[str, Any]:
     from nemo_llm_feedback.core.config import parse_run_config
     from nemo_llm_feedback.core.types import Context, Hypothesis
     from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-    from nemo_llm_feedback.training.pool import measure_pool
+    from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 
     rank = int(os.environ["LOCAL_RANK"])
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -223,7 +223,7 @@ def _statistics(folder: Path) -> dict[str, Any]:
     nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
     maker: Any = SimpleNamespace(make=lambda *args: nbest)
     pool: Any = [
-        SimpleNamespace(audio=SimpleNamespace(utterances=("u",), contexts=(Context(),)), encoded=0, lengths=0)
+        EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),)), 0, 0)  # type: ignore[arg-type]
     ]
     config = parse_run_config({"llm": {"model": "a/b"}, "context": {"description": "x"}})
     return asdict(measure_pool(pool, lambda settings: maker, config, head="ctc"))

@@ -112,7 +112,7 @@ def test_a_rank_and_a_resumed_run_take_what_was_measured() -> None:
     build, _ = preparation._maker_builder(setup)
     assert build(config).reward is reward
     assert build(applied).reward == "new"
-    assert build(applied).proposer._config.boosting_weight == 0.5
+    assert build(applied).proposer.config.boosting_weight == 0.5
     assert reweighed == [(0.7, 1.4)] * 2
 
 
@@ -147,7 +147,7 @@ def test_a_rate_is_given_or_can_be_tried(tmp_path: Path) -> None:
             "objective.name=self_training",
             "+model.optim_param_groups.encoder.lr=1e-4",
         )
-    for words in ("lr_candidates is empty", "guards.every=0", "no reward to judge by", "of their own", "Set model"):
+    for words in ("lr_candidates is empty", "guards.every=0", "no reward to judge by", "rates already", "Set model"):
         assert words in str(error.value)
 
 

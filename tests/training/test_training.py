@@ -392,7 +392,7 @@ def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() ->
 
     def chosen(context: Context) -> float:
         audio = SimpleNamespace(utterances=("a", "b"), contexts=(context,))
-        share: Any = [SimpleNamespace(audio=audio, encoded=None, lengths=None)]
+        share: Any = [pool.EncodedAudio(audio, None, None)]  # type: ignore[arg-type]
         return pool._with_boosting(share, build, RunConfig(), head="ctc").proposals.boosting_weight
 
     mocha = Context(terms=("mocha",))

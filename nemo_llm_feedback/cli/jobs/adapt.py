@@ -124,7 +124,8 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
     """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
     trainer, setup = model.trainer, model.feedback_setup
     # One rank evaluates; nothing here is shared work.
-    sets, pool = (setup.validation, _pool_sample(model)) if is_global_rank_zero() else ({}, ())
+    sample = setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
+    sets, pool = (setup.validation, sample) if is_global_rank_zero() else ({}, ())
     model.to(trainer.strategy.root_device)
     before, pool_before = _evaluate(model, sets, batch_size), decode_rows(model, pool)
     trainer.fit(model)
@@ -149,7 +150,7 @@ def _early_stopping(model: Any) -> HeldOutEarlyStopping:
 
 def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, pool: Changed) -> AdaptResult:
     stopping, config = _early_stopping(model), model.feedback.config
-    weighed = config.needs_reward and config.reward.weighed
+    alpha, beta = config.reward.weights if config.needs_reward and config.reward.weighed else (None, None)
     return AdaptResult(
         nemo=target,
         log_dir=log_dir,
@@ -157,8 +158,8 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         after=after,
         changed=[(a, b) for a, b in zip(pool[1].texts, pool[2].texts, strict=True) if a != b],
         learning_rate=float(model.cfg.optim.lr),
-        alpha=config.reward.weights[0] if weighed else None,
-        beta=config.reward.weights[1] if weighed else None,
+        alpha=alpha,
+        beta=beta,
         boosting_weight=config.proposals.boosting_weight,
         kept_step=stopping.kept_step,
         gain=stopping.best_gain,
@@ -241,12 +242,6 @@ def _nothing_left_if_refused(log_dir: Path) -> Iterator[None]:
         if fresh and is_global_rank_zero():
             shutil.rmtree(log_dir, ignore_errors=True)
         raise
-
-
-def _pool_sample(model: Any) -> Sequence[Row]:
-    """Unlabeled rows whose transcripts are compared before and after: those held out, or some of the pool."""
-    setup = model.feedback_setup
-    return setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
 
 
 def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
+from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig
 from nemo_llm_feedback.llm import estimate_memory, resolve_folder
 
 _MB = 2**20
@@ -27,7 +27,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
     held = sum(row.replay == "kl" for row in staged.rows if not row.text)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sources = ", ".join(f"{n} {name}" for name, n in _sources(config).items())
+    sources = ", ".join(f"{n} {name}" for name in SOURCE_NAMES if (n := getattr(config.proposals, name)))
     context = config.context.load()
     lines = [
         "plan",
@@ -64,7 +64,3 @@ def reward_line(config: RewardConfig) -> str:
         beta = "2·alpha" if config.beta is None else f"{config.beta:g}"
         return f"{config.name}, alpha by the pool's spread (factor {config.spread_factor:g}), beta {beta}"
     return f"{config.name}, alpha {config.weights[0]:g}, beta {config.weights[1]:g}" if config.weighed else config.name
-
-
-def _sources(config: RunConfig) -> dict[str, int]:
-    return {name: n for name in SOURCE_NAMES if (n := getattr(config.proposals, name))}

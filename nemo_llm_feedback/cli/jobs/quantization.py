@@ -96,7 +96,10 @@ def compare_quantization(
         nbest,
         scores=(nbest.parts[part], again.parts[part]),
         rewards=(nbest.rewards[head], again.rewards[head]),
-        names=(_name(probe.config.llm, probe.scorer.identity), _name(other, scorer.identity)),
+        names=[
+            f"{config.model} {config.quantization} ({identity})"
+            for config, identity in ((probe.config.llm, probe.scorer.identity), (other, scorer.identity))
+        ],
     )
 
 
@@ -154,7 +157,3 @@ def comparison_text(found: QuantizationComparison, *, utterances: int) -> str:
         "choice changes": f"{changed} of {utterances} ({100 * changed / utterances:.1f} %)",
     }
     return f"{facts_text(facts)}\n{found.advice}"
-
-
-def _name(config: LLMConfig, identity: str) -> str:
-    return f"{config.model} {config.quantization} ({identity})"

@@ -297,7 +297,8 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
     """One row's N-best, best-rewarded first; ``>`` marks the choice, ``=`` greedy, ``ref`` the row's text."""
     record, names = _row_record(report, i), ["reward", *report.nbest.parts]
     found, greedy = record["members"], report.greedy[i]
-    order = sorted(range(len(found)), key=lambda n: _descending(found[n]["reward"]))
+    rewards = [member["reward"] if math.isfinite(member["reward"]) else -math.inf for member in found]
+    order = sorted(range(len(found)), key=lambda n: -rewards[n])
     rows: list[list[Any]] = []
     for n in order[:members] + [greedy] * (greedy not in order[:members]):
         mark = (">" if n == report.chosen[i] else " ") + ("=" if n == greedy else " ")
@@ -308,11 +309,6 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
         rows.append(["ref", *(true[name] for name in names), 0, fit, true["text"]])
     table = Table(["", *names, "errors", "source", "text"], rows)
     return f"{record['utterance']}  ({len(found)} members)\n{table.to_text()}"
-
-
-def _descending(reward: float) -> float:
-    """Sorts the best reward first, and what was not judged last."""
-    return -reward if math.isfinite(reward) else math.inf
 
 
 def report_record(report: ScoreReport) -> dict[str, Any]:

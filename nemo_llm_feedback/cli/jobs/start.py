@@ -30,6 +30,7 @@ from nemo_llm_feedback.core.run_folder import (
     newest,
     package_versions,
     write_json,
+    write_text,
 )
 from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.training.models import locate
@@ -174,9 +175,7 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> No
         nemos.write_text(" ".join(command), encoding="utf-8")
     write_json(run, {"command": command, "versions": package_versions(), "attempts": attempts})
     (folder / RESULT_FILE).unlink(missing_ok=True)
-    temporary = folder / f".{SETTINGS_FILE}.tmp"
-    temporary.write_text(settings_text(cfg), encoding="utf-8")
-    temporary.replace(settings)
+    write_text(settings, settings_text(cfg))
 
 
 def _unfinished(base: Path, settings: str) -> Path | None:
