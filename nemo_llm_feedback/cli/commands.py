@@ -312,7 +312,7 @@ def _rescoring_file(choice: RescoringFlags) -> dict[str, Any]:
     if strange:
         raise ConfigError(
             f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has "
-            "to set has flags of its own, or stands in the file of --rescoring."
+            "to set has other flags, or stands in the file of --rescoring."
         )
     composed: Any = OmegaConf.to_container(compose_config(overrides), resolve=True, throw_on_missing=False)
     return {section: composed[section] for section in named}

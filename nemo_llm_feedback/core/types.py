@@ -93,7 +93,9 @@ class RewardOutput:
         return self.values if self.revalue is None else self.revalue(ref_logp)
 
 
-def pad_groups(rows: list[list[float]], *, fill: float = math.nan, dtype: torch.dtype = torch.float32) -> Tensor:
+def pad_groups(
+    rows: Sequence[Sequence[float]], *, fill: float = math.nan, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Stacks ragged rows of floats into a [B, N] tensor, N the longest row, padded with ``fill``."""
     if not rows:
         return torch.zeros(0, 0, dtype=dtype)

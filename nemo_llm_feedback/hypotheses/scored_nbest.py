@@ -1,4 +1,4 @@
-"""Makes the scored N-best of a manifest with a model as it is, without training: for ``score`` and for oracles."""
+"""Makes the scored N-best of a manifest with a model as it is, without training, for the command ``score``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def scored_nbest(
     rows: Sequence[Row],
     *,
     settings: NBestSettings,
-    reward: Reward | None,
+    reward: Reward,
     corrector: Corrector | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> NBestBatch:
@@ -72,7 +72,7 @@ def scored_nbest(
         model: a NeMo CTC, transducer or hybrid model; it proposes and is the reference, too (``parts["asr"]``).
         rows: manifest rows, not tarred; at least one.
         settings: settings of the N-best lists.
-        reward: judges them; None leaves rewards at 0 (for oracles).
+        reward: judges them.
         corrector: writes one more member per utterance, see ``NBestMaker``.
         on_batch: receives the number of rows done.
 

@@ -16,7 +16,7 @@ reaches them. P̂ = softmax(logp) over a group's members is the *renormalised po
 - `self_training`: right for any member that the reward puts first.
 - `mwer`: with ``correction="kl_optimum"``; the bare form cannot raise such a member (see there).
 - `grpo`: the ratio starts at 1 for any member, so each gets gradient. With ``old_logp`` kept from the making of the
-  group, the clip bounds what one group can do in either direction: a good member far below the policy's own needs many
+  group, the clip bounds what one group can do in either direction: a good member far below the policy's needs many
   refreshes. Without it nothing is clipped and a bad member is pushed down without end, improbable as it is.
 - `reinforce`: never; it estimates over samples.
 """
@@ -93,9 +93,9 @@ def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float,
     Loss of a group: −Σ w_i (R_i − R̄), R̄ the plain group mean (it changes no gradient, since Σ w = 1). The weights w:
 
     ``none``: w = P̂. Gradient −P̂_i (R_i − E_P̂[R]): exact for the expected reward when the group holds all that the
-    policy can say. A member that another proposer supplied has P̂_i ≈ 0 and hence no gradient, however good it is.
+    policy can produce. A member that another proposer supplied has P̂_i ≈ 0 and hence no gradient, however good it is.
     Importance weights cannot mend that: it is not an estimation error, the expected reward itself is flat there. All
-    that remains is pressure among the policy's own few probable members, which moves probability out of the group.
+    that remains is pressure among the policy's few probable members, which moves probability out of the group.
 
     ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised
     optimum q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the

@@ -131,7 +131,7 @@ def test_a_second_run_takes_all_from_the_cache_and_loads_no_llm(scored, flags, t
     assert "not loaded: every score was in the cache" in text
     assert "cache hit rate 100.0 %" in text
     assert text.count(" members)") == 1
-    assert "> best-rewarded, = the recogniser's own, ref the row's text" in text
+    assert "> best-rewarded, = the recogniser's choice, ref the row's text" in text
     assert "groups with signal" in text
     for name in ("reward", "llm", "asr", "length"):
         assert f"{name:8} prefers the reference to every wrong member" in text

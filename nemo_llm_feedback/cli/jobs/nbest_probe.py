@@ -36,7 +36,7 @@ class NBestProbe:
         config: the plugin's sections.
         rows: those that are taken.
         total: rows of the manifest.
-        settings: how the N-best lists are made.
+        settings: settings of the N-best lists.
         scorer: the LLM, whose weights wait for the first score that the cache lacks; None where none is needed.
         reward: the reward that the configuration names.
 

@@ -66,7 +66,7 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     Args:
         folder: searched with its sub-folders; or one file.
         out: the manifest.
-        settings: how to cut; the defaults of `Segmenting` if None.
+        settings: lengths, gaps and threshold of the cuts; the defaults of `Segmenting` if None.
 
     Raises:
         ConfigError: settings out of range, or silero-vad is not installed.

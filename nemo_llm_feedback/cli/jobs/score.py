@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,6 @@ from nemo_llm_feedback.cli.jobs.quantization import (
 )
 from nemo_llm_feedback.cli.jobs.tuning import Weights, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.options import ProbeOptions
-from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.manifests import Row
@@ -64,7 +63,7 @@ class ScoreReport:
         references: the rows' texts judged beside their groups; None for rows without text.
         preference: reward and components → how often they prefer the reference.
         llm: one line on the LLM and its cache.
-        labelled: the members of the rows with text, scored; None without any.
+        errors: position of a row with text → word errors of its members.
         systems: greedy, chosen, oracle → scores on the rows with text; empty without any.
         agreement: ``wer``, ``ewer`` → rank correlation of the reward with −WER and −EWER within groups.
         quantization: comparison with another quantisation, if asked for.
@@ -83,19 +82,11 @@ class ScoreReport:
     references: list[JudgedReference | None]
     preference: dict[str, Preference]
     llm: str
-    labelled: LabelledMembers | None = None
-    systems: dict[str, CorpusScores] = field(default_factory=dict)
-    agreement: dict[str, RankAgreement] = field(default_factory=dict)
-    quantization: QuantizationComparison | None = None
-    tuned: Weights | None = None
-
-    @property
-    def errors(self) -> dict[int, list[int]]:
-        """Row with text → word errors of its members."""
-        if self.labelled is None:
-            return {}
-        counts = self.labelled.counts("word_errors")
-        return {i: [int(n) for n in row[~row.isnan()]] for i, row in zip(self.labelled.rows, counts, strict=True)}
+    errors: dict[int, list[int]]
+    systems: dict[str, CorpusScores]
+    agreement: dict[str, RankAgreement]
+    quantization: QuantizationComparison | None
+    tuned: Weights | None
 
 
 def score(
@@ -119,38 +110,29 @@ def score(
     if tune and not settings.weighed:
         raise ConfigError(f"--tune picks reward.alpha and reward.beta; reward.name={settings.name} has none.")
     other = other_llm(probe.config, compare_quantization_with) if compare_quantization_with else None
-    nbest = probe.nbest()
+    nbest, reward = probe.nbest(), probe.reward
     llm = probe.llm_line()  # its hit rate is that of the groups; they come again below
     weights = Weights(*settings.weights, "settings") if settings.weighed else None
-    reward: Any = probe.reward
     if settings.scaled_by_pool:
         weights = Weights(*from_spread(component_spread(component_deviations(nbest)), settings), "spread")
-        reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
+        reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
         nbest = judged_by(reward, nbest)
-    report = report_on(probe, nbest, probe.references(nbest, reward), weights=weights, llm=llm)
-    if tune:
-        report = replace(report, tuned=_tuned(report, settings))
+    references = probe.references(nbest, reward)
+    (rewards,) = nbest.rewards.values()
+    spread = component_spread(component_deviations(replace(nbest, parts={"reward": rewards, **nbest.parts})))
+    greedy = greedy_members(nbest)
+    chosen = best_members(rewards, otherwise=greedy)
+    labelled = LabelledMembers(probe, nbest) if any(row.text for row in probe.rows) else None
+    tuned = comparison = None
+    if tune and labelled is not None:
+        part = settings.weighed_part
+        tuned = tune_by_labels(nbest, labelled.scores, asr_weight=settings.asr_weight, part=part)
+    elif tune:
+        tuned = Weights(*from_spread(spread, replace(settings, beta=None)), "spread")
     if other is not None:
         assert weights is not None
         comparison = compare_quantization(probe, nbest, other, alpha=weights.alpha, beta=weights.beta)
-        report = replace(report, quantization=comparison)
-    return report
-
-
-def report_on(
-    probe: NBestProbe,
-    nbest: NBestBatch,
-    references: list[JudgedReference | None],
-    *,
-    weights: Weights | None = None,
-    llm: str,
-) -> ScoreReport:
-    """The statistics of judged N-best lists; see :class:`ScoreReport`."""
-    (rewards,) = nbest.rewards.values()
-    greedy = greedy_members(nbest)
-    chosen = best_members(rewards, otherwise=greedy)
-    spread = component_spread(component_deviations(replace(nbest, parts={"reward": rewards, **nbest.parts})))
-    report = ScoreReport(
+    return ScoreReport(
         rows=probe.rows,
         total=probe.total,
         nbest=nbest,
@@ -165,23 +147,12 @@ def report_on(
         references=references,
         preference=_preferences([r for r in references if r is not None]),
         llm=llm,
+        errors=labelled.errors if labelled else {},
+        systems=labelled.systems(greedy, chosen) if labelled else {},
+        agreement=labelled.agreement(rewards) if labelled else {},
+        quantization=comparison,
+        tuned=tuned,
     )
-    if not any(row.text for row in probe.rows):
-        return report
-    labelled = LabelledMembers(probe, nbest)
-    errors = labelled.counts("word_errors")
-    fewest = errors.nan_to_num(nan=math.inf).argmin(dim=1).tolist()
-    systems = {
-        "greedy": labelled.chosen(greedy),
-        "best-rewarded": labelled.chosen(chosen),
-        "oracle": labelled.chosen(dict(zip(labelled.rows, fewest, strict=True))),
-    }
-    agreement = {
-        metric: rank_agreement(rewards[labelled.rows], -labelled.counts(find_metric(metric).numerator))
-        for metric in ("wer", "ewer")
-        if systems["greedy"].ratio(metric)[1].sum()
-    }
-    return replace(report, labelled=labelled, systems=systems, agreement=agreement)
 
 
 class LabelledMembers:
@@ -189,6 +160,7 @@ class LabelledMembers:
 
     Attributes:
         rows: positions of the rows with text.
+        errors: position of a row with text → word errors of its members.
     """
 
     def __init__(self, probe: NBestProbe, nbest: NBestBatch) -> None:
@@ -200,15 +172,30 @@ class LabelledMembers:
             run_context=probe.settings.run_context,
             normalizer=probe.settings.normalizer,
         )
+        self.errors = dict(zip(self.rows, self._counts("word_errors"), strict=True))
 
-    def chosen(self, members: Sequence[int] | Mapping[int, int]) -> CorpusScores:
+    def scores(self, members: Sequence[int] | Mapping[int, int]) -> CorpusScores:
         """The scores of one member per row with text; ``members`` has its index at the row's position."""
         starts = itertools.accumulate(self._sizes, initial=0)
         return self._scores.select([start + members[i] for start, i in zip(starts, self.rows, strict=False)])
 
-    def counts(self, name: str) -> Tensor:
-        """[rows with text, N] one count of every member; ``name`` from ``metrics.COLUMNS``, NaN on padding."""
-        return pad_groups([part.tolist() for part in torch.as_tensor(self._scores.column(name)).split(self._sizes)])
+    def systems(self, greedy: Sequence[int], chosen: Sequence[int]) -> dict[str, CorpusScores]:
+        """The scores of the greedy, the best-rewarded and the best members."""
+        fewest = {i: errors.index(min(errors)) for i, errors in self.errors.items()}
+        return {"greedy": self.scores(greedy), "best-rewarded": self.scores(chosen), "oracle": self.scores(fewest)}
+
+    def agreement(self, rewards: Tensor) -> dict[str, RankAgreement]:
+        """Rank correlation of the [B, N] rewards of all rows with −WER and, where there are entities, −EWER."""
+        counts = {"wer": "word_errors", "ewer": find_metric("ewer").numerator}
+        return {
+            metric: rank_agreement(rewards[self.rows], -pad_groups(self._counts(name)))
+            for metric, name in counts.items()
+            if self._scores.ratio(metric)[1].sum()
+        }
+
+    def _counts(self, name: str) -> list[list[int]]:
+        """One count of every member per row with text; ``name`` from ``metrics.COLUMNS``."""
+        return [part.tolist() for part in torch.as_tensor(self._scores.column(name)).split(self._sizes)]
 
 
 def _preferences(references: Sequence[JudgedReference]) -> dict[str, Preference]:
@@ -232,14 +219,6 @@ def _values(nbest: NBestBatch, row: int) -> dict[str, list[float]]:
     return {name: values[row, :size].tolist() for name, values in {"reward": rewards, **nbest.parts}.items()}
 
 
-def _tuned(report: ScoreReport, settings: RewardConfig) -> Weights:
-    """α and β by the rows with text, or, without any, by the spread."""
-    if report.labelled is None:
-        return Weights(*from_spread(report.spread, replace(settings, beta=None)), "spread")
-    scores = report.labelled.chosen
-    return tune_by_labels(report.nbest, scores, asr_weight=settings.asr_weight, part=settings.weighed_part)
-
-
 # ---------------------------------------------------------------- as text and JSON
 
 
@@ -251,7 +230,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         show: rows whose N-best is printed; 0 = none.
         members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
-    lines = ["> best-rewarded, = the recogniser's own, ref the row's text", ""] if show > 0 else []
+    lines = ["> best-rewarded, = the recogniser's choice, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
         lines += [_row_text(report, i, members), ""]
     texts, sizes = report.nbest.texts, report.nbest.sizes
