@@ -158,6 +158,7 @@ def estimate_memory(folder: Path, config: LLMConfig, *, compute_bytes: int) -> i
 
 
 def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:
+    """Faults of the files in an LLM's folder."""
     try:
         files = {name: _read_json(folder / name) for name in _SETTINGS}
     except LLMError as error:

@@ -79,6 +79,7 @@ class Template:
 
 
 def _context_values(context: Context) -> dict[str, str]:
+    """The values of a context's slots, tidied (see ``Template.render``)."""
     tidy = [[" ".join(text.split()) for text in texts if text.split()] for texts in (context.terms, context.previous)]
     description = context.description.strip().removesuffix(".")
     return {"description": description, "terms": ", ".join(tidy[0]), "previous": "\n".join(tidy[1])}
