@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -188,30 +189,26 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     bias = None
     if scoring.bias_key:  # the single words of an utterance's list: the published scorer knows no phrases
         listed = row_entities(rows, scoring.bias_key)
-        bias = [" ".join(_strings(row, own)).split() for row, own in zip(rows, listed, strict=True)]
+        bias = [" ".join(_strings(row, found)).split() for row, found in zip(rows, listed, strict=True)]
     references = [row.text for row in rows]
     plain = [[e.entity for e in row] for row in entities] if any(entities) else None
-
-    def score(texts: Sequence[str]) -> CorpusScores:
-        """A system's scores."""
-        return score_corpus(references, texts, normalize=normalize, entities=plain, terms=terms, bias_words=bias)
-
+    score = functools.partial(
+        score_corpus, references, normalize=normalize, entities=plain, terms=terms, bias_words=bias
+    )
     scores = {system.name: score(system.texts) for system in systems}
     first = scores[systems[0].name]
     if first.missing and scoring.missing_entities == "error":
         absent = [f"{rows[m.utterance].origin}: '{m.entity}' in '{rows[m.utterance].text}'" for m in first.missing]
-        raise ManifestError(
-            list_faults(f"{len(absent)} entities are not in their reference (`missing_entities=skip` leaves them out; "
-                    f"normalisation: {scoring.normalizer}):", absent)
-        )  # fmt: skip
+        head = f"{len(absent)} entities are not in their reference (`missing_entities=skip` leaves them out; "
+        raise ManifestError(list_faults(f"{head}normalisation: {scoring.normalizer}):", absent))
     oracles = {
         s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize))
         for s in systems
         if s.nbest and all(s.nbest)
     }
     spans = tuple(
-        typed_spans(row.text, ref, own, lambda text: " ".join(normalize(text).split()))
-        for row, ref, own in zip(rows, first.references, entities, strict=True)
+        typed_spans(row.text, ref, found, lambda text: " ".join(normalize(text).split()))
+        for row, ref, found in zip(rows, first.references, entities, strict=True)
     )
     return Comparison(
         rows=tuple(rows),
@@ -219,7 +216,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
         scoring=scoring,
         scores=scores,
         oracles=oracles,
-        by_type=_by_type(references, systems, entities, terms, normalize),
+        by_type=_by_type(rows, systems, entities, terms, normalize),
         by_group={key: _by_group(rows, scores, key) for key in scoring.group_by},
         spans=spans,
         terms=len({term for row in terms or () for term in row}),
@@ -256,8 +253,7 @@ def _term_lists(
     lists = [merge_context(context, row.context).terms for row in rows]
     if any(lists):
         return lists, "the context's terms"
-    found = [text for row, listed in zip(rows, entities, strict=True) for text in _strings(row, listed)]
-    pool = tuple(dict.fromkeys(found))
+    pool = tuple(dict.fromkeys(t for row, listed in zip(rows, entities, strict=True) for t in _strings(row, listed)))
     return ([pool] * len(rows), "all entities of the manifest") if pool else (None, "")
 
 
@@ -267,7 +263,7 @@ def _strings(row: Row, entities: Sequence[TypedEntity]) -> list[str]:
 
 
 def _by_type(
-    references: Sequence[str],
+    rows: Sequence[Row],
     systems: Sequence[System],
     entities: Sequence[Sequence[TypedEntity]],
     terms: Sequence[Sequence[str]] | None,
@@ -276,27 +272,18 @@ def _by_type(
     """A type's terms are those of the list that the manifest has as an entity of that type somewhere."""
     out = {}
     for name in sorted({e.type for row in entities for e in row} - {""}):
-        own = [[e.entity for e in row if e.type == name] for row in entities]
-        known = {
-            normalize(e if isinstance(e, str) else " ".join(reference.split()[slice(*e)]))
-            for reference, row in zip(references, own, strict=True)
-            for e in row
-        }
+        typed = [[e for e in row if e.type == name] for row in entities]
+        known = {normalize(text) for row, found in zip(rows, typed, strict=True) for text in _strings(row, found)}
         listed = None if terms is None else [[t for t in row if normalize(t) in known] for row in terms]
-        out[name] = {
-            s.name: score_corpus(references, s.texts, normalize=normalize, entities=own, terms=listed) for s in systems
-        }
+        plain = [[e.entity for e in row] for row in typed]
+        score = functools.partial(score_corpus, [row.text for row in rows], normalize=normalize, entities=plain)
+        out[name] = {s.name: score(s.texts, terms=listed) for s in systems}
     return out
 
 
-def _by_group(
-    rows: Sequence[Row], scores: Mapping[str, CorpusScores], key: str
-) -> dict[str, dict[str, CorpusScores]]:  # fmt: skip
+def _by_group(rows: Sequence[Row], scores: Mapping[str, CorpusScores], key: str) -> dict[str, dict[str, CorpusScores]]:
     members: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         value = row.data.get(key)
         members.setdefault(NO_GROUP if value in (None, "") else str(value), []).append(i)
-    return {
-        value: {name: system.select(indices) for name, system in scores.items()}
-        for value, indices in sorted(members.items())
-    }
+    return {value: {name: s.select(members[value]) for name, s in scores.items()} for value in sorted(members)}

@@ -94,10 +94,7 @@ def row_entities(rows: Sequence[Row], key: str = "entities") -> list[list[TypedE
 
 
 def locate_all(
-    raw: Sequence[str],
-    refs: Sequence[str],
-    entities: Sequence[Sequence[Entity]] | None,
-    clean: Callable[[str], str],
+    raw: Sequence[str], refs: Sequence[str], entities: Sequence[Sequence[Entity]] | None, clean: Callable[[str], str]
 ) -> tuple[list[set[tuple[int, int]]], list[MissingEntity]]:
     """The word spans of all entity mentions of each utterance, and the entities that have none.
 
@@ -128,7 +125,15 @@ def locate(
     if isinstance(entity, str):
         found = set(occurrences(ref.split(), clean(entity).split()))
     else:
-        found = {_map_span(raw, entity, utterance, clean)}
+        words = raw.split()
+        if not (_is_span(entity) and len(entity) == 2 and 0 <= entity[0] < entity[1] <= len(words)):
+            raise ManifestError(
+                f"utterance {utterance}: entity {entity!r} is neither a string nor a word span [start, end) with "
+                f"0 <= start < end <= {len(words)}, the words of '{raw}'"
+            )
+        # Normalisation may drop or split words.
+        start, end = (len(clean(" ".join(words[:edge])).split()) for edge in entity)
+        found = {(start, end)}
     return {(start, end) for start, end in found if end > start}
 
 
@@ -139,17 +144,3 @@ def typed_spans(raw: str, ref: str, entities: Sequence[TypedEntity], clean: Call
         for span in locate(raw, ref, item.entity, clean):
             types.setdefault(span, set()).update({item.type} - {""})
     return tuple(Span(*span, tuple(sorted(names))) for span, names in sorted(types.items()))
-
-
-def _map_span(text: str, span: Sequence[int], utterance: int, clean: Callable[[str], str]) -> tuple[int, int]:
-    """A word span of the text as given → the span after normalisation, which may drop or split words."""
-    words = text.split()
-    if not _is_span(span):
-        raise ManifestError(f"utterance {utterance}: entity {span!r} is neither a string nor a span [start, end)")
-    if len(span) != 2 or not 0 <= span[0] < span[1] <= len(words):
-        raise ManifestError(
-            f"utterance {utterance}: entity span {list(span)} is not [start, end) with 0 <= start < end <= "
-            f"{len(words)}, the words of '{text}'"
-        )
-    start, end = (len(clean(" ".join(words[:edge])).split()) for edge in span)
-    return start, end

@@ -31,7 +31,6 @@ def word_counts(
     ref: list[str], alignment: list[jiwer.AlignmentChunk], spans: set[tuple[int, int]] | None
 ) -> dict[str, int]:
     """WER counts, and their split by entity spans unless ``spans`` is None."""
-    wrong, inserted = _marks(len(ref), alignment)
     totals = Counter({"substitute": 0, "delete": 0, "insert": 0})
     for chunk in alignment:
         totals[chunk.type] += chunk_errors(chunk)
@@ -47,11 +46,10 @@ def word_counts(
         return counts
     inside = np.zeros(len(ref), dtype=bool)
     within = np.zeros(len(ref) + 1, dtype=bool)  # within[p]: the gap before word p has words of one span on both sides
-    recalled = 0
     for start, end in spans:
         inside[start:end] = True
         within[start + 1 : end] = True
-        recalled += _is_right(wrong, inserted, start, end)
+    wrong, inserted = _marks(len(ref), alignment)
     entity_errors = int(wrong[inside].sum() + inserted[within].sum())
     return counts | {
         "entity_words": int(inside.sum()),
@@ -59,7 +57,7 @@ def word_counts(
         "other_words": len(ref) - int(inside.sum()),
         "other_errors": errors - entity_errors,
         "entities": len(spans),
-        "entities_recalled": recalled,
+        "entities_recalled": sum(recalled_spans(len(ref), alignment, spans)),
     }
 
 
@@ -68,7 +66,7 @@ def recalled_spans(
 ) -> list[bool]:
     """Whether each span of a reference of ``num_words`` words has no error inside; the rule of entity recall."""
     wrong, inserted = _marks(num_words, alignment)
-    return [_is_right(wrong, inserted, start, end) for start, end in spans]
+    return [not (wrong[start:end].any() or inserted[start + 1 : end].any()) for start, end in spans]
 
 
 def _marks(num_words: int, alignment: list[jiwer.AlignmentChunk]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -81,10 +79,6 @@ def _marks(num_words: int, alignment: list[jiwer.AlignmentChunk]) -> tuple[NDArr
         elif chunk.type != "equal":
             wrong[chunk.ref_start_idx : chunk.ref_end_idx] = True
     return wrong, inserted
-
-
-def _is_right(wrong: NDArray[np.bool_], inserted: NDArray[np.int64], start: int, end: int) -> bool:
-    return not (wrong[start:end].any() or inserted[start + 1 : end].any())
 
 
 def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import jinja2
 
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
 from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores
+from nemo_llm_feedback.evaluation.records import Table
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 
 _TEMPLATES = Path(__file__).parent / "report" / "templates"
@@ -52,7 +53,13 @@ def write_model_card(
     shown = {key: value for key, value in facts.items() if key != "llm" or value is not None}
     if "llm" in shown:
         shown["llm"] = public_name(str(shown["llm"]))
-    scores = {name: {"before": old, "after": (after or {})[name]} for name, old in (before or {}).items()}
+    tables = _values(facts)
+    if before and after:
+        pairs = {name: {"before": old, "after": after[name]} for name, old in before.items()}
+        tables = {
+            name: build_table(pair, metrics=table_metrics(pair["before"]), base="before").table.to_markdown()
+            for name, pair in pairs.items()
+        }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -62,8 +69,8 @@ def write_model_card(
         file=repr(path.name),
         facts=shown,
         labels=_LABELS,
-        tables={name: _intervals(systems) for name, systems in scores.items()} or _values(facts),
-        normalization=f"{normalizer} ({NORMALIZER_WORDS[normalizer]})" if scores and normalizer else None,
+        tables=tables,
+        normalization=f"{normalizer} ({NORMALIZER_WORDS[normalizer]})" if before and normalizer else None,
     )
     target = path.with_suffix(".md")
     target.write_text(page, encoding="utf-8")
@@ -80,23 +87,16 @@ def public_name(model: str) -> str:
     return path.name if path.is_absolute() or path.exists() else model
 
 
-def _intervals(systems: Mapping[str, CorpusScores]) -> str:
-    metrics = table_metrics(systems["before"])
-    return build_table(systems, metrics=metrics, base="before").table.to_markdown()
-
-
 def _values(facts: Mapping[str, Any]) -> dict[str, str]:
     """Tables without intervals, from the numbers inside the checkpoint."""
     tables = {}
     new = facts.get("after") or {}
     for name, old in (facts.get("before") or {}).items():
-        rows = [
-            f"| {m.title} ({m.unit}) | {float(old[key]):.1f} | {float(new[name][key]):.1f} |"
-            for key, m in METRICS.items()
-            if key in old and key in new.get(name, {})
-        ]
+        known = [key for key in METRICS if key in old and key in new.get(name, {})]
+        titles = {key: f"{METRICS[key].title} ({METRICS[key].unit})" for key in known}
+        rows = [[titles[key], *(f"{float(values[key]):.1f}" for values in (old, new[name]))] for key in known]
         if rows:
-            tables[str(name)] = "\n".join(["| metric | before | after |", "| --- | ---: | ---: |", *rows])
+            tables[str(name)] = Table(["metric", "before", "after"], rows).to_markdown()
     return tables
 
 

@@ -87,14 +87,11 @@ def _nbest(data: Mapping[str, Any], path: str | Path) -> tuple[Member, ...]:
             members.append(Member(item))
         elif isinstance(item, Mapping) and isinstance(item.get("text", item.get("pred_text")), str):
             nested = {k: v for part in item.values() if isinstance(part, Mapping) for k, v in part.items()}
-            members.append(Member(item.get("text", item.get("pred_text")), _numbers({**item, **nested})))
+            numbers = {k: float(v) for k, v in {**item, **nested}.items() if type(v) in (int, float)}
+            members.append(Member(item.get("text", item.get("pred_text")), numbers))
         else:
             raise ManifestError(f"{path}: `nbest` holds {item!r}; a member is a string or an object with `text`.")
     return tuple(members)
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def _keys(data: Mapping[str, Any], file: Path) -> set[tuple[str, float]]:

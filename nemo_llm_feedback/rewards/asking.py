@@ -89,7 +89,7 @@ class AskingReward:
                 run once.
         """
 
-        def ask_by_context(lacking: list[Pair]) -> list[Sequence[TextScore]]:
+        def _by_context(lacking: list[Pair]) -> list[Sequence[TextScore]]:
             texts: dict[Context, list[str]] = {}
             for context, text in lacking:
                 texts.setdefault(context, []).append(text)
@@ -102,4 +102,4 @@ class AskingReward:
             return [answers[pair] for pair in lacking]
 
         keys = {pair: [score_key(identity, *pair) for identity in identities] for pair in dict.fromkeys(pairs)}
-        return self._look_up(keys, ask_by_context)
+        return self._look_up(keys, _by_context)

@@ -31,6 +31,21 @@ class Reward(Protocol):
         """
 
 
+def reference_scores(group: HypothesisGroup) -> tuple[float, ...]:
+    """Returns log p(member | audio) of each member under the frozen reference.
+
+    Raises:
+        RewardError: the group has none.
+    """
+    if len(group.ref_logp) != len(group):
+        raise RewardError(
+            f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} hypotheses: "
+            "score the group with the frozen reference model first, or set reward.asr_weight=0 (in a composite: leave "
+            "the component asr out)."
+        )
+    return group.ref_logp
+
+
 class RefusedError(RewardError):
     """A server refuses whatever this run would ask: trying on is of no use."""
 
@@ -47,14 +62,14 @@ def register(name: str) -> Callable[[Factory], Factory]:
         RewardError: the name is taken by another factory.
     """
 
-    def keep(factory: Factory) -> Factory:
+    def _keep(factory: Factory) -> Factory:
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != factory.__qualname__:
             raise RewardError(f"The reward name {name!r} is taken by {known.__qualname__}: choose another name.")
         _REGISTRY[name] = factory
         return factory
 
-    return keep
+    return _keep
 
 
 def reward_names() -> list[str]:

@@ -88,25 +88,22 @@ class CompositeReward:
         """
         outputs = [component.reward(groups) for component in self.components]
 
-        def combined(values: Sequence[Tensor]) -> Tensor:
+        def _combined(values: Sequence[Tensor]) -> Tensor:
             judged = torch.stack([value.isfinite() for value in values]).all(0)
             total = torch.zeros(judged.shape)
             for component, value in zip(self.components, values, strict=True):
                 total = total + component.weight * normalized(value, judged, kind=component.normalize)
             return total.masked_fill(~judged, math.nan)
 
-        own = [output.values for output in outputs]
-        judged = torch.stack([value.isfinite() for value in own]).all(0)
+        total = _combined([output.values for output in outputs])
         parts: dict[str, Tensor] = {}
         for component, output in zip(self.components, outputs, strict=True):
             name = component.reward.name
             further = {k: v for k, v in output.parts.items() if k not in (name, *_SHARED)}
             for part, values in ({name: output.values} | further).items():
                 count = sum(known == part or known.startswith(f"{part}#") for known in parts)
-                parts[f"{part}#{count + 1}" if count else part] = values.masked_fill(~judged, math.nan)
-        return RewardOutput(
-            combined(own), parts, lambda ref_logp: combined([output.with_reference(ref_logp) for output in outputs])
-        )
+                parts[f"{part}#{count + 1}" if count else part] = values.masked_fill(total.isnan(), math.nan)
+        return RewardOutput(total, parts, lambda logp: _combined([output.with_reference(logp) for output in outputs]))
 
 
 def normalized(values: Tensor, mask: Tensor, *, kind: str) -> Tensor:
@@ -151,13 +148,6 @@ def rules_reward(
     Raises:
         RewardError: all weights are 0, or one is not finite.
     """
-    weights = {
-        "length": length,
-        "repetition": repetition,
-        "empty": empty,
-        "edit_distance": edit_distance,
-        "entity_hits": entity_hits,
-        "entity_false_alarms": entity_false_alarms,
-    }
+    weights = dict(locals())  # the arguments by name
     chosen = [Component(build_reward(rule), weight) for rule, weight in weights.items() if weight]
     return CompositeReward(chosen, name="rules")

@@ -83,18 +83,18 @@ class CorrectionReward(AskingReward):
         if lacking and not self.num_unusable:
             logger.warning("The LLM's correction of a group is unusable: its reward is NaN. Later ones are counted.")
         self.num_unusable += lacking
-        return [
-            [TextScore(self._value(text, correction), 1) for text in texts]
-            for (_, _, texts), correction in zip(items, corrections, strict=True)
-        ]
-
-    def _value(self, text: str, correction: str) -> float:
-        return 0.0 - word_distance(self._normalize(text), correction) if correction else math.nan
+        found = []
+        for (_, _, texts), correction in zip(items, corrections, strict=True):
+            distances = [
+                word_distance(self._normalize(text), correction) if correction else math.nan for text in texts
+            ]
+            found.append([TextScore(0.0 - distance, 1) for distance in distances])
+        return found
 
 
 def _by_score(group: HypothesisGroup) -> tuple[str, ...]:
     """The distinct texts, most probable first; equally probable ones by their spelling."""
-    if len(group.ref_logp) != len(group):
-        return tuple(dict.fromkeys(group.texts))
-    order = sorted(range(len(group)), key=lambda n: (-group.ref_logp[n], group.texts[n]))
-    return tuple(dict.fromkeys(group.texts[n] for n in order))
+    texts = group.texts
+    if len(group.ref_logp) == len(group):
+        texts = tuple(text for _, text in sorted(zip((-logp for logp in group.ref_logp), texts, strict=True)))
+    return tuple(dict.fromkeys(texts))

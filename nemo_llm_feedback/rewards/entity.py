@@ -97,7 +97,10 @@ class EntityReward(AskingReward):
         for group in shown:
             rows = [found[group.context, text] for text in group.texts]
             if self._shared_price:
-                price = self._price([found[group.context, term] for term in group.context.terms])
+                # The mean over the terms that the LLM can score, else NaN.
+                worth = [self._worth(found[group.context, term]) for term in group.context.terms]
+                scored = [value for value in worth if math.isfinite(value)]
+                price = sum(scored) / len(scored) if scored else math.nan
                 mentions = [len(find_terms(text, group.context.terms)) for text in group.texts]
                 part = [n * price if n else 0.0 for n in mentions]
                 values.append([row.outside + counted for row, counted in zip(rows, part, strict=True)])
@@ -111,11 +114,6 @@ class EntityReward(AskingReward):
     def _worth(self, row: _Spelled) -> float:
         """What the mentions of a text count, in nats."""
         return row.inside + (self._weight - 1) * (row.inside - row.baseline)
-
-    def _price(self, alone: Sequence[_Spelled]) -> float:
-        """What a mention of any listed term counts, in nats: the mean over those that the LLM can score, else NaN."""
-        worth = [value for value in map(self._worth, alone) if math.isfinite(value)]
-        return sum(worth) / len(worth) if worth else math.nan
 
     def _find(self, pairs: Sequence[Pair]) -> dict[Pair, _Spelled]:
         kinds = ("total", "inside", *(["baseline"] if self._relative else []))
@@ -151,13 +149,13 @@ def entity_false_alarms_reward(*, min_likeness: float = 60.0) -> GroupRuleReward
             of the recogniser's best transcript (see ``rules.best_transcript``) is at least this.
     """
 
-    def false_alarms(group: HypothesisGroup) -> list[float]:
+    def _false_alarms(group: HypothesisGroup) -> list[float]:
         mentioned = [_mentioned(group, text) for text in group.texts]
         terms = sorted(set().union(*mentioned))
         likest = dict(zip(terms, likeness(terms, [best_transcript(group)]).tolist(), strict=True)) if terms else {}
         return [0.0 - sum(likest[term] < min_likeness for term in found) for found in mentioned]
 
-    return GroupRuleReward("entity_false_alarms", false_alarms)
+    return GroupRuleReward("entity_false_alarms", _false_alarms)
 
 
 def _mentioned(group: HypothesisGroup, text: str) -> set[str]:

@@ -8,7 +8,7 @@ functions and rewards by path are taken as they are, and so is ``composite``, wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict, create_model
@@ -63,16 +63,11 @@ def reward_from_config(config: RunConfig, scorer: Any) -> Reward:
         given |= {"alpha": alpha, "beta": beta, "asr_weight": settings.asr_weight}
         return _build(settings.name, {**settings.settings, "normalize": settings.normalize}, given)
     if settings.name == "composite":
-        return CompositeReward(
-            [
-                Component(
-                    _build(item["name"], item.get("settings") or {}, given),
-                    float(item.get("weight", 1.0)),
-                    item.get("normalize", "none"),
-                )
-                for item in settings.settings["components"]
-            ]
-        )
+        components = []
+        for item in settings.settings["components"]:
+            part = _build(item["name"], item.get("settings") or {}, given)
+            components.append(Component(part, float(item.get("weight", 1.0)), item.get("normalize", "none")))
+        return CompositeReward(components)
     reward = _build(settings.name, settings.settings, given)
     if settings.name not in ASR_WEIGHTED_REWARDS:
         return reward
@@ -115,17 +110,16 @@ def reward_faults(config: RunConfig) -> list[str]:
 def _build(name: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Reward:
     """A reward with what it takes of the run."""
     if name == "remote":
-        normalize, server = _split(settings)
-        settings = {"settings": server, "normalize": normalize}
+        settings = {"settings": _server(settings), "normalize": settings.get("normalize", "sum")}
     elif name == "callable":
         settings = _with_function(settings)
     shared = {key: given[key] for key in _GIVEN.get(name, ())}
     return build_reward(name, allow_dotted=True, **shared, **settings)
 
 
-def _split(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The normalisation, and the settings of the server."""
-    return settings.get("normalize", "sum"), {key: value for key, value in settings.items() if key != "normalize"}
+def _server(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``remote`` without those of the reward."""
+    return {key: value for key, value in settings.items() if key != "normalize"}
 
 
 def _with_function(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,10 +128,11 @@ def _with_function(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _faults_of(name: str, settings: Mapping[str, Any], where: str) -> list[str]:
+    """Settings that a reward does not take, those that it lacks, and values of another type or use."""
     try:
         factory = find_factory(name, allow_dotted=True)
         if name == "remote":
-            parse_remote(_split(settings)[1])
+            parse_remote(_server(settings))
             return []
         if name == "judge":
             use = "rating" if settings.get("mode") == "rating" else "yes_no"
@@ -149,14 +144,7 @@ def _faults_of(name: str, settings: Mapping[str, Any], where: str) -> list[str]:
         return [str(error)]
     given = _GIVEN.get(name, ())
     if name == "llm" and where == "reward.settings":
-        given = (*given, "normalize")  # which has a key of its own there
-    return _argument_faults(factory, settings, where, given)
-
-
-def _argument_faults(
-    factory: Callable[..., Any], settings: Mapping[str, Any], where: str, given: tuple[str, ...]
-) -> list[str]:
-    """Settings that the factory does not take, those that it lacks, and values of another type."""
+        given = (*given, "normalize")  # which is a key of the section reward there
     try:
         # The LLM's class is imported for type checkers only.
         parameters = inspect.signature(factory, eval_str=True, locals={"LLMScorer": Any}).parameters.values()
@@ -172,5 +160,5 @@ def _argument_faults(
         for p in parameters
         if p.name not in given
     }
-    rules = ConfigDict(**{**STRICT, "arbitrary_types_allowed": True})
-    return build(create_model(factory.__name__, __config__=rules, **fields), settings, where=where)[1]
+    model = create_model(factory.__name__, __config__=ConfigDict(**STRICT, arbitrary_types_allowed=True), **fields)
+    return build(model, settings, where=where)[1]

@@ -8,7 +8,6 @@ something else and its judgement means little.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -143,15 +142,12 @@ def judge_reward(
     use = "rating" if mode == "rating" else "yes_no"
     prompt = read_template(template, chat=chat, use=use, key="reward.settings.template")
 
-    def reward(words: Sequence[str]) -> JudgeReward:
-        judge = AnswerScorer(scorer, template=prompt, answers=words)
-        return JudgeReward(judge, mode=mode, cache=cache, view=view, allow_no_context=allow_no_context)
-
-    if answers:
-        return reward([str(answer) for answer in answers])
-    if chat:
-        return reward(ANSWERS[use])
-    built_in = [word.lower() for word in ANSWERS[use]]
-    with contextlib.suppress(LLMError):
-        return reward([f" {word}" for word in built_in])
-    return reward(built_in)  # some tokenizers keep digits apart from a space
+    words = [str(answer) for answer in answers] if answers else ANSWERS[use]
+    if chat or answers:
+        asked = AnswerScorer(scorer, template=prompt, answers=words)
+    else:
+        try:
+            asked = AnswerScorer(scorer, template=prompt, answers=[f" {word.lower()}" for word in words])
+        except LLMError:  # some tokenizers keep digits apart from a space
+            asked = AnswerScorer(scorer, template=prompt, answers=[word.lower() for word in words])
+    return JudgeReward(asked, mode=mode, cache=cache, view=view, allow_no_context=allow_no_context)

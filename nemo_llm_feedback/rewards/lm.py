@@ -21,7 +21,7 @@ from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
-from nemo_llm_feedback.rewards.base import register
+from nemo_llm_feedback.rewards.base import reference_scores, register
 from nemo_llm_feedback.rewards.cache import ScoreCache
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
@@ -101,29 +101,19 @@ class LLMReward(AskingReward):
             RewardError: a group has no context or no reference scores.
         """
         groups = self._shown(groups)
-        self._check_reference(groups)
+        asr = _padded([list(reference_scores(group)) for group in groups]) if self._asr_weight else None
         llm = _padded(self._llm_part(groups))
         length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])
 
-        def combined(asr: Tensor) -> Tensor:
+        def _combined(asr: Tensor) -> Tensor:
             value = self._alpha * llm + self._asr_weight * asr.double() + self._beta * length
             judged = value.isfinite() & llm.isfinite()  # alpha = 0 does not excuse an NaN
             return value.masked_fill(~judged, math.nan).float()
 
-        parts = {"llm": llm, "length": length}
-        if self._asr_weight:
-            parts["asr"] = _padded([list(group.ref_logp) for group in groups])
-        values = combined(parts.get("asr", torch.zeros_like(llm)))
+        parts = {"llm": llm, "length": length} | ({} if asr is None else {"asr": asr})
+        values = _combined(torch.zeros_like(llm) if asr is None else asr)
         masked = {name: part.float().masked_fill(~values.isfinite(), math.nan) for name, part in parts.items()}
-        return RewardOutput(values, masked, combined if self._asr_weight else None)
-
-    def _check_reference(self, groups: Sequence[HypothesisGroup]) -> None:
-        for group in groups:
-            if self._asr_weight and len(group.ref_logp) != len(group):
-                raise RewardError(
-                    f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} "
-                    "hypotheses: score the group with the frozen reference model first, or set reward.asr_weight=0."
-                )
+        return RewardOutput(values, masked, None if asr is None else _combined)
 
     def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
         pairs = [(group.context, text) for group in groups for text in group.texts]

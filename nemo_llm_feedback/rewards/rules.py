@@ -20,27 +20,9 @@ from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import UNSPACED, text_length
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.prompts import read_template
-from nemo_llm_feedback.rewards.base import Reward, register
+from nemo_llm_feedback.rewards.base import Reward, reference_scores, register
 
 RewardFunction = Callable[..., Sequence[float | None]]
-
-
-class RuleReward:
-    """A reward that judges each text for itself.
-
-    Args:
-        name: the part's name in the output.
-        rule: text → reward, any finite number; NaN = cannot judge.
-    """
-
-    def __init__(self, name: str, rule: Callable[[str], float]) -> None:
-        self.name = name
-        self._rule = rule
-
-    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
-        """Returns values [B, N], which are also the only part."""
-        values = pad_groups([[float(self._rule(text)) for text in group.texts] for group in groups])
-        return RewardOutput(values, {self.name: values})
 
 
 class GroupRuleReward:
@@ -59,30 +41,34 @@ class GroupRuleReward:
         """Returns values [B, N], which are also the only part."""
         values = self._values(groups)
 
-        def revalue(ref_logp: Tensor) -> Tensor:
+        def _revalued(ref_logp: Tensor) -> Tensor:
             rows = zip(groups, ref_logp.tolist(), strict=True)
             return self._values([replace(group, ref_logp=tuple(row[: len(group)])) for group, row in rows])
 
-        return RewardOutput(values, {self.name: values}, revalue)
+        return RewardOutput(values, {self.name: values}, _revalued)
 
     def _values(self, groups: Sequence[HypothesisGroup]) -> Tensor:
         return pad_groups([[float(value) for value in self._rule(group)] for group in groups])
 
 
+class RuleReward(GroupRuleReward):
+    """A reward that judges each text for itself.
+
+    Args:
+        name: the part's name in the output.
+        rule: text → reward, any finite number; NaN = cannot judge.
+    """
+
+    def __init__(self, name: str, rule: Callable[[str], float]) -> None:
+        super().__init__(name, lambda group: [rule(text) for text in group.texts])
+
+
 @register("asr")
 def asr_reward() -> GroupRuleReward:
     """log p(h | audio) under the frozen reference, nats; NaN where the audio is too short for h."""
-
-    def scores(group: HypothesisGroup) -> list[float]:
-        if len(group.ref_logp) != len(group):
-            raise RewardError(
-                f"Utterance {group.utterance} has {len(group.ref_logp)} reference scores for {len(group)} hypotheses: "
-                "score the group with the frozen reference model first, or leave the component asr out "
-                "(reward.asr_weight=0)."
-            )
-        return [value if math.isfinite(value) else math.nan for value in group.ref_logp]
-
-    return GroupRuleReward("asr", scores)
+    return GroupRuleReward(
+        "asr", lambda group: [value if math.isfinite(value) else math.nan for value in reference_scores(group)]
+    )
 
 
 @register("length")
@@ -113,12 +99,11 @@ def best_transcript(group: HypothesisGroup) -> str:
     A group of samples has no greedy member. The most probable one is that of the highest reference score, or the first
     where there are no such scores.
     """
-    greedy = [h.text for h in group.hypotheses if h.source == "greedy"]
-    if greedy:
-        return greedy[0]
-    if len(group.ref_logp) != len(group):
-        return group.texts[0]
-    return max(zip(group.ref_logp, group.texts, strict=True))[1]
+    for member in group.hypotheses:
+        if member.source == "greedy":
+            return member.text
+    scored = len(group.ref_logp) == len(group)
+    return max(zip(group.ref_logp, group.texts, strict=True))[1] if scored else group.texts[0]
 
 
 @register("empty")
@@ -131,11 +116,11 @@ def empty_reward() -> RuleReward:
 def edit_distance_reward() -> GroupRuleReward:
     """Minus the edit distance in words to the recogniser's best transcript, against free invention."""
 
-    def distances(group: HypothesisGroup) -> list[float]:
+    def _distances(group: HypothesisGroup) -> list[float]:
         best = best_transcript(group)
         return [0.0 - word_distance(text, best) for text in group.texts]
 
-    return GroupRuleReward("edit_distance", distances)
+    return GroupRuleReward("edit_distance", _distances)
 
 
 def repetition(text: str) -> float:

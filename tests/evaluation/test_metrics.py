@@ -164,7 +164,7 @@ def test_impossible_spans_are_errors(span):
 
 @pytest.mark.parametrize("entity", [{"text": "one"}, ["one", "two"], 3, None])
 def test_entities_of_another_kind_are_errors(entity):
-    with pytest.raises(ManifestError, match="neither a string nor a span"):
+    with pytest.raises(ManifestError, match="neither a string nor a word span"):
         counts("one two three", "", entities=[entity])
 
 

@@ -33,7 +33,7 @@ from nemo_llm_feedback.evaluation.report.page import _with_base
 from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import list_utterances
 from nemo_llm_feedback.evaluation.report.words import align, diff_pieces
-from nemo_llm_feedback.evaluation.tables import Cell
+from nemo_llm_feedback.evaluation.tables import Cell, ScoreTable
 from nemo_llm_feedback.evaluation.transcribe import Decoded
 
 ATTACK = "<img src=x onerror=document.title='taken'>"
@@ -251,8 +251,8 @@ def test_the_list_is_ordered_by_change_and_flagged(comparison: Comparison) -> No
 
 def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
     nan = float("nan")
-    cells = {"$a_b$": Cell(0.0, 0.0, 0.0), "<b>&": Cell(nan, nan, nan)}
-    svg = bars("false_alarms", cells).svg
+    rows = {"$a_b$": (Cell(0.0, 0.0, 0.0),), "<b>&": (Cell(nan, nan, nan),)}
+    svg = bars("false_alarms", ScoreTable(("false_alarms",), rows, None, 1, 1, 0)).svg
     assert "<b>" not in svg
     assert "&lt;b&gt;&amp;" in svg
     assert "$a_b$" in svg

@@ -130,7 +130,7 @@ def test_random_states_are_left_alone(stub: Stub, llm: Path) -> None:
     remote = scorer(stub, llm)
     stub.faults.extend(["500", "503"])
     remote.score([(ORDER, TEXTS)])
-    assert remote.num_retries == 2
+    assert remote.client.num_retries == 2
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -161,7 +161,7 @@ def test_passing_faults_are_tried_again(stub: Stub, llm: Path, fault: str) -> No
     expected = sums(remote.score([(ORDER, TEXTS)]))
     stub.faults.extend([fault, fault])
     assert sums(remote.score([(ORDER, TEXTS)])) == expected
-    assert (remote.num_retries, remote.num_failed_requests) == (2, 0)
+    assert (remote.client.num_retries, remote.num_failed_requests) == (2, 0)
 
 
 def test_retry_after_is_obeyed(stub: Stub, llm: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_server_that_does_not_finish_is_cut_off_and_asked_again(stub: Stub, ll
     start = time.monotonic()
     assert sums(remote.score([(ORDER, TEXTS[:2])])) == expected
     assert 1.0 <= time.monotonic() - start < 15.0, "the stub would hang for 30 s"
-    assert remote.num_retries >= 1
+    assert remote.client.num_retries >= 1
 
 
 def test_the_deadline_holds_for_all_requests_together(stub: Stub, llm: Path) -> None:
@@ -362,7 +362,7 @@ def test_answers_are_bounded_in_size_also_after_decompression(
     start = time.monotonic()
     assert math.isnan(sums(remote.score([(ORDER, TEXTS[:1])]))[0][0])
     assert time.monotonic() - start < 15.0
-    assert remote.num_retries == 0
+    assert remote.client.num_retries == 0
     assert ("compressed" if fault == "gzip" else "larger than 65536 bytes") in caplog.text
 
 

@@ -23,29 +23,27 @@ _GROUP_KEYS = ("domain", "speaker", "voice")
 _MAX_GROUPS = 20
 
 
-def evaluation_report(
-    comparison: Comparison, *, left_out: Sequence[str] = (), title: str = "Evaluation"
-) -> ReportData:
+def evaluation_report(comparison: Comparison, *, left_out: Sequence[str] = ()) -> ReportData:
     """The report of one evaluation.
 
     Args:
         comparison: of the systems.
         left_out: what a system failed on, one sentence per row.
-        title: of the page.
     """
     names = [system.name for system in comparison.systems]
-    audio = sum(row.duration for row in comparison.rows)
-    facts = {"Systems": ", ".join(names), "Utterances": str(len(comparison.rows))}
-    facts |= {"Audio": _hours(audio)} if audio else {}
-    speeds = [f"{s.name} {s.rtfx:.0f}×" for s in comparison.systems if s.rtfx is not None]
-    facts |= {"Speed (RTFx)": ", ".join(speeds)} if speeds else {}
-    notes = [f"Left out of all systems: {item}" for item in left_out]
+    seconds = sum(row.duration for row in comparison.rows)
+    facts = {
+        "Systems": ", ".join(names),
+        "Utterances": str(len(comparison.rows)),
+        "Audio": f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds else "",
+        "Speed (RTFx)": ", ".join(f"{s.name} {s.rtfx:.0f}×" for s in comparison.systems if s.rtfx is not None),
+    }
     return ReportData(
-        title=title,
-        subtitle=" against ".join(names[:2]) if len(names) == 2 else ", ".join(names),
+        title="Evaluation",
+        subtitle=(" against " if len(names) == 2 else ", ").join(names),
         sets={"evaluation set": comparison},
-        facts=facts,
-        notes=tuple(notes),
+        facts={label: value for label, value in facts.items() if value},
+        notes=tuple(f"Left out of all systems: {item}" for item in left_out),
     )
 
 
@@ -80,9 +78,9 @@ def adaptation_report(
     """
     sets = {}
     for name, labelled in rows.items():
-        scoring = Scoring(
-            normalizer=normalizer, context=context, missing_entities="skip", group_by=tuple(_group_keys(labelled))
-        )
+        values = {key: {str(row.data[key]) for row in labelled if key in row.data} for key in _GROUP_KEYS}
+        groups = tuple(key for key, found in values.items() if 2 <= len(found) <= _MAX_GROUPS)
+        scoring = Scoring(normalizer=normalizer, context=context, missing_entities="skip", group_by=groups)
         adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
         sets[name] = compare(labelled, [System("base", before[name].hypotheses), adapted], scoring)
     shown = {
@@ -90,10 +88,9 @@ def adaptation_report(
         for key, value in facts.items()
         if isinstance(value, (str, int, float)) and key not in _ELSEWHERE
     }
-    base = str(facts.get("base") or "the base model")
     return ReportData(
         title="Adaptation",
-        subtitle=f"{base}, adapted to {context.description or 'unlabeled audio'}",
+        subtitle=f"{facts.get('base') or 'the base model'}, adapted to {context.description or 'unlabeled audio'}",
         sets=sets,
         changes=tuple(changes),
         surveyed=surveyed,
@@ -134,16 +131,3 @@ def unfinished_report(run_dir: str | Path) -> ReportData:
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings as YAML, with secrets hidden."""
     return yaml.safe_dump(masked(settings), sort_keys=False, allow_unicode=True) if settings else ""
-
-
-def _group_keys(rows: Sequence[Row]) -> list[str]:
-    """Keys such as the speaker's that make a few groups of these rows."""
-    return [
-        key
-        for key in _GROUP_KEYS
-        if 2 <= len({str(row.data.get(key)) for row in rows if key in row.data}) <= _MAX_GROUPS
-    ]
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

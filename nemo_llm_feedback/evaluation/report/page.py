@@ -1,12 +1,11 @@
-"""Writes the page: every value goes through jinja2's autoescape, everything it needs is inside the file."""
+"""Writes the report as one HTML file: what it shows is in ``report.html.j2``, and every value is escaped there."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -16,11 +15,10 @@ from nemo_llm_feedback.evaluation.metrics import PairedDifference, find_metric, 
 from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
 from nemo_llm_feedback.evaluation.report.data import ReportData
 from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
-from nemo_llm_feedback.evaluation.report.utterances import Card, Listing, list_utterances
+from nemo_llm_feedback.evaluation.report.utterances import list_utterances
+from nemo_llm_feedback.evaluation.tables import Cell
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_TITLES = {"ewer": "Entity WER", "wer": "WER", "cer": "CER", "false_alarms": "Entity false alarms"}
-_BAR_METRICS = ("ewer", "wer", "u_wer", "cer", "entity_recall", "false_alarms", "b_wer", "b_u_wer")
 
 
 def write_report(report: ReportData, path: str | Path, *, audio: bool = True) -> Path:
@@ -35,17 +33,16 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
         The path written.
     """
     listing = list_utterances(report.sets, report.changes)
-    players = _players(listing.cards) if audio else {}
+    played = [card for card in listing.cards if card.change][:MAX_PLAYERS]
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = _environment().get_template("report.html.j2").render(
         report=report,
-        sets=[_set_view(name, comparison) for name, comparison in report.sets.items()],
-        headlines=_headlines(report.sets),
+        headlines=list(_headlines(report.sets)),
         curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
+        bars=bars,
         listing=listing,
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
-        players=players,
-        audio_note=_audio_note(listing, players, audio),
+        players={card.id: data_uri(card.row) for card in played} if audio else None,
         css=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -69,7 +66,7 @@ def _environment() -> jinja2.Environment:
         "signed": lambda value, digits=1: f"{value:+.{digits}f}".replace("-", "−"),
         "number": lambda value, digits=1: "–" if value != value else f"{value:.{digits}f}".replace("-", "−"),
         "p": lambda value: "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}",
-        "svg": Markup,  # drawings are ours; matplotlib escapes the names in them
+        "svg": Markup,  # the drawings are made here; matplotlib escapes the names in them
     }
     return environment
 
@@ -84,81 +81,21 @@ def _with_base(steps: list[dict[str, float]], sets: Mapping[str, Comparison]) ->
     return [{name: value for name, value in start.items() if name in logged}, *steps]
 
 
-def _headlines(sets: Mapping[str, Comparison]) -> list[dict[str, Any]]:
-    """Entity WER and WER of the first set, then WER of the others; WER and CER where there are no entities."""
-    out = []
+def _headlines(
+    sets: Mapping[str, Comparison],
+) -> Iterator[tuple[str, str, Cell, Cell | None, PairedDifference | None]]:
+    """(set, metric, base's cell, second system's cell, their difference) of the large numbers on top of the page.
+
+    Entity WER and WER of the first set, then WER of the others; WER and CER where there are no entities.
+    """
     for k, (name, comparison) in enumerate(sets.items()):
-        metrics = ["wer"]
-        if k == 0:
-            metrics = ["ewer", "wer"] if "ewer" in comparison.metrics else ["wer", "cer"]
-            metrics += ["false_alarms"] if "false_alarms" in comparison.metrics else []
-        table = comparison.table(metrics=metrics)
-        base, *others = table.rows
-        for m, metric in enumerate(metrics):
-            difference = _difference(comparison, metric, others[0]) if others else None
-            out.append(
-                {
-                    "title": _TITLES.get(metric, find_metric(metric).title),
-                    "unit": "%" if find_metric(metric).unit == "%" else f" {find_metric(metric).unit}",
-                    "set_name": name,
-                    "base": table.rows[base][m],
-                    "other": table.rows[others[0]][m] if others else None,
-                    "difference": difference,
-                    "verdict": _verdict(metric, difference),
-                }
-            )
-    return out
-
-
-def _difference(comparison: Comparison, metric: str, other: str) -> PairedDifference:
-    scores, scoring = comparison.scores, comparison.scoring
-    base = scores[comparison.base]
-    return paired_difference(scores[other], base, metric, samples=scoring.samples, seed=scoring.seed)
-
-
-def _verdict(metric: str, difference: PairedDifference | None) -> str:
-    """``better``, ``worse`` or ``same`` by the paired test at 5 %."""
-    if difference is None or not difference.p_value < 0.05:
-        return "same"
-    return "better" if (difference.delta < 0) != find_metric(metric).higher_is_better else "worse"
-
-
-def _set_view(name: str, comparison: Comparison) -> dict[str, Any]:
-    """One set as the page shows it."""
-    table = comparison.table()
-    cells = {metric: {s: row[m] for s, row in table.rows.items()} for m, metric in enumerate(table.metrics)}
-    oracles = comparison.table(comparison.oracles, metrics=["wer"]).rows if comparison.oracles else {}
-    sizes = {s.name: sum(map(len, s.nbest)) / len(s.nbest) for s in comparison.systems if s.nbest}
-    changes = (
-        f"; before each value the change relative to {table.base}, * where p < 0.05 (paired)" if table.base else ""
-    )
-    sentences = [
-        f"{table.utterances} utterances; below each value its 95 % interval by bootstrap over utterances "
-        f"({table.samples} samples){changes}.",
-        *comparison.basis,
-    ]
-    if missing := comparison.missing:
-        listed = "; ".join(missing[:20])
-        sentences.append(f"{len(missing)} entities are not in their reference and were left out: {listed}.")
-    return {
-        "name": name,
-        "table": table,
-        "bars": [bars(metric, cells[metric]) for metric in _BAR_METRICS if metric in cells],
-        "breakdowns": comparison.breakdowns,
-        "oracles": [(system, row[0], sizes[system]) for system, row in oracles.items()],
-        "sentences": sentences,
-    }
-
-
-def _players(cards: Sequence[Card]) -> dict[str, str]:
-    """Card → its audio, for the most changed ones."""
-    wanted = [card for card in cards if card.change][:MAX_PLAYERS]
-    return {card.id: uri for card in wanted if (uri := data_uri(card.row)) is not None}
-
-
-def _audio_note(listing: Listing, players: Mapping[str, str], audio: bool) -> str:
-    if not audio:
-        return "Audio was left out (--no-audio)."
-    wanted = min(MAX_PLAYERS, sum(bool(card.change) for card in listing.cards))
-    gone = f" The audio of {wanted - len(players)} could not be read." if wanted > len(players) else ""
-    return f"The {len(players)} most changed utterances can be played.{gone}" if players or gone else ""
+        wanted = (*(("ewer", "wer") if "ewer" in comparison.metrics else ("wer", "cer")), "false_alarms")
+        metrics = [metric for metric in (("wer",) if k else wanted) if metric in comparison.metrics]
+        table, samples, seed = comparison.table(metrics=metrics), comparison.scoring.samples, comparison.scoring.seed
+        names = list(table.rows)[:2]
+        for metric, base, other in zip(metrics, table.rows[names[0]], table.rows[names[-1]], strict=True):
+            if len(names) == 1:
+                yield name, metric, base, None, None
+            else:
+                first, second = (comparison.scores[system] for system in names)
+                yield name, metric, base, other, paired_difference(second, first, metric, samples=samples, seed=seed)

@@ -6,10 +6,9 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -20,13 +19,20 @@ from matplotlib.ticker import MaxNLocator
 
 from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.evaluation.metrics import find_metric
-from nemo_llm_feedback.evaluation.tables import Cell
+from nemo_llm_feedback.evaluation.tables import ScoreTable
 
 # matplotlib needs real colours: each stands for a variable of the style sheet, which replaces it in the SVG.
 _INK, _MUTED, _LINE, _ACCENT = "#010203", "#040506", "#070809", "#0a0b0c"
 _SERIES = ("#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e")
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent"} | {
     color: f"series-{k}" for k, color in enumerate(_SERIES)
+}
+# Beside these a salt for the ids, which must differ between the drawings of a page: equal input gives an equal file.
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # real text, in the page's font
+    "text.parse_math": False,  # a system may be called $x$
+    "font.size": 10.5,
+    "font.family": "sans-serif",
 }
 _WIDTH = 4.0
 _MAX_POINTS = 400
@@ -81,15 +87,16 @@ def curves(steps: Sequence[Mapping[str, float]]) -> list[Plot]:
     return [plot for panel in panels if (plot := _curve(panel, steps)) is not None]
 
 
-def bars(metric: str, cells: Mapping[str, Cell]) -> Plot:
-    """Horizontal bars of one metric by system, with 95 % intervals.
+def bars(metric: str, table: ScoreTable) -> Plot:
+    """Horizontal bars of one metric by system, with 95 % intervals; undefined values have no bar.
 
     Args:
-        metric: a key of `metrics.METRICS`.
-        cells: system → value and interval; undefined ones have no bar.
+        metric: a key of `metrics.METRICS`, one of the table's.
+        table: systems × metrics.
     """
     m = find_metric(metric)
-    with _style(f"bars {metric}"):
+    cells = {system: row[table.metrics.index(metric)] for system, row in table.rows.items()}
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"bars {metric}"}):
         figure = Figure(figsize=(_WIDTH, 0.5 + 0.4 * len(cells)), layout="constrained")
         axes = figure.add_subplot()
         top = max([c.high for c in cells.values() if c.high > 0] or [1.0])
@@ -99,7 +106,7 @@ def bars(metric: str, cells: Mapping[str, Cell]) -> Plot:
             axes.barh(y, cell.value, height=0.62, color=_SERIES[y % len(_SERIES)], alpha=0.9)
             axes.plot([cell.low, cell.high], [y, y], color=_INK, linewidth=1.2, solid_capstyle="butt")
             axes.text(max(cell.high, cell.value) + top * 0.03, y, f"{cell.value:.1f}", va="center", color=_INK)
-        axes.set_yticks(range(len(cells)), [_short(name) for name in cells])
+        axes.set_yticks(range(len(cells)), [n if len(n) <= 18 else f"{n[:9]}…{n[-8:]}" for n in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.set_xlim(0, top * 1.18)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -112,7 +119,7 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
     series = _series(panel, steps)
     if not series:
         return None
-    with _style(panel.title):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(_WIDTH, 2.4), layout="constrained")
         axes = figure.add_subplot()
         if panel.rule is not None:
@@ -159,19 +166,6 @@ def _running_mean(y: np.ndarray) -> np.ndarray:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _style(salt: str) -> AbstractContextManager[None]:
-    """Settings of matplotlib while one drawing is made."""
-    return matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",  # real text, in the page's own font
-            "svg.hashsalt": salt,  # equal input, equal file; and ids that differ between the drawings of a page
-            "text.parse_math": False,  # a system may be called $x$
-            "font.size": 10.5,
-            "font.family": "sans-serif",
-        }
-    )
-
-
 def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
     for side in ("top", "right", "left" if grid == "y" else "bottom"):
         axes.spines[side].set_visible(False)
@@ -185,19 +179,12 @@ def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    buffer, unwritten = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=unwritten)
+    text = "<svg" + buffer.getvalue().partition("<svg")[2]
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     prefix = re.sub(r"\W+", "-", label)
     text = re.sub(r'(\bid="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{prefix.replace("-", " ")}" ', 1)
-
-
-def _short(name: str, limit: int = 18) -> str:
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit // 2 - 1) :]}"

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member
 from nemo_llm_feedback.evaluation.report.data import Change
-from nemo_llm_feedback.evaluation.report.words import (
-    Aligned,
-    Piece,
-    align,
-    changed_words,
-    diff_pieces,
-    reference_pieces,
-)
+from nemo_llm_feedback.evaluation.report.words import Piece, align, changed_words, diff_pieces
 
 MAX_CARDS = 1500
 """Utterances on a page, the most changed first; more make it slow on a phone."""
@@ -101,13 +95,19 @@ def list_utterances(sets: Mapping[str, Comparison], changes: Sequence[Change]) -
         mentions: list[_Mention] = []
         cards += [_set_card(name, comparison, i, f"u{k}-{i}", mentions) for i in range(len(comparison.rows))]
         if mentions:
-            entities[name] = _counted(m for m in mentions if m[3]), _counted(m for m in mentions if not m[3])
+            entities[name] = _counted(m for m in mentions if m.fixed), _counted(m for m in mentions if not m.fixed)
     cards += [_change_card(change, i) for i, change in enumerate(changes)]
     cards.sort(key=lambda card: (-card.change, -abs(card.gain or 0), card.name))
     return Listing(tuple(cards[:MAX_CARDS]), len(cards), entities)
 
 
-_Mention = tuple[str, str, str, bool]  # entity, what was heard instead, card, whether the second system is right
+class _Mention(NamedTuple):
+    """A mention that one of the first two systems got right; ``heard`` is what the other has in its place."""
+
+    text: str
+    heard: str
+    card: str
+    fixed: bool
 
 
 def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions: list[_Mention]) -> Card:
@@ -118,13 +118,15 @@ def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions:
     judged = aligned[min(1, len(aligned) - 1)]
     change, gain, flags = judged.errors, None, {"wrong"} if judged.errors else set()
     if len(texts) > 1:
-        found = [(text, heard, card_id, up) for text, heard, up in _mentions(reference, spans, *aligned[:2])]
-        mentions += found
-        flags |= {"fixed" if up else "broken" for *_, up in found}
+        for k, span in enumerate(spans):
+            if aligned[0].recalled[k] != (fixed := aligned[1].recalled[k]):
+                text = " ".join(reference.split()[span.start : span.end])
+                mentions.append(_Mention(text, aligned[not fixed].heard[k] or "(nothing)", card_id, fixed))
+                flags.add("fixed" if fixed else "broken")
         change, gain = changed_words(*texts[:2]), aligned[0].errors - aligned[1].errors
         flags |= {"changed"} if change else set()
         flags |= {"better"} if gain > 0 else {"worse"} if gain < 0 else set()
-    lines = [Line("reference", reference_pieces(reference, spans))]
+    lines = [Line("reference", align(reference, reference, spans).pieces)]
     lines += [Line(s.name, a.pieces, a.errors) for s, a in zip(comparison.systems, aligned, strict=True)]
     return Card(
         id=card_id,
@@ -153,22 +155,13 @@ def _change_card(change: Change, index: int) -> Card:
     )
 
 
-def _mentions(reference: str, spans: Sequence, base: Aligned, other: Aligned) -> Iterator[tuple[str, str, bool]]:
-    """(entity, what the system that is wrong has in its place, whether the second system is the right one)."""
-    words = reference.split()
-    for k, span in enumerate(spans):
-        if base.recalled[k] != other.recalled[k]:
-            up = other.recalled[k]
-            yield " ".join(words[span.start : span.end]), (base if up else other).heard[k] or "(nothing)", up
-
-
 def _counted(mentions: Iterable[_Mention]) -> tuple[EntityChange, ...]:
     """Alike entities as one line: the count, the most frequent wrong form, and the first card."""
     by_text: dict[str, list[_Mention]] = {}
     for mention in mentions:
-        by_text.setdefault(mention[0], []).append(mention)
+        by_text.setdefault(mention.text, []).append(mention)
     out = [
-        EntityChange(text, len(group), Counter(m[1] for m in group).most_common(1)[0][0], group[0][2])
+        EntityChange(text, len(group), Counter(m.heard for m in group).most_common(1)[0][0], group[0].card)
         for text, group in by_text.items()
     ]
     return tuple(sorted(out, key=lambda e: (-e.count, e.text))[:_MAX_ENTITIES])

@@ -46,14 +46,8 @@ class Aligned:
     heard: tuple[str, ...]
 
 
-def reference_pieces(reference: str, spans: Sequence[Span]) -> tuple[Piece, ...]:
-    """The reference with its entities marked."""
-    marks = _entity_marks(len(reference.split()), spans)
-    return _merge((word, "ok", *marks[i]) for i, word in enumerate(reference.split()))
-
-
 def align(reference: str, text: str, spans: Sequence[Span] = ()) -> Aligned:
-    """Marks a transcript by its minimum edit alignment (jiwer) with the reference.
+    """Marks the words of a transcript by its minimum edit alignment (jiwer) with the reference.
 
     Args:
         reference, text: normalised.
@@ -61,7 +55,11 @@ def align(reference: str, text: str, spans: Sequence[Span] = ()) -> Aligned:
     """
     ref, hyp = reference.split(), text.split()
     chunks = jiwer.process_words([reference], [text]).alignments[0]
-    marks = _entity_marks(len(ref), spans)
+    marks: list[tuple[bool, str]] = [(False, "")] * len(ref)
+    for span in spans:
+        for i in range(span.start, span.end):
+            names = dict.fromkeys([*filter(None, marks[i][1].split(", ")), *span.types])
+            marks[i] = (True, ", ".join(names))
     words: list[tuple[str, str, bool, str]] = []
     at: list[list[str]] = [[] for _ in ref]  # at[i]: the words in the place of reference word i
     for chunk in chunks:
@@ -78,13 +76,9 @@ def align(reference: str, text: str, spans: Sequence[Span] = ()) -> Aligned:
             kind = "ok" if chunk.type == "equal" else "sub"
             words += [(word, kind, *marks[i]) for i, word in zip(theirs, said, strict=True)]
             at[theirs.start : theirs.stop] = [[word] for word in said]
-    edges = [(span.start, span.end) for span in spans]
-    return Aligned(
-        pieces=_merge(words),
-        errors=sum(map(chunk_errors, chunks)),
-        recalled=tuple(recalled_spans(len(ref), chunks, edges)),
-        heard=tuple(" ".join(word for words_at in at[start:end] for word in words_at) for start, end in edges),
-    )
+    recalled = recalled_spans(len(ref), chunks, [(span.start, span.end) for span in spans])
+    heard = [" ".join(itertools.chain.from_iterable(at[span.start : span.end])) for span in spans]
+    return Aligned(_merge(words), sum(map(chunk_errors, chunks)), tuple(recalled), tuple(heard))
 
 
 def changed_words(before: str, after: str) -> int:
@@ -94,22 +88,13 @@ def changed_words(before: str, after: str) -> int:
 
 def diff_pieces(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Two transcripts with their differences marked: what went in the first, what came in the second."""
-    chunks = jiwer.process_words([before], [after]).alignments[0]
-    old, new = before.split(), after.split()
-    sides = [(old[c.ref_start_idx : c.ref_end_idx], new[c.hyp_start_idx : c.hyp_end_idx], c.type) for c in chunks]
-    return (
-        _merge((w, "ok" if kind == "equal" else "old", False, "") for words, _, kind in sides for w in words),
-        _merge((w, "ok" if kind == "equal" else "new", False, "") for _, words, kind in sides for w in words),
-    )
-
-
-def _entity_marks(size: int, spans: Sequence[Span]) -> list[tuple[bool, str]]:
-    marks: list[tuple[bool, str]] = [(False, "")] * size
-    for span in spans:
-        for i in range(span.start, span.end):
-            names = dict.fromkeys([*filter(None, marks[i][1].split(", ")), *span.types])
-            marks[i] = (True, ", ".join(names))
-    return marks
+    old: list[tuple[str, str, bool, str]] = []
+    new: list[tuple[str, str, bool, str]] = []
+    for c in jiwer.process_words([before], [after]).alignments[0]:
+        went, came = ("ok", "ok") if c.type == "equal" else ("old", "new")
+        old += [(word, went, False, "") for word in before.split()[c.ref_start_idx : c.ref_end_idx]]
+        new += [(word, came, False, "") for word in after.split()[c.hyp_start_idx : c.hyp_end_idx]]
+    return _merge(old), _merge(new)
 
 
 def _merge(words: Iterable[tuple[str, str, bool, str]]) -> tuple[Piece, ...]:

@@ -22,6 +22,7 @@ import openai
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.rewards.base import RefusedError
+from nemo_llm_feedback.rewards.remote.config import RemoteConfig, server_key
 
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line per request
@@ -50,30 +51,23 @@ class Client:
     """Asks one server; may be used by several threads at once.
 
     Args:
-        base_url: address of the server, without ``/v1``.
-        model: the model's name on the server.
-        key: sent with every request, or None; no message or log line holds it.
-        timeout_s: longest wait for one attempt of one request.
-        retries: attempts after the first.
-        max_in_flight: connections that are kept.
+        config: checked settings. The key that they name is sent with every request; no message or log line holds it.
 
     Attributes:
         num_retries: attempts after a first one so far.
     """
 
-    def __init__(
-        self, base_url: str, model: str, *, key: str | None, timeout_s: float, retries: int, max_in_flight: int
-    ) -> None:
-        self._base_url, self._model, self._key = base_url, model, key
-        self._timeout_s, self._retries = timeout_s, retries
-        url = urlsplit(base_url)
+    def __init__(self, config: RemoteConfig) -> None:
+        self._config, self._base_url = config, config.api_root
+        self._key = key = server_key(config.api_key_env or "")
+        url = urlsplit(self._base_url)
         if key is not None and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
-            logger.warning("The key for %s goes over plain http: use https.", base_url)
-        transport = _BoundedTransport(limits=httpx2.Limits(max_connections=max_in_flight))
+            logger.warning("The key for %s goes over plain http: use https.", self._base_url)
+        transport = _BoundedTransport(limits=httpx2.Limits(max_connections=config.max_in_flight))
         # Names of organisations and keys that the openai client finds in the environment are someone else's.
         transport.unsent = ("OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if key is None else []))
         self._openai = openai.OpenAI(
-            base_url=f"{base_url}/v1",
+            base_url=f"{self._base_url}/v1",
             api_key=key or "none",
             max_retries=0,  # its retries know no deadline over all attempts, and draw from the run's random state
             default_headers={"Accept-Encoding": "identity"},
@@ -122,9 +116,9 @@ class Client:
     ) -> list[dict[str, Any]]:
         """The choices of an answer in the order of the sequences; the server may give them in any."""
 
-        def send(timeout: httpx2.Timeout) -> Any:
+        def _send(timeout: httpx2.Timeout) -> Any:
             return self._openai.completions.with_raw_response.create(
-                model=self._model,
+                model=self._config.model,
                 prompt=[list(ids) for ids in sequences],
                 max_tokens=1,
                 temperature=1.0,
@@ -134,7 +128,7 @@ class Client:
                 **more,
             )
 
-        answer = self._ask(send, deadline)
+        answer = self._ask(_send, deadline)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise RewardError("the answer has no choices: is this a vLLM server?")
@@ -150,7 +144,7 @@ class Client:
         """The parsed answer, after as many attempts as are allowed where another one may help."""
         attempt = 0
         while True:
-            left = min(deadline - time.monotonic(), self._timeout_s)
+            left = min(deadline - time.monotonic(), self._config.timeout_s)
             if left <= 0:
                 raise RewardError(f"{self._base_url}: no time was left of reward.settings.deadline_s.")
             attempt, asked = attempt + 1, 0.0
@@ -167,7 +161,7 @@ class Client:
             # Exponential back-off with full jitter, and no less than what the server asked for.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (attempt - 1))
             wait = asked + longest * self._random.random()
-            if attempt > self._retries or time.monotonic() + wait >= deadline:
+            if attempt > self._config.retries or time.monotonic() + wait >= deadline:
                 raise RewardError(f"{self._base_url}: {reason} ({attempt} attempts).")
             self.num_retries += 1
             time.sleep(wait)

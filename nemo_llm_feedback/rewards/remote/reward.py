@@ -27,7 +27,7 @@ from nemo_llm_feedback.rewards.asking import Pair
 from nemo_llm_feedback.rewards.base import RefusedError, register
 from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
-from nemo_llm_feedback.rewards.remote.config import SETTINGS_KEY, RemoteConfig, parse_remote, server_key
+from nemo_llm_feedback.rewards.remote.config import SETTINGS_KEY, RemoteConfig, parse_remote
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +68,17 @@ class RemoteScorer:
                 f"reward=remote needs the openai client ({error}): pip install 'nemo_llm_feedback[remote]'."
             ) from error
         self._config = config
-        self._client = Client(
-            config.api_root,
-            config.model,
-            key=server_key(config.api_key_env or ""),
-            timeout_s=config.timeout_s,
-            retries=config.retries,
-            max_in_flight=config.max_in_flight,
-        )
+        self.client = Client(config)
         self.num_failed_requests = 0
         self._warned_long = False
         folder, tokenizer = load_tokenizer(config.tokenizer_source, config.revision, key=f"{SETTINGS_KEY}.tokenizer")
-        served = self._served_model()
+        models = self.client.models(deadline=self._deadline())
+        if config.model not in models:
+            raise RewardError(
+                f"{config.base_url} does not serve reward.settings.model={config.model}; it serves "
+                f"{', '.join(models) or 'nothing'}."
+            )
+        served = models[config.model]
         length = config.max_model_len or served.get("max_model_len")
         if not isinstance(length, int) or length < 16:
             raise RewardError(
@@ -101,11 +100,6 @@ class RemoteScorer:
     def uses_context(self) -> bool:
         """Whether the prompt template shows the context to the LLM at all."""
         return self.encoder.uses_context
-
-    @property
-    def num_retries(self) -> int:
-        """Attempts after a first one so far."""
-        return self._client.num_retries
 
     def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
         """Scores texts behind their contexts; equal (context, text) pairs are sent once.
@@ -150,36 +144,26 @@ class RemoteScorer:
         """Returns the sums of each batch, None for one that failed."""
         deadline = self._deadline()
 
-        def send(batch: tuple[Ids, list[Ids]]) -> list[float] | RewardError:
+        def _send(batch: tuple[Ids, list[Ids]]) -> list[float] | RewardError:
             try:
-                return self._client.sums(*batch, deadline=deadline)
+                return self.client.sums(*batch, deadline=deadline)
             except RefusedError:
                 raise
             except RewardError as error:
                 return error
 
         with ThreadPoolExecutor(max_workers=self._config.max_in_flight) as pool:
-            answers = list(pool.map(send, batches))
+            answers = list(pool.map(_send, batches))
         for (_, texts), answer in zip(batches, answers, strict=True):
             if isinstance(answer, RewardError):
                 self.num_failed_requests += 1
+                more = " Later ones are counted, not logged." if self.num_failed_requests == _LOGGED_FAILURES else ""
                 if self.num_failed_requests <= _LOGGED_FAILURES:
-                    last = self.num_failed_requests == _LOGGED_FAILURES
-                    more = " Later ones are counted, not logged." if last else ""
                     logger.warning("%d hypotheses got no score: %s%s", len(texts), answer, more)
         return [None if isinstance(answer, RewardError) else answer for answer in answers]
 
     def _deadline(self) -> float:
         return time.monotonic() + self._config.deadline_s
-
-    def _served_model(self) -> dict[str, Any]:
-        served = self._client.models(deadline=self._deadline())
-        if self._config.model not in served:
-            raise RewardError(
-                f"{self._config.base_url} does not serve reward.settings.model={self._config.model}; it serves "
-                f"{', '.join(served) or 'nothing'}."
-            )
-        return served[self._config.model]
 
     def _check_self(self) -> dict[str, TextScore]:
         """Scores short texts in several ways and returns their scores.
@@ -194,15 +178,15 @@ class RemoteScorer:
         prompt, deadline = self.encoder.encode_prompt(_PROBE_CONTEXT), self._deadline()
         texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
         try:
-            sums = self._client.sums(prompt, texts, deadline=deadline)
+            sums = self.client.sums(prompt, texts, deadline=deadline)
             for ids, whole in zip(texts, sums, strict=True):
                 if cut := len(ids) // 2:
-                    (first,) = self._client.sums(prompt, [ids[:cut]], deadline=deadline)
-                    (second,) = self._client.sums(prompt + ids[:cut], [ids[cut:]], deadline=deadline)
+                    (first,) = self.client.sums(prompt, [ids[:cut]], deadline=deadline)
+                    (second,) = self.client.sums(prompt + ids[:cut], [ids[cut:]], deadline=deadline)
                     self._compare("in two parts", first + second, whole, len(ids))
             start = prompt + (texts[0][:-1] or texts[0])
-            token, generated = self._client.generate(start, deadline=deadline)
-            (as_input,) = self._client.sums(start, [(token,)], deadline=deadline)
+            token, generated = self.client.generate(start, deadline=deadline)
+            (as_input,) = self.client.sums(start, [(token,)], deadline=deadline)
             self._compare("as a generated token", generated, as_input, 1)
         except RefusedError:
             raise
@@ -286,7 +270,18 @@ class RemoteReward(LLMReward):
         self._failed.clear()
         rows = super()._llm_part(groups)
         lost = [any((c, text) in self._failed for text in g.texts for c in (g.context, Context())) for g in groups]
-        self._count(lost)
+        self._recent.extend(lost)
+        self.num_groups += len(lost)
+        self.num_failed_groups += sum(lost)
+        if any(lost):
+            counts = sum(lost), len(lost), self.num_failed_groups, self.num_groups
+            logger.warning("%d of %d groups got no reward from the scoring server (%d of %d so far).", *counts)
+            if sum(self._recent) > self._max_failed * max(len(self._recent), _FEWEST):
+                raise RewardError(
+                    f"The scoring server failed {sum(self._recent)} of the last {len(self._recent)} groups, more than "
+                    f"reward.settings.max_failed={self._max_failed}: see the warnings above and the server's log. "
+                    "Answered scores are in the cache, and a run that is resumed does not ask for them again."
+                )
         return [[math.nan] * len(row) if is_lost else row for row, is_lost in zip(rows, lost, strict=True)]
 
     def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
@@ -294,26 +289,6 @@ class RemoteReward(LLMReward):
         for (context, texts), row in zip(requests, rows, strict=True):
             self._failed.update((context, text) for text, (s,) in zip(texts, row, strict=True) if s.num_tokens < 0)
         return rows
-
-    def _count(self, lost: Sequence[bool]) -> None:
-        self._recent.extend(lost)
-        self.num_groups += len(lost)
-        self.num_failed_groups += sum(lost)
-        if not any(lost):
-            return
-        logger.warning(
-            "%d of %d groups got no reward from the scoring server (%d of %d so far).",
-            sum(lost),
-            len(lost),
-            self.num_failed_groups,
-            self.num_groups,
-        )
-        if sum(self._recent) > self._max_failed * max(len(self._recent), _FEWEST):
-            raise RewardError(
-                f"The scoring server failed {sum(self._recent)} of the last {len(self._recent)} groups, more than "
-                f"reward.settings.max_failed={self._max_failed}: look at the warnings above and at the server's log. "
-                "Answered scores are in the cache, and a run that is resumed does not ask for them again."
-            )
 
     def _check_cache(self) -> None:
         """Compares the start-up check's score with that of the run that filled the cache."""
