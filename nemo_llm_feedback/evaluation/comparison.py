@@ -1,4 +1,4 @@
-"""Several systems on the same utterances: scores overall, by entity type and by group, for tables and reports."""
+"""Compares several systems on the same utterances: scores overall, by entity type and by group."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Member:
 
 @dataclass(frozen=True)
 class System:
-    """What one system made of the rows.
+    """The transcripts of one system.
 
     Attributes:
         name: shown in tables; unique.
-        texts: one transcript a row.
-        nbest: one N-best list a row, empty for rows without; or empty where there is none at all.
-        rtfx: seconds of audio transcribed in a second of wall time, loading of audio included; None if not measured.
+        texts: one transcript per row.
+        nbest: one N-best list per row, empty for rows without one; empty altogether where there are none.
+        rtfx: seconds of audio transcribed per second of wall time, loading of audio included; None if not measured.
     """
 
     name: str
@@ -45,7 +45,7 @@ class System:
     rtfx: float | None = None
 
     def select(self, rows: Sequence[int]) -> System:
-        """What it made of the rows at these positions."""
+        """The system's transcripts of the rows at these positions."""
         nbest = tuple(self.nbest[i] for i in rows) if self.nbest else ()
         return replace(self, texts=tuple(self.texts[i] for i in rows), nbest=nbest)
 
@@ -56,13 +56,13 @@ class Scoring:
 
     Attributes:
         normalizer: text normalisation of both sides, see `normalize.NORMALIZERS`.
-        context: of the run; its terms, with each row's own, are the list for false alarms. Without any term that list
+        context: the run's context; its terms and each row's are the list for false alarms. Without any term that list
             is all entity strings of the manifest.
         entities_key: manifest key of the entities.
         bias_key: manifest key of each utterance's word list for the B-WER mode; None = no B-WER.
         group_by: manifest keys whose values make groups.
         missing_entities: ``error`` refuses entities that their reference lacks, ``skip`` leaves them out, listed.
-        samples, seed: of the bootstrap.
+        samples, seed: of the bootstrap intervals.
     """
 
     normalizer: str = "basic"
@@ -82,7 +82,7 @@ class Breakdown:
     Attributes:
         title: ``entity type``, or the key.
         size_name: what ``groups`` count: ``mentions`` or ``utterances``.
-        metrics: of the tables.
+        metrics: columns of the tables.
         groups: value, its size, and the table of all systems.
     """
 
@@ -99,14 +99,14 @@ class Comparison:
     Attributes:
         rows: the U utterances that all systems transcribed.
         systems: in the order given; the first is the base of changes and tests.
-        scoring: how.
+        scoring: how they are scored.
         scores: system → counts.
         oracles: system → counts of the member of each N-best with fewest word errors; only of systems that have an
             N-best of every row.
         by_type: entity type → system → counts in which only entities and terms of that type count as such.
         by_group: group key → value → system → counts.
         spans: [U] entity mentions in the normalised references.
-        terms: number of different terms on the list for false alarms; ``terms_from`` says where it is from.
+        terms: number of different terms on the list for false alarms; ``terms_from`` names their origin.
     """
 
     rows: tuple[Row, ...]
@@ -175,8 +175,8 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
 
     Args:
         rows: with text.
-        systems: at least one, each with one text a row.
-        scoring: how.
+        systems: at least one, each with one text per row.
+        scoring: how they are scored.
 
     Raises:
         ManifestError: no rows, rows without reference, entities of unknown form or not in their reference.
@@ -187,7 +187,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     entities = row_entities(rows, scoring.entities_key)
     terms, source = _term_lists(rows, entities, scoring.context)
     bias = None
-    if scoring.bias_key:  # the single words of an utterance's list: the published scorer knows no phrases
+    if scoring.bias_key:  # the single words of an utterance's list: the published scorer has no phrases
         listed = row_entities(rows, scoring.bias_key)
         bias = [" ".join(_strings(row, found)).split() for row, found in zip(rows, listed, strict=True)]
     references = [row.text for row in rows]

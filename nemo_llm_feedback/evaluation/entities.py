@@ -1,4 +1,4 @@
-"""Entities of a manifest: strings or word spans, with an optional type, and where they stand in the reference.
+"""Entities of a manifest: strings or word spans, with an optional type, and where they occur in the reference.
 
 The manifest key holds a list whose items are strings, word spans ``[start, end)`` counted from 0, or objects
 ``{"text": …}``, ``{"span": [start, end]}`` or ``{"start": …, "end": …}`` with an optional ``type``; or an object that
@@ -48,11 +48,11 @@ def parse_entities(value: Any, *, type: str = "") -> list[TypedEntity]:
     """The entities of one manifest row, in the order of the manifest.
 
     Args:
-        value: of the manifest's key, in one of the forms of the module's docstring; None, ``""`` and ``[]`` are none.
-        type: of items that name none.
+        value: value of the manifest's key, in a form of the module's docstring; None, ``""`` and ``[]`` are none.
+        type: entity type of items that name none.
 
     Raises:
-        ValueError: another form; the message says which item.
+        ValueError: another form; the message names the item.
     """
     if value is None or value in ("", []):
         return []
@@ -101,7 +101,7 @@ def locate_all(
     Args:
         raw: references as given, which spans refer to.
         refs: the same, normalised.
-        entities: of each utterance; None = no utterance has any.
+        entities: the entities of each utterance; None = no utterance has any.
         clean: the normalisation.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Counts of one utterance from one alignment: word errors, their split by entity spans, false terms, B-WER.
+"""Counts the errors of one utterance from its alignment: word errors, their split by entity spans, false terms, B-WER.
 
 The definitions are in the docstring of `metrics`; the names of the counts are its `COLUMNS`.
 """

@@ -1,13 +1,13 @@
-"""Error rates of transcripts: WER, CER, entity WER, entity recall and false alarms, B-WER, with bootstrap intervals.
+"""The metrics: WER, CER, entity WER, entity recall and false alarms, B-WER, with bootstrap intervals.
 
 Every metric is a ratio of two counts summed over the corpus. `score_corpus` counts once per utterance; values,
 intervals and paired tests are then sums over rows of one integer table. Definitions (ours where the literature has
 none):
 
 - **WER, CER**: errors of the minimum edit alignment (jiwer) per reference word, or per character with spaces.
-- **EWER, U-WER**: the words of the WER's own alignment, split. To EWER go substitutions and deletions of reference
+- **EWER, U-WER**: the words of the WER's alignment, split. To EWER go substitutions and deletions of reference
   words inside an entity span and insertions strictly between two words of one span; everything else goes to U-WER, so
-  that the errors of both add up to the WER's. Each has its own reference words as denominator.
+  that the errors of both add up to the WER's. The denominator of each is its share of the reference words.
 - **Entity recall**: share of entity mentions without any error inside, by the same alignment. Every occurrence of an
   entity string in the reference is a mention; mentions may overlap and each counts.
 - **Entity false alarms**: occurrences of listed terms in the hypothesis, leftmost and longest first, without overlap,
@@ -155,9 +155,9 @@ def score_corpus(
     Args:
         references, hypotheses: one text per utterance; either may be empty.
         normalize: applied to all texts, entities, terms and bias words (see `normalize.get_normalizer`).
-        entities: of each utterance, as strings or word spans; without them EWER and recall are undefined (NaN).
+        entities: each utterance's entities, strings or word spans; without them EWER and recall are undefined (NaN).
         terms: the term list that each utterance was given, for false alarms; without it they are undefined.
-        bias_words: of each utterance, for the B-WER mode; without them B-WER is undefined.
+        bias_words: the word list of each utterance, for the B-WER mode; without them B-WER is undefined.
 
     Raises:
         ManifestError: no utterances, lists of different lengths, or spans outside their reference.
@@ -187,9 +187,9 @@ def bootstrap(scores: CorpusScores, metric: str, *, samples: int, seed: int) -> 
     Resamples in which the denominator is 0 are left out.
 
     Args:
-        scores: of one system.
+        scores: scores of one system.
         metric: a key of `METRICS`.
-        samples: number of resamples, some thousands.
+        samples: number of resamples, usually some thousands.
         seed: same seed, same interval.
     """
     (values,) = _resample([scores], metric, samples=samples, seed=seed)

@@ -1,4 +1,4 @@
-"""The model card: a Markdown file beside an exported ``.nemo`` on what it is and what changed. Inert text."""
+"""Writes the model card: a Markdown file beside an exported ``.nemo`` on how it was made and what changed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,9 @@ import jinja2
 
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
 from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores
-from nemo_llm_feedback.evaluation.records import Table
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 
 _TEMPLATES = Path(__file__).parent / "report" / "templates"
-_LABELS = {
-    "base": "Base",
-    "llm": "Language model (frozen, in training only)",
-    "objective": "Objective",
-    "reward": "Reward",
-    "steps": "Optimizer steps",
-    "averaged": "Mean of the weights of so many runs",
-    "interpolation": "Share of the run's weights in it, the rest is its base's",
-    "context_sha256": "SHA-256 of description and terms",
-    "plugin": "Made with",
-}
 
 
 def write_model_card(
@@ -44,7 +32,7 @@ def write_model_card(
             ``objective``, ``steps``, ``context_sha256``, ``plugin``, and ``before``/``after``, set → metric → value.
         before, after: validation set → scores, for intervals and tests; without them the table has the values that
             ``facts`` hold, and without those the card states that nothing was measured.
-        normalizer: text normalisation of the scores.
+        normalizer: name of the scores' text normalisation.
 
     Returns:
         The path written.
@@ -53,13 +41,11 @@ def write_model_card(
     shown = {key: value for key, value in facts.items() if key != "llm" or value is not None}
     if "llm" in shown:
         shown["llm"] = public_name(str(shown["llm"]))
-    tables = _values(facts)
+    tables = {}
     if before and after:
-        pairs = {name: {"before": old, "after": after[name]} for name, old in before.items()}
-        tables = {
-            name: build_table(pair, metrics=table_metrics(pair["before"]), base="before").table.to_markdown()
-            for name, pair in pairs.items()
-        }
+        for name, old in before.items():
+            made = build_table({"before": old, "after": after[name]}, metrics=table_metrics(old), base="before")
+            tables[name] = made.table.to_markdown()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -68,8 +54,8 @@ def write_model_card(
         name=path.stem,
         file=repr(path.name),
         facts=shown,
-        labels=_LABELS,
         tables=tables,
+        metrics=METRICS,
         normalization=f"{normalizer} ({NORMALIZER_WORDS[normalizer]})" if before and normalizer else None,
     )
     target = path.with_suffix(".md")
@@ -85,19 +71,6 @@ def public_name(model: str) -> str:
     """
     path = Path(model).expanduser()
     return path.name if path.is_absolute() or path.exists() else model
-
-
-def _values(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Tables without intervals, from the numbers inside the checkpoint."""
-    tables = {}
-    new = facts.get("after") or {}
-    for name, old in (facts.get("before") or {}).items():
-        known = [key for key in METRICS if key in old and key in new.get(name, {})]
-        titles = {key: f"{METRICS[key].title} ({METRICS[key].unit})" for key in known}
-        rows = [[titles[key], *(f"{float(values[key]):.1f}" for values in (old, new[name]))] for key in known]
-        if rows:
-            tables[str(name)] = Table(["metric", "before", "after"], rows).to_markdown()
-    return tables
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Ready transcripts: JSON Lines with ``audio_filepath`` and ``pred_text``, as NeMo's scripts write them."""
+"""Reads transcripts from a file: JSON Lines with ``audio_filepath`` and ``pred_text``, as NeMo's scripts write."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> Sys
     from the file's folder. ``nbest`` may hold strings, or objects with ``text`` and numbers (or a mapping of numbers).
 
     Args:
-        path: of the predictions.
+        path: the file.
         rows: the utterances.
-        name: of the system.
+        name: the system's name.
 
     Raises:
         ManifestError: unreadable lines, repeated utterances, or another set of utterances than the rows; all listed.
@@ -40,7 +40,7 @@ def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str) -> Sys
     faults += [f"{row.origin}: {row.audio} is not in it." for row, k in zip(rows, found, strict=True) if k is None]
     strangers = sorted(set(range(len(lines))) - {k for k in found if k is not None})
     if not faults:
-        faults += [f"{lines[k][0]}: {lines[k][1].get('audio_filepath')} is no row." for k in strangers]
+        faults += [f"{lines[k][0]}: {lines[k][1].get('audio_filepath')} is not among the rows." for k in strangers]
     if faults:
         head = (
             f"{path} and the {len(rows)} rows to score are not the same set ({len(faults)} fault(s)); systems are "

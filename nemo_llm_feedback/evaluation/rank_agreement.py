@@ -1,4 +1,4 @@
-"""Rank correlation within groups: does one judgement order the members of an utterance as another does?"""
+"""Rank correlation within N-best lists: do two judgements order the hypotheses of an utterance alike?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RankAgreement:
         spearman: Spearman's ρ, ties sharing their mean rank.
         kendall: Kendall's τ-b, which discounts ties.
         groups: how many had two judged members that differ in both judgements.
-        skipped: the others, about which ranks say nothing.
+        skipped: the others, for which ranks are undefined.
     """
 
     spearman: float

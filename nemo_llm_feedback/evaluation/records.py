@@ -1,4 +1,4 @@
-"""The one form of results: records as plain data and JSON, values as tables and as lists of facts."""
+"""Writes results: records as JSON, values as text or Markdown tables and as lists of facts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Table:
     """Values in named columns; None and '' leave a cell empty, NaN is shown as '–', numbers get two decimals.
 
     Attributes:
-        columns: their heads.
+        columns: the heads of the columns.
         rows: one value per column.
         caption: a sentence below.
     """

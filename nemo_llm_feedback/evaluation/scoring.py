@@ -20,7 +20,7 @@ def score_rows(
     Args:
         rows: with text.
         texts: one transcript per row.
-        run_context: whose terms, with the row's, are the list for false alarms.
+        run_context: the run's context; its terms and the row's are the list for false alarms.
         normalizer: name of the text normalisation of both sides.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables of systems × metrics with bootstrap intervals and changes."""
+"""Tables of several systems' metrics, with bootstrap intervals and the change against a base system."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cell:
         value, low, high: pooled value and 95 % interval in the metric's unit; NaN where undefined.
         change: relative change to the base system in %, negative = smaller; None for the base itself, without a base,
             and where the base's value is 0 or undefined.
-        p_value: of the paired test against the base; None where there is no such test.
+        p_value: p-value of the paired test against the base; None without such a test.
     """
 
     value: float
@@ -51,7 +51,7 @@ class ScoreTable:
         rows: system name → one cell per metric.
         base: the system that changes are relative to, or None.
         utterances: how many were scored.
-        samples, seed: of the bootstrap.
+        samples, seed: of the bootstrap intervals.
     """
 
     metrics: tuple[str, ...]
@@ -126,7 +126,7 @@ def build_table(
         metrics: keys of `metrics.METRICS`, in the order of the columns.
         base: name of the system that the others are compared with, or None for no comparison.
         samples: bootstrap resamples, some thousands.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         ConfigError: no systems, no metrics, an unknown metric or an unknown base.

@@ -1,4 +1,4 @@
-"""Transcripts and N-best lists of a manifest, without the side effects of ``transcribe()`` on a training model."""
+"""Transcribes the rows of a manifest, with N-best lists if wanted; unlike ``transcribe()`` it is safe in training."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def decode_rows(
         rows: manifest rows, not tarred.
         head: ``ctc``, ``transducer``, or ``auto`` = the one that ``transcribe`` would use.
         batch_size: rows per batch.
-        nbest: how many from which source; None = no N-best lists.
-        run_context: whose terms, with the row's, are boosted in the N-best.
-        skip_failing: a batch that fails is decoded again row by row, so that a bad row costs itself only; otherwise
-            the first failure is raised.
-        on_batch: receives the number of rows done.
+        nbest: settings of the N-best lists; None = no such lists.
+        run_context: the run's context; its terms and the row's are boosted in the N-best.
+        skip_failing: a batch that fails is decoded again row by row, so that only the bad row is lost; otherwise the
+            first failure is raised.
+        on_batch: called with the number of rows done.
 
     Raises:
         ConfigError: the model has no such head.
@@ -71,7 +71,7 @@ def decode_rows(
     proposer = Proposer(chosen, nbest) if nbest is not None else None
     proposing = 0.0
 
-    def decode(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Labels, NBest]]:
+    def _decode(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Labels, NBest]]:
         """Greedy labels and N-best of each row of a batch."""
         nonlocal proposing
         greedy = chosen.greedy(encoded, lengths, max_symbols=max_symbols)
@@ -84,7 +84,7 @@ def decode_rows(
     skipped = failures if skip_failing else None
     start = time.perf_counter()
     found = map_rows(
-        model, rows, decode, batch_size=batch_size, run_context=run_context, on_batch=on_batch, failures=skipped
+        model, rows, _decode, batch_size=batch_size, run_context=run_context, on_batch=on_batch, failures=skipped
     )
     seconds = time.perf_counter() - start - proposing
     worked = sum(row.duration for i, row in enumerate(rows) if i not in failures)
@@ -109,16 +109,16 @@ def propose_rows(
     chosen = heads_of(model, which=head)[0]
     proposer = Proposer(chosen, config)
 
-    def propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[list[str]]:
+    def _propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[list[str]]:
         """The texts of each row of a batch."""
         found = proposer.propose(encoded, lengths, audio.contexts)
         return [[chosen.vocabulary.ids_to_text(c.labels) for c in row] for row in found]
 
-    return [texts or [] for texts in map_rows(model, rows, propose, run_context=run_context)]
+    return [texts or [] for texts in map_rows(model, rows, _propose, run_context=run_context)]
 
 
 def decoding_max_symbols(model: Any) -> int:
-    """The labels per frame that the checkpoint's own greedy decoding allows; NeMo's default is 10."""
+    """The labels per frame that the checkpoint's greedy decoding allows; NeMo's default is 10."""
     greedy = (model.cfg.get("decoding") or {}).get("greedy") or {}
     return int(greedy.get("max_symbols") or greedy.get("max_symbols_per_step") or 10)
 

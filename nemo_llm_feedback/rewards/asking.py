@@ -1,4 +1,4 @@
-"""Base of the rewards that ask an LLM: answers are looked up before asking, groups without context are refused."""
+"""Base class of the rewards that ask an LLM: it caches the answers and refuses groups without context."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class AskingReward:
 
         Args:
             pairs: what is scored; a pair may come several times.
-            identities: of the scores of each pair, in their order: all else that they depend on.
+            identities: for each score of a pair, a name of everything else that it depends on.
             ask: (context, its texts) → per context, per text its scores; a context comes once, so that its prompt is
                 run once.
         """

@@ -1,4 +1,4 @@
-"""What a reward is, and how rewards are found by name."""
+"""The interface of rewards, and the registry that finds them by name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reference_scores(group: HypothesisGroup) -> tuple[float, ...]:
 
 
 class RefusedError(RewardError):
-    """A server refuses whatever this run would ask: trying on is of no use."""
+    """A server refuses whatever this run would ask: further attempts cannot help."""
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])

@@ -1,4 +1,4 @@
-"""Scores that survive batches, epochs and, on disk, runs.
+"""A cache of LLM scores, in memory or in an SQLite file that later runs share.
 
 A key is a hash of everything that a score depends on. A value is the raw sum of log-probabilities and the number of
 tokens, so that one entry serves every normalisation. Scores that are not finite are never kept.

@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum, with parts in their units or brought to a common one within the group.
+"""A weighted sum of several rewards, in their units or normalised within the group.
 
 R(h) = Σ_k w_k · f_k(r_k(h)), where f_k is, over the members of h's group that every component can judge:
 
@@ -27,7 +27,7 @@ from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register
 
 _STD_FLOOR = 1e-6
-_SHARED = ("asr", "length")  # parts that a reward which has an ASR and a length term itself would give twice
+_SHARED = ("asr", "length")  # parts that a reward with an ASR and a length term would give twice
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class CompositeReward:
 
     Args:
         components: at least one; weights are finite and not all 0. One of weight 0 is logged, and can make NaN.
-        name: of the reward.
+        name: the reward's name.
 
     Raises:
-        RewardError: no component, an unknown normalisation, or weights of which nothing comes.
+        RewardError: no component, an unknown normalisation, or weights that are not finite or all 0.
     """
 
     def __init__(self, components: Sequence[Component], *, name: str = "composite") -> None:

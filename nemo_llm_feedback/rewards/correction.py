@@ -1,4 +1,4 @@
-"""Nearness to the LLM's correction: it writes what was probably said, and members are compared with it.
+"""A reward by edit distance: the LLM writes a corrected transcript, and each hypothesis is compared with it.
 
 R(h) = −(words to insert, delete or substitute between h and the correction). One text is generated per group, so the
 LLM's opinion of the other members does not enter: a coarse reward that needs an instruct model.

@@ -1,15 +1,15 @@
 """Rewards about the context's terms: an LLM log-probability that weighs them, and two rules without an LLM.
 
-``entity`` is logP_LLM(h | context) + (weight − 1)·T(h), where T sums over the tokens of h that stand for a listed
+``entity`` is logP_LLM(h | context) + (weight − 1)·T(h), where T sums over the tokens of h that belong to a listed
 term. Log-probabilities are ≤ 0, so plain weighting (``relative: false``) makes every mention of a term dearer; by
 default T is therefore what the list does for these tokens, log p(token | context) − log p(token | context without
 terms): above 0 where the list makes them likelier, below where it does not.
 
-Names have prices, then: a small LLM spells one listed name with ten nats less than another of which it knows as
-little, and puts it where the other was said. With ``shared_price`` every mention of a listed term counts the same, the
+A small LLM can charge ten nats more for one listed name than for another of which it knows as little, and then puts
+the cheaper name where the other was spoken. With ``shared_price`` every mention of a listed term counts the same, the
 mean over the list of what each would count alone. That is a class of words whose members are equally likely (Brown et
-al., Class-based n-gram models of natural language, 1992, eq. 3, with P(w | class) = 1/K): the LLM says where a name
-fits, the recogniser which.
+al., Class-based n-gram models of natural language, 1992, eq. 3, with P(w | class) = 1/K): the LLM decides where a name
+fits, the recogniser which one.
 
 ``entity_hits`` counts the listed terms that a member mentions. ``entity_false_alarms`` counts, negatively, those
 mentions that nothing in the recogniser's best transcript looks or sounds like. Without a transcript a false alarm
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _Spelled(NamedTuple):
-    """The log-probability of a text, in nats: outside and inside its mentions, and inside for an LLM without list."""
+    """The log-probability of a text, in nats: outside and inside its mentions, and inside without the term list."""
 
     outside: float
     inside: float
@@ -51,9 +51,9 @@ class EntityReward(AskingReward):
 
     Args:
         scorer: the LLM.
-        weight: of those tokens; 1 is the plain log-probability.
+        weight: weight of those tokens; 1 gives the plain log-probability.
         relative: weigh what the term list changes for them instead of their whole log-probability.
-        shared_price: every mention counts the mean over the listed terms, not what its own tokens cost. For terms that
+        shared_price: every mention counts the mean over the listed terms, not what its tokens cost. For terms that
             the LLM knows equally little; of a menu it may well know which item is likely.
         cache, view, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
@@ -83,7 +83,7 @@ class EntityReward(AskingReward):
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N] in nats, and the parts ``entity`` (the same) and ``entity_terms``, in nats.
 
-        ``entity_terms`` is T or, with a shared price, what the mentions count in place of their own tokens.
+        ``entity_terms`` is T or, with a shared price, what the mentions count in place of their tokens.
 
         Raises:
             RewardError: a group has no context.

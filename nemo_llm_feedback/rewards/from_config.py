@@ -1,8 +1,8 @@
-"""From the section ``reward`` to a reward, and what can be said against that section before any work.
+"""Builds the reward that the section ``reward`` of the settings describes, and lists the faults of that section.
 
-``llm`` and ``remote`` hold the ASR and the length term themselves. ``judge``, ``correction``, ``entity`` and ``rules``
-get them here: R(h) = alpha·(their value) + asr_weight·log p_ref(h | audio) + beta·length(h). Single rules, Python
-functions and rewards by path are taken as they are, and so is ``composite``, whose components say it all.
+``llm`` and ``remote`` contain the ASR and the length term. ``judge``, ``correction``, ``entity`` and ``rules`` get
+these terms here: R(h) = alpha·(their value) + asr_weight·log p_ref(h | audio) + beta·length(h). Single rules, Python
+functions and rewards by path are taken as they are, and so is ``composite``, whose components are the whole reward.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def reward_from_config(config: RunConfig, scorer: Any) -> Reward:
 
 
 def corrector_from_config(config: RunConfig, scorer: Any) -> Corrector:
-    """The run's writer of corrections.
+    """The corrector that the settings describe.
 
     Raises:
         LLMError: ``llm.correction_template`` is faulty.

@@ -1,9 +1,9 @@
-"""The LLM as a judge: it is asked whether a transcript is right, and answers with one of a few fixed tokens.
+"""The LLM as a judge: it is asked whether a transcript is right and answers with one of a few fixed tokens.
 
 ``yes_no`` is P(yes) / (P(yes) + P(no)), in [0, 1]; ``log_odds`` is log P(yes) − log P(no), in nats, which does not
 saturate and adds to log-probabilities; ``rating`` is the expectation Σ k·P(k) / Σ P(k) of a digit. The probability
 that the LLM puts on the fixed answers at all is returned beside it: where it is small, the LLM would rather answer
-something else and its judgement means little.
+something else, and its judgement means little.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class JudgeReward(AskingReward):
     """A judgement of each member, as a number.
 
     Args:
-        judge: returns the log-probabilities of its answers.
+        answer_scorer: asks the LLM and returns the log-probabilities of the fixed answers.
         mode: ``yes_no``, ``log_odds`` (two answers, the good one first) or ``rating`` (answers that are numbers).
         cache, view, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
@@ -47,16 +47,18 @@ class JudgeReward(AskingReward):
 
     def __init__(
         self,
-        judge: AnswerScorer,
+        answer_scorer: AnswerScorer,
         *,
         mode: Mode = "yes_no",
         cache: ScoreCache | str | None = None,
         view: View | None = None,
         allow_no_context: bool = False,
     ) -> None:
-        super().__init__(reads_context=judge.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
-        self._judge, self._mode = judge, mode
-        self._numbers = _numbers(judge.answers, mode)
+        super().__init__(
+            reads_context=answer_scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context
+        )
+        self._scorer, self._mode = answer_scorer, mode
+        self._numbers = _numbers(answer_scorer.answers, mode)
         self._warned = False
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
@@ -68,16 +70,24 @@ class JudgeReward(AskingReward):
         """
         shown = self._shown(groups)
         pairs = [(group.context, text) for group in shown for text in group.texts]
-        found = self._scores(pairs, [f"{self._judge.identity}:{a}" for a in self._judge.answers], self._ask)
+        found = self._scores(pairs, [f"{self._scorer.identity}:{a}" for a in self._scorer.answers], self._ask)
         logps = {pair: [score.logp for score in scores] for pair, scores in found.items()}
         values = pad_groups([[self._value(logps[g.context, text]) for text in g.texts] for g in shown])
         mass = pad_groups([[sum(map(math.exp, logps[g.context, text])) for text in g.texts] for g in shown])
         mass = mass.clamp(max=1.0)  # a difference of rounded sums
-        self._watch(float(mass[values.isfinite()].mean()) if values.isfinite().any() else 1.0)
+        little = values.isfinite().any() and float(mean := mass[values.isfinite()].mean()) < _LITTLE
+        if little and not self._warned:
+            self._warned = True
+            logger.warning(
+                "The LLM puts only %.1f %% of its probability on the judge's answers %s: its judgement means little. "
+                "Use an instruct model, or other reward.settings.answers or reward.settings.template.",
+                100 * mean,
+                ", ".join(map(repr, self._scorer.answers)),
+            )
         return RewardOutput(values, {self.name: values, "judge_mass": mass})
 
     def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
-        return [[[TextScore(float(logp), 1) for logp in text] for text in row] for row in self._judge(requests)]
+        return [[[TextScore(float(logp), 1) for logp in text] for text in row] for row in self._scorer(requests)]
 
     def _value(self, logps: Sequence[float]) -> float:
         if not all(map(math.isfinite, logps)):
@@ -87,16 +97,6 @@ class JudgeReward(AskingReward):
         top = max(logps)
         weights = [math.exp(logp - top) for logp in logps]
         return sum(number * weight for number, weight in zip(self._numbers, weights, strict=True)) / sum(weights)
-
-    def _watch(self, mass: float) -> None:
-        if mass < _LITTLE and not self._warned:
-            self._warned = True
-            logger.warning(
-                "The LLM puts only %.1f %% of its probability on the judge's answers %s: its judgement means little. "
-                "Use an instruct model, or other reward.settings.answers or reward.settings.template.",
-                100 * mass,
-                ", ".join(map(repr, self._judge.answers)),
-            )
 
 
 def _numbers(answers: Sequence[str], mode: str) -> tuple[float, ...]:

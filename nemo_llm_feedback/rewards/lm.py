@@ -1,4 +1,4 @@
-"""The LLM reward: R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h).
+"""The LLM's log-probability as a reward: R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h).
 
 log p_ref comes from a frozen copy of the starting model, never from the model that learns: that would reinforce
 itself. Without it a fluent unrelated sentence beats the truth. The length term balances a summed log-probability's
@@ -50,8 +50,8 @@ class LLMReward(AskingReward):
     Args:
         scorer: the LLM.
         alpha: weight of the LLM's log-probability (natural log, after ``normalize``).
-        beta: reward a word; a character in scripts written without spaces.
-        normalize: of the LLM's log-probability: ``sum``; ``token`` or ``word``, divided by their number; ``pmi``,
+        beta: reward per word, or per character in scripts written without spaces.
+        normalize: form of the LLM's log-probability: ``sum``; ``token`` or ``word``, divided by their number; ``pmi``,
             minus the same without context.
         asr_weight: weight of ``group.ref_logp``; 0 = groups need none.
         allow_no_context: score groups that have no context instead of refusing.

@@ -1,4 +1,4 @@
-"""Rewards that need no LLM: the frozen reference's score, simple rules, and any Python function.
+"""Rewards without an LLM: the ASR model's log-probability, simple rules, and any Python function.
 
 The rules alone are hacked at once (``length`` by insertions, ``negative_length`` by deletions, ``repetition`` and
 ``edit_distance`` by what they cannot see): they are components and controls, not goals.
@@ -226,13 +226,13 @@ class CallableReward:
         return self._function(completions=texts, **columns)
 
 
-def as_reward(judge: Reward | RewardFunction) -> Reward:
+def as_reward(reward: Reward | RewardFunction) -> Reward:
     """Returns a reward as it is, and a plain Python function as a :class:`CallableReward`.
 
     Raises:
         RewardError: neither of the two, or a function whose signature does not fit.
     """
-    return judge if isinstance(judge, Reward) else CallableReward(judge)
+    return reward if isinstance(reward, Reward) else CallableReward(reward)
 
 
 _COLUMNS: dict[str, Callable[[HypothesisGroup, int], Any]] = {

@@ -45,7 +45,7 @@ def test_the_average_has_the_mean_of_the_weights(kind: str, nemo_file: Any, tmp_
             assert torch.equal(value, each[0][name])
     facts = read_config(tmp_path / "mean.nemo").adaptation
     assert dict(facts) == {"base": nemo_file(kind).name, "steps": 10, "averaged": 3}  # one run's numbers are not its
-    assert "Mean of the weights of so many runs: `3`" in (tmp_path / "mean.md").read_text()
+    assert "Number of runs whose weights are averaged: `3`" in (tmp_path / "mean.md").read_text()
     assert type(ASRModel.restore_from(str(tmp_path / "mean.nemo"), map_location="cpu")).__module__.startswith("nemo.")
 
 
@@ -83,7 +83,7 @@ def test_a_share_of_the_base_moves_the_weights_back(several: bool, nemo_file: An
             torch.testing.assert_close(value, 0.75 * mean + 0.25 * start[name])
     wanted = {"base": base.name, "steps": 10, "interpolation": 0.75}
     assert dict(read_config(out).adaptation) == wanted | ({"averaged": 2} if several else {})
-    assert "Share of the run's weights in it, the rest is its base's: `0.75`" in out.with_suffix(".md").read_text()
+    assert "Share of the run's weights (the rest is its base's): `0.75`" in out.with_suffix(".md").read_text()
 
 
 def test_the_base_of_a_share_may_be_a_pretrained_name(

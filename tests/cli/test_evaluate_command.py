@@ -133,7 +133,7 @@ def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> 
     ("rows", "lines", "words"),
     [
         (ROWS, ROWS[:2], "c.wav is not in it"),
-        (ROWS[:2], ROWS, "c.wav is no row"),
+        (ROWS[:2], ROWS, "c.wav is not among the rows"),
         (ROWS, [*ROWS, ROWS[0]], "occurs twice"),
         ([], ROWS, "has no line in it"),
         ([{**r, "text": ""} for r in ROWS], ROWS, "none of the 3 rows has a reference"),

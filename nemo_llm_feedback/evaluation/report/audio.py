@@ -1,4 +1,4 @@
-"""Audio small enough to live inside the page."""
+"""Encodes an utterance's audio so that it fits into the page."""
 
 from __future__ import annotations
 

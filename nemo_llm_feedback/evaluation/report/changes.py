@@ -1,15 +1,13 @@
-"""By which scores a transcript changed: both versions judged by the run's reward, and the adapted model's N-best."""
+"""Scores transcripts before and after adaptation by the run's reward, and makes the adapted model's N-best."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import map_rows
-from nemo_llm_feedback.asr.heads import Labels
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Hypothesis
 from nemo_llm_feedback.data.manifests import Row
@@ -27,12 +25,12 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Decoded, after: Deco
     """The rows whose normalised transcript changed, with the score parts of both transcripts.
 
     The acoustic part is log p(labels | audio) of the decoded labels under the frozen base, in nats, for both, so that
-    the scores show what the run's reward thinks of the change. The most changed also get an N-best, see
+    the scores show how the run's reward judges the change. The most changed also get an N-best, see
     :func:`adapted_nbest`.
 
     Args:
         model: after a run with feedback (its reference and reward are still there).
-        rows: that were transcribed.
+        rows: the transcribed rows.
         before, after: what the base and the adapted model made of them.
 
     Raises:
@@ -43,14 +41,23 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Decoded, after: Deco
     nbest = adapted_nbest(model, rows, before.texts, after.texts)
     normalize = get_normalizer(feedback.config.feedback.normalizer)
     changed = [i for i in range(len(rows)) if normalize(before.texts[i]) != normalize(after.texts[i])]
-    pairs = {rows[i].utterance: (before.labels[i], after.labels[i]) for i in changed}
+    labels = {rows[i].utterance: (before.labels[i], after.labels[i]) for i in changed}
+    head, sources = feedback.reference.heads[0], ("greedy", "policy")
 
-    def judge(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[dict[str, tuple[float, float]]]:
-        """The score parts of each row of a batch, whatever the adapted model encodes it to."""
-        return _judge(feedback, audio, [pairs[utterance] for utterance in audio.utterances])
+    def _judge(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[dict[str, tuple[float, float]]]:
+        """Score part → its values before and after, per row of a batch; the frozen base encodes the audio again."""
+        pairs = [labels[utterance] for utterance in audio.utterances]
+        logp = head.score(*feedback.reference.encode(audio.signal, audio.signal_len), pairs).cpu()
+        parts = {"asr": logp}
+        if feedback.maker.reward is not None:
+            texts = [[normalize(head.vocabulary.ids_to_text(y)) for y in pair] for pair in pairs]
+            members = [tuple(map(Hypothesis, *row, sources)) for row in zip(texts, pairs, strict=True)]
+            output = feedback.maker.reward(hypothesis_groups(audio.utterances, audio.contexts, members, logp))
+            parts = {"reward": output.values, **output.parts}
+        return [{name: tuple(values[b, :2].tolist()) for name, values in parts.items()} for b in range(len(pairs))]
 
     context = feedback.config.context.load()
-    scores = map_rows(model, [rows[i] for i in changed], judge, batch_size=_BATCH, run_context=context)
+    scores = map_rows(model, [rows[i] for i in changed], _judge, batch_size=_BATCH, run_context=context)
     return [
         Change(rows[i], before.texts[i], after.texts[i], found or {}, nbest[i])
         for i, found in zip(changed, scores, strict=True)
@@ -64,7 +71,7 @@ def adapted_nbest(
 
     Args:
         model: as in :func:`judged_changes`.
-        rows: that were transcribed.
+        rows: the transcribed rows.
         before, after: one transcript per row.
 
     Returns:
@@ -76,7 +83,7 @@ def adapted_nbest(
     edits = [changed_words(normalize(b), normalize(a)) for b, a in zip(before, after, strict=True)]
     wanted = sorted((i for i, words in enumerate(edits) if words), key=lambda i: -edits[i])[:MAX_NBEST]
 
-    def propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Member, ...]]:
+    def _propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[tuple[Member, ...]]:
         """The N-best of each row of a batch."""
         nbest, head = feedback.maker.make(audio, encoded, lengths), feedback.heads[0].name
         parts = (
@@ -88,30 +95,9 @@ def adapted_nbest(
 
     feedback.reference.to(model.device)
     context = feedback.config.context.load()
-    found = map_rows(model, [rows[i] for i in wanted], propose, batch_size=_BATCH, run_context=context)
+    found = map_rows(model, [rows[i] for i in wanted], _propose, batch_size=_BATCH, run_context=context)
     by_row = dict(zip(wanted, found, strict=True))
     return [by_row.get(i) or () for i in range(len(rows))]
-
-
-@torch.no_grad()
-def _judge(
-    feedback: Any, audio: Audio, pairs: Sequence[tuple[Labels, Labels]]
-) -> list[dict[str, tuple[float, float]]]:
-    """Score part → its value for the two label sequences, for each row of the batch."""
-    head, normalize = feedback.reference.heads[0], get_normalizer(feedback.config.feedback.normalizer)
-    logp = head.score(*feedback.reference.encode(audio.signal, audio.signal_len), pairs).cpu()
-    parts = {"asr": logp}
-    if feedback.maker.reward is not None:
-        members = [
-            tuple(
-                Hypothesis(normalize(head.vocabulary.ids_to_text(y)), y, source)
-                for y, source in zip(pair, ("greedy", "policy"), strict=True)
-            )
-            for pair in pairs
-        ]
-        output = feedback.maker.reward(hypothesis_groups(audio.utterances, audio.contexts, members, logp))
-        parts = {"reward": output.values, **output.parts}
-    return [{name: tuple(values[b, :2].tolist()) for name, values in parts.items()} for b in range(len(pairs))]
 
 
 def _unjudged_last(member: Member) -> tuple[bool, float]:

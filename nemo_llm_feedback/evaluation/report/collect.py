@@ -1,4 +1,4 @@
-"""Report data from an evaluation, from a finished adaptation, or from the folder of a run that did not finish."""
+"""Collects the data of a report: of an evaluation, of a finished adaptation, or of a run that has not finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluation_report(comparison: Comparison, *, left_out: Sequence[str] = ()) -
     """The report of one evaluation.
 
     Args:
-        comparison: of the systems.
+        comparison: the systems, scored.
         left_out: what a system failed on, one sentence per row.
     """
     names = [system.name for system in comparison.systems]
@@ -67,10 +67,10 @@ def adaptation_report(
         log_dir: folder of the run, with ``steps.jsonl`` where it was logged.
         rows: validation set → its rows; empty without validation.
         before, after: validation set → scores of the base and of the adapted model over these rows.
-        context: of the run; its terms are the list for false alarms.
-        normalizer: text normalisation of the run.
-        facts: ``base``, ``llm``, ``objective``, ``steps`` and whatever else is worth a line; nested values are left
-            out, None too.
+        context: the run's context; its terms are the list for false alarms.
+        normalizer: name of the run's text normalisation.
+        facts: ``base``, ``llm``, ``objective``, ``steps`` and further facts; nested values and None are left
+            out.
         settings: the composed configuration as plain containers; values of secret keys are hidden.
         nbest: validation set → the adapted model's N-best of each row, empty where none was made.
         changes: utterances without reference whose transcript changed.

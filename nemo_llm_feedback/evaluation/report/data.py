@@ -1,4 +1,4 @@
-"""What a report is made of, as plain records that a run folder keeps, so that the page can be written again."""
+"""The data of a report as plain records, kept in the run folder so that the page can be written again."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class _Transcripts(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything on the page but the training curves, which are read from ``steps.jsonl``.
+    """Everything on the page except the training curves, which are read from ``steps.jsonl``.
 
     Attributes:
-        title, subtitle: of the page.
+        title, subtitle: shown on top of the page.
         created: date and time, as shown; now by default.
         sets: name → comparison on a set with references; the target domain first.
         changes: utterances without reference whose transcript changed.
@@ -63,7 +63,7 @@ class ReportData:
         facts: label → value, the short list at the top.
         settings: the run's settings as YAML.
         versions: package → version.
-        commands: that made the report; this process's by default.
+        commands: command lines that made the report; this process's by default.
         notes: sentences on what was left out.
         steps_file: JSON Lines of the training metrics, or None.
     """

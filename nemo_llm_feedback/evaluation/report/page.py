@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
 from nemo_llm_feedback.evaluation.comparison import Comparison
-from nemo_llm_feedback.evaluation.metrics import PairedDifference, find_metric, paired_difference
+from nemo_llm_feedback.evaluation.metrics import find_metric, paired_difference
 from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
 from nemo_llm_feedback.evaluation.report.data import ReportData
 from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import list_utterances
-from nemo_llm_feedback.evaluation.tables import Cell
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -37,9 +36,9 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = _environment().get_template("report.html.j2").render(
         report=report,
-        headlines=list(_headlines(report.sets)),
         curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
         bars=bars,
+        paired_difference=paired_difference,
         listing=listing,
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
         players={card.id: data_uri(card.row) for card in played} if audio else None,
@@ -79,23 +78,3 @@ def _with_base(steps: list[dict[str, float]], sets: Mapping[str, Comparison]) ->
         start |= {f"val/{name}/{m}": base.value(m) for m in ("wer", "ewer") if m in comparison.metrics}
     logged = {name for step in steps for name in step}
     return [{name: value for name, value in start.items() if name in logged}, *steps]
-
-
-def _headlines(
-    sets: Mapping[str, Comparison],
-) -> Iterator[tuple[str, str, Cell, Cell | None, PairedDifference | None]]:
-    """(set, metric, base's cell, second system's cell, their difference) of the large numbers on top of the page.
-
-    Entity WER and WER of the first set, then WER of the others; WER and CER where there are no entities.
-    """
-    for k, (name, comparison) in enumerate(sets.items()):
-        wanted = (*(("ewer", "wer") if "ewer" in comparison.metrics else ("wer", "cer")), "false_alarms")
-        metrics = [metric for metric in (("wer",) if k else wanted) if metric in comparison.metrics]
-        table, samples, seed = comparison.table(metrics=metrics), comparison.scoring.samples, comparison.scoring.seed
-        names = list(table.rows)[:2]
-        for metric, base, other in zip(metrics, table.rows[names[0]], table.rows[names[-1]], strict=True):
-            if len(names) == 1:
-                yield name, metric, base, None, None
-            else:
-                first, second = (comparison.scores[system] for system in names)
-                yield name, metric, base, other, paired_difference(second, first, metric, samples=samples, seed=seed)

@@ -1,4 +1,4 @@
-"""Bars and training curves as inline SVG by matplotlib, in colours of the page's style sheet (light and dark)."""
+"""Draws the report's bars and training curves with matplotlib, as SVG in the colours of the style sheet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.evaluation.metrics import find_metric
 from nemo_llm_feedback.evaluation.tables import ScoreTable
 
-# matplotlib needs real colours: each stands for a variable of the style sheet, which replaces it in the SVG.
+# matplotlib needs real colours: each is replaced in the SVG by a variable of the style sheet.
 _INK, _MUTED, _LINE, _ACCENT = "#010203", "#040506", "#070809", "#0a0b0c"
 _SERIES = ("#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e")
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent"} | {
@@ -54,7 +54,7 @@ class Panel:
 
     Attributes:
         title, note: heading and explanation.
-        keys: metric name → label in the legend; a name that ends in ``/`` stands for all below it.
+        keys: regular expression of a metric's name → label in the legend; "" = what the expression's group matches.
         change: draw the change since the first (smoothed) value, so that series of different size share an axis.
         rule: a horizontal line, e.g. 1 for a ratio.
         smooth: draw the running mean over the raw values, where there are many.
@@ -147,9 +147,8 @@ def _series(panel: Panel, steps: Sequence[Mapping[str, float]]) -> dict[str, tup
     names = list(dict.fromkeys(name for step in steps for name in step))
     out = {}
     for pattern, label in panel.keys.items():
-        regex = re.compile(re.escape(pattern).replace(r"\*", "(.+)") + ("(.+)" if pattern.endswith("/") else "") + "$")
         for name in names:
-            match = regex.match(name)
+            match = re.fullmatch(pattern, name)
             points = [(step["step"], step[name]) for step in steps if name in step] if match else []
             if match and points:
                 x, y = np.array(points[:: max(1, len(points) // _MAX_POINTS)]).T

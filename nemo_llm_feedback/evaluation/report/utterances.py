@@ -1,4 +1,4 @@
-"""The list of utterances and the entities that were fixed or broken, from comparisons and from changes."""
+"""The report's list of utterances, and the entities that adaptation fixed or broke."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Card:
     """One utterance as the page shows it.
 
     Attributes:
-        id: anchor on the page.
+        id: the HTML id, for links.
         set_name: which set it belongs to.
         row: the manifest row.
-        lines: reference, base, adapted, as far as there are.
+        lines: reference, base and adapted transcript, as far as there are.
         change: words that differ between the first two systems; for one system its errors.
         gain: word errors that the second system has fewer than the first; None without reference or second system.
         flags: ``changed``, ``better``, ``worse``, ``wrong``, ``fixed`` and ``broken`` (of entities).
-        groups: manifest keys worth a chip, e.g. the speaker.
+        groups: values of the manifest's group keys, e.g. the speaker.
         scores: score part → (before, after).
         nbest: system → its N-best, best first.
     """

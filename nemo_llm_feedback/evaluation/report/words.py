@@ -1,4 +1,4 @@
-"""Transcripts as marked words: errors against the reference, entities, and what changed between two systems."""
+"""Marks the words of transcripts for the report: errors, entities, and what changed between two systems."""
 
 from __future__ import annotations
 

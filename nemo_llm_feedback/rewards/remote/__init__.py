@@ -1,1 +1,1 @@
-"""A reward whose LLM runs on a server."""
+"""A reward whose LLM runs on a vLLM server."""

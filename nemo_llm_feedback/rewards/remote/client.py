@@ -1,4 +1,4 @@
-"""Log-probabilities of token ids from a vLLM server, by its OpenAI-compatible completions API.
+"""HTTP client that gets log-probabilities of token ids from a vLLM server (OpenAI-compatible completions API).
 
 The token ids are made here, so no tokenisation of the server can change them, and vLLM answers with the ids beside the
 log-probabilities. Every answer is compared with what was asked, id by id: a shifted, reordered or cut answer is an
@@ -173,13 +173,13 @@ class Client:
             RefusedError, RewardError: one that it would.
         """
         status = response.status_code
-        says = self._hidden(" ".join(response.text.split()))[:300]
+        message = self._hidden(" ".join(response.text.split()))[:300]
         if status in _PASSING or status >= 500:
-            return f"status {status}: {says}"
+            return f"status {status}: {message}"
         if status in _REFUSED or 300 <= status < 400:
             fix = _REFUSED.get(status, "it redirects: give the final address as reward.settings.base_url")
-            raise RefusedError(f"{self._base_url} answers with status {status}; {fix}. It says: {says}")
-        raise RewardError(f"{self._base_url} refuses a request (status {status}: {says}).")
+            raise RefusedError(f"{self._base_url} answers with status {status}; {fix}. Its message: {message}")
+        raise RewardError(f"{self._base_url} refuses a request (status {status}: {message}).")
 
     def _hidden(self, text: str) -> str:
         """The text without the key, which some servers repeat in their messages."""

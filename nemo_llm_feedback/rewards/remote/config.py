@@ -1,4 +1,4 @@
-"""Settings of a scoring server: ``reward.settings`` of ``reward=remote``, checked before anything is sent."""
+"""Settings of a scoring server (``reward.settings`` of ``reward=remote``), checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _address(value: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError(f"is no address: give one such as http://localhost:8000, not {value!r}.")
+        raise ValueError(f"is not an address: give one such as http://localhost:8000, not {value!r}.")
     if url.username or url.password or url.query or url.fragment:
         # Settings go into logs, run folders and model cards; the value is not repeated for that reason.
         raise ValueError(
@@ -88,7 +88,7 @@ class RemoteConfig(BaseModel):
         max_in_flight: requests under way at once.
         batch_size: hypotheses in one request.
         max_failed: share of the recent groups without an answer above which the run stops.
-        max_model_len: longest sequence of the server's model in tokens; null = what ``/v1/models`` says.
+        max_model_len: longest sequence of the server's model in tokens; null = the value of ``/v1/models``.
         template, chat, chat_template_kwargs, max_context_tokens, max_terms, truecasing: what the LLM reads, as in the
             section ``llm``.
         check_against: folder of the same LLM on this machine; at start-up it is loaded unquantised, scores the check's

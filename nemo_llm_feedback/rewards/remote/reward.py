@@ -1,9 +1,9 @@
-"""The LLM reward of a scoring server: ``reward=remote`` with vLLM behind ``reward.settings.base_url``.
+"""The LLM reward with the LLM on a vLLM server: ``reward=remote``.
 
 R(h) = α·logP_LLM(h | context) + w·log p_ref(h | audio) + β·length(h) as with a local LLM, cache included: the same
-prompts and token ids, the forward elsewhere. A failed request makes the groups that needed it NaN; they are counted,
-never cached, and stop the run where they are too many. Such a group is asked for again when it is proposed anew, in
-the next refresh round.
+prompts and token ids, but the forward pass runs on the server. A failed request makes the groups that needed it NaN;
+they are counted, never cached, and stop the run where they are too many. Such a group is asked for again in the next
+refresh round, when it is proposed anew.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Ids = tuple[int, ...]
 _PROBE_CONTEXT = Context(description="a short test", terms=("one", "two"))
 _PROBE_TEXTS = ("one two three", "a", "two words and then some more of them")
 # Largest difference between two ways to the same score, in nats, times the root of the number of tokens: rounding in
-# half precision or 8 bit costs hundredths to a fifth of a nat a token, of either sign; a shifted token costs nats.
+# half precision or 8 bit costs hundredths to a fifth of a nat per token, of either sign; a shifted token costs nats.
 _TOLERANCE = 0.25
 _FAILED = TextScore(math.nan, -1)
 _LOGGED_FAILURES = 5
 _RECENT = 100  # groups whose failures decide whether the run goes on
-_FEWEST = 10  # as many groups count at least, so that one early failure is no 100 %
+_FEWEST = 10  # as many groups count at least, so that one early failure does not count as 100 %
 
 
 class RemoteScorer:
@@ -50,8 +50,8 @@ class RemoteScorer:
         config: checked settings (see :func:`parse_remote`).
 
     Attributes:
-        identity: changes whenever anything does that scores depend on, as far as this side can know.
-        probe_scores: of the start-up check's texts.
+        identity: changes whenever anything does that scores depend on, as far as the client can know.
+        probe_scores: scores of the start-up check's texts.
         num_failed_requests: requests that failed after all retries so far, without those of the start-up check.
 
     Raises:
@@ -82,7 +82,7 @@ class RemoteScorer:
         length = config.max_model_len or served.get("max_model_len")
         if not isinstance(length, int) or length < 16:
             raise RewardError(
-                f"{config.base_url} does not say how long a sequence {config.model} can read: set "
+                f"{config.base_url} does not report how long a sequence {config.model} can read: set "
                 "reward.settings.max_model_len to its context length in tokens."
             )
         self._room = length - 1  # one token is generated behind every sequence
@@ -218,10 +218,10 @@ class RemoteReward(LLMReward):
 
     Args:
         settings: what ``reward.settings`` holds; see :class:`RemoteConfig`.
-        alpha, beta, normalize, asr_weight, cache, allow_no_context: as of :class:`LLMReward`.
+        alpha, beta, normalize, asr_weight, cache, allow_no_context: see :class:`LLMReward`.
 
     Attributes:
-        remote: the server.
+        remote: scores texts on the server.
         num_groups, num_failed_groups: judged and failed groups so far.
 
     Raises:
