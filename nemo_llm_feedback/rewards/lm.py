@@ -32,12 +32,15 @@ class Scorer(Protocol):
     """What the reward needs of an LLM; ``llm.LLMScorer`` is one."""
 
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """Changes whenever anything does that scores depend on."""
 
     @property
-    def uses_context(self) -> bool: ...
+    def uses_context(self) -> bool:
+        """Whether the prompt shows the context to the LLM at all."""
 
-    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[TextScore]]: ...
+    def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> Sequence[Sequence[TextScore]]:
+        """Returns the score of each text behind its context, per (context, texts) request."""
 
 
 @register("llm")

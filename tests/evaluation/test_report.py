@@ -173,7 +173,7 @@ def test_without_references_it_shows_what_changed_and_by_which_scores(rows: list
     assert "llm −30.00 → −22.50" in text
     assert "llm · mean change +7.50" in text
     assert "higher in 1 of 1" in text
-    assert "1 -best of candidates" in text or "1-best of candidates" in text
+    assert "1-best of adapted" in text
 
 
 def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:

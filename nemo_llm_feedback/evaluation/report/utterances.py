@@ -70,7 +70,7 @@ class Card:
 
 @dataclass(frozen=True)
 class EntityChange:
-    """An entity that one system got right and the other did not, with how often and what stood in its place."""
+    """An entity that one system got right and the other did not, with how often and what was in its place."""
 
     text: str
     count: int
@@ -121,7 +121,7 @@ def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions:
         for k, span in enumerate(spans):
             if aligned[0].recalled[k] != (fixed := aligned[1].recalled[k]):
                 text = " ".join(reference.split()[span.start : span.end])
-                mentions.append(_Mention(text, aligned[not fixed].heard[k] or "(nothing)", card_id, fixed))
+                mentions.append(_Mention(text, aligned[not fixed].heard[k], card_id, fixed))
                 flags.add("fixed" if fixed else "broken")
         change, gain = changed_words(*texts[:2]), aligned[0].errors - aligned[1].errors
         flags |= {"changed"} if change else set()
@@ -151,7 +151,7 @@ def _change_card(change: Change, index: int) -> Card:
         change=changed_words(change.before, change.after),
         flags=("changed",),
         scores=change.scores,
-        nbest={"candidates": change.nbest[:_MAX_MEMBERS]} if change.nbest else {},
+        nbest={"adapted": change.nbest[:_MAX_MEMBERS]} if change.nbest else {},
     )
 
 

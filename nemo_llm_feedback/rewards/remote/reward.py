@@ -50,6 +50,7 @@ class RemoteScorer:
         config: checked settings (see :func:`parse_remote`).
 
     Attributes:
+        uses_context: whether the prompt template shows the context to the LLM at all.
         identity: changes whenever anything does that scores depend on, as far as the client can know.
         probe_scores: scores of the start-up check's texts.
         num_failed_requests: requests that failed after all retries so far, without those of the start-up check.
@@ -87,6 +88,7 @@ class RemoteScorer:
             )
         self._room = length - 1  # one token is generated behind every sequence
         self.encoder = PromptEncoder(tokenizer, config.prompting, max_positions=self._room)
+        self.uses_context = self.encoder.uses_context
         parts = {
             "model": [config.model, served.get("root"), config.version],
             "dialect": "vllm",  # caches of earlier versions stay valid
@@ -95,11 +97,6 @@ class RemoteScorer:
         }
         self.identity = f"remote:{config.model}:{hash_of(parts)[:16]}"
         self.probe_scores = self._check_self()
-
-    @property
-    def uses_context(self) -> bool:
-        """Whether the prompt template shows the context to the LLM at all."""
-        return self.encoder.uses_context
 
     def score(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[TextScore]]:
         """Scores texts behind their contexts; equal (context, text) pairs are sent once.
