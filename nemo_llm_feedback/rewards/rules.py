@@ -62,6 +62,10 @@ class RuleReward(GroupRuleReward):
     def __init__(self, name: str, rule: Callable[[str], float]) -> None:
         super().__init__(name, lambda group: [rule(text) for text in group.texts])
 
+    def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
+        """Returns values [B, N], which are also the only part and depend on no reference scores."""
+        return replace(super().__call__(groups), revalue=None)
+
 
 @register("asr")
 def asr_reward() -> GroupRuleReward:
