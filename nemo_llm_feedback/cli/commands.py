@@ -93,7 +93,7 @@ def transcribe(
         decoder_type: head of a hybrid model
         timestamps: word and segment times, in seconds
         cuda: number of the GPU
-        nbest: write so many hypotheses with all score parts
+        nbest: hypotheses to write per utterance, with all score parts
         choice: rescoring
     """
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
@@ -147,10 +147,10 @@ def evaluate(
         models: .nemo files; the first system is the base of the comparison
         manifest: NeMo manifest with text and, optionally, entities and context
         predictions: JSON Lines with audio_filepath and pred_text
-        head: of a hybrid model
+        head: head of a hybrid model
         batch_size: utterances per batch of the recogniser
         cuda: number of the GPU
-        oracle: also the oracle WER of each model's N-best, of so many hypotheses
+        oracle: also the oracle WER of each model's N-best; the value is its beam size
         scoring: how transcripts are scored
         b_wer: also B-WER; the value is the manifest key of each utterance's word list (entities if left out)
         json: write everything here too, as JSON

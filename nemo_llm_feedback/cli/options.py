@@ -64,11 +64,11 @@ class RescoringFlags:
     Attributes:
         rescore: choose among the N-best with an LLM
         rescoring: settings as YAML (conf/rescoring.yaml); flags win
-        quantization: of the LLM
+        quantization: quantisation of the LLM
         no_context: allow utterances without any context
         beam_size: hypotheses of the first pass
         boosted: more hypotheses from a beam boosted on the terms
-        boosting_weight: of that beam
+        boosting_weight: weight of the terms in that beam
         term_swap: more hypotheses with terms swapped in
     """
 
@@ -90,14 +90,14 @@ class ScoringFlags:
     """How transcripts are scored.
 
     Attributes:
-        normalizer: of both sides
+        normalizer: text normalisation of reference and transcript
         description: the domain in words, for the report
         terms: terms whose false alarms are counted
         entities_key: manifest key of the entities
         missing_entities: what to do with entities that their reference lacks
         group_by: manifest keys, e.g. speaker domain: a table per value
         samples: bootstrap resamples
-        seed: of the bootstrap
+        seed: seed of the bootstrap
     """
 
     _: KW_ONLY
@@ -121,9 +121,9 @@ class ProbeOptions:
         checkpoint: .nemo file or pretrained name
         manifest: NeMo manifest, with text or without
         utterances: rows that are taken, spread evenly over the manifest; 0 = all
-        head: of a hybrid model
+        head: head of a hybrid model
         batch_size: utterances per batch of the recogniser
-        cache: file or folder of LLM scores of earlier runs to read, and to add to
+        cache: file or folder of LLM scores: those of earlier runs are read, new ones added
     """
 
     checkpoint: str
