@@ -1,1 +1,1 @@
-"""The NeMo model seen from outside: heads, exact likelihood, sampling, the frozen reference, checkpoints."""
+"""Work on NeMo ASR models: heads, exact log p(y|x), sampling, the frozen reference, LoRA, ``.nemo`` files."""

@@ -1,4 +1,4 @@
-"""``.nemo`` files: what class one holds, and writing one that stock NeMo restores."""
+"""Reads the configuration and class of a ``.nemo`` file, and saves models so that stock NeMo restores them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SUPPORTED = (
 )
 _NEMO = "nemo.collections.asr.models."
 _REFUSED = {
-    "MultiTask": "an attention encoder-decoder (Canary) has no frame-synchronous lattice, so its log p is of "
-    "another kind than this plugin's",
-    "Prompt": "a prompt-conditioned model needs a prompt for every row, which unlabeled manifests do not carry",
+    "MultiTask": "an attention encoder-decoder (Canary) has no frame-synchronous lattice, on which "
+    "this plugin computes log p",
+    "Prompt": "a prompt-conditioned model needs a prompt per row, which unlabeled manifests do not have",
     "EOU": "an end-of-utterance model emits markers that no text reward can judge",
-    "MultiTalker": "a multitalker model needs speaker kernels for every row",
-    "MT": "a multitalker model needs speaker kernels for every row",
+    "MultiTalker": "a multitalker model needs speaker kernels per row",
+    "MT": "a multitalker model needs speaker kernels per row",
     "Transf": "an attention decoder has no frame-synchronous lattice",
     "SLU": "a spoken-language-understanding model emits no transcript",
 }
@@ -40,7 +40,7 @@ def read_config(path: str | Path) -> DictConfig:
     """The model configuration inside a ``.nemo``, without touching its weights.
 
     Raises:
-        CheckpointError: no such file, or not a ``.nemo``.
+        CheckpointError: the file is missing, or not a ``.nemo``.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -59,10 +59,14 @@ def read_config(path: str | Path) -> DictConfig:
 
 
 def supported_class(config: DictConfig, *, origin: str | Path) -> str:
-    """The name of the stock class that a checkpoint's exact ``target`` names.
+    """The stock class that a checkpoint's ``target`` names, without its module.
+
+    Args:
+        config: the checkpoint's model configuration.
+        origin: where it comes from, for messages.
 
     Raises:
-        CheckpointError: the class is not one of the six supported, or it has a loss or joint that is not; says why.
+        CheckpointError: the class, its loss or its joint is not supported; the message gives the reason.
     """
     target = str(config.get("target", ""))
     name = target.rsplit(".", 1)[-1]
@@ -75,7 +79,7 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
     loss = str(OmegaConf.select(config, "loss.loss_name"))
     if "multiblank" in loss or OmegaConf.select(config, "decoding.big_blank_durations"):
         raise CheckpointError(
-            f"{origin} is a multi-blank transducer, which cannot be adapted: big blanks need a lattice of their own. "
+            f"{origin} is a multi-blank transducer, which cannot be adapted: big blanks need another lattice. "
             "Use an RNN-T, TDT or CTC checkpoint."
         )
     if str(OmegaConf.select(config, "joint._target_")).endswith("HATJoint"):
@@ -86,9 +90,14 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
 
 
 def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[str]:
-    """Copies the artifacts (tokenizer, vocabulary …) of a restored model out of its ``.nemo``, registers the copies.
+    """Copies a restored model's artifacts (tokenizer, vocabulary …) out of its ``.nemo`` and registers the copies.
 
-    NeMo re-reads them from the source at every save; a moved or overwritten source would lose the trained model.
+    NeMo reads them from the source again at every save, so that a model whose source was moved or overwritten could no
+    longer be saved.
+
+    Args:
+        model: the restored model; its registered artifacts are changed.
+        path: the ``.nemo`` file that it was restored from.
 
     Returns:
         The folder of the copies, which must live as long as the model.
@@ -104,7 +113,7 @@ def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[
             name = os.path.basename(item.path).removeprefix("nemo:")
             source = archive.extractfile(members[name])
             assert source is not None
-            # NeMo prefixes a fresh hash to every saved copy; without taking the old one off, names would grow.
+            # NeMo prefixes a fresh hash to every saved copy; unless the old one is removed, names grow.
             plain = name.split("_", 1)[1] if len(name) > 33 and name[32] == "_" else name
             target = Path(folder.name) / name / plain
             target.parent.mkdir()
@@ -115,7 +124,13 @@ def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[
 
 @contextmanager
 def stock_config(model: Any, *, target: str, facts: dict[str, Any] | None) -> Iterator[None]:
-    """While saving, the model's config names the stock class and holds nothing of the plugin but inert facts."""
+    """While saving, the model's config names the stock class and holds nothing of the plugin but a record of the run.
+
+    Args:
+        model: a NeMo model.
+        target: dotted path of the stock class.
+        facts: stored under the key ``adaptation``, which NeMo ignores; None = nothing.
+    """
     original = model._cfg
     clean = copy.deepcopy(original)
     with open_dict(clean):

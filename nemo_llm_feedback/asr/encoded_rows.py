@@ -1,4 +1,4 @@
-"""Runs manifest rows through a model's encoder in batches, without training: for transcripts and N-best lists."""
+"""Runs a model's encoder over manifest rows in batches, without gradient: for transcripts and N-best lists."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def map_rows(
     on_batch: Callable[[int], None] = lambda done: None,
     failures: dict[int, str] | None = None,
 ) -> list[T | None]:
-    """What ``work`` makes of each row, in the rows' order.
+    """Encodes rows as :func:`encoded_rows` and applies a function to each batch; one result per row, in their order.
 
     Args:
         model, rows, batch_size, run_context: as in :func:`encoded_rows`.
@@ -63,13 +63,14 @@ def map_rows(
     results: list[T | None] = [None] * len(rows)
 
     def attempt(indices: Sequence[int]) -> str | None:
-        """Does the work on some rows; why it failed, or None."""
+        """Works on the rows of a batch; returns why it failed, or None."""
         try:
             found = work(*_encoded(model, [rows[i] for i in indices], run_context))
         except Exception as error:  # audio libraries and models raise anything
             if failures is None or (isinstance(error, FeedbackError) and not isinstance(error, DecodingError)):
                 raise
-            return _reason(error)
+            message = (str(error).strip().splitlines() or ["no message"])[0][:200]
+            return message if isinstance(error, DecodingError) else f"{type(error).__name__}: {message}"
         for i, result in zip(indices, found, strict=True):
             results[i] = result
         return None
@@ -85,11 +86,7 @@ def map_rows(
 
 
 def _encoded(model: Any, rows: Sequence[Row], run_context: Context | None) -> tuple[Audio, Tensor, Tensor]:
+    """The audio of some rows, [B, D, T] encoder output and [B] frames."""
     rate = int(model.cfg.preprocessor.sample_rate)
     audio = load_audio(rows, sample_rate=rate, device=model.device, run_context=run_context)
     return audio, *encode(model, audio.signal, audio.signal_len)
-
-
-def _reason(error: Exception) -> str:
-    message = (str(error).strip().splitlines() or ["no message"])[0][:200]
-    return message if isinstance(error, DecodingError) else f"{type(error).__name__}: {message}"

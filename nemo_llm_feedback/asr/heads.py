@@ -1,7 +1,7 @@
-"""The heads of a NeMo model behind one interface: exact log p(y | x), beam search, greedy and exact sampling.
+"""One interface to the CTC and the transducer head of a NeMo model: log p(y | x), beam and greedy search, samples.
 
-A :class:`Head` borrows the model's modules, so it can stay in a plain holder outside the module tree. Two kinds of
-model use it: the policy that learns, and the frozen reference.
+A :class:`Head` borrows the model's modules and is not a module itself, so it can be kept outside the module tree. The
+policy that learns and the frozen reference both have heads.
 """
 
 from __future__ import annotations
@@ -14,22 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.asr.likelihood import (
-    MEMORY_BUDGET_MB,
-    Band,
-    JointCells,
-    ctc_divergence,
-    ctc_log_prob,
-    transducer_divergence,
-    transducer_log_prob,
-)
+from nemo_llm_feedback.asr import likelihood
+from nemo_llm_feedback.asr.likelihood import MEMORY_BUDGET_MB, Band, JointCells
 from nemo_llm_feedback.asr.sampling import collapse, sample_ctc, sample_transducer
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 Labels = tuple[int, ...]
 
-# NeMo's ``GPUBoostingTreeModel`` and its weight.
+# NeMo's ``GPUBoostingTreeModel`` and its weight in the beam search.
 Boosting = tuple[Any, float]
 
 # A log-probability; −∞ would make NaNs in NeMo's beam.
@@ -78,7 +71,7 @@ class Head(ABC):
 
     Attributes:
         name: ``ctc`` or ``transducer``.
-        vocabulary: its labels; blank is the id after the last one.
+        vocabulary: the head's labels; blank is the id after the last one.
     """
 
     name: str
@@ -93,11 +86,11 @@ class Head(ABC):
         Args:
             encoded: [B, D, T] encoder output.
             lengths: [B] frames.
-            labels: B rows of label sequences without blank; rows of any size, sequences of any length.
+            labels: per batch row a list of label sequences without blank, of any number and length.
 
         Returns:
-            [B, N] natural log, N the largest row, float32 (float64 for a model in float64), with gradient; −inf where
-            the audio is too short for the text, and on the padding of smaller rows.
+            [B, N] natural log, N the most hypotheses of a row, float32 (float64 for a model in float64), with
+            gradient; −inf where the audio is too short for the text, and on the padding of rows with fewer hypotheses.
         """
         places = [(b, n) for b, row in enumerate(labels) for n in range(len(row))]
         rows, columns = torch.tensor(places, dtype=torch.long, device=encoded.device).reshape(-1, 2).unbind(1)
@@ -108,7 +101,7 @@ class Head(ABC):
 
     @abstractmethod
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
-        """What :meth:`score` computes, on a trie.
+        """What :meth:`score` computes, for the hypotheses of a trie.
 
         Args:
             encoded: [B, D, T] encoder output.
@@ -130,7 +123,7 @@ class Head(ABC):
             reference: the same kind of head, frozen.
             ref_encoded: [B, D, T] the reference's encoder output of the same audio.
             lengths: [B] frames.
-            labels: one label sequence per row, along whose alignments a transducer is compared; not read by CTC.
+            labels: one label sequence per row, along whose alignments a transducer is compared; CTC ignores it.
 
         Returns:
             [B] KL(reference ‖ policy) summed along the audio, nats per utterance, with gradient.
@@ -145,9 +138,9 @@ class Head(ABC):
         Args:
             encoded: [B, D, T] encoder output, no gradient needed.
             lengths: [B] frames.
-            size: beam size = largest number of sequences.
+            size: beam size, which is also the largest number of sequences per row.
             max_symbols: largest number of labels in one frame (transducers).
-            boosting: for phrase boosting.
+            boosting: NeMo's boosting tree and its weight, or None.
         """
 
     @abstractmethod
@@ -164,7 +157,7 @@ class CTCHead(Head):
 
     Args:
         decoder: NeMo's ``ConvASRDecoder``.
-        vocabulary: its labels; blank is the id after the last one.
+        vocabulary: the head's labels; blank is the id after the last one.
     """
 
     name = "ctc"
@@ -176,11 +169,11 @@ class CTCHead(Head):
     def _log_probs(self, encoded: Tensor) -> Tensor:
         """[B, T, V+1] log-probabilities in float32 whatever the autocast, or in float64 for a model in float64."""
         log_probs = self._decoder(encoder_output=encoded)
-        return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+        return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
 
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
         """See :class:`Head`; without a joint the lattice is small and needs no budget."""
-        return ctc_log_prob(self._log_probs(encoded), lengths, trie)
+        return likelihood.ctc_log_prob(self._log_probs(encoded), lengths, trie)
 
     def divergence(
         self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]
@@ -189,7 +182,7 @@ class CTCHead(Head):
         assert isinstance(reference, CTCHead)
         with torch.no_grad():
             frozen = reference._log_probs(ref_encoded)
-        return ctc_divergence(self._log_probs(encoded), frozen, lengths)
+        return likelihood.ctc_divergence(self._log_probs(encoded), frozen, lengths)
 
     def beam(
         self, encoded: Tensor, lengths: Tensor, *, size: int, max_symbols: int, boosting: Boosting | None = None
@@ -199,14 +192,13 @@ class CTCHead(Head):
 
         with torch.no_grad():
             log_probs = without_padding(self._log_probs(encoded), lengths)
-            search = BatchedBeamCTCComputer(
-                blank_index=self.vocabulary.vocab_size,
-                beam_size=size,
-                return_best_hypothesis=False,
-                beam_beta=0.0,
-                allow_cuda_graphs=False,
+            options = {
+                "return_best_hypothesis": False,
+                "beam_beta": 0.0,
+                "allow_cuda_graphs": False,
                 **_fusion(boosting),
-            )
+            }
+            search = BatchedBeamCTCComputer(blank_index=self.vocabulary.vocab_size, beam_size=size, **options)
             found = search(log_probs, lengths).to_nbest_hyps_list(score_norm=False)
         return nbest_labels(found[: len(lengths)])
 
@@ -229,9 +221,9 @@ class TransducerHead(Head):
     Args:
         decoder: NeMo's prediction network.
         joint: NeMo's joint network.
-        vocabulary: its labels; blank is the id after the last one.
+        vocabulary: the head's labels; blank is the id after the last one.
         durations: TDT's durations in frames; empty for RNN-T.
-        memory_budget_mb: bound of the joint's working memory.
+        memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
         band: leaves out lattice cells that hold next to no probability (eval mode only); None = exact.
     """
 
@@ -254,16 +246,14 @@ class TransducerHead(Head):
 
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
         """See :class:`Head`."""
-        frames = encoded.transpose(1, 2)
-        limits: dict[str, Any] = {"memory_budget_mb": self._budget, "band": self._band}
-        return transducer_log_prob(
-            frames, lengths, trie, self._decoder, self._joint, durations=self.durations, **limits
-        )
+        options: dict[str, Any] = {"memory_budget_mb": self._budget, "band": self._band, "durations": self.durations}
+        parts = encoded.transpose(1, 2), lengths, trie, self._decoder, self._joint
+        return likelihood.transducer_log_prob(*parts, **options)
 
     def cells(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> JointCells:
-        """What the joint is evaluated in, within the memory budget; arguments as in :meth:`log_prob`."""
-        frames, budget = encoded.transpose(1, 2), self._budget
-        return JointCells.of(frames, lengths, trie, self._decoder, self._joint, memory_budget_mb=budget)
+        """The cells of the lattice, which the joint is evaluated in; arguments as in :meth:`log_prob`."""
+        parts = encoded.transpose(1, 2), lengths, trie, self._decoder, self._joint
+        return JointCells(*parts, memory_budget_mb=self._budget)
 
     def divergence(
         self, encoded: Tensor, reference: Head, ref_encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]
@@ -273,7 +263,7 @@ class TransducerHead(Head):
         trie = PrefixTrie.build(labels, range(len(labels))).to(encoded.device)
         with torch.no_grad():
             frozen = reference.cells(ref_encoded, lengths, trie)
-        return transducer_divergence(self.cells(encoded, lengths, trie), frozen, durations=self.durations)
+        return likelihood.transducer_divergence(self.cells(encoded, lengths, trie), frozen, durations=self.durations)
 
     def beam(
         self, encoded: Tensor, lengths: Tensor, *, size: int, max_symbols: int, boosting: Boosting | None = None
@@ -283,40 +273,26 @@ class TransducerHead(Head):
         from nemo.collections.asr.parts.submodules.tdt_beam_decoding import BeamBatchedTDTInfer
         from nemo.collections.asr.parts.utils.batched_beam_decoding_utils import BlankLMScoreMode, PruningMode
 
-        search = self._search(
-            BeamBatchedRNNTInfer,
-            BeamBatchedTDTInfer,
-            beam_size=size,
-            search_type="malsd_batch",
-            max_symbols_per_step=max_symbols,
-            blank_lm_score_mode=BlankLMScoreMode.LM_WEIGHTED_FULL,
-            pruning_mode=PruningMode.LATE,
-            allow_cuda_graphs=False,
-            return_best_hypothesis=False,
-            **_fusion(boosting),
+        modes = {"blank_lm_score_mode": BlankLMScoreMode.LM_WEIGHTED_FULL, "pruning_mode": PruningMode.LATE}
+        options = {"allow_cuda_graphs": False, "return_best_hypothesis": False, "max_symbols_per_step": max_symbols}
+        search = (BeamBatchedTDTInfer if self.durations else BeamBatchedRNNTInfer)(
+            beam_size=size, search_type="malsd_batch", **modes, **options, **_fusion(boosting), **self._modules()
         )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
         return nbest_labels(found)
 
-    def _search(self, rnnt: Any, tdt: Any, **settings: Any) -> Any:
-        """One of NeMo's searches, of the two classes that it has for each."""
-        modules = {"decoder_model": self._decoder, "joint_model": self._joint}
-        if self.durations:
-            return tdt(durations=list(self.durations), blank_index=self.vocabulary.vocab_size, **modules, **settings)
-        return rnnt(blank_index=self.vocabulary.vocab_size, **modules, **settings)
+    def _modules(self) -> dict[str, Any]:
+        """What NeMo's searches need of the model."""
+        durations = {"durations": list(self.durations)} if self.durations else {}
+        blank = self.vocabulary.vocab_size
+        return {"decoder_model": self._decoder, "joint_model": self._joint, "blank_index": blank, **durations}
 
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
         """See :class:`Head`; NeMo's batched greedy search."""
-        from nemo.collections.asr.parts.submodules.rnnt_greedy_decoding import (
-            GreedyBatchedRNNTInfer,
-            GreedyBatchedTDTInfer,
-        )
+        from nemo.collections.asr.parts.submodules import rnnt_greedy_decoding as nemo
 
-        search = self._search(
-            GreedyBatchedRNNTInfer,
-            GreedyBatchedTDTInfer,
-            max_symbols_per_step=max_symbols,
-            use_cuda_graph_decoder=False,
+        search = (nemo.GreedyBatchedTDTInfer if self.durations else nemo.GreedyBatchedRNNTInfer)(
+            max_symbols_per_step=max_symbols, use_cuda_graph_decoder=False, **self._modules()
         )
         (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
         return [plain_labels(hyp.y_sequence) for hyp in found]
@@ -329,7 +305,7 @@ class TransducerHead(Head):
 
 
 def _fusion(boosting: Boosting | None) -> dict[str, Any]:
-    """Arguments of NeMo's searches."""
+    """The arguments by which NeMo's beam searches boost phrases."""
     return {} if boosting is None else {"fusion_models": [boosting[0]], "fusion_models_alpha": [boosting[1]]}
 
 
@@ -344,7 +320,7 @@ def nbest_labels(found: Sequence[Any]) -> list[list[Labels]]:
 
 
 def without_padding(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """CTC's [B, T, V+1] log-probabilities with a certain blank on the frames behind each row's length, [B].
+    """CTC's [B, T, V+1] log-probabilities, with blank certain in the frames behind each row's length, [B].
 
     NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
     """
@@ -368,21 +344,17 @@ def heads_of(
         ConfigError: the model lacks the head asked for.
     """
     heads: list[Head] = []
-    ctc_decoder = model.decoder
+    ctc_decoder, tokenizer = model.decoder, getattr(model, "tokenizer", None)
     if hasattr(model, "joint"):
         ctc_decoder = getattr(model, "ctc_decoder", None)
         durations = model.cfg.loss.tdt_kwargs.durations if model.joint.num_extra_outputs > 0 else ()
         limits: dict[str, Any] = {"memory_budget_mb": memory_budget_mb, "band": band}
-        vocabulary = _vocabulary(model, model.joint.vocabulary)
+        vocabulary = Vocabulary(tokenizer, tuple(model.joint.vocabulary))
         heads.append(TransducerHead(model.decoder, model.joint, vocabulary, durations=durations, **limits))
     if ctc_decoder is not None:
-        heads.append(CTCHead(ctc_decoder, _vocabulary(model, ctc_decoder.vocabulary)))
+        heads.append(CTCHead(ctc_decoder, Vocabulary(tokenizer, tuple(ctc_decoder.vocabulary))))
     chosen = [head for head in heads if which in ("auto", "both", head.name)]
     if not chosen or (which == "both" and len(heads) < 2):
         has = " and ".join(head.name for head in heads)
         raise ConfigError(f"feedback.heads={which}: {type(model).__name__} has only {has}; use feedback.heads=auto.")
     return chosen
-
-
-def _vocabulary(model: Any, labels: Sequence[str]) -> Vocabulary:
-    return Vocabulary(tokenizer=getattr(model, "tokenizer", None), labels=tuple(labels))

@@ -1,4 +1,4 @@
-"""LoRA on the encoder by PEFT: put in before training, merged into plain weights on export."""
+"""Adds LoRA to the encoder by PEFT before training, and merges it into plain weights on export."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_llm_feedback.core.errors import ConfigError
 
 
 def choose_parameters(model: Any, config: ParametersConfig) -> None:
-    """Freezes what shall not learn, and puts LoRA into the encoder where it is asked for.
+    """Freezes parameters and adds LoRA to the encoder, as the settings ask for.
 
     Args:
         model: a NeMo model; changed in place.
-        config: what learns.
+        config: the settings of what learns.
 
     Raises:
         ConfigError: PEFT is not installed, or the encoder has no linear layer.
@@ -34,8 +34,8 @@ def inject(model: Any, *, rank: int, alpha: int) -> None:
 
     Args:
         model: a NeMo model; changed in place.
-        rank: of the update.
-        alpha: the update is alpha / rank · B·A.
+        rank: rank of the update.
+        alpha: scale; the update of a weight is alpha / rank · B·A.
 
     Raises:
         ConfigError: PEFT is not installed, or the encoder has no linear layer.
@@ -56,7 +56,7 @@ def has_lora(model: Any) -> bool:
 
 
 def merged_state_dict(model: Any) -> dict[str, Tensor]:
-    """The state dict under the stock names, with every update added to the weight it belongs to."""
+    """The state dict under the names of the stock model, with every LoRA update added to its weight."""
     from peft.tuners.lora import LoraLayer
 
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -75,7 +75,7 @@ def merged_state_dict(model: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def merged(model: Any) -> Iterator[None]:
-    """While inside, ``model.state_dict()`` is the merged one; for saving."""
+    """While inside, ``model.state_dict()`` returns :func:`merged_state_dict`; for saving."""
     if not has_lora(model):
         yield
         return

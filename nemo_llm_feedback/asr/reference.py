@@ -1,4 +1,4 @@
-"""Encoding in eval mode, and the frozen reference: a copy of the starting model outside the module tree."""
+"""Encodes audio in eval mode, by the model or by a frozen copy of the starting model (the reference)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
-    """BatchNorm layers in eval mode, so that a pseudo-labelled step leaves their statistics alone."""
+    """BatchNorm layers in eval mode, so that a step on pseudo-labels leaves their running statistics as they are."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if active else []
     with in_modes([(layer, False) for layer in layers]):
         yield
@@ -56,7 +56,7 @@ def recomputed_layers(encoder: Any, *, active: bool) -> Iterator[None]:
 
 
 def _evaluated(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The second run happens in the backward, when the model is in train mode again."""
+    """Runs a layer in eval mode: its second run is in the backward pass, when the model is in train mode again."""
     with evaluation_mode(layer):
         return forward(*args, **kwargs)
 
@@ -65,7 +65,7 @@ def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = Fa
     """Runs preprocessor and encoder.
 
     Args:
-        parts: a NeMo model or the frozen reference; in eval mode.
+        parts: a NeMo model or the frozen reference, in eval mode.
         signal: [B, S] waveform samples in [−1, 1].
         signal_len: [B] samples.
         augment: masks parts of the features by the model's SpecAugment.
@@ -73,8 +73,7 @@ def encode(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool = Fa
     Returns:
         [B, D, T] encoder output and [B] frames.
     """
-    encoded, lengths = parts.encoder(**_features(parts, signal, signal_len, augment=augment))
-    return encoded, lengths
+    return parts.encoder(**_features(parts, signal, signal_len, augment=augment))
 
 
 def _features(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool) -> dict[str, Tensor]:
@@ -92,13 +91,13 @@ def encode_both(
 
     Args:
         model: the policy, in eval mode.
-        reference: of the same architecture.
+        reference: the frozen reference, of the same architecture.
         signal: [B, S] waveform samples in [−1, 1].
         signal_len: [B] samples.
         augment: masks parts of the features by the model's SpecAugment, the same for both.
 
     Returns:
-        [B, D, T] the policy's output, [B, D, T] the reference's, [B] frames.
+        [B, D, T] the policy's encoder output, [B, D, T] the reference's, and [B] frames.
     """
     features = _features(model, signal, signal_len, augment=augment)
     encoded, lengths = model.encoder(**features)
@@ -108,7 +107,7 @@ def encode_both(
 
 
 class FrozenReference:
-    """A frozen copy of the model as it is now; not a module, so nothing of it reaches a state dict or an optimizer.
+    """A frozen copy of a model. It is not a module, so that no state dict and no optimizer sees its weights.
 
     Args:
         model: the policy before its first update (and before a resumed checkpoint is loaded).
@@ -132,7 +131,7 @@ class FrozenReference:
         self.heads: list[Head] = heads_of(self, which=which, memory_budget_mb=memory_budget_mb, band=band)
 
     def to(self, device: torch.device) -> FrozenReference:
-        """Moves the copy to a device; returns itself."""
+        """Moves the copy to a device; returns the reference."""
         for part in self._parts.values():
             part.to(device)
         return self
@@ -144,5 +143,5 @@ class FrozenReference:
 
     @torch.no_grad()
     def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
-        """See :func:`encode`; without gradient."""
+        """[B, S] waveform samples and [B] samples → [B, D, T] encoder output and [B] frames, without gradient."""
         return encode(self, signal, signal_len)

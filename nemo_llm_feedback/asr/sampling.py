@@ -1,4 +1,4 @@
-"""Exact samples from p(y | x). NeMo has no stochastic decoding; these draw alignments and keep their labels."""
+"""Draws exact samples from p(y | x), for which NeMo has no decoder: alignments are drawn and their labels kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# TDT's incomplete paths are drawn again this often before a row gets fewer samples than asked for.
+# Incomplete TDT paths are drawn again this often before a row gets fewer samples than asked for.
 MAX_ATTEMPTS = 8
 
-# A path with more labels than this per frame is taken for a run-away and rejected; its probability is negligible.
+# A path with more labels per frame than this is rejected; its probability is negligible.
 MAX_LABELS_PER_FRAME = 10
 
 
@@ -25,7 +25,7 @@ def sample_ctc(
         log_probs: [B, T, V+1] natural log, blank last.
         lengths: [B] frames.
         size: samples per row.
-        generator: on the CPU, so that runs agree across devices.
+        generator: random numbers, on the CPU, so that runs agree across devices.
 
     Returns:
         B lists of ``size`` label sequences.
@@ -33,10 +33,8 @@ def sample_ctc(
     probs = log_probs.detach().double().exp().cpu()
     batch, frames, width = probs.shape
     drawn = torch.multinomial(probs.reshape(-1, width), size, replacement=True, generator=generator)
-    drawn = drawn.reshape(batch, frames, size)
-    return [
-        [collapse(drawn[b, :length, n], width - 1) for n in range(size)] for b, length in enumerate(lengths.tolist())
-    ]
+    paths = drawn.reshape(batch, frames, size).transpose(1, 2)  # [B, size, T]
+    return [[collapse(path[:n], width - 1) for path in row] for row, n in zip(paths, lengths.tolist(), strict=True)]
 
 
 def collapse(frames: Tensor, blank: int) -> tuple[int, ...]:
@@ -67,7 +65,7 @@ def sample_transducer(
         decoder, joint: NeMo's prediction network and joint, in eval mode.
         size: samples per row.
         durations: TDT's durations in frames; empty for RNN-T.
-        generator: on the CPU.
+        generator: random numbers, on the CPU.
 
     Returns:
         B lists of at most ``size`` label sequences.
@@ -118,7 +116,7 @@ def _sample_once(
         complete |= ended
         alive = alive & ~ended & ~leaked
         if bool(emitted.any()):
-            inputs = torch.where(emitted, token.to(rows.device), torch.zeros_like(rows))[:, None]
+            inputs = token.to(rows.device).masked_fill(~emitted, 0)[:, None]
             next_g, next_state = decoder.predict(inputs, state, add_sos=False, batch_size=len(rows))
             g = torch.where(emitted[:, None, None], joint.project_prednet(next_g), g)
             state = _advance(decoder, state, next_state, emitted)

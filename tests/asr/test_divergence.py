@@ -62,7 +62,7 @@ def _divergence(
 ) -> Tensor:
     trie = PrefixTrie.build(TEXTS, range(4))
     cells = [
-        JointCells.of(x, LENGTHS, trie, *model, memory_budget_mb=budget)
+        JointCells(x, LENGTHS, trie, *model, memory_budget_mb=budget)
         for x, model in ((encoded, policy), (frozen, reference))
     ]
     return transducer_divergence(*cells, durations=durations or ())
@@ -179,7 +179,7 @@ def test_transducer_kl_never_holds_the_outputs_of_all_cells() -> None:
     def largest(budget: float) -> int:
         with _LargestTensor() as seen:
             mine, frozen = (
-                JointCells.of(x, lengths, trie, *model, memory_budget_mb=budget)
+                JointCells(x, lengths, trie, *model, memory_budget_mb=budget)
                 for x, model in zip(encoded, models, strict=True)
             )
             transducer_divergence(mine, frozen).sum().backward()

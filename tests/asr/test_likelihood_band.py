@@ -95,7 +95,7 @@ def test_bounds_of_all_arcs_are_above_the_arcs(durations: Sequence[int] | None) 
     trie = PrefixTrie.build([[0, 1, 2], [0, 3], [], [5, 5], [7]], [0, 0, 0, 1, 1])
     with torch.no_grad():
         frames, lengths = random_frames(2, 7, ENCODER), torch.tensor([7, 5])
-        cells = JointCells.of(frames, lengths, trie, decoder, joint, memory_budget_mb=1)
+        cells = JointCells(frames, lengths, trie, decoder, joint, memory_budget_mb=1)
         exact, bound = arc_scores(cells), _upper_bounds(cells)
     assert isinstance(joint.joint_net[-1], nn.Linear)
     valid = cells.all_cells()

@@ -1,4 +1,4 @@
-"""What backward passes that evaluate modules again share: no second backward, and the forward's modes and dropout."""
+"""Tools for backward passes that run modules again: the same train/eval modes and dropout, no double backward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 Grads = tuple[Tensor | None, ...]
 Modes = list[tuple[nn.Module, bool]]
@@ -67,23 +68,22 @@ def in_modes(modes: Modes) -> Iterator[None]:
             module.training = training
 
 
-RandomState = tuple[Tensor, Tensor | None]
+RandomState = tuple[Tensor, tuple[list[int], list[Tensor]]]
 
 
 def random_state(like: Tensor) -> RandomState:
-    """The states of the CPU's random numbers and of those of the tensor's device."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(like.device) if like.is_cuda else None
+    """States of the random number generators of the CPU and of the tensor's device."""
+    return torch.get_rng_state(), get_device_states(like)
 
 
 @contextmanager
-def replayed(state: RandomState | None, like: Tensor) -> Iterator[None]:
-    """Inside, random numbers repeat from ``state``, so that the dropout masks of the forward pass come again."""
+def replayed(state: RandomState | None) -> Iterator[None]:
+    """Inside, random numbers repeat from ``state``, so that dropout draws the masks of the forward pass again."""
     if state is None:
         yield
         return
-    host, device = state
-    with torch.random.fork_rng([like.device] if device is not None else []):
+    host, (devices, states) = state
+    with torch.random.fork_rng(devices):
         torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device, like.device)
+        set_device_states(devices, states)
         yield

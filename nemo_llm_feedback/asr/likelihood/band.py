@@ -1,6 +1,6 @@
-"""A banded transducer lattice: cells (frame, node) that hold next to no probability are never given to the joint.
+"""Skips lattice cells (frame, node) of next to no probability before the joint runs; the error in log p is bounded.
 
-Which cells these are is not known before the joint is evaluated, so an upper bound takes its place. Let S be blank and
+Which cells these are is not known before the joint is evaluated, so an upper bound is used. Let S be blank and
 the labels that occur in an utterance's hypotheses. A softmax over S alone,
 
     q(v | t, k) = exp z_v(t, k) / Σ_{s in S} exp z_s(t, k)  ≥  p(v | t, k)      for v in S,
@@ -38,7 +38,7 @@ class BandReport:
     """What the band left out in one call.
 
     Attributes:
-        lost: [H] nat, ≥ 0: log p(h) exceeds the returned value by no more than this (up to the rounding of the
+        lost: [H] nats, ≥ 0: log p(h) exceeds the returned value by no more than this (up to the rounding of the
             logits); 0 for hypotheses without any path. Each is ≤ the tolerance.
         evaluated: cells that the joint evaluated in full.
         cells: cells of the exact computation.
@@ -56,8 +56,8 @@ class Band:
     """Switches the banded lattice on.
 
     Attributes:
-        tolerance: the most that log p of a hypothesis may lose, in nat, > 0.
-        report: is called with what was lost, once a call of the likelihood.
+        tolerance: the most that log p of a hypothesis may lose, in nats, > 0.
+        report: receives what was lost, once per call of the likelihood.
     """
 
     tolerance: float = 1e-3
@@ -65,7 +65,9 @@ class Band:
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
-            raise ConfigError(f"band tolerance {self.tolerance} must be > 0 nat; leave the band out for exact values.")
+            raise ConfigError(
+                f"band tolerance {self.tolerance} must be > 0 nats; leave the band out for exact values."
+            )
 
 
 # Share of the tolerance that the cells left out in the first round may hold by the bounds (in each later one a tenth
@@ -78,7 +80,7 @@ def banded_scores(cells: JointCells, *, durations: tuple[int, ...], band: Band) 
     """Scores of the arcs out of the cells that matter, −inf for all others.
 
     Args:
-        cells: of the whole lattice.
+        cells: the cells of the whole lattice.
         durations: frames of each duration; none for RNN-T.
         band: tolerance, and where to report.
 
@@ -94,20 +96,27 @@ def banded_scores(cells: JointCells, *, durations: tuple[int, ...], band: Band) 
     done = torch.zeros_like(every)
     scores = _upper_bounds(cells)
     score = functools.partial(lattice_log_prob, trie=cells.trie, lengths=cells.lengths, durations=durations)
+    parent = cells.trie.parent.clamp_min(0)
     rounds = 0
     while True:
         with torch.enable_grad():
             free = ArcScores(*(part.detach().requires_grad_() for part in scores))
             upper = score(free)
-        kept = _only(scores, done, cells)
-        lost = _gap(upper.detach(), score(kept))
+        # Every path takes a blank or a label arc beside its durations.
+        blank, label = scores.blank.masked_fill(~done, -_INF), scores.label.masked_fill(~done[:, parent], -_INF)
+        kept = ArcScores(blank, label, scores.durations)
+        bound = upper.detach()
+        lost = torch.where(bound == -_INF, torch.zeros_like(bound), bound - score(kept)).clamp_min(0.0)
         loose = ~(lost <= band.tolerance)  # a NaN is loose
         needed = every & ~done & _rows_of(loose, cells)
         if not bool(needed.any()):
             break
         if rounds < _MAX_ROUNDS:
             spare = band.tolerance * _SPARE * 0.1**rounds
-            needed &= _visited(_visits(upper, free, cells), needed, cells, spare=spare)
+            possible = bound.isfinite().to(bound.dtype)
+            by_blank, by_label = torch.autograd.grad(upper, (free.blank, free.label), possible)
+            visits = by_blank.index_add(1, parent, by_label)  # [T, K] expected, summed over hypotheses
+            needed &= _visited(visits, needed, cells, spare=spare)
         cells.evaluate(needed, scores)
         done |= needed
         rounds += 1
@@ -169,28 +178,6 @@ class _Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[…, J] → […, number of rows]."""
         return nn.functional.linear(x, self._weight, self._bias)
-
-
-def _only(scores: ArcScores, done: Tensor, cells: JointCells) -> ArcScores:
-    """The scores with −inf for arcs out of cells that were not evaluated."""
-    parent = cells.trie.parent.clamp_min(0)
-    return ArcScores(
-        scores.blank.masked_fill(~done, -_INF),
-        scores.label.masked_fill(~done[:, parent], -_INF),
-        scores.durations,  # every path takes a blank or label arc beside them
-    )
-
-
-def _gap(upper: Tensor, lower: Tensor) -> Tensor:
-    """upper − lower, 0 where both are −inf, never below 0 by rounding."""
-    return torch.where(upper == -_INF, torch.zeros_like(upper), upper - lower).clamp_min(0.0)
-
-
-def _visits(log_prob: Tensor, scores: ArcScores, cells: JointCells) -> Tensor:
-    """[T, K] expected visits of each cell, summed over hypotheses: the flow out of it."""
-    possible = log_prob.isfinite().to(log_prob.dtype)
-    blank, label = torch.autograd.grad(log_prob, (scores.blank, scores.label), possible)
-    return blank.index_add(1, cells.trie.parent.clamp_min(0), label)
 
 
 def _rows_of(loose: Tensor, cells: JointCells) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact CTC log p(y|x) for all hypotheses of a trie."""
+"""Exact CTC log p(y|x) for all hypotheses of a prefix trie, with its gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_llm_feedback.core.trie import PrefixTrie
 _INF = float("inf")
 
 
-def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, *, blank: int | None = None) -> Tensor:
+def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
     """log p(h | x) of a CTC model: the sum over all frame sequences that collapse to h (Graves et al. 2006, eq. 6–8).
 
     Each node k has two states after t frames: L(t, k), the last frame was token(k), and B(t, k), it was a blank after
@@ -31,10 +31,10 @@ def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, *, blank:
     One vectorised step per frame over all nodes of the batch, in float64 where the device has it.
 
     Args:
-        log_probs: [B, T, V] natural-log probabilities of each frame (the output of a log-softmax), −inf allowed.
+        log_probs: [B, T, V] natural-log probabilities of each frame (the output of a log-softmax), blank last; −inf
+            allowed.
         lengths: [B] valid frames of each row, ≤ T. What stands behind them is never read.
         trie: the prefix trie of the H hypotheses.
-        blank: index of blank; the last one where not given.
 
     Returns:
         [H] natural-log probability in the trie's order, float32 (float64 for float64 input); −inf, with zero gradient,
@@ -48,27 +48,26 @@ def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, *, blank:
     if trie.num_hyps == 0:
         return empty_result(log_probs)
     check_shapes(log_probs, lengths, trie)
-    blank = log_probs.shape[-1] - 1 if blank is None else blank
-    check_labels(trie, blank=blank, num_classes=log_probs.shape[-1])
+    check_labels(trie, num_classes=log_probs.shape[-1])
     trie = trie.to(log_probs.device)
     lengths = lengths.to(log_probs.device)
     valid = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
     row_ok = ((log_probs < _INF).all(-1) | ~valid).all(-1)  # NaN compares false
-    log_prob = _CTC.apply(log_probs, lengths, trie, blank, valid & row_ok[:, None])
+    log_prob = _CTC.apply(log_probs, lengths, trie, valid & row_ok[:, None])
     return log_prob.masked_fill(~row_ok[trie.utterance[trie.leaf]], float("nan"))
 
 
 class _CTC(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, blank: int, keep: Tensor) -> Tensor:
+    def forward(ctx: Any, log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, keep: Tensor) -> Tensor:
         """[H] log p from [B, T, V] log-probabilities; ``keep`` [B, T]: frames that are read."""
-        label_in, blank_in = _emissions(log_probs, trie, blank, keep)
+        label_in, blank_in = _emissions(log_probs, trie, keep)
         states = _forward_pass(label_in, blank_in, trie)
         end = lengths[trie.utterance[trie.leaf]]
         log_prob = states[2, end, trie.leaf]
         ctx.save_for_backward(states, label_in, log_prob, end)
-        ctx.trie, ctx.blank, ctx.like = trie, blank, (log_probs.shape, log_probs.dtype)
-        return log_prob.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
+        ctx.trie, ctx.like = trie, (log_probs.shape, log_probs.dtype)
+        return log_prob.to(torch.promote_types(log_probs.dtype, torch.float32))
 
     @staticmethod
     @differentiable_once
@@ -84,15 +83,15 @@ class _CTC(torch.autograd.Function):
         row = trie.utterance * num_classes
         out = label_flow.new_zeros((num_frames, num_rows * num_classes))
         out.index_add_(1, row + trie.token.clamp_min(0), label_flow)
-        out.index_add_(1, row + ctx.blank, blank_flow)
-        return out.view(num_frames, num_rows, num_classes).transpose(0, 1).to(dtype), None, None, None, None
+        out.index_add_(1, row + num_classes - 1, blank_flow)
+        return out.view(num_frames, num_rows, num_classes).transpose(0, 1).to(dtype), None, None, None
 
 
-def _emissions(log_probs: Tensor, trie: PrefixTrie, blank: int, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, K] y(t, token(k)), −inf at roots, and [T, K] y(t, blank); 0 at frames that are not to be read."""
+def _emissions(log_probs: Tensor, trie: PrefixTrie, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, K] y(t, token(k)), −inf at roots, and [T, K] y(t, blank); 0 at frames that must not be read."""
     wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
     label_in = log_probs[trie.utterance, :, trie.token.clamp_min(0)].T.to(wide)
-    blank_in = log_probs[:, :, blank].to(wide)[trie.utterance].T
+    blank_in = log_probs[:, :, -1].to(wide)[trie.utterance].T
     dropped = ~keep[trie.utterance].T
     label_in = label_in.masked_fill(dropped, 0.0).masked_fill_(trie.parent < 0, -_INF)
     return label_in.contiguous(), blank_in.masked_fill(dropped, 0.0).contiguous()

@@ -1,4 +1,4 @@
-"""How far a policy has moved from a reference on given audio: KL divergence of their outputs along the audio."""
+"""KL divergence between the outputs of two models along given audio: how far a policy has moved from a reference."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def ctc_divergence(log_probs: Tensor, reference: Tensor, lengths: Tensor) -> Ten
     """Σ_t KL( p_ref(· | x, t) ‖ p(· | x, t) ), over labels and blank.
 
     Args:
-        log_probs: [B, T, V+1] of the policy, normalised.
-        reference: [B, T, V+1] of the reference, of the same audio.
+        log_probs: [B, T, V+1] the policy's log-probabilities (natural log, normalised).
+        reference: [B, T, V+1] the reference's log-probabilities of the same audio.
         lengths: [B] valid frames.
 
     Returns:
@@ -39,16 +39,16 @@ def transducer_divergence(policy: JointCells, reference: JointCells, *, duration
     """Σ over cells (t, u) of γ_ref(t, u) · KL( p_ref(· | t, u) ‖ p(· | t, u) ): the divergence that is met along the
     reference's alignments of a text.
 
-    γ_ref(t, u) is the reference's probability of passing through the cell, given that it writes the text (forward and
+    γ_ref(t, u) is the reference's probability of passing through the cell, given that it emits the text (forward and
     backward variables, Graves 2012, arXiv:1211.3711). The outputs of a cell are labels and blank, with TDT also the
     durations, which are independent of them, so that their KL is added. The outputs of both models are held for one
     chunk of cells at a time, within the policy's memory budget, and computed again in the backward pass.
 
     Args:
-        policy: with gradient; its trie has one hypothesis per row, in the rows' order: the text that leads through
-            the lattice.
-        reference: of the same audio, trie and architecture.
-        durations: of a TDT model, as in ``transducer_log_prob``; empty = RNN-T.
+        policy: the policy's cells, with gradient; the trie has one hypothesis per row, in the rows' order: the text
+            whose alignments are followed.
+        reference: the reference's cells, of the same audio, trie and architecture.
+        durations: TDT's durations in frames, as in ``transducer_log_prob``; empty for RNN-T.
 
     Returns:
         [B] nats per utterance, ≥ 0, with gradient in the policy's frames, prediction network and joint; 0 where the
@@ -78,7 +78,7 @@ def _occupancy(scores: ArcScores, cells: JointCells, durations: tuple[int, ...])
 
 
 def _chunk_kl(policy: JointCells, reference: JointCells, modes: Modes, chunk: Chunk) -> Tensor:
-    """[n] KL of the outputs of a chunk's cells, the policy's modules in the modes given."""
+    """[n] KL of the outputs of a chunk's cells, with the policy's modules in the given modes."""
     with torch.no_grad():
         target = _outputs(reference, chunk)
     with in_modes(modes):  # the second run happens in the backward, when the model may be in train mode again
@@ -89,7 +89,7 @@ def _chunk_kl(policy: JointCells, reference: JointCells, modes: Modes, chunk: Ch
 def _outputs(cells: JointCells, chunk: Chunk) -> list[Tensor]:
     """[n, V+1] log-probabilities of labels and blank in a chunk's cells and, of a TDT model, [n, M] of durations."""
     logits = cells.chunk_logits(*cells.inputs(chunk))
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = logits[:, : cells.blank + 1], logits[:, cells.blank + 1 :]
     return [part.log_softmax(-1) for part in parts if part.shape[1]]
 

@@ -1,4 +1,4 @@
-"""Checks and cleaning of what the likelihoods are given."""
+"""Checks the inputs of the likelihoods (shapes, lengths, labels) and zeroes padding and broken rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def clean_rows(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> tuple[Tensor, Te
     Args:
         x: [B, T, D] any features; T may be 0.
         lengths: [B] valid frames of each row.
-        trie: the trie whose rows are looked up.
+        trie: the prefix trie of the hypotheses, checked against the batch.
 
     Returns:
         [B, max(T, 1), D] features, and [B] whether the valid frames of the row are finite.
@@ -42,17 +42,16 @@ def check_shapes(x: Tensor, lengths: Tensor, trie: PrefixTrie) -> None:
         raise ValueError(f"the trie names batch row {trie.spans[-1][0]}, but the batch has {x.shape[0]} rows.")
 
 
-def check_labels(trie: PrefixTrie, *, blank: int, num_classes: int) -> None:
-    """Raises a ValueError when a label is blank or lies outside the vocabulary."""
+def check_labels(trie: PrefixTrie, *, num_classes: int) -> None:
+    """Raises a ValueError when a label is blank, the last class, or lies outside the vocabulary."""
     token = trie.token[trie.parent >= 0]
-    if token.numel() and (int(token.max()) >= num_classes or bool((token == blank).any())):
+    if token.numel() and int(token.max()) >= num_classes - 1:
         raise ValueError(
-            f"labels must lie in 0 … {num_classes - 1} without blank ({blank}); the trie holds up to "
+            f"labels must lie in 0 … {num_classes - 2} (blank is {num_classes - 1}); the trie holds up to "
             f"{int(token.max())}. Pass label ids of this model's vocabulary, without blanks."
         )
 
 
 def empty_result(x: Tensor) -> Tensor:
     """[0] result for a trie without hypotheses, attached to ``x``'s graph so that a backward pass works."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.reshape(-1)[:0].to(dtype)
+    return x.reshape(-1)[:0].to(torch.promote_types(x.dtype, torch.float32))

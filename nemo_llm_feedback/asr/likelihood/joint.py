@@ -1,4 +1,4 @@
-"""The transducer joint over (frame, trie node) cells, reduced at once to the scores that the lattice reads.
+"""Runs the transducer joint over (frame, trie node) cells and keeps only the scores that the lattice reads.
 
 The joint's output has one row of V logits per cell. Of these the lattice needs the blank, the labels of the node's
 children and, for TDT, the durations. So the cells are evaluated in chunks that fit a memory budget, each chunk is
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,41 +19,14 @@ from torch import Tensor
 from nemo_llm_feedback.asr.likelihood.autograd import differentiable_once, in_modes, modes_of, random_state, replayed
 from nemo_llm_feedback.asr.likelihood.inputs import clean_rows
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores
-from nemo_llm_feedback.asr.likelihood.prediction import PredictionNetwork, prefix_outputs
+from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-MEMORY_BUDGET_MB = 512  # of a joint's activations and their gradients, where nobody sets another
+if TYPE_CHECKING:
+    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder, AbstractRNNTJoint
+
+MEMORY_BUDGET_MB = 512  # default for the joint's activations and their gradients
 _CPU_CHUNK_MB = 8  # measured: larger chunks fall out of the cache, smaller ones pay more launches
-
-
-class TransducerJoint(Protocol):
-    """What is asked of a joint; NeMo's ``RNNTJoint`` has it. Its outputs are labels, blank, then durations."""
-
-    log_softmax: bool | None
-    training: bool
-
-    @property
-    def num_classes_with_blank(self) -> int:
-        """All outputs, durations included."""
-
-    @property
-    def num_extra_outputs(self) -> int:
-        """Duration outputs."""
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All parameters."""
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """All modules, the joint first."""
-
-    def project_encoder(self, encoder_output: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, J]."""
-
-    def project_prednet(self, prednet_output: Tensor) -> Tensor:
-        """[B, U, D] → [B, U, J]."""
-
-    def joint_after_projection(self, f: Tensor, g: Tensor) -> Tensor:
-        """[B, T, J] and [B, U, J] → [B, T, U, V]."""
 
 
 class Chunk(NamedTuple):
@@ -73,90 +45,69 @@ class Chunk(NamedTuple):
     child: Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class JointCells:
     """The cells (frame, trie node) of a batch, and the joint that is evaluated in them.
+
+    Projects the encoder output and runs the prediction network, under the present autocast.
+
+    Args:
+        encoded: [B, T, D] encoder output.
+        lengths: [B] valid frames of each batch row, each ≤ T.
+        trie: the prefix trie of the hypotheses, at least one.
+        decoder: NeMo's prediction network.
+        joint: NeMo's joint; its outputs are labels, blank, then durations.
+        memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
 
     Attributes:
         frames: [B, T, J] encoder output after ``joint.project_encoder``, with gradient.
         prefixes: [K, J] prediction-network output of each node after ``joint.project_prednet``, with gradient.
-        joint: only what follows the projections is evaluated here.
-        trie: on the tensors' device.
-        lengths: [B] valid frames of each batch row, each ≤ T, on that device.
         row_ok: [B] whether the row's valid frames are finite.
+        num_durations: number of duration outputs, behind blank.
+        blank: index of blank.
         chunk: the most cells that are evaluated at once.
-        autocast: device type, whether autocast is on, its dtype, as in the forward pass.
+
+    Raises:
+        ValueError: rows, lengths and trie do not fit together.
     """
 
-    frames: Tensor
-    prefixes: Tensor
-    joint: TransducerJoint
-    trie: PrefixTrie
-    lengths: Tensor
-    row_ok: Tensor
-    chunk: int
-    autocast: tuple[str, bool, torch.dtype]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         encoded: Tensor,
         lengths: Tensor,
         trie: PrefixTrie,
-        decoder: PredictionNetwork,
-        joint: TransducerJoint,
+        decoder: AbstractRNNTDecoder,
+        joint: AbstractRNNTJoint,
         *,
         memory_budget_mb: float,
-    ) -> JointCells:
-        """Projects the encoder output and runs the prediction network, under the present autocast.
-
-        Args:
-            encoded: [B, T, D] encoder output.
-            lengths: [B] valid frames of each row.
-            trie: the prefix trie of the hypotheses, at least one.
-            decoder, joint: NeMo's prediction network and joint.
-            memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
-
-        Raises:
-            ValueError: rows, lengths and trie do not fit together.
-        """
-        trie = trie.to(encoded.device)
-        encoded, row_ok = clean_rows(encoded, lengths, trie)
-        frames, prefixes = joint.project_encoder(encoded), joint.project_prednet(prefix_outputs(decoder, trie))
-        kind = frames.device.type
+    ) -> None:
+        self.joint, self.trie, self.lengths = joint, trie.to(encoded.device), lengths.to(encoded.device)
+        encoded, self.row_ok = clean_rows(encoded, lengths, self.trie)
+        self.frames = joint.project_encoder(encoded)
+        self.prefixes = joint.project_prednet(prefix_outputs(decoder, self.trie))
+        self.num_durations = joint.num_extra_outputs
+        self.blank = joint.num_classes_with_blank - self.num_durations - 1
+        kind = self.frames.device.type
         # Held at once in the backward: sum, activation and their gradients (J wide), logits and theirs (V wide).
-        cell_bytes = 4 * (frames.shape[-1] + joint.num_classes_with_blank) * frames.element_size()
+        cell_bytes = 4 * (self.frames.shape[-1] + joint.num_classes_with_blank) * self.frames.element_size()
         budget = min(memory_budget_mb, _CPU_CHUNK_MB) if kind == "cpu" else memory_budget_mb
-        chunk = max(1, int(budget * 2**20) // cell_bytes)
-        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        return cls(frames, prefixes, joint, trie, lengths.to(frames.device), row_ok, chunk, autocast)
-
-    @property
-    def num_durations(self) -> int:
-        """Outputs behind blank."""
-        return self.joint.num_extra_outputs
-
-    @property
-    def blank(self) -> int:
-        """Index of blank."""
-        return self.joint.num_classes_with_blank - self.num_durations - 1
+        self.chunk = max(1, int(budget * 2**20) // cell_bytes)
+        self._autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def all_cells(self) -> Tensor:
         """[T, K] whether the frame belongs to the node's utterance."""
-        return (
-            torch.arange(self.frames.shape[1], device=self.lengths.device)[:, None] < self.lengths[self.trie.utterance]
-        )
+        frame = torch.arange(self.frames.shape[1], device=self.lengths.device)[:, None]
+        return frame < self.lengths[self.trie.utterance]
 
     def empty_scores(self, dtype: torch.dtype | None = None) -> ArcScores:
         """Zeros to be filled: float32, float64 for a joint in float64, unless another dtype is asked for."""
-        dtype = dtype or (torch.float64 if self.frames.dtype == torch.float64 else torch.float32)
+        dtype = dtype or torch.promote_types(self.frames.dtype, torch.float32)
         size = (self.frames.shape[1], self.trie.num_nodes)
         blank, label = (self.frames.new_zeros(size, dtype=dtype) for _ in range(2))
         return ArcScores(blank, label, self.frames.new_zeros((self.num_durations, *size), dtype=dtype))
 
     def logits(self, frames: Tensor, prefixes: Tensor) -> Tensor:
-        """[b, t, J] and [b, k, J] → [b, t, k, V] unnormalised outputs, under the forward pass's autocast cells."""
-        joint, (kind, enabled, dtype) = self.joint, self.autocast
+        """[b, t, J] and [b, k, J] → [b, t, k, V] unnormalised outputs, under the autocast of the forward pass."""
+        joint, (kind, enabled, dtype) = self.joint, self._autocast
         # On a CPU NeMo's joint otherwise applies one log-softmax over labels and durations together.
         before, joint.log_softmax = joint.log_softmax, False
         try:
@@ -209,7 +160,7 @@ def arc_scores(cells: JointCells, *, evaluated: ArcScores | None = None) -> ArcS
     """Scores of all arcs of the lattice.
 
     Args:
-        cells: what the joint is evaluated in.
+        cells: the cells of the lattice.
         evaluated: the scores where they are known already, −inf for arcs that are left out; then the forward pass
             evaluates nothing. Only for a joint in eval mode.
 
@@ -249,7 +200,7 @@ class _JointScores(torch.autograd.Function):
         frame_sums = sums[0].view(-1, frames.shape[-1])
         unused: set[int] = set()
         # The caller may have left eval mode by now; dropout in the second evaluation would be another function.
-        with in_modes(ctx.modes), replayed(ctx.rng, frames):
+        with in_modes(ctx.modes), replayed(ctx.rng):
             for chunk in cells.chunks(chosen):
                 given = [x.detach().requires_grad_() for x in cells.inputs(chunk)]
                 with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The transducer lattice over trie nodes: α forward and its adjoint, one vectorised step per anti-diagonal.
+"""Sums over all paths of a transducer lattice (RNN-T, TDT), and the gradient, one vectorised step per anti-diagonal.
 
 One recursion serves RNN-T (Graves 2012, arXiv:1211.3711, eq. 16–18) and TDT (Xu et al. 2023, arXiv:2304.06795, eq. 7).
 A path starts at (t = 0, root). A *blank arc* of move m goes from (t, node) to (t + m, node); a *label arc* of move m
@@ -20,7 +20,6 @@ out of frames t < 0 and t ≥ T have score −inf, so what α holds there reache
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -65,48 +64,31 @@ def lattice_log_prob(
         [H] natural-log probability, ≤ 0, of the scores' dtype; −inf where no path exists. Differentiable once in the
         scores; an infeasible hypothesis contributes zero gradient.
     """
-    return _Lattice.apply(*scores, _Shape.of(trie, lengths, durations))
+    return _Lattice.apply(*scores, _Shape(trie, lengths, durations))
 
 
-@dataclass(frozen=True, eq=False)
 class _Shape:
-    """The trie as the recursion sees it: K nodes, D diagonals, Mb blank moves and Ml label moves."""
+    """The trie as the recursion sees it: K nodes, D diagonals, Mb blank moves and Ml label moves.
 
-    parent: Tensor  # [K], 0 at roots
-    is_root: Tensor  # [K]
-    depth: Tensor  # [K]
-    frames: Tensor  # [K] T of the node's utterance
-    leaf: Tensor  # [H]
-    last: Tensor  # [H] the diagonal T + depth on which the hypothesis ends
-    num_diagonals: int
-    moving: tuple[int, ...]  # indices of the durations > 0, which a blank may have
-    blank_moves: tuple[int, ...]
-    label_moves: tuple[int, ...]
+    Args:
+        trie: the prefix trie.
+        lengths: [B] frames of each batch row.
+        durations: TDT's durations in frames; none for RNN-T.
+    """
 
-    @classmethod
-    def of(cls, trie: PrefixTrie, lengths: Tensor, durations: tuple[int, ...]) -> _Shape:
-        """``lengths``: [B] frames of each batch row; ``durations``: of TDT, none for RNN-T."""
-        frames = lengths[trie.utterance]
-        ends = frames + trie.depth
-        moving = tuple(i for i, duration in enumerate(durations) if duration > 0)
-        longest = max(durations, default=1)
-        return cls(
-            parent=trie.parent.clamp_min(0),
-            is_root=trie.parent < 0,
-            depth=trie.depth,
-            frames=frames,
-            leaf=trie.leaf,
-            last=ends[trie.leaf],
-            num_diagonals=max(int(ends.max()), longest + 1) + 1,
-            moving=moving,
-            blank_moves=tuple(durations[i] for i in moving) or (1,),
-            label_moves=durations or (0,),
-        )
-
-    @property
-    def pad(self) -> int:
-        """Rows of −inf before the first diagonal, as many as an arc can reach back."""
-        return max(*self.blank_moves, *(move + 1 for move in self.label_moves))
+    def __init__(self, trie: PrefixTrie, lengths: Tensor, durations: tuple[int, ...]) -> None:
+        self.is_root, self.depth, self.leaf = trie.parent < 0, trie.depth, trie.leaf  # [K], [K], [H]
+        self.parent = trie.parent.clamp_min(0)  # [K], 0 at roots
+        self.frames = lengths[trie.utterance]  # [K] T of the node's utterance
+        ends = self.frames + trie.depth
+        self.last = ends[trie.leaf]  # [H] the diagonal T + depth on which the hypothesis ends
+        self.num_diagonals = max(int(ends.max()), max(durations, default=1) + 1) + 1
+        # Indices of the durations > 0, which a blank may have.
+        self.moving = tuple(i for i, duration in enumerate(durations) if duration > 0)
+        self.blank_moves = tuple(durations[i] for i in self.moving) or (1,)
+        self.label_moves = durations or (0,)
+        # Rows of −inf before the first diagonal, as many as an arc can reach back.
+        self.pad = max(*self.blank_moves, *(move + 1 for move in self.label_moves))
 
     def source_rows(self, moves: tuple[int, ...], *, device: torch.device) -> Tensor:
         """[D, M] padded row that the arc of each move into diagonal d comes from."""

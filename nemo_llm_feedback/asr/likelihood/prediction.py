@@ -1,37 +1,24 @@
-"""The prediction network over the trie: each distinct prefix once."""
+"""Runs the prediction network over the trie, each distinct prefix once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-
-class PredictionNetwork(Protocol):
-    """What is asked of a prediction network; NeMo's ``RNNTDecoder`` and ``StatelessTransducerDecoder`` have it."""
-
-    training: bool
-    blank_idx: int
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All parameters."""
-
-    def predict(
-        self, y: Tensor | None, state: Any, add_sos: bool, batch_size: int | None = None
-    ) -> tuple[Tensor, Any]:
-        """[B, U] labels, or None for the start of ``batch_size`` rows, and a state → [B, U, D] and the new state."""
+if TYPE_CHECKING:
+    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder
 
 
-def prefix_outputs(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
+def prefix_outputs(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
     """Output of the prediction network after each prefix of the trie, as its training forward gives it.
 
     Args:
-        decoder: the prediction network. One with a ``context_size`` is stateless: its output depends on the last
+        decoder: NeMo's prediction network. One with a ``context_size`` is stateless: its output depends on the last
             labels only. Any other is recurrent and is stepped by depth.
         trie: the prefix trie on the network's device; at least one node.
 
@@ -41,19 +28,14 @@ def prefix_outputs(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
     context = getattr(decoder, "context_size", None)
     if context is not None:
         return _by_window(decoder, trie, context)
-    stepped = not _is_chains(trie)
+    parent = trie.parent[trie.parent >= 0]
+    stepped = len(parent.unique()) < len(parent)  # some node has two children
     with _fit_for_backward(decoder, trie.token, stepped=stepped):
         return _by_depth(decoder, trie) if stepped else _by_sequence(decoder, trie)
 
 
-def _is_chains(trie: PrefixTrie) -> bool:
-    """Whether no node has two children, as with one hypothesis per utterance."""
-    parent = trie.parent[trie.parent >= 0]
-    return len(parent.unique()) == len(parent)
-
-
-def _by_sequence(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
-    """Each utterance's only path in one run, several times faster than step by step."""
+def _by_sequence(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
+    """Each utterance's only path in one run (one hypothesis per utterance); several times faster than by step."""
     sizes = torch.tensor([stop - start for _, start, stop in trie.spans], device=trie.token.device)
     row = torch.repeat_interleave(sizes)
     labels = trie.token.new_zeros((len(sizes), int(trie.depth.max())))
@@ -63,27 +45,27 @@ def _by_sequence(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
     return out[row, trie.depth]
 
 
-def _by_depth(decoder: PredictionNetwork, trie: PrefixTrie) -> Tensor:
+def _by_depth(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
     """The nodes of one depth are a batch; their states are picked from their parents'."""
     order = torch.argsort(trie.depth, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)  # node → its row in the outputs by depth
     outputs: list[Tensor] = []
-    state: Any = None
+    state: tuple[Tensor, ...] = ()
     first = previous = 0
     for depth, size in enumerate(torch.bincount(trie.depth).tolist()):
         nodes = order[first : first + size]
         if depth == 0:  # no label stands for the start: an embedding of zeros
             out, state = decoder.predict(None, state=None, add_sos=False, batch_size=size)
         else:
-            state = _pick(state, place[trie.parent[nodes]] - previous)
+            state = tuple(part.index_select(-2, place[trie.parent[nodes]] - previous) for part in state)
             out, state = decoder.predict(trie.token[nodes, None], state=state, add_sos=False)
         outputs.append(out[:, -1])
         previous, first = first, first + size
     return torch.cat(outputs).index_select(0, place)
 
 
-def _by_window(decoder: PredictionNetwork, trie: PrefixTrie, context: int) -> Tensor:
+def _by_window(decoder: AbstractRNNTDecoder, trie: PrefixTrie, context: int) -> Tensor:
     """All nodes at once, each with its last ``context`` labels.
 
     Not by the network's state: NeMo's loses labels at the start of an utterance from a context of 4 on
@@ -99,16 +81,7 @@ def _by_window(decoder: PredictionNetwork, trie: PrefixTrie, context: int) -> Te
     return out[:, -1].masked_fill(is_root[:, None], 0.0)
 
 
-def _pick(state: Any, rows: Tensor) -> Any:
-    """Selects batch rows of a recurrent state: tensors [..., batch, H] in tuples and lists, or None."""
-    if isinstance(state, Tensor):
-        return state.index_select(-2, rows)
-    if isinstance(state, (tuple, list)):
-        return type(state)(_pick(part, rows) for part in state)
-    raise TypeError(f"cannot pick rows of a prediction-network state of type {type(state).__name__}.")
-
-
-def _fit_for_backward(decoder: PredictionNetwork, like: Tensor, *, stepped: bool) -> AbstractContextManager[Any]:
+def _fit_for_backward(decoder: AbstractRNNTDecoder, like: Tensor, *, stepped: bool) -> AbstractContextManager[Any]:
     """Switches off the RNN kernels that cannot run the backward pass, or that run it slowly.
 
     cuDNN refuses the backward of an RNN in eval mode, and the feedback pass runs in eval mode with gradient. oneDNN

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from nemo_llm_feedback.asr.likelihood.band import Band, banded_scores
 from nemo_llm_feedback.asr.likelihood.inputs import check_labels, empty_result
-from nemo_llm_feedback.asr.likelihood.joint import MEMORY_BUDGET_MB, JointCells, TransducerJoint, arc_scores
+from nemo_llm_feedback.asr.likelihood.joint import MEMORY_BUDGET_MB, JointCells, arc_scores
 from nemo_llm_feedback.asr.likelihood.lattice import lattice_log_prob
-from nemo_llm_feedback.asr.likelihood.prediction import PredictionNetwork
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
+
+if TYPE_CHECKING:
+    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder, AbstractRNNTJoint
 
 
 def transducer_log_prob(
     encoded: Tensor,
     lengths: Tensor,
     trie: PrefixTrie,
-    decoder: PredictionNetwork,
-    joint: TransducerJoint,
+    decoder: AbstractRNNTDecoder,
+    joint: AbstractRNNTJoint,
     *,
     durations: Sequence[int] = (),
     memory_budget_mb: float = MEMORY_BUDGET_MB,
@@ -56,8 +59,8 @@ def transducer_log_prob(
             ``loss.tdt_kwargs.durations``. Empty for RNN-T.
         memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
         band: leaves cells out of the lattice that hold next to no probability; log p is then too low by no more than
-            ``band.tolerance`` nat, and ``band.report`` is given a bound of what was lost. None = exact. Needs the
-            joint in eval mode.
+            ``band.tolerance`` nats, and ``band.report`` is given a bound of the loss. None = exact. Needs the joint in
+            eval mode.
 
     Returns:
         [H] natural-log probability in the trie's order, float32 (float64 for float64 input); NaN, with zero gradient,
@@ -65,21 +68,20 @@ def transducer_log_prob(
 
     Raises:
         ValueError: shapes, lengths or labels do not fit together.
-        ConfigError: the durations are no valid set or do not match the joint's outputs, or it cannot be banded.
+        ConfigError: the durations are not valid or do not match the joint's outputs, or the joint cannot be banded.
     """
     durations = tuple(durations)
     if joint.num_extra_outputs != len(durations):
         raise ConfigError(
             f"{len(durations)} durations but the joint has {joint.num_extra_outputs} duration outputs: pass the "
-            "checkpoint's own durations (none for RNN-T)."
+            "durations of the checkpoint (none for RNN-T)."
         )
     if durations and (len(set(durations)) != len(durations) or min(durations) < 0 or max(durations) < 1):
         raise ConfigError(f"durations {list(durations)} must be distinct, ≥ 0 and hold at least one > 0.")
     if trie.num_hyps == 0:
         return empty_result(encoded)
-    num_labels = joint.num_classes_with_blank - joint.num_extra_outputs
-    check_labels(trie, blank=num_labels - 1, num_classes=num_labels)
-    cells = JointCells.of(encoded, lengths, trie, decoder, joint, memory_budget_mb=memory_budget_mb)
+    check_labels(trie, num_classes=joint.num_classes_with_blank - joint.num_extra_outputs)
+    cells = JointCells(encoded, lengths, trie, decoder, joint, memory_budget_mb=memory_budget_mb)
     evaluated = None if band is None else banded_scores(cells, durations=durations, band=band)
     scores = arc_scores(cells, evaluated=evaluated)
     log_prob = lattice_log_prob(scores, trie=cells.trie, lengths=cells.lengths, durations=durations)
