@@ -25,7 +25,7 @@ from rapidfuzz.distance import Levenshtein
 
 from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.trie import PrefixTrie
-from nemo_llm_feedback.data.audio import audio_batches
+from nemo_llm_feedback.data.audio import by_duration, load_audio
 from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.training.models import restore
 
@@ -60,7 +60,8 @@ def nbest_lists(checkpoint: str, manifests: Sequence[str]) -> list[list[Labels]]
     lists = []
     for manifest in manifests:
         rows = read_manifest(manifest)
-        for _, audio in audio_batches(rows, sample_rate=16000, batch_size=10, device=torch.device("cpu")):
+        for batch in by_duration(rows, 10):
+            audio = load_audio([rows[i] for i in batch], sample_rate=16000, device=torch.device("cpu"))
             encoded, lengths = reference.encode(audio.signal, audio.signal_len)
             found = head.beam(encoded, lengths, size=BEAM, max_symbols=10)
             lists += [list(dict.fromkeys(row)) for row in found]

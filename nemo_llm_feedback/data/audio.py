@@ -1,8 +1,8 @@
-"""The one reader of audio files: rows of a manifest as padded batches of samples, mixed to one channel."""
+"""Reads the audio of manifest rows into padded batches, and mixes the channels of a file to one, here and in NeMo."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
 
 CHANNELS = "average"
-"""NeMo's ``channel_selector`` for files with several channels; its readers pass all channels through without it."""
+"""NeMo's ``channel_selector`` for files with several channels; without it NeMo's readers return all channels."""
 
 
 def select_channels(config: DictConfig) -> None:
-    """Lets NeMo's loader of this data section mix channels; see also :func:`mix_channels`.
+    """Makes NeMo's loader of a data section mix channels; see also :func:`mix_channels`.
 
     Args:
-        config: ``train_ds`` or ``validation_ds``; changed. A channel that the user chose stays.
+        config: ``train_ds`` or ``validation_ds``; changed, but a channel that the user chose stays.
     """
     with open_dict(config):
         if config.get("use_lhotse"):
@@ -31,41 +31,16 @@ def select_channels(config: DictConfig) -> None:
 
 
 def mix_channels(loaders: Any) -> None:
-    """Lets Lhotse loaders mix channels, which they do only in batches that hold mono files as well.
+    """Makes Lhotse loaders mix channels, which they otherwise do only in batches that hold mono files as well.
 
     Args:
-        loaders: of NeMo, one or a list; classic ones are left as they are.
+        loaders: NeMo's data loader, or a list of them; classic ones are left as they are.
     """
     for loader in loaders if isinstance(loaders, list) else [loaders]:
         while (dataset := getattr(loader, "dataset", None)) is not None:
             if hasattr(dataset, "load_audio"):
                 dataset.load_audio.mono_downmix = True
             loader = dataset
-
-
-def audio_batches(
-    rows: Sequence[Row],
-    *,
-    sample_rate: int,
-    batch_size: int,
-    device: torch.device,
-    run_context: Context | None = None,
-) -> Iterator[tuple[tuple[int, ...], Audio]]:
-    """Loads rows in batches of similar duration.
-
-    Args:
-        rows: manifest rows, not tarred.
-        sample_rate: of the model, Hz.
-        batch_size: rows per batch.
-        device: where the signals go.
-        run_context: merged under each row's context.
-
-    Yields:
-        Positions among the rows, and their audio.
-    """
-    for indices in by_duration(rows, batch_size):
-        chosen = [rows[i] for i in indices]
-        yield indices, load_audio(chosen, sample_rate=sample_rate, device=device, run_context=run_context)
 
 
 def by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
@@ -77,7 +52,16 @@ def by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
 def load_audio(
     rows: Sequence[Row], *, sample_rate: int, device: torch.device, run_context: Context | None = None
 ) -> Audio:
-    """The audio of some rows, padded to the longest; see :func:`audio_batches`.
+    """Loads the audio of some rows as one batch.
+
+    Args:
+        rows: manifest rows, not tarred.
+        sample_rate: the model's sample rate, Hz.
+        device: where the signals go.
+        run_context: merged under each row's context.
+
+    Returns:
+        Signals [B, S] padded to the longest, in the rows' order, with names and contexts.
 
     Raises:
         DecodingError: a file cannot be read, or holds nothing at the row's place.
@@ -87,9 +71,8 @@ def load_audio(
     samples = []
     for row in rows:
         try:
-            segment = AudioSegment.from_file(
-                row.audio, target_sr=sample_rate, offset=row.offset, duration=row.duration, channel_selector=CHANNELS
-            )
+            place = {"offset": row.offset, "duration": row.duration}
+            segment = AudioSegment.from_file(row.audio, target_sr=sample_rate, channel_selector=CHANNELS, **place)
         except Exception as error:  # audio libraries raise anything
             raise DecodingError(f"{row.audio} cannot be read ({type(error).__name__}: {error}).") from error
         if len(segment.samples) == 0:

@@ -1,9 +1,8 @@
-"""NeMo manifests as they are: read strictly, checked before any work, and staged for NeMo's loaders.
+"""Reads and checks NeMo manifests, and writes the copies ("staged") that NeMo's loaders train on.
 
-Staging writes a copy of each training manifest in which audio paths are absolute, ``text`` is always a string (absent,
-null and empty are the same: no transcript) and rows that the run cannot use are left out *and listed*. The originals
-are never changed. The copies are needed because NeMo's classic loader stops at ``text: null``, and both loaders drop
-long rows without naming them.
+In a copy audio paths are absolute, ``text`` is always a string (absent, null and empty are the same: no transcript)
+and rows that the run cannot use are left out *and listed*. The originals are never changed. The copies are needed
+because NeMo's classic loader fails on ``text: null``, and both loaders drop long rows without naming them.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class Row:
         offset: start in the file, seconds.
         text: transcript, ``""`` where there is none.
         context: the utterance's context, not yet merged with the run's.
-        replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
-            ``feedback.labelled`` where the row has text. A row with ``kl`` needs none.
         origin: ``manifest:line``, for messages.
-        data: the whole line as it was.
+        data: all keys of the line.
+        replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
+            ``feedback.labelled`` where the row has text. A row with ``kl`` needs no text.
     """
 
     audio: str
@@ -59,7 +58,7 @@ class Row:
 
     @property
     def unlabeled(self) -> bool:
-        """Whether the row is learned from feedback: it has no text, nor does it hold the model where it was."""
+        """Whether the row is learned from feedback: it has no text and is not a replay row."""
         return not self.text and self.replay != "kl"
 
 
@@ -68,10 +67,10 @@ class Staged:
     """A staged training set.
 
     Attributes:
-        manifest_filepath: the value for NeMo's ``manifest_filepath``, of the same form as the user's.
+        manifest_filepath: the value for NeMo's ``manifest_filepath``, in the same form as the user's.
         rows: the rows of the copies, in order; NeMo's classic sample id is an index into it.
-        held_out: unlabeled rows kept from training, on which the policy is measured; in no copy.
-        too_long: rows left out because of ``max_duration``; ``too_short`` because of ``min_duration``.
+        held_out: unlabeled rows that are not trained on and on which the policy is measured; in no copy.
+        too_long, too_short: rows left out because of ``max_duration`` and ``min_duration``.
         bad_audio: ``origin: reason`` of the rows left out by ``on_bad_audio: skip``.
     """
 
@@ -98,8 +97,11 @@ class Staged:
 
 
 def parse_context(value: Any) -> Context:
-    """The manifest key ``context``: a string describes the utterance, a list holds its terms, null and "" are nothing;
-    an object has any of ``description`` (a string), ``terms`` and ``previous`` (lists; the oldest utterance first).
+    """Parses the manifest key ``context``.
+
+    Args:
+        value: a string describes the utterance, a list holds its terms, null and "" mean no context; an object has any
+            of ``description`` (a string), ``terms`` and ``previous`` (lists; the oldest utterance first).
 
     Raises:
         ValueError: any other form.
@@ -122,12 +124,11 @@ def parse_context(value: Any) -> Context:
     )
 
 
-def merge_context(run: Context, own: Context) -> Context:
-    """The utterance's context over the run's: its description replaces the run's, its terms come first, and what was
-    said before is its own."""
-    return Context(
-        own.description or run.description, tuple(dict.fromkeys(own.terms + run.terms)), own.previous or run.previous
-    )
+def merge_context(run: Context, utterance: Context) -> Context:
+    """The utterance's context over the run's: its description and previous utterances replace the run's, and its terms
+    come before the run's."""
+    terms = tuple(dict.fromkeys(utterance.terms + run.terms))
+    return Context(utterance.description or run.description, terms, utterance.previous or run.previous)
 
 
 def expand_paths(manifest_filepath: Any) -> list[str]:
@@ -142,8 +143,8 @@ def read_manifest(manifest_filepath: Any, *, use_text: bool = True, tarred: bool
 
     Args:
         manifest_filepath: as in NeMo's data configs.
-        use_text: False reads every row as unlabeled.
-        tarred: audio names are members of tar files and stay as they are.
+        use_text: False = every row is read as unlabeled.
+        tarred: whether audio names are members of tar files, which are left as they are.
 
     Raises:
         ManifestError: a file is missing or empty, or lines are not JSON objects with ``audio_filepath`` and a positive
@@ -178,11 +179,12 @@ def stage(
         config: NeMo's ``train_ds`` with ``manifest_filepath`` and, where set, ``tarred_audio_filepaths``,
             ``is_tarred``, ``max_duration``, ``min_duration``.
         folder: an existing folder of the run.
-        use_text: False: every row is unlabeled, whatever its text.
+        use_text: False = every row is unlabeled, whatever its text.
         on_bad_audio: ``error`` or ``skip``.
-        held_out, held_out_share: keep this share of the unlabeled rows, at most so many, from training; none of tarred
-            audio, whose rows cannot be read one by one, and none where it would be fewer than ``MIN_HELD_OUT``.
-        progress: receives a line at the start of long work.
+        held_out: the most unlabeled rows that are kept from training.
+        held_out_share: the share of the unlabeled rows that is kept from training; none of tarred audio, whose rows
+            cannot be read one by one, and none where it would be fewer than ``MIN_HELD_OUT``.
+        progress: receives a message at the start of long work.
 
     Raises:
         ManifestError: faults in the manifests, unreadable audio under ``error``, or no row left.
@@ -203,10 +205,10 @@ def stage(
     if bad and on_bad_audio == "error":
         head = f"{len(bad)} row(s) with unreadable audio (feedback.on_bad_audio=skip leaves them out):"
         raise ManifestError(list_faults(head, bad.values()))
-    kept = [row for row in rows if id(row) not in dropped and id(row) not in bad]
+    kept = [row for row in usable if id(row) not in bad]
     if not kept:
         raise ManifestError("no row is left to train on: all are over max_duration, under min_duration or unreadable.")
-    # A pool that is listed several times, to be seen oftener than what is replayed beside it, is held out once.
+    # A pool that is listed several times, to be seen oftener than the replay rows, is held out once.
     distinct = {row.utterance: row for row in kept if row.unlabeled}
     held = () if tarred else _spread(list(distinct.values()), held_out_share, held_out)
     out = {row.utterance for row in held}
@@ -216,7 +218,7 @@ def stage(
 
 
 def _spread(rows: list[Row], share: float, most: int) -> tuple[Row, ...]:
-    """Rows evenly spaced over the list, or none where they would be too few to tell anything."""
+    """Rows evenly spaced over the list; none where they would be too few to measure anything."""
     number = min(most, int(share * len(rows)))
     if number < MIN_HELD_OUT:
         return ()
@@ -224,7 +226,7 @@ def _spread(rows: list[Row], share: float, most: int) -> tuple[Row, ...]:
 
 
 def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
-    """Rows whose audio file is missing or has no readable header, each with ``origin: path: reason``."""
+    """The rows whose audio file is missing or has no readable header, each with ``origin: path: reason``."""
     import soundfile
 
     def reason(row: Row) -> tuple[Row, str] | None:
@@ -239,8 +241,8 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
         return None
 
     rows = list(rows)
-    # The first one alone: soundfile's binding makes its C types at the first call, and two threads that make them at
-    # once get two types of one name, each refusing the other's files.
+    # The first row before the threads: soundfile's binding makes its C types at the first call, and two threads that
+    # make them at once get two types of the same name, each refusing the other's files.
     found = [reason(row) for row in rows[:1]]
     with ThreadPoolExecutor(max_workers=8) as pool:
         found += pool.map(reason, rows[1:])
@@ -248,11 +250,11 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
 
 
 def missing_members(rows: Iterable[Row], tar_paths: Any) -> list[tuple[Row, str]]:
-    """Rows that no local tar file holds, each with ``origin: name: reason``; how a member sounds shows at run time.
+    """The rows that are in no local tar file, each with ``origin: name: reason``; members are not decoded here.
 
     Args:
-        rows: of a tarred manifest.
-        tar_paths: NeMo's ``tarred_audio_filepaths``; pipes and remote stores are left to NeMo.
+        rows: the rows of a tarred manifest.
+        tar_paths: NeMo's ``tarred_audio_filepaths``; pipes and remote stores are not checked.
 
     Raises:
         ManifestError: a local tar file is missing or broken.
@@ -271,7 +273,12 @@ def missing_members(rows: Iterable[Row], tar_paths: Any) -> list[tuple[Row, str]
 
 
 def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``file:line`` and object of each line that is not blank in a JSON Lines file; appends to ``faults``."""
+    """Reads a JSON Lines file: yields ``file:line`` and the object of each line that is not blank.
+
+    Args:
+        path: the file.
+        faults: a message is appended for a file that cannot be read and for each line that is not an object.
+    """
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8")
@@ -279,7 +286,7 @@ def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[
         faults.append(f"{path}: cannot be read ({error}).")
         return
     if not text.strip():
-        faults.append(f"{path}: has no line in it.")
+        faults.append(f"{path}: the file is empty.")
     for number, line in enumerate(text.splitlines(), 1):
         try:
             data = json.loads(line) if line.strip() else None
@@ -293,7 +300,7 @@ def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[
 
 
 def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: bool) -> Row:
-    """Raises ValueError: what is wrong with the line."""
+    """The row of a manifest line; a ValueError names what is wrong with the line."""
     audio, duration = data.get("audio_filepath") or data.get("audio_filename"), data.get("duration")
     text, offset, replay = data.get("text"), data.get("offset") or 0.0, data.get("replay") or ""
     if not isinstance(audio, str) or not audio:
@@ -309,10 +316,9 @@ def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: boo
     if replay not in ("", *REPLAY_VALUES) or (replay == "supervised" and not text):
         raise ValueError(f"`replay` must be kl or, for a row with text, supervised (got {replay!r}).")
     context = parse_context(data.get("context"))
+    text = (text or "").strip() if use_text else ""
     path = audio if tarred else str(_resolve(audio, Path(origin.rsplit(":", 1)[0])))
-    return Row(
-        path, float(duration), float(offset), (text or "").strip() if use_text else "", context, origin, data, replay
-    )
+    return Row(path, float(duration), float(offset), text, context, origin, data, replay)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -350,7 +356,7 @@ def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) ->
     target.mkdir(parents=True, exist_ok=True)
     for file in map(Path, _expand_braces(pattern)):
         lines = [json.dumps(_staged_line(row), ensure_ascii=False) for row in by_file.get(str(file.expanduser()), [])]
-        # Every rank writes the same copies, perhaps while another reads them: a rename shows no half of a file.
+        # Every rank writes the same copies, perhaps while another reads them: a rename never shows half a file.
         temporary = target / f".{file.name}.{os.getpid()}"
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         temporary.replace(target / file.name)
@@ -358,6 +364,7 @@ def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) ->
 
 
 def _staged_line(row: Row) -> dict[str, Any]:
+    """The row as NeMo's loaders should read it: without keys that would take the place of those set here."""
     line = {k: v for k, v in row.data.items() if k not in ("audio_filename", "text_filepath", "normalized_text")}
     return {**line, "audio_filepath": row.audio, "duration": row.duration, "text": row.text}
 

@@ -1,9 +1,8 @@
-"""A training loader that a killed run takes up where it was.
+"""A training loader that continues a killed run at the batch where it stopped.
 
 Lightning 2.4 counts the batches of an unfinished epoch but starts the loader at its first batch again, and a shuffle
 drawn from the process's random state differs after a restart anyway. Here the order of an epoch depends on the seed
-and the epoch's number only, and the place in it is what Lightning's own checkpoint counts
-(``resuming.place_in_data``).
+and the epoch's number only, and the position in it is what Lightning's checkpoint counts (``training/resume.py``).
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ _KEPT = (
 
 
 class ResumableLoader:
-    """NeMo's loader with a place; everything else of it is handed through.
+    """NeMo's loader, able to start in the middle of an epoch; all other attributes are those of NeMo's loader.
 
-    Lightning leaves a loader that is not a ``DataLoader`` as it is, so the split over the ranks is made here, too.
+    Lightning does not change a loader that is not a ``DataLoader``, so the split over the ranks is made here, too.
 
     Args:
-        loader: NeMo's.
-        seed: of the order; the same on all ranks.
-        rank, num_ranks: of this process; Lhotse's samplers and tarred data are split by NeMo already.
+        loader: NeMo's training loader.
+        seed: seed of the order, the same on all ranks.
+        rank, num_ranks: rank of this process and number of ranks; NeMo splits Lhotse's and tarred data itself.
         shuffle: whether the classic loader shuffles.
     """
 
@@ -58,22 +57,26 @@ class ResumableLoader:
 
     @property
     def sampler(self) -> ResumableLoader:
-        """Lightning sets the epoch of whatever is called the sampler."""
+        """The loader itself: Lightning calls ``set_epoch`` on the attribute of this name."""
         return self
 
     @property
     def batch_sampler(self) -> None:
-        """See ``sampler``."""
+        """None, so that Lightning looks at ``sampler``."""
         return None
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass."""
+        """Sets the epoch, which with the seed gives the order of the next pass."""
         self._epoch = epoch
 
     def start_at(self, *, epoch: int, batches: int) -> None:
-        """Lets the pass over that epoch start behind so many batches, which a checkpoint has already seen.
+        """Makes the pass over an epoch skip its first batches, which a checkpoint has already seen.
 
-        A resumed run's first pass may begin before Lightning sets its epoch, so it is set here.
+        The epoch is set as well, since a resumed run's first pass may begin before Lightning sets it.
+
+        Args:
+            epoch: number of the epoch that was interrupted.
+            batches: batches of it that were done.
         """
         self._epoch, self._resume = epoch, (epoch, batches)
 
@@ -85,7 +88,7 @@ class ResumableLoader:
         (epoch, batches), self._resume = self._resume, (0, 0)
         skip = batches if epoch == self._epoch else 0
         if not skip:
-            # As torch's own loader draws its workers' seed, so that a stock run and ours see the same dropout.
+            # torch's loader draws its workers' seed here; this draw keeps dropout equal to that of a stock run.
             torch.empty((), dtype=torch.int64).random_()
         if self._place is not None:
             self._place.set(epoch=self._epoch, batches=skip)
@@ -95,14 +98,14 @@ class ResumableLoader:
 
 
 class _Place(Sampler[Any]):
-    """A sampler that can start behind its first batches; those are never loaded."""
+    """A sampler that can skip its first batches, which are then never loaded."""
 
     def __init__(self, order: Any, items: int) -> None:
         self._order, self._items = order, items
         self._skip = 0
 
     def set(self, *, epoch: int, batches: int) -> None:
-        """For the next pass."""
+        """Sets epoch and number of skipped batches of the next pass."""
         if hasattr(self._order, "set_epoch"):
             self._order.set_epoch(epoch)
         self._skip = batches * self._items
@@ -115,7 +118,7 @@ class _Place(Sampler[Any]):
 
 
 def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
-    """The loader with another sampler, which torch does not let one set."""
+    """A copy of the loader with another sampler, since torch does not allow to set it."""
     kept = {name: getattr(loader, name) for name in _KEPT}
     if loader.batch_size is not None:  # else torch refuses this flag, also when it is False
         kept["drop_last"] = loader.drop_last
@@ -125,7 +128,7 @@ def _rebuilt(loader: DataLoader, sampler: Sampler[Any]) -> DataLoader:
 
 
 def run_seed() -> int:
-    """The run's seed, the same on all ranks: ``seed_everything`` leaves it in the environment for samplers."""
+    """The run's seed, the same on all ranks, from the environment, where Lightning's ``seed_everything`` puts it."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 

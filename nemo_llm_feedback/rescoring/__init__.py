@@ -1,4 +1,4 @@
-"""LLM rescoring inside NeMo's beam decoders, without training.
+"""LLM rescoring of the N-best lists of NeMo's beam decoders, at inference and without training.
 
 enable_rescoring(model, LLMReward(scorer, alpha=1.0, beta=2.0), context=Context("an order at a coffee shop"))
 model.transcribe(["a.wav"])            # and validation, WER, predict_step, after any change_decoding_strategy

@@ -1,9 +1,9 @@
-"""Best paths of given label sequences, i.e. at which frame each label is spoken, for CTC, RNN-T and TDT.
+"""Finds the frame at which each label of a given text is spoken (forced alignment), for CTC, RNN-T and TDT.
 
-CTC paths come from NeMo's aligner. It has none for transducers (its ``aligner_utils`` read frame-wise CTC
-log-probabilities only, and its decoders give timestamps of the path that they walked, not of a text that was chosen
-afterwards), so their recursion stands here: that of the likelihood with max in the place of the sum (Viterbi), on one
-utterance at a time in float64: only hypotheses that a user asked timestamps for are aligned.
+CTC paths come from NeMo's aligner. NeMo has none for transducers: its ``aligner_utils`` read frame-wise CTC
+log-probabilities only, and its decoders give timestamps of the path that they took, not of a text that was chosen
+afterwards. Their recursion is therefore here: that of the likelihood with max instead of the sum (Viterbi), on one
+utterance at a time in float64, since only hypotheses that a user wants timestamps of are aligned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_llm_feedback.asr.heads import Labels, TransducerHead
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-# In the place of −inf, so that differences of sums stay numbers; far below any sum of real log-probabilities.
+# Used instead of −inf, so that differences of sums stay numbers; far below any sum of real log-probabilities.
 _NEVER = -1e9
 # The same for NeMo's aligner, which computes in float32 and float64: a power of two is equal in both.
 _NO_STATE = -(2.0**100)
@@ -29,11 +29,11 @@ def align_ctc(log_probs: Tensor, labels: Labels) -> tuple[list[int], list[int]]:
     """Best CTC path of a label sequence.
 
     Args:
-        log_probs: [T, V+1] natural-log probabilities of an utterance's valid frames; blank is the last.
+        log_probs: [T, V+1] natural-log probabilities of the utterance's valid frames, blank last.
         labels: label ids without blank.
 
     Returns:
-        The frame at which each label starts, and all frames that are not blank; both ascending.
+        The frame at which each label starts, and all frames that are not blank, both ascending.
 
     Raises:
         DecodingError: the audio has too few frames for the labels.
@@ -49,7 +49,7 @@ def align_ctc(log_probs: Tensor, labels: Labels) -> tuple[list[int], list[int]]:
     sizes = torch.tensor([num_frames]), torch.tensor([len(states)])
     (found,) = viterbi_decoding(scores[None], states[None], *sizes, torch.device("cpu"), _NO_STATE)
     path = torch.tensor(found)
-    # Where there is no path, NeMo's stays in a state that no path can start from.
+    # Where there is no path, NeMo's result starts in a state that no path can start from.
     if path[0] > 1 or scores[torch.arange(num_frames), states[path]].sum() <= _NEVER:
         raise _no_path(labels, num_frames)
     starts = [int((path == 2 * u + 1).nonzero()[0]) for u in range(len(labels))]
@@ -60,12 +60,12 @@ def align_transducer(head: TransducerHead, encoded: Tensor, labels: Labels) -> t
     """Best path of a label sequence through the lattice of an RNN-T or TDT model.
 
     Args:
-        head: in eval mode.
-        encoded: [D, T] encoder output of an utterance's valid frames.
+        head: the transducer head, in eval mode.
+        encoded: [D, T] encoder output of the utterance's valid frames.
         labels: label ids without blank.
 
     Returns:
-        The frame at which each label is emitted, ascending, and the frames it takes: TDT's durations, 1 for RNN-T.
+        The frame at which each label is emitted, ascending, and its duration in frames (1 for RNN-T).
 
     Raises:
         DecodingError: no complete path exists.
@@ -94,8 +94,8 @@ def _best_path(blank: dict[int, np.ndarray], label: dict[int, np.ndarray]) -> li
     """(frame, move) of each label on the best path, or None where no path is possible.
 
     Args:
-        blank: move in frames → [T, U+1] log-probability of a blank with it at each cell.
-        label: move in frames → [T, U] of the next label.
+        blank: move in frames → [T, U+1] log-probability of a blank with this move at each cell.
+        label: move in frames → [T, U] log-probability of the next label with this move.
     """
     num_frames, width = next(iter(blank.values())).shape
     best = np.full((num_frames, width), 2 * _NEVER * (num_frames + width))
@@ -109,7 +109,7 @@ def _best_path(blank: dict[int, np.ndarray], label: dict[int, np.ndarray]) -> li
             if m and t >= m:
                 np.maximum(row[1:], best[t - m, :-1] + arcs[t - m], out=row[1:])
         if 0 in label:
-            # Labels that take no frame run along the row: a running maximum once their own sum is taken off.
+            # Labels that take no frame move along the row: a running maximum once their sum is subtracted.
             walked = np.concatenate([[0.0], label[0][t].cumsum()])
             best[t] = walked + np.maximum.accumulate(row - walked)
     t, k = num_frames, width - 1
@@ -129,6 +129,7 @@ def _best_path(blank: dict[int, np.ndarray], label: dict[int, np.ndarray]) -> li
 
 
 def _no_path(labels: Sequence[int], num_frames: int) -> DecodingError:
+    """The error for labels that do not fit into the frames."""
     return DecodingError(
         f"no path spells {len(labels)} labels in {num_frames} frames, so they have no timestamps: the audio is too "
         "short for its transcript; decode it without timestamps."

@@ -1,7 +1,7 @@
-"""The hook in NeMo's decoding objects: transcribe, validation, WER and predict_step all decode through it.
+"""Subclasses of NeMo's decoding classes that rescore: transcribe, validation, WER and predict_step decode by them.
 
-NeMo dispatches on the classes of its decoding objects, so a hooked object is one of a subclass; it becomes one by
-having its class exchanged after NeMo built it (``adopt``).
+NeMo dispatches on the classes of its decoding objects, so a hooked object has a subclass of its class; the class is
+exchanged after NeMo built the object (``adopt``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from nemo_llm_feedback.rescoring.scoring import Rescorer, ScoredHypothesis
 
 
 class NBest(list):
-    """The N-best of an utterance, best first, that also answers as its best hypothesis (``nbest.text``).
+    """The N-best of an utterance, best first; it also has the attributes of its best hypothesis (``nbest.text``).
 
-    NeMo's WER log, CTC ``transcribe`` and others read ``.text`` of what a decoder returns and stop at a plain list.
+    NeMo's WER log, CTC ``transcribe`` and others read ``.text`` of what a decoder returns and fail on a plain list.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +38,7 @@ class NBest(list):
 
 
 class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the exchange of classes
-    """What the four hooked classes share. ``adopt`` sets the attributes."""
+    """What the hooked classes share. ``adopt`` sets the attributes."""
 
     rescorer: Rescorer
     head: Head
@@ -49,31 +49,34 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
     cfg: Any
 
     def _rescored(self, found: Sequence[Any], encoded: Tensor, lengths: Tensor) -> list[Any]:
-        """B best hypotheses, or B ``NBest``s, from the first pass's containers."""
+        """Rescores the first pass.
+
+        Args:
+            found: NeMo's N-best containers, one per row.
+            encoded: [B, D, T] encoder output, of CTC [B, V+1, T] log-probabilities.
+            lengths: [B] frames.
+
+        Returns:
+            B best hypotheses, or B ``NBest``s.
+        """
         size = self.head.vocabulary.vocab_size
         # Some searches leave their start symbol, which is blank, in the sequence.
         rows = [[tuple(i for i in y if 0 <= i < size) for y in row] for row in nbest_labels(found[: len(lengths)])]
         ranked = self.rescorer.rescore(self.head, encoded, lengths, rows, self.proposer)
-        results: list[Any] = []
+        results = []
         for members, x, frames in zip(ranked, encoded, lengths.tolist(), strict=True):
             shown = members if self.return_nbest else members[:1]
-            hyps = NBest(self._hypothesis(member, members, x[:, :frames]) for member in shown)
-            results.append(hyps if self.return_nbest else hyps[0])
-        return results
+            results.append(NBest(self._hypothesis(member, members, x[:, :frames]) for member in shown))
+        return results if self.return_nbest else [hyps[0] for hyps in results]
 
     def _hypothesis(self, member: ScoredHypothesis, members: list[ScoredHypothesis], encoded: Tensor) -> Hypothesis:
-        """NeMo's record of a member; ``encoded`` [D, T] are its valid frames."""
+        """NeMo's record of a member; ``encoded``: [D, T] the utterance's valid frames."""
         labels = list(member.labels)
-        with torch.inference_mode(False):  # NeMo's n-best are inference tensors, of no use to whoever trains on them
+        with torch.inference_mode(False):  # an inference tensor could not be used in training
             sequence = torch.tensor(labels, dtype=torch.long)
-        hyp = Hypothesis(
-            score=member.score,
-            y_sequence=sequence,
-            text=self.decode_tokens_to_str_with_strip_punctuation(labels),  # type: ignore[attr-defined]
-            length=encoded.shape[1],
-        )
-        hyp.score_parts = dict(member.parts)
-        hyp.n_best = tuple(members)
+        text = self.decode_tokens_to_str_with_strip_punctuation(labels)  # type: ignore[attr-defined]
+        hyp = Hypothesis(score=member.score, y_sequence=sequence, text=text, length=encoded.shape[1])
+        hyp.score_parts, hyp.n_best = dict(member.parts), tuple(members)
         if self.cfg.get("compute_hypothesis_token_set", False):
             hyp.tokens = self.decode_ids_to_tokens(labels)  # type: ignore[attr-defined]
         if self.align:
@@ -82,7 +85,7 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
 
     @abstractmethod
     def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
-        """Sets ``hyp.timestamp`` as NeMo's greedy decoder would; ``encoded`` [D, T] are the valid frames."""
+        """Sets ``hyp.timestamp`` as NeMo's greedy decoder would; ``encoded``: [D, T] the valid frames."""
 
 
 class _CTCHook(_Hook):
@@ -96,10 +99,10 @@ class _CTCHook(_Hook):
         """NeMo's method with the N-best rescored; both values of ``return_hypotheses`` give full hypotheses.
 
         Args:
-            decoder_outputs: [B, T, V+1] log-probabilities.
-            decoder_lengths: [B] frames; all T if None.
-            fold_consecutive: of no effect, as in NeMo's beams.
-            return_hypotheses: of no effect.
+            decoder_outputs: [B, T, V+1] natural-log probabilities.
+            decoder_lengths: [B] frames; None = all T.
+            fold_consecutive: without effect, as in NeMo's beams.
+            return_hypotheses: without effect.
 
         Returns:
             B ``Hypothesis``, or B ``NBest`` with ``beam.return_best_hypothesis: false``.
@@ -108,7 +111,7 @@ class _CTCHook(_Hook):
             raise DecodingError(
                 f"rescoring needs CTC log-probabilities [B, T, V], got the shape {tuple(decoder_outputs.shape)}."
             )
-        log_probs = decoder_outputs if decoder_outputs.dtype == torch.float64 else decoder_outputs.float()
+        log_probs = decoder_outputs.to(torch.promote_types(decoder_outputs.dtype, torch.float32))
         lengths = decoder_lengths
         if lengths is None:
             lengths = torch.full((len(log_probs),), log_probs.shape[1], device=log_probs.device)
@@ -119,7 +122,7 @@ class _CTCHook(_Hook):
     def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
         starts, hyp.timestamp = align_ctc(encoded.T, labels)
         text = hyp.text
-        # What NeMo's greedy decoder hands to this method: labels, and for each the frames since the one before.
+        # What NeMo's greedy decoder gives this method: labels, and for each the frames since the one before.
         hyp.text = (list(labels), [b - a for a, b in itertools.pairwise([0, *starts])])
         self.compute_ctc_timestamps(hyp, self.cfg.get("ctc_timestamp_type", "all"))  # type: ignore[attr-defined]
         hyp.text = text
@@ -138,10 +141,10 @@ class _TransducerHook(_Hook):
         """NeMo's method with the N-best rescored; both values of ``return_hypotheses`` give full hypotheses.
 
         Args:
-            encoder_output: [B, D, T].
+            encoder_output: [B, D, T] encoder output.
             encoded_lengths: [B] frames.
-            return_hypotheses: of no effect.
-            partial_hypotheses: must be None: what is rescored is a whole utterance.
+            return_hypotheses: without effect.
+            partial_hypotheses: must be None: whole utterances are rescored.
 
         Returns:
             B ``Hypothesis``, or B ``NBest`` with ``beam.return_best_hypothesis: false``.
@@ -149,9 +152,7 @@ class _TransducerHook(_Hook):
         if partial_hypotheses is not None and any(hyp is not None for hyp in partial_hypotheses):
             raise DecodingError("rescoring judges whole utterances: disable_rescoring(model) before streaming.")
         with torch.inference_mode(), evaluation_mode(self.decoding.decoder), evaluation_mode(self.decoding.joint):
-            (found,) = self.decoding(
-                encoder_output=encoder_output, encoded_lengths=encoded_lengths, partial_hypotheses=None
-            )
+            (found,) = self.decoding(encoder_output=encoder_output, encoded_lengths=encoded_lengths)
             return self._rescored(found, encoder_output, encoded_lengths)
 
     def _add_timestamps(self, hyp: Hypothesis, labels: Labels, encoded: Tensor) -> None:
@@ -159,11 +160,10 @@ class _TransducerHook(_Hook):
         self.compute_rnnt_timestamps(hyp, self.cfg.get("rnnt_timestamp_type", "all"))  # type: ignore[attr-defined]
 
     def decode_ids_to_tokens(self, tokens: list[int]) -> list[str]:
-        """NeMo's own, except that its character TDT drops the last labels of the vocabulary from every text."""
+        """NeMo's method, whose character TDT would drop the last labels of the vocabulary from every text."""
         labels: dict[int, str] | None = getattr(self, "labels_map", None)
         if labels is None:
-            found: list[str] = super().decode_ids_to_tokens(tokens)  # type: ignore[misc]
-            return found
+            return super().decode_ids_to_tokens(tokens)  # type: ignore[misc]
         return [labels[token] for token in map(int, tokens) if token in labels]
 
 
@@ -175,14 +175,14 @@ def _hooked(cls: type) -> type:
 
 
 def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_nbest: bool) -> None:
-    """Turns a decoding object that NeMo just built for N-best into a hooked one.
+    """Turns a decoding object that NeMo just built for N-best into a rescoring one.
 
     Args:
-        decoding: built from ``nbest_config``.
-        rescorer: what chooses.
-        head: of the model that decodes, CTC or transducer.
-        align: give timestamps.
-        return_nbest: return N-best lists instead of the best.
+        decoding: NeMo's decoding object, built from ``nbest_config``.
+        rescorer: chooses among the hypotheses.
+        head: the head of the model that decodes.
+        align: whether to give timestamps.
+        return_nbest: whether to return N-best lists instead of the best hypothesis.
     """
     decoding.__class__ = _hooked(decoding.__class__)
     if head.name == "ctc":
@@ -192,4 +192,4 @@ def adopt(decoding: Any, rescorer: Rescorer, head: Head, *, align: bool, return_
     decoding.align, decoding.return_nbest = align, return_nbest
     decoding.compute_timestamps = align
     if head.name == "ctc":
-        decoding.decoding.compute_timestamps = False  # NeMo's setter hands it on to the search, which has none
+        decoding.decoding.compute_timestamps = False  # NeMo's setter sets it on the search, too, which has none

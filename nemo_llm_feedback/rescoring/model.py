@@ -1,8 +1,8 @@
-"""Rescoring on a model: switched on and off, and kept through everything by which NeMo builds new decoding objects.
+"""Switches rescoring on and off for a NeMo model, whatever decoding objects NeMo builds for it afterwards.
 
-``enable_rescoring`` exchanges the model's class for a subclass of it, whose methods hand NeMo an N-best configuration
-and hook what it builds. The model's own configuration stays what the user or the checkpoint wrote, so that every save
-is the stock one.
+``enable_rescoring`` exchanges the model's class for a subclass of it, whose methods give NeMo an N-best configuration
+and hook the decoding objects that it builds. The model's configuration stays as the user or the checkpoint wrote it,
+so that a saved model is the stock one.
 """
 
 from __future__ import annotations
@@ -51,34 +51,32 @@ def enable_rescoring(
     normalizer: str = RescoringConfig.normalizer,
     memory_budget_mb: int = RescoringConfig.memory_budget_mb,
 ) -> None:
-    """Lets everything that decodes with this model choose by log p(y|x) + α·reward + β·length.
+    """Makes all decoding with this model choose by log p(y|x) + α·reward + β·length.
 
     A greedy strategy is replaced by the family's batched beam (``beam_batch`` for CTC, ``malsd_batch`` for RNN-T and
-    TDT); a beam strategy of the user's stays. Both heads of a hybrid are switched. Hypotheses carry ``score``,
+    TDT); a beam strategy stays. Both heads of a hybrid are switched. Hypotheses carry ``score``,
     ``score_parts`` and, in ``n_best``, the whole ordered N-best with its parts; N-best lists are returned with
     ``beam.return_best_hypothesis: false``. Calling it again replaces the settings.
 
     Args:
         model: a stock NeMo CTC, RNN-T, TDT or hybrid model, or one of this package.
-        reward: the judge, e.g. ``LLMReward``, which weighs log p(y|x) itself; None = log p(y|x) alone.
+        reward: judges the hypotheses, e.g. ``LLMReward``, which weighs log p(y|x) itself; None = log p(y|x) alone.
         alpha, beta: weights of any other reward and of the length; by default those of ``RewardConfig``, and β = 0
             without a reward.
-        context: of all utterances; see :func:`utterance_contexts` for one per row.
+        context: the context of all utterances; see :func:`utterance_contexts` for one per utterance.
         nbest, boosted, term_swap, boosting_weight, normalizer, memory_budget_mb: see ``RescoringConfig``.
 
     Raises:
         CheckpointError: the model's class is not supported.
         ConfigError: the settings or the model's decoding configuration cannot be used.
     """
-    given = {
+    given: dict[str, Any] = {
         "nbest": nbest,
         "boosted": boosted,
         "term_swap": term_swap,
         "boosting_weight": boosting_weight,
-        "normalizer": normalizer,
-        "memory_budget_mb": memory_budget_mb,
-        "reward": None,
     }
+    given |= {"normalizer": normalizer, "memory_budget_mb": memory_budget_mb, "reward": None}
     settings = make(RescoringConfig, given, where="rescoring", what="the rescoring settings have")
     attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
 
@@ -98,7 +96,7 @@ def attach(model: Any, rescorer: Rescorer) -> None:
 
 
 def disable_rescoring(model: Any) -> None:
-    """Gives the model its stock class and its own decoding strategy back; nothing happens where rescoring is off."""
+    """Restores the model's stock class and its decoding strategy; does nothing where rescoring is off."""
     if isinstance(model, RescoringMixin):
         model.__class__ = type(model)._plain
         model._rescorer = None
@@ -107,12 +105,12 @@ def disable_rescoring(model: Any) -> None:
 
 @contextmanager
 def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Context]) -> Iterator[None]:
-    """Within it, the rows of each decoded batch are these utterances; NeMo's decoders know no utterance.
+    """Inside, the rows of each decoded batch are these utterances, which NeMo's decoders do not know.
 
     Args:
         model: with rescoring on.
-        names: one per row, stable over runs.
-        contexts: each row's own, merged over the model's.
+        names: a name per row, stable over runs.
+        contexts: a context per row, merged over the model's.
 
     Raises:
         ConfigError: rescoring is off.
@@ -121,7 +119,7 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
         raise ConfigError("rescoring is off: call enable_rescoring(model, …) first.")
     rescorer: Rescorer = model._rescorer
     before = rescorer.batch
-    rescorer.batch = tuple(names), tuple(merge_context(rescorer.context, own) for own in contexts)
+    rescorer.batch = tuple(names), tuple(merge_context(rescorer.context, context) for context in contexts)
     try:
         yield
     finally:
@@ -130,14 +128,14 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
 
 @functools.cache
 def rescored_class(cls: type) -> type:
-    """The subclass with rescoring of a model class; of the same name, since NeMo and its users print it."""
+    """The subclass of a model class with rescoring; it has the same name, since NeMo and its users print it."""
     if issubclass(cls, RescoringMixin):
         return cls
     return type(cls.__name__, (RescoringMixin, cls), {"_plain": cls, "__module__": cls.__module__})
 
 
 class RescoringMixin(_Base):
-    """In front of a NeMo ASR class: whatever decoding object NeMo builds becomes a rescoring one."""
+    """Put before a NeMo ASR class, it turns every decoding object that NeMo builds into a rescoring one."""
 
     _plain: type
     _rescorer: Any
@@ -145,12 +143,12 @@ class RescoringMixin(_Base):
     def change_decoding_strategy(
         self, decoding_cfg: Any = None, decoder_type: Any = None, verbose: bool = True
     ) -> None:
-        """NeMo's method; the strategy may be any that gives an N-best, or greedy.
+        """NeMo's method; the strategy may be greedy, or any that gives an N-best.
 
         Args:
-            decoding_cfg: NeMo's decoding configuration; None = the model's own.
-            decoder_type: of a hybrid, ``rnnt`` or ``ctc``; None = ``rnnt``, as in NeMo.
-            verbose: log the configuration.
+            decoding_cfg: NeMo's decoding configuration; None = that of the model.
+            decoder_type: the head of a hybrid, ``rnnt`` or ``ctc``; None = ``rnnt``, as in NeMo.
+            verbose: whether to log the configuration.
 
         Raises:
             ConfigError: the configuration cannot be rescored; the model keeps the one it had.
@@ -184,18 +182,18 @@ class RescoringMixin(_Base):
         _rebuild(self)
 
     def _transcribe_on_begin(self, audio: Any, trcfg: Any) -> None:
-        """NeMo's; every module's mode is noted."""
+        """NeMo's method; the train/eval mode of every module is noted."""
         self._modes = modes_of(self.modules())
         super()._transcribe_on_begin(audio, trcfg)
 
     def _transcribe_on_end(self, trcfg: Any) -> None:
-        """NeMo's, which would leave encoder, decoder and joint in train mode."""
+        """NeMo's method, which would leave encoder, decoder and joint in train mode."""
         super()._transcribe_on_end(trcfg)
         for module, training in self.__dict__.pop("_modes", ()):
             module.training = training
 
     def _transcribe_output_processing(self, outputs: Any, trcfg: Any) -> list[Any]:
-        """NeMo's, for N-best lists too: it would stop at a list, and put log-probabilities in the place of labels."""
+        """NeMo's method, which fails on N-best lists and puts log-probabilities where labels belong."""
         logits = outputs.get("logits")
         plain = dataclasses.replace(trcfg, return_hypotheses=False, timestamps=False)
         found = super()._transcribe_output_processing(outputs, plain)
@@ -211,29 +209,22 @@ class RescoringMixin(_Base):
 
 
 def _rebuild(model: Any) -> None:
-    """Builds the decoding objects anew from the model's own configuration; the current head of a hybrid last."""
-    if not hasattr(model, "cur_decoder"):
-        model.change_decoding_strategy(None, verbose=False)
-        return
-    current = model.cur_decoder
-    for decoder_type in sorted(("rnnt", "ctc"), key=lambda name: name == current):
-        model.change_decoding_strategy(None, decoder_type=decoder_type, verbose=False)
-
-
-# NeMo's configurations of character and of BPE models.
-_DEFAULTS = {
-    "ctc": (CTCDecodingConfig, CTCBPEDecodingConfig),
-    "transducer": (RNNTDecodingConfig, RNNTBPEDecodingConfig),
-}
+    """Builds the decoding objects again from the model's configuration; the current head of a hybrid last."""
+    current = getattr(model, "cur_decoder", None)
+    heads = sorted(("rnnt", "ctc"), key=lambda name: name == current)
+    for head in [{"decoder_type": name} for name in heads] if current else [{}]:
+        model.change_decoding_strategy(None, verbose=False, **head)
 
 
 def _completed(model: Any, given: Any, kind: str) -> DictConfig:
-    """A user's configuration over NeMo's defaults, as NeMo itself would write it into the model's."""
+    """A user's configuration over NeMo's defaults, as NeMo would write it into the model's configuration."""
     if dataclasses.is_dataclass(given):
         given = OmegaConf.structured(given)
-    characters, bpe = _DEFAULTS[kind]
-    defaults = OmegaConf.structured(bpe if hasattr(model, "tokenizer") else characters)
-    merged = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(defaults)), given)
+    config = (
+        (CTCDecodingConfig, CTCBPEDecodingConfig) if kind == "ctc" else (RNNTDecodingConfig, RNNTBPEDecodingConfig)
+    )
+    defaults = OmegaConf.to_container(OmegaConf.structured(config[hasattr(model, "tokenizer")]))
+    merged = OmegaConf.merge(OmegaConf.create(defaults), given)
     if kind == "transducer":
         merged = model.set_decoding_type_according_to_loss(merged)
     return DictConfig(merged)

@@ -1,4 +1,4 @@
-"""Scores of an N-best: exact log p(y|x), the reward's judgement, and which hypothesis wins. It knows no decoder."""
+"""Orders the hypotheses of an N-best by exact log p(y|x) and a reward, for whatever decoder found them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ScoredHypothesis:
 
     Attributes:
         labels: label ids without blank.
-        text: as the reward saw it, i.e. after the text normalisation.
+        text: the text that the reward judged, i.e. after normalisation.
         score: what the N-best is ordered by; NaN where the reward could not judge the member.
-        parts: ``asr`` = exact log p(y|x) in nats, ``length``, and the reward's own parts, unweighted.
+        parts: ``asr`` = exact log p(y|x) in nats, ``length``, and the reward's parts, unweighted.
         source: ``beam``, or ``greedy``, ``boosted``, ``term_swap`` where those were asked for.
     """
 
@@ -43,18 +43,18 @@ class ScoredHypothesis:
 
 @dataclass(eq=False)
 class Rescorer:
-    """Chooses among hypotheses by log p(y|x) + α·reward + β·length; not a module, nothing of it is ever saved.
+    """Chooses among hypotheses by log p(y|x) + α·reward + β·length. It is not a module, so that it is never saved.
 
-    A reward whose parts include ``asr`` has weighed log p(y|x) itself (``LLMReward`` does: the one parameterisation),
-    and its value is the score. A member that the reward cannot judge (NaN) loses against every one that it can; where
-    it can judge none, log p(y|x) decides.
+    A reward whose parts include ``asr``, such as ``LLMReward``, has weighed log p(y|x) itself, and its value is the
+    score. A member that the reward cannot judge (NaN) ranks below all that it can judge; among members that it cannot
+    judge, log p(y|x) decides.
 
     Attributes:
-        reward: the judge, or None for log p(y|x) + β·length.
-        alpha, beta: of the formula; None = left to a reward that weighs log p(y|x) itself, otherwise those of
-            ``settings.reward`` or its defaults (β = 0 without a reward).
-        context: of all utterances; each utterance's own is merged over it.
-        settings: sizes, normalisation and memory.
+        reward: judges the hypotheses; None for log p(y|x) + β·length.
+        alpha, beta: weights of the reward and of the length; None = left to a reward that weighs log p(y|x) itself,
+            and for others those of ``settings.reward`` or its defaults (β = 0 without a reward).
+        context: the context of all utterances; that of each utterance is merged over it.
+        settings: beam size, further hypotheses, text normalisation and memory budget.
         batch: names and contexts of the rows that are decoded next, where they are known.
     """
 
@@ -71,15 +71,18 @@ class Rescorer:
         if not all(map(math.isfinite, given)):
             raise ConfigError(f"alpha={self.alpha} and beta={self.beta} must be finite numbers.")
         if isinstance(self.reward, LLMReward) and given:
-            raise ConfigError("an LLMReward has its own alpha and beta: set them on it, not on enable_rescoring.")
+            raise ConfigError("an LLMReward has alpha and beta itself: set them on it, not on enable_rescoring.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rescorer:
-        """A copied model (the frozen reference, for one) shares the rescorer: an LLM is not copied by accident."""
+        """A copied model, such as the frozen reference, shares the rescorer: an LLM must not be copied."""
         return self
 
     @classmethod
     def from_settings(cls, settings: RescoringConfig) -> Rescorer:
-        """Loads what the settings name; they are the user's, who may name a reward by a path to code.
+        """Loads the LLM and the reward that the settings name; a reward may be named by a path to the user's code.
+
+        Args:
+            settings: checked rescoring settings.
 
         Raises:
             LLMError, RewardError: the LLM or the reward cannot be used.
@@ -110,17 +113,17 @@ class Rescorer:
         nbest: Sequence[Sequence[Labels]],
         proposer: Proposer | None,
     ) -> list[list[ScoredHypothesis]]:
-        """Orders the N-best of every row by score, best first; members of equal normalised text are one.
+        """Orders the N-best of every row by score, best first; members of equal normalised text are merged.
 
         Args:
             head: the decoding model's head, in eval mode.
-            encoded: [B, D, T] its encoder output.
+            encoded: [B, D, T] encoder output.
             lengths: [B] frames.
-            nbest: the first pass's label sequences, B rows of any size; an empty row holds the empty text.
-            proposer: of :meth:`proposer`.
+            nbest: the first pass's label sequences per row, of any number; a row without any gets the empty text.
+            proposer: what :meth:`proposer` gave for the head.
 
         Raises:
-            ConfigError: the utterances announced are not as many as the rows, or alpha or beta have no use.
+            ConfigError: the number of announced utterances is not that of the rows, or alpha or beta have no use.
             RewardError: the reward cannot work at all.
         """
         names, contexts = self._rows(len(nbest))
@@ -145,13 +148,13 @@ class Rescorer:
             return tuple(f"row {b}" for b in range(count)), (self.context,) * count
         if len(self.batch[0]) != count:
             raise ConfigError(
-                f"{len(self.batch[0])} utterances were announced but {count} rows are decoded: announce every "
-                "batch with its own names and contexts."
+                f"{len(self.batch[0])} utterances were announced but {count} rows are decoded: call "
+                "utterance_contexts for each batch with the names and contexts of its rows."
             )
         return self.batch
 
     def _ordered(self, groups: Sequence[HypothesisGroup]) -> list[list[ScoredHypothesis]]:
-        """The groups' members by score, best first; those that cannot be judged last, by log p(y|x)."""
+        """The groups' members by score, best first; those that cannot be judged come last, by log p(y|x)."""
         output = self.reward(groups) if self.reward is not None else RewardOutput(torch.empty(0))
         weighed = "asr" in output.parts
         if weighed and (self.alpha is not None or self.beta is not None):
@@ -179,5 +182,6 @@ class Rescorer:
 
 
 def _rank(member: ScoredHypothesis) -> tuple[bool, float]:
+    """Sort key: members that were judged are better than those that were not."""
     judged = not math.isnan(member.score)
     return judged, member.score if judged else member.parts["asr"]

@@ -1,4 +1,4 @@
-"""Which decoding configurations can be rescored, and the N-best form in which NeMo is given them."""
+"""Checks whether a NeMo decoding configuration can be rescored, and changes it so that NeMo returns an N-best."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.core.config.faults import refuse
 
 DEFAULT_NBEST = 8
-"""Beam size where a greedy strategy is replaced by a beam and no size was asked for."""
+"""Beam size where a greedy strategy is replaced by a beam and no size is given."""
 
 GREEDY = ("greedy", "greedy_batch")
 BATCHED_BEAM = {"ctc": "beam_batch", "transducer": "malsd_batch"}
-# pyctcdecode returns text, which NeMo spells anew: its log p is that of the tokenizer's own spelling, lower than the
-# spoken one's. beam_batch keeps the labels and is the one to use.
-RESCORABLE = {
-    "ctc": ("beam_batch", "pyctcdecode"),
-    "transducer": ("malsd_batch", "maes_batch", "maes", "beam"),
-}
+# pyctcdecode returns text, which NeMo tokenizes again: log p is then that of the tokenizer's spelling, which is lower
+# than that of the labels found. beam_batch keeps the labels and should be preferred.
+RESCORABLE = {"ctc": ("beam_batch", "pyctcdecode"), "transducer": ("malsd_batch", "maes_batch", "maes", "beam")}
 _FUSION = ("ngram_lm_model", "ngram_lm_alpha", "boosting_tree", "boosting_tree_alpha")
 _FUSING = ("beam_batch", "malsd_batch")
 _CONFIDENCE = ("preserve_frame_confidence", "preserve_token_confidence", "preserve_word_confidence")
@@ -28,15 +25,15 @@ _CONFIDENCE = ("preserve_frame_confidence", "preserve_token_confidence", "preser
 def nbest_config(given: DictConfig, *, kind: str, nbest: int | None, characters: bool) -> DictConfig:
     """The configuration that NeMo's decoding object is built from so that it returns an N-best.
 
-    Greedy strategies become the family's batched beam and take their n-gram model and boosting tree along. What a beam
+    Greedy strategies become the family's batched beam and keep their n-gram model and boosting tree. What a beam
     cannot do is refused. CTC's word bonus ``beam_beta``, which is 1 by default and unfounded where log p decides in
     the end, is switched off; another value is kept.
 
     Args:
         given: NeMo's decoding configuration as the user or the checkpoint has it; not changed.
         kind: ``ctc`` or ``transducer``.
-        nbest: beam size, or None for the strategy's own.
-        characters: a character model, for which NeMo has no boosting tree.
+        nbest: beam size, or None for that of the configuration.
+        characters: whether it is for a character model, for which NeMo has no boosting tree.
 
     Raises:
         ConfigError: every reason why it cannot be rescored, with the fix.
@@ -48,12 +45,14 @@ def nbest_config(given: DictConfig, *, kind: str, nbest: int | None, characters:
         if cfg.get(section) is None:
             cfg[section] = {}
     if strategy in GREEDY:
-        _greedy_to_beam(cfg, kind)
-        cfg.beam.beam_size = nbest or DEFAULT_NBEST
+        cfg.strategy, cfg.beam.beam_size = BATCHED_BEAM[kind], nbest or DEFAULT_NBEST
+        cfg.beam.update({key: cfg.greedy[key] for key in _FUSION if cfg.greedy.get(key) is not None})
+        symbols = cfg.greedy.get("max_symbols") or cfg.greedy.get("max_symbols_per_step")
+        if kind == "transducer" and symbols:
+            cfg.beam.max_symbols = int(symbols)  # the batched beam reads this key, not max_symbols_per_step
     elif nbest is not None:
         cfg.beam.beam_size = nbest
-    faults = _faults(cfg, asked=strategy, kind=kind, characters=characters)
-    refuse("this decoding configuration cannot be rescored:", faults)
+    refuse("this decoding configuration cannot be rescored:", _faults(cfg, strategy, kind, characters))
     cfg.beam.return_best_hypothesis = False
     cfg.compute_timestamps = False  # N-best decoders give none; the chosen hypothesis is aligned afterwards
     cfg.preserve_alignments = False
@@ -77,17 +76,8 @@ def wants_nbest(given: DictConfig) -> bool:
     return not (given.get("beam") or {}).get("return_best_hypothesis", True)
 
 
-def _greedy_to_beam(cfg: DictConfig, kind: str) -> None:
-    cfg.strategy = BATCHED_BEAM[kind]
-    for key in _FUSION:
-        if cfg.greedy.get(key) is not None:
-            cfg.beam[key] = cfg.greedy[key]
-    symbols = cfg.greedy.get("max_symbols") or cfg.greedy.get("max_symbols_per_step")
-    if kind == "transducer" and symbols:
-        cfg.beam.max_symbols = int(symbols)  # the batched beam reads this key, not max_symbols_per_step
-
-
-def _faults(cfg: DictConfig, *, asked: str, kind: str, characters: bool) -> list[str]:
+def _faults(cfg: DictConfig, asked: str, kind: str, characters: bool) -> list[str]:
+    """Why a beam configuration cannot be rescored; ``asked`` is the strategy that the user gave."""
     strategy, best = str(cfg.strategy), BATCHED_BEAM[kind]
     faults = []
     if strategy not in RESCORABLE[kind]:
@@ -96,7 +86,7 @@ def _faults(cfg: DictConfig, *, asked: str, kind: str, characters: bool) -> list
             f"(known: {', '.join((*GREEDY, *RESCORABLE[kind]))})."
         )
     if int(cfg.beam.get("beam_size") or 1) < 2:
-        faults.append("beam.beam_size=1 leaves nothing to choose from; set beam.beam_size to 2 or more.")
+        faults.append("beam.beam_size=1 leaves no choice; set beam.beam_size to 2 or more.")
     fused = [key for key in ("ngram_lm_model", "boosting_tree") if _is_set(cfg.beam.get(key))]
     if fused and strategy not in _FUSING:
         faults.append(f"beam.{' and beam.'.join(fused)} need strategy={best}: NeMo's {strategy} has no such fusion.")

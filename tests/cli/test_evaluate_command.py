@@ -135,7 +135,7 @@ def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> 
         (ROWS, ROWS[:2], "c.wav is not in it"),
         (ROWS[:2], ROWS, "c.wav is not among the rows"),
         (ROWS, [*ROWS, ROWS[0]], "occurs twice"),
-        ([], ROWS, "has no line in it"),
+        ([], ROWS, "the file is empty"),
         ([{**r, "text": ""} for r in ROWS], ROWS, "none of the 3 rows has a reference"),
         ([{**ROWS[0], "text": None}, *ROWS[1:]], ROWS, "1 of 3 rows have no reference"),
         ([{**ROWS[0], "entities": ["latte"]}, *ROWS[1:]], ROWS, "'latte' in 'A large iced mocha"),

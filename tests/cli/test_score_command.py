@@ -99,7 +99,7 @@ def test_acoustic_scores_are_those_of_the_checkpoint(scored, nemo_file, manifest
     from nemo_llm_feedback.asr.heads import heads_of
     from nemo_llm_feedback.asr.reference import encode
     from nemo_llm_feedback.core.trie import PrefixTrie
-    from nemo_llm_feedback.data.audio import audio_batches
+    from nemo_llm_feedback.data.audio import load_audio
     from nemo_llm_feedback.data.manifests import read_manifest
     from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
     from nemo_llm_feedback.training.models import restore
@@ -108,7 +108,7 @@ def test_acoustic_scores_are_those_of_the_checkpoint(scored, nemo_file, manifest
     rows = read_manifest(manifest)
     report, _ = scored
     assert [u["greedy"] for u in report["utterances"]] == transcribe_rows(model, rows)
-    ((_, audio),) = audio_batches(rows[:1], sample_rate=16000, batch_size=1, device=torch.device("cpu"))
+    audio = load_audio(rows[:1], sample_rate=16000, device=torch.device("cpu"))
     (head,) = heads_of(model)
     labels = head.vocabulary.text_to_ids(TEXTS[0])
     with torch.no_grad():

@@ -13,7 +13,7 @@ from nemo_llm_feedback.asr.heads import Head, Labels
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis
-from nemo_llm_feedback.data.audio import audio_batches
+from nemo_llm_feedback.data.audio import by_duration, load_audio
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.transcribe import decoding_max_symbols, transcribe_rows
 from nemo_llm_feedback.hypotheses.nbest import hypothesis_groups
@@ -60,10 +60,11 @@ class HeldOutEvaluator:
         self._max_symbols = decoding_max_symbols(model)
         self._normalize = get_normalizer(config.feedback.normalizer)
         rate, context = int(model.cfg.preprocessor.sample_rate), config.context.load()
-        batches = audio_batches(
-            feedback.held_out_rows(), sample_rate=rate, batch_size=_BATCH, device=model.device, run_context=context
-        )
-        self.audio: list[Audio] = [audio for _, audio in batches]
+        rows = feedback.held_out_rows()
+        self.audio: list[Audio] = [
+            load_audio([rows[i] for i in batch], sample_rate=rate, device=model.device, run_context=context)
+            for batch in by_duration(rows, _BATCH)
+        ]
         self._start = self._transcribe(feedback.reference, feedback.reference.heads[0])
         self.start_wer: float | None = None
         self.rewarded = config.needs_reward
