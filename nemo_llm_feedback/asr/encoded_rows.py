@@ -62,7 +62,7 @@ def map_rows(
     """
     results: list[T | None] = [None] * len(rows)
 
-    def attempt(indices: Sequence[int]) -> str | None:
+    def _attempt(indices: Sequence[int]) -> str | None:
         """Works on the rows of a batch; returns why it failed, or None."""
         try:
             found = work(*_encoded(model, [rows[i] for i in indices], run_context))
@@ -78,8 +78,8 @@ def map_rows(
     done = 0
     with evaluation_mode(model):
         for indices in by_duration(rows, batch_size):
-            if attempt(indices) is not None and failures is not None:
-                failures.update({i: reason for i in indices if (reason := attempt([i])) is not None})
+            if _attempt(indices) is not None and failures is not None:
+                failures.update({i: reason for i in indices if (reason := _attempt([i])) is not None})
             done += len(indices)
             on_batch(done)
     return results

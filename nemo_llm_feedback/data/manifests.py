@@ -229,7 +229,7 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
     """The rows whose audio file is missing or has no readable header, each with ``origin: path: reason``."""
     import soundfile
 
-    def reason(row: Row) -> tuple[Row, str] | None:
+    def _fault(row: Row) -> tuple[Row, str] | None:
         if not Path(row.audio).is_file():
             return row, f"{row.origin}: {row.audio}: no such file"
         try:
@@ -243,9 +243,9 @@ def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
     rows = list(rows)
     # The first row before the threads: soundfile's binding makes its C types at the first call, and two threads that
     # make them at once get two types of the same name, each refusing the other's files.
-    found = [reason(row) for row in rows[:1]]
+    found = [_fault(row) for row in rows[:1]]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        found += pool.map(reason, rows[1:])
+        found += pool.map(_fault, rows[1:])
     return [bad for bad in found if bad is not None]
 
 
@@ -340,12 +340,12 @@ def _write_copies(manifest_filepath: Any, rows: list[Row], folder: Path) -> Any:
         by_file.setdefault(row.origin.rsplit(":", 1)[0], []).append(row)
     targets = (folder / str(k) for k in itertools.count())
 
-    def copy(node: Any) -> Any:
+    def _copy(node: Any) -> Any:
         if not isinstance(node, (str, Path)):
-            return [copy(item) for item in node]
+            return [_copy(item) for item in node]
         return ",".join(_write_copy(part.strip(), by_file, next(targets)) for part in str(node).split(","))
 
-    return copy(manifest_filepath)
+    return _copy(manifest_filepath)
 
 
 def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) -> str:
@@ -370,6 +370,7 @@ def _staged_line(row: Row) -> dict[str, Any]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
+    """The paths that a pattern in NeMo's notation names."""
     from braceexpand import braceexpand
 
     for nemo_form, brace in _BRACES.items():

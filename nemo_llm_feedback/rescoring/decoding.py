@@ -89,6 +89,8 @@ class _Hook(ABC):  # as NeMo's decoding classes are, or Python would refuse the 
 
 
 class _CTCHook(_Hook):
+    """Rescores in NeMo's CTC decoding, whose encoder output here is [B, V+1, T] log-probabilities."""
+
     def ctc_decoder_predictions_tensor(
         self,
         decoder_outputs: Tensor,
@@ -129,6 +131,8 @@ class _CTCHook(_Hook):
 
 
 class _TransducerHook(_Hook):
+    """Rescores in NeMo's RNN-T and TDT decoding."""
+
     head: TransducerHead
 
     def rnnt_decoder_predictions_tensor(

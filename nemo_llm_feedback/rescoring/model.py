@@ -108,7 +108,7 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
     """Inside, the rows of each decoded batch are these utterances, which NeMo's decoders do not know.
 
     Args:
-        model: with rescoring on.
+        model: a model with rescoring on.
         names: a name per row, stable over runs.
         contexts: a context per row, merged over the model's.
 
@@ -158,23 +158,19 @@ class RescoringMixin(_Base):
         hybrid = hasattr(self, "cur_decoder")
         kind = "ctc" if decoder_type == "ctc" or not hasattr(self, "joint") else "transducer"
         section = self.cfg.aux_ctc if kind == "ctc" and hybrid else self.cfg
-        own = section.decoding if decoding_cfg is None else _completed(self, decoding_cfg, kind)
+        asked = section.decoding if decoding_cfg is None else _completed(self, decoding_cfg, kind)
         rescorer: Rescorer = self._rescorer
         characters = getattr(self, "tokenizer", None) is None
-        cfg = nbest_config(own, kind=kind, nbest=rescorer.settings.nbest, characters=characters)
+        cfg = nbest_config(asked, kind=kind, nbest=rescorer.settings.nbest, characters=characters)
         if kind == "transducer" and self.joint.num_extra_outputs:
             cfg.model_type = "tdt"  # without it NeMo takes a character TDT's durations for labels
         # Models with one head know no decoder_type.
         super().change_decoding_strategy(cfg, verbose=verbose, **({"decoder_type": decoder_type} if hybrid else {}))
         with open_dict(section):
-            section.decoding = own
-        adopt(
-            self.ctc_decoding if section is not self.cfg else self.decoding,
-            rescorer,
-            heads_of(self, which=kind, memory_budget_mb=rescorer.settings.memory_budget_mb)[0],
-            align=wants_timestamps(own),
-            return_nbest=wants_nbest(own),
-        )
+            section.decoding = asked
+        decoding = self.decoding if section is self.cfg else self.ctc_decoding
+        (head,) = heads_of(self, which=kind, memory_budget_mb=rescorer.settings.memory_budget_mb)
+        adopt(decoding, rescorer, head, align=wants_timestamps(asked), return_nbest=wants_nbest(asked))
 
     def change_vocabulary(self, *args: Any, **kwargs: Any) -> None:
         """NeMo's method; the new decoding objects rescore again."""

@@ -29,7 +29,7 @@ class ScoredHypothesis:
     Attributes:
         labels: label ids without blank.
         text: the text that the reward judged, i.e. after normalisation.
-        score: what the N-best is ordered by; NaN where the reward could not judge the member.
+        score: the value by which the N-best is ordered; NaN where the reward could not judge the member.
         parts: ``asr`` = exact log p(y|x) in nats, ``length``, and the reward's parts, unweighted.
         source: ``beam``, or ``greedy``, ``boosted``, ``term_swap`` where those were asked for.
     """
@@ -120,7 +120,7 @@ class Rescorer:
             encoded: [B, D, T] encoder output.
             lengths: [B] frames.
             nbest: the first pass's label sequences per row, of any number; a row without any gets the empty text.
-            proposer: what :meth:`proposer` gave for the head.
+            proposer: the result of :meth:`proposer` for the head.
 
         Raises:
             ConfigError: the number of announced utterances is not that of the rows, or alpha or beta have no use.

@@ -18,8 +18,8 @@ Modes = list[tuple[nn.Module, bool]]
 def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     """Makes a second differentiation raise, also where the first one's result has other differentiable parts.
 
-    PyTorch's own ``once_differentiable`` lets the result pass as a constant when the incoming gradient is one: a
-    gradient penalty would then silently lose its terms.
+    PyTorch's ``once_differentiable`` returns a constant when the incoming gradient is one: a gradient penalty would
+    then silently lose its terms.
     """
 
     @functools.wraps(backward)
@@ -36,6 +36,8 @@ def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
 
 
 class _Refuse(torch.autograd.Function):
+    """Identity whose backward pass raises."""
+
     @staticmethod
     def forward(ctx: Any, grad: Tensor, trip: Tensor) -> Tensor:
         """The gradient as it is."""

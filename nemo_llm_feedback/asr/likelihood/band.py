@@ -160,24 +160,12 @@ def _only_outputs(cells: JointCells, outputs: Tensor) -> Iterator[None]:
     if not (isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Linear)):
         raise ConfigError("the band needs a joint whose joint_net ends in a Linear layer; leave the band out.")
     last = net[-1]
-    net[-1] = _Rows(last, outputs)
+    net[-1] = nn.Linear(last.in_features, len(outputs), bias=last.bias is not None, device="meta")
+    net[-1].load_state_dict({name: weight[outputs] for name, weight in last.state_dict().items()}, assign=True)
     try:
         yield
     finally:
         net[-1] = last
-
-
-class _Rows(nn.Module):
-    """Some output rows of a linear layer."""
-
-    def __init__(self, linear: nn.Linear, rows: Tensor) -> None:
-        super().__init__()
-        self._weight = linear.weight.detach()[rows]
-        self._bias = None if linear.bias is None else linear.bias.detach()[rows]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, J] → […, number of rows]."""
-        return nn.functional.linear(x, self._weight, self._bias)
 
 
 def _rows_of(loose: Tensor, cells: JointCells) -> Tensor:

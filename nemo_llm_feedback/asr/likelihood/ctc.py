@@ -58,6 +58,8 @@ def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor
 
 
 class _CTC(torch.autograd.Function):
+    """The recursion of :func:`ctc_log_prob` and its gradient."""
+
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, keep: Tensor) -> Tensor:
         """[H] log p from [B, T, V] log-probabilities; ``keep`` [B, T]: frames that are read."""
@@ -124,7 +126,7 @@ def _backward_pass(
 ) -> tuple[Tensor, Tensor]:
     """[T, K] flow through each label and each blank emission: the gradient with respect to its log-probability.
 
-    The β recursion in adjoint form: the gradient-weighted posterior of a state is handed back to its predecessors in
+    The β recursion in adjoint form: the gradient-weighted posterior of a state is passed back to its predecessors in
     proportion to their share of it.
     """
     ends, blanks, total = states

@@ -174,6 +174,8 @@ def arc_scores(cells: JointCells, *, evaluated: ArcScores | None = None) -> ArcS
 
 
 class _JointScores(torch.autograd.Function):
+    """The evaluation of :func:`arc_scores`; its backward pass evaluates the joint again, chunk by chunk."""
+
     @staticmethod
     def forward(
         ctx: Any, frames: Tensor, prefixes: Tensor, cells: JointCells, evaluated: ArcScores | None, *params: Tensor

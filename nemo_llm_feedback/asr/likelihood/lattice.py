@@ -10,7 +10,7 @@ duration > 0 and a label arc for each duration. With T frames in the utterance,
                                  α(t − m, parent(k)) + label_m(t − m, k)     for each label move m         0 ≤ t < T
     log p(h)   = logsumexp over  α(T − m, leaf(h))   + blank_m(T − m, leaf(h))
 
-so the last move is a blank that reaches T exactly; a label arc that lands on T, or any arc beyond it, belongs to no
+so the last move is a blank that reaches T exactly; a label arc that lands on T, or any arc beyond it, is part of no
 complete path. With no frames (T = 0) the empty hypothesis has the one empty path, log p = 0.
 
 All arcs lead to a larger t + depth, so the cells of one anti-diagonal d = t + depth(k) are independent: the cell of
@@ -97,12 +97,16 @@ class _Shape:
 
 
 class _Lattice(torch.autograd.Function):
+    """The recursion of :func:`lattice_log_prob` and its gradient."""
+
     @staticmethod
     def forward(ctx: Any, blank: Tensor, label: Tensor, durations: Tensor, shape: _Shape) -> Tensor:
         """[H] log p from the parts of :class:`ArcScores`."""
         blank_in, label_in = _arcs(ArcScores(blank, label, durations), shape)
         alpha = _forward_pass(blank_in, label_in, shape)
-        ends = _end_scores(alpha, blank_in, shape)
+        # [Mb, H] score of all paths to T whose last blank has each of the moves; −inf where there is none.
+        rows = shape.source_rows(shape.blank_moves, device=alpha.device)[shape.last].T
+        ends = alpha[rows, shape.leaf] + blank_in[:, shape.last, shape.leaf]
         log_prob = ends.logsumexp(0)
         no_frames = shape.frames[shape.leaf] == 0
         log_prob = log_prob.masked_fill(no_frames & shape.is_root[shape.leaf], 0.0)
@@ -233,12 +237,6 @@ def _backward_pass(
     places = (arc, shape.last.expand_as(end_flow), shape.leaf.expand_as(end_flow))
     blank_in.index_put_(places, end_flow, accumulate=True)
     return blank_in, label_in
-
-
-def _end_scores(alpha: Tensor, blank_in: Tensor, shape: _Shape) -> Tensor:
-    """[Mb, H] score of all paths to T whose last blank has each of the moves; −inf where there is none."""
-    rows = shape.source_rows(shape.blank_moves, device=alpha.device)[shape.last].T
-    return alpha[rows, shape.leaf] + blank_in[:, shape.last, shape.leaf]
 
 
 def _flat(rows: Tensor) -> Tensor:
