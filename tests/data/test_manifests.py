@@ -52,7 +52,7 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     assert "m.json:7:" not in str(error.value)
     with pytest.raises(ManifestError, match="cannot be read"):
         read_manifest(tmp_path / "absent.json")
-    with pytest.raises(ManifestError, match="no line"):
+    with pytest.raises(ManifestError, match="the file is empty"):
         read_manifest(_manifest(tmp_path / "empty.json", []))
 
 

@@ -67,7 +67,7 @@ def test_an_llm_reward_gives_the_one_parameterisation(stock: Any, tiny_llm: Path
 
     model = stock("ctc_bpe")
     reward = LLMReward(load_llm(LLMConfig(model=str(tiny_llm), quantization="none")), alpha=0.5, beta=3.0)
-    with pytest.raises(ConfigError, match="own alpha and beta"):
+    with pytest.raises(ConfigError, match="has alpha and beta itself"):
         enable_rescoring(model, reward, alpha=1.0)
     enable_rescoring(model, reward, context=Context("an order at a coffee shop", ("soy latte",)), boosted=0)
     for hyp in decode(model, *encoded()):
