@@ -78,7 +78,7 @@ class Head(ABC):
     vocabulary: Vocabulary
 
     def score(self, encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-        """log p(y | x) of every hypothesis of every row, the marginal over alignments.
+        """log p(y | x) of all hypotheses, i.e. the sum over all alignments.
 
         Hypotheses of a row share the computation of their common prefixes (see ``core.trie``). A value does not depend
         on the other rows and hypotheses, on padding or on the memory budget.
@@ -145,11 +145,18 @@ class Head(ABC):
 
     @abstractmethod
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
-        """The greedy label sequence of every row; arguments as in :meth:`beam`."""
+        """The greedy label sequence of each row; arguments as in :meth:`beam`."""
 
     @abstractmethod
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
-        """``size`` exact samples from p(y | x) per row; fewer of TDT, whose incomplete paths are rejected."""
+        """Exact samples from p(y | x).
+
+        Args:
+            encoded: [B, D, T] encoder output, no gradient needed.
+            lengths: [B] frames.
+            size: samples per row; a TDT row may get fewer, since incomplete paths are rejected.
+            generator: random numbers, on the CPU.
+        """
 
 
 class CTCHead(Head):
