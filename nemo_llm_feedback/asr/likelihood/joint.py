@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from nemo_llm_feedback.asr.likelihood.inputs import clean_rows
 from nemo_llm_feedback.asr.likelihood.lattice import ArcScores
 from nemo_llm_feedback.asr.likelihood.prediction import prefix_outputs
 from nemo_llm_feedback.core.trie import PrefixTrie
-
-if TYPE_CHECKING:
-    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder, AbstractRNNTJoint
 
 MEMORY_BUDGET_MB = 512  # default for the joint's activations and their gradients
 _CPU_CHUNK_MB = 8  # measured: larger chunks fall out of the cache, smaller ones pay more launches
@@ -54,8 +51,8 @@ class JointCells:
         encoded: [B, T, D] encoder output.
         lengths: [B] valid frames of each batch row, each ≤ T.
         trie: the prefix trie of the hypotheses, at least one.
-        decoder: NeMo's prediction network.
-        joint: NeMo's joint; its outputs are labels, blank, then durations.
+        decoder: NeMo's prediction network (``RNNTDecoder`` or ``StatelessTransducerDecoder``).
+        joint: NeMo's ``RNNTJoint``; its outputs are labels, blank, then durations.
         memory_budget_mb: the most MiB that the joint's activations and their gradients may take.
 
     Attributes:
@@ -75,8 +72,8 @@ class JointCells:
         encoded: Tensor,
         lengths: Tensor,
         trie: PrefixTrie,
-        decoder: AbstractRNNTDecoder,
-        joint: AbstractRNNTJoint,
+        decoder: Any,
+        joint: Any,
         *,
         memory_budget_mb: float,
     ) -> None:

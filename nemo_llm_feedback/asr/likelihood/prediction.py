@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-if TYPE_CHECKING:
-    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder
 
-
-def prefix_outputs(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
+def prefix_outputs(decoder: Any, trie: PrefixTrie) -> Tensor:
     """Output of the prediction network after each prefix of the trie, as its training forward gives it.
 
     Args:
@@ -34,7 +31,7 @@ def prefix_outputs(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
         return _by_depth(decoder, trie) if stepped else _by_sequence(decoder, trie)
 
 
-def _by_sequence(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
+def _by_sequence(decoder: Any, trie: PrefixTrie) -> Tensor:
     """Each utterance's only path in one run (one hypothesis per utterance); several times faster than by step."""
     sizes = torch.tensor([stop - start for _, start, stop in trie.spans], device=trie.token.device)
     row = torch.repeat_interleave(sizes)
@@ -45,7 +42,7 @@ def _by_sequence(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
     return out[row, trie.depth]
 
 
-def _by_depth(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
+def _by_depth(decoder: Any, trie: PrefixTrie) -> Tensor:
     """The nodes of one depth are a batch; their states are picked from their parents'."""
     order = torch.argsort(trie.depth, stable=True)
     place = torch.empty_like(order)
@@ -65,7 +62,7 @@ def _by_depth(decoder: AbstractRNNTDecoder, trie: PrefixTrie) -> Tensor:
     return torch.cat(outputs).index_select(0, place)
 
 
-def _by_window(decoder: AbstractRNNTDecoder, trie: PrefixTrie, context: int) -> Tensor:
+def _by_window(decoder: Any, trie: PrefixTrie, context: int) -> Tensor:
     """All nodes at once, each with its last ``context`` labels.
 
     Not by the network's state: NeMo's loses labels at the start of an utterance from a context of 4 on
@@ -81,7 +78,7 @@ def _by_window(decoder: AbstractRNNTDecoder, trie: PrefixTrie, context: int) -> 
     return out[:, -1].masked_fill(is_root[:, None], 0.0)
 
 
-def _fit_for_backward(decoder: AbstractRNNTDecoder, like: Tensor, *, stepped: bool) -> AbstractContextManager[Any]:
+def _fit_for_backward(decoder: Any, like: Tensor, *, stepped: bool) -> AbstractContextManager[Any]:
     """Switches off the RNN kernels that cannot run the backward pass, or that run it slowly.
 
     cuDNN refuses the backward of an RNN in eval mode, and the feedback pass runs in eval mode with gradient. oneDNN

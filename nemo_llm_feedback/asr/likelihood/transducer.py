@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
@@ -14,16 +14,13 @@ from nemo_llm_feedback.asr.likelihood.lattice import lattice_log_prob
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
-if TYPE_CHECKING:
-    from nemo.collections.asr.modules.rnnt_abstract import AbstractRNNTDecoder, AbstractRNNTJoint
-
 
 def transducer_log_prob(
     encoded: Tensor,
     lengths: Tensor,
     trie: PrefixTrie,
-    decoder: AbstractRNNTDecoder,
-    joint: AbstractRNNTJoint,
+    decoder: Any,
+    joint: Any,
     *,
     durations: Sequence[int] = (),
     memory_budget_mb: float = MEMORY_BUDGET_MB,
@@ -52,8 +49,8 @@ def transducer_log_prob(
         encoded: [B, T, D] encoder output, i.e. NeMo's [B, D, T] transposed.
         lengths: [B] valid frames of each row, ≤ T. What stands behind them is never read.
         trie: the prefix trie of the H hypotheses.
-        decoder: NeMo's prediction network.
-        joint: NeMo's joint; its outputs are labels, blank, and one per duration. ``fuse_loss_wer`` and
+        decoder: NeMo's prediction network (``RNNTDecoder`` or ``StatelessTransducerDecoder``).
+        joint: NeMo's ``RNNTJoint``; its outputs are labels, blank, and one per duration. ``fuse_loss_wer`` and
             ``log_softmax`` do not matter.
         durations: frames that each duration output stands for, ≥ 0, distinct, at least one > 0; NeMo's
             ``loss.tdt_kwargs.durations``. Empty for RNN-T.
