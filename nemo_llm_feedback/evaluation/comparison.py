@@ -133,7 +133,7 @@ class Comparison:
 
     @property
     def basis(self) -> list[str]:
-        """What the numbers rest on, in sentences."""
+        """The text normalisation and the term list behind the numbers, in sentences."""
         name = self.scoring.normalizer
         terms = [f"False alarms: {self.terms} different terms, {self.terms_from}."] if self.terms else []
         return [f"Text normalisation: {name} ({NORMALIZER_WORDS[name]}).", *terms]

@@ -63,7 +63,7 @@ class ScoreTable:
 
     @property
     def caption(self) -> str:
-        """What the numbers are, in words."""
+        """What the numbers mean, in a sentence."""
         words = f"{self.utterances} utterances; 95 % intervals by bootstrap over utterances ({self.samples} samples)"
         if self.base is not None:
             words += f"; in round brackets the change relative to {self.base}, * where p < {_SIGNIFICANT} (paired)"
@@ -76,7 +76,7 @@ class ScoreTable:
         return Table(["system", *map(column_title, self.metrics)], rows, self.caption)
 
     def to_text(self) -> str:
-        """For a terminal."""
+        """The table for a terminal."""
         return self.table.to_text()
 
     @property

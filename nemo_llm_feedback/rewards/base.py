@@ -18,7 +18,7 @@ class Reward(Protocol):
 
     Called with B groups it returns values [B, N], N the size of the largest group, higher is better, float32 on the
     CPU; NaN = "cannot judge" (never 0, which is the best value a log-probability can have) and padding. It must not
-    depend on the order or the company of the groups, nor touch torch's random state.
+    depend on the order of the groups or on the other groups of the batch, nor touch torch's random state.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Reward(Protocol):
         """Returns the groups' rewards.
 
         Raises:
-            RewardError: the reward cannot work at all, as opposed to not judging a member.
+            RewardError: the reward cannot work at all, as opposed to being unable to judge a member.
         """
 
 
@@ -102,7 +102,7 @@ def build_reward(name: str, *, allow_dotted: bool = False, **settings: Any) -> R
 
 
 def find_factory(name: str, *, allow_dotted: bool = False) -> Callable[..., Reward]:
-    """Returns what makes a reward; see :func:`build_reward`.
+    """Returns the class or function that makes a reward; see :func:`build_reward`.
 
     Raises:
         RewardError: no such name, or a dotted path where none is allowed or that leads nowhere.
@@ -127,7 +127,7 @@ def import_object(path: str) -> Callable[..., Any]:
         path: ``package.module:attribute``.
 
     Raises:
-        RewardError: another form, not to be imported, or no class or function.
+        RewardError: the path has another form, cannot be imported, or leads to neither a class nor a function.
     """
     if not _DOTTED.fullmatch(path):
         raise RewardError(f"{path!r} is neither a reward's name nor of the form package.module:attribute.")

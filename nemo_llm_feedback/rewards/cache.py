@@ -77,7 +77,7 @@ class ScoreCache:
 
     @contextmanager
     def _typed(self) -> Iterator[None]:
-        """SQLite's errors as ours, with the file's name."""
+        """Turns SQLite's errors into a RewardError that names the file and the fix."""
         try:
             yield
         except (OSError, sqlite3.Error) as error:

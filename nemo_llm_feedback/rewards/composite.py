@@ -62,8 +62,8 @@ class CompositeReward:
             raise RewardError(f"normalize={unknown[0]!r} is not one of {', '.join(GROUP_NORMALIZATIONS)}.")
 
     def with_weights(self, *, alpha: float, beta: float) -> CompositeReward:
-        """The same reward with other weights of its first component and of ``length``: the form of those rewards that
-        stand in the LLM's place.
+        """The same reward with other weights of its first component and of ``length``: for the
+        rewards that take the LLM's place in the formula.
 
         Raises:
             RewardError: weights that are not finite, or all 0.

@@ -2,8 +2,8 @@
 
 log p_ref comes from a frozen copy of the starting model, never from the model that learns: that would reinforce
 itself. Without it a fluent unrelated sentence beats the truth. The length term balances a summed log-probability's
-liking for short texts. How it is hacked: deletions (raise β), fluent filler under ``normalize=token`` (lower β, keep
-w = 1), listed terms parroted anywhere (put distractors in the list; ``normalize=pmi``).
+preference for short texts. How it is hacked: deletions (raise β), fluent filler under ``normalize=token`` (lower β,
+keep w = 1), listed terms parroted anywhere (put distractors in the list; ``normalize=pmi``).
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _change_card(change: Change, index: int) -> Card:
 
 
 def _counted(mentions: Iterable[_Mention]) -> tuple[EntityChange, ...]:
-    """Alike entities as one line: the count, the most frequent wrong form, and the first card."""
+    """Equal entities as one line: the count, the most frequent wrong form, and the first card."""
     by_text: dict[str, list[_Mention]] = {}
     for mention in mentions:
         by_text.setdefault(mention.text, []).append(mention)

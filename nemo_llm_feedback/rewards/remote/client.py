@@ -41,8 +41,8 @@ _LARGEST = 2**28  # bytes of an answer; 16 sequences of 4,096 tokens take a fort
 _SLOW = "; if the server is only slow, lower reward.settings.max_in_flight or raise timeout_s and deadline_s"
 _FLOOR = -9999.0  # vLLM writes −∞ as this, JSON having no infinity
 _ROUNDING = 1e-3  # a log-probability may exceed 0 by so much
-# The token that stands in each place and no others, at temperature 1 without any filter or penalty: a model's
-# generation_config.json could otherwise set some. A token is always generated, since vLLM refuses to generate none.
+# Log-probabilities of the given tokens only, at temperature 1 and without any filter or penalty, which a model's
+# generation_config.json could otherwise set. One token is always generated, since vLLM refuses to generate none.
 _SCORED = {"prompt_logprobs": 0, "top_k": -1, "repetition_penalty": 1.0}
 _GENERATED = {"return_tokens_as_token_ids": True}
 
@@ -64,7 +64,7 @@ class Client:
         if key is not None and url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
             logger.warning("The key for %s goes over plain http: use https.", self._base_url)
         transport = _BoundedTransport(limits=httpx2.Limits(max_connections=config.max_in_flight))
-        # Names of organisations and keys that the openai client finds in the environment are someone else's.
+        # Organisations and keys that the openai client finds in the environment belong to another service.
         transport.unsent = ("OpenAI-Organization", "OpenAI-Project", *(["Authorization"] if key is None else []))
         self._openai = openai.OpenAI(
             base_url=f"{self._base_url}/v1",
@@ -167,10 +167,10 @@ class Client:
             time.sleep(wait)
 
     def _passing(self, response: httpx2.Response) -> str:
-        """What a status means that another attempt may not meet.
+        """Describes a status after which another attempt may succeed.
 
         Raises:
-            RefusedError, RewardError: one that it would.
+            RefusedError, RewardError: another attempt would fail, too.
         """
         status = response.status_code
         message = self._hidden(" ".join(response.text.split()))[:300]
