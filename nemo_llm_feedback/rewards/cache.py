@@ -19,8 +19,6 @@ from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import TextScore
 
-_CHUNK = 500  # keys per query; SQLite allows 999 parameters in old builds
-
 
 def score_key(identity: str, context: Context, text: str) -> str:
     """Returns the key of a text's score: a hash of the scorer's identity, the context and the text."""
@@ -58,13 +56,10 @@ class ScoreCache:
     def get_many(self, keys: Iterable[str]) -> dict[str, TextScore]:
         """Returns key → score of those keys that are known."""
         wanted = list(dict.fromkeys(keys))
-        found: dict[str, TextScore] = {}
-        for start in range(0, len(wanted), _CHUNK):
-            part = wanted[start : start + _CHUNK]
-            marks = ",".join("?" * len(part))
-            with self._typed():
-                rows = self._connect().execute(f"SELECT key, logp, tokens FROM scores WHERE key IN ({marks})", part)
-                found.update((key, TextScore(logp, tokens)) for key, logp, tokens in rows)
+        query = "SELECT key, logp, tokens FROM scores WHERE key IN (SELECT value FROM json_each(?))"
+        with self._typed():
+            rows = self._connect().execute(query, [json.dumps(wanted)])
+            found = {key: TextScore(logp, tokens) for key, logp, tokens in rows}
         self.hits += len(found)
         self.misses += len(wanted) - len(found)
         return found
