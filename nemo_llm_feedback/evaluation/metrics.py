@@ -112,22 +112,16 @@ class CorpusScores:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval, in the metric's unit; NaN where the metric is undefined."""
+    """A system's value, or the first minus the second system's, with its 95 % interval, in the metric's unit.
+
+    NaN where the metric is undefined. ``p_value`` is that of 'no difference' by a two-sided bootstrap test, NaN for
+    the value of one system.
+    """
 
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """``delta`` = first minus second system, its 95 % interval, and the two-sided bootstrap p-value of 'no
-    difference'."""
-
-    delta: float
-    low: float
-    high: float
-    p_value: float
+    p_value: float = float("nan")
 
 
 def find_metric(name: str) -> Metric:
@@ -197,9 +191,7 @@ def bootstrap(scores: CorpusScores, metric: str, *, samples: int, seed: int) -> 
     return Interval(scores.value(metric), low, high)
 
 
-def paired_difference(
-    first: CorpusScores, second: CorpusScores, metric: str, *, samples: int, seed: int
-) -> PairedDifference:
+def paired_difference(first: CorpusScores, second: CorpusScores, metric: str, *, samples: int, seed: int) -> Interval:
     """Compares two systems on the same utterances, resampled together.
 
     The p-value is twice the share of resamples on the far side of 0, counting the observed sample as one of them, so
@@ -223,7 +215,7 @@ def paired_difference(
     low, high = _percentiles(deltas)
     tail = min(int((deltas <= 0).sum()), int((deltas >= 0).sum()))
     p_value = min(1.0, 2 * (tail + 1) / (len(deltas) + 1)) if len(deltas) else float("nan")
-    return PairedDifference(first.value(metric) - second.value(metric), low, high, p_value)
+    return Interval(first.value(metric) - second.value(metric), low, high, p_value)
 
 
 def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normalize: Callable[[str], str]) -> list[str]:

@@ -157,5 +157,5 @@ def _cell(scores: CorpusScores, base: CorpusScores | None, metric: str, *, sampl
         return cell
     difference = paired_difference(scores, base, metric, samples=samples, seed=seed)
     before = base.value(metric)
-    change = 100 * difference.delta / before if before else None
+    change = 100 * difference.value / before if before else None
     return replace(cell, change=change, p_value=difference.p_value)

@@ -77,7 +77,7 @@ def test_undefined_metrics_are_nan():
         interval = bootstrap(scores, metric, samples=50, seed=0)
         assert all(math.isnan(x) for x in (interval.value, interval.low, interval.high)), metric
         difference = paired_difference(scores, scores, metric, samples=50, seed=0)
-        assert math.isnan(difference.delta)
+        assert math.isnan(difference.value)
         assert math.isnan(difference.p_value)
     # resamples that hold only the empty reference are left out
     assert bootstrap(scores, "wer", samples=50, seed=0).high < math.inf
@@ -86,11 +86,11 @@ def test_undefined_metrics_are_nan():
 def test_paired_difference():
     good, bad = random_corpus(1, 80, 0.1), random_corpus(2, 80, 0.4)
     result = paired_difference(good, bad, "wer", samples=2000, seed=0)
-    assert result.delta == pytest.approx(good.value("wer") - bad.value("wer"))
-    assert result.low < result.delta < result.high < 0
+    assert result.value == pytest.approx(good.value("wer") - bad.value("wer"))
+    assert result.low < result.value < result.high < 0
     assert result.p_value == pytest.approx(2 / 2001)
     mirrored = paired_difference(bad, good, "wer", samples=2000, seed=0)
-    assert (mirrored.delta, mirrored.low) == (pytest.approx(-result.delta), pytest.approx(-result.high))
+    assert (mirrored.value, mirrored.low) == (pytest.approx(-result.value), pytest.approx(-result.high))
     assert mirrored.p_value == result.p_value
 
 
@@ -109,7 +109,7 @@ def test_paired_difference_uses_the_pairing():
 def test_equal_systems_have_p_one():
     scores = random_corpus(1, 20, 0.3)
     result = paired_difference(scores, scores, "wer", samples=200, seed=0)
-    assert (result.delta, result.low, result.high, result.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert (result.value, result.low, result.high, result.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_p_values_are_uniform_under_no_difference():
