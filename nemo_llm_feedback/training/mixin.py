@@ -232,8 +232,11 @@ class LLMFeedbackMixin(_Base):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Scores the whole pool at the start of each refresh where the LLM works between the steps."""
         super().on_train_batch_start(batch, batch_idx)
-        feedback, refresh = self._feedback, self._refresh()
-        if feedback is None or not feedback.config.scores_in_phases or feedback.cache.filled == refresh:
+        feedback = self._feedback
+        if feedback is None or not feedback.config.scores_in_phases:
+            return
+        refresh = self._refresh()
+        if feedback.cache.filled == refresh:
             return
         with torch.random.fork_rng(), evaluation_mode(self), torch.no_grad():
             torch.manual_seed(refresh)

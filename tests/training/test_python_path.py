@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import begin, config, fit, label_reward
-from helpers.tiny import write_manifest
+from helpers.tiny import stock_class, write_manifest
 
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import read_steps
@@ -238,3 +238,16 @@ def test_a_step_with_a_micro_batch_that_is_not_finite_is_skipped_whole(
     assert same == [True, True, True, True, False]
     assert all(bool(torch.isfinite(value).all()) for value in seen[-1][1].values())
     assert model.nonfinite_steps == 0
+
+
+def test_without_setup_a_restored_model_trains_as_the_stock_one(nemo_file: Any, tmp_path: Path) -> None:
+    """Every hook of the mixin stays out of the way of a model that feedback was not set up for."""
+    train_ds = config(write_manifest(tmp_path / "m.json", ["a latte", "one mocha"]))["model"]["train_ds"]
+    stock = stock_class("ctc_bpe").restore_from(str(nemo_file("ctc_bpe")), map_location="cpu")
+    ours = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    for trained in (stock, ours):
+        torch.manual_seed(0)
+        fit(trained, steps=2, train_ds=train_ds)
+    for (key, a), (other, b) in zip(stock.state_dict().items(), ours.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(a, b), key
