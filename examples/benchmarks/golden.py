@@ -197,7 +197,7 @@ def quickstart(folder: Path) -> dict[str, Any]:
         env = os.environ | {"PYTHONPATH": str(folder.resolve())}
         done = subprocess.run(script, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
         text.write_text(done.stdout, encoding="utf-8")
-    tables = [line for line in text.read_text("utf-8").splitlines() if not re.match(r"\d+ s\. ", line)]
+    tables = [line for line in text.read_text("utf-8").splitlines() if not re.match(r"\d+ s\. |.*it/s", line)]
     runs = {path.parents[1].name: read_run(path.parent) for path in sorted(folder.glob(f"quickstart_run/*/*/{STEPS}"))}
     return _clean({"text": "\n".join(tables), "tables": json.loads(numbers.read_text("utf-8")), **runs}, str(folder))
 

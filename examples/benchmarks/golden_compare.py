@@ -7,17 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # Old → new name of a metric or key, for comparisons with a file of code that called it otherwise.
-RENAMES = {
-    "feedback/anchor_kl": "feedback/replay_kl",
-    "feedback/anchor_mass": "feedback/mass_loss",
-    "feedback/anchor_pseudo_label": "feedback/pseudo_label_loss",
-    "feedback/anchor_kl_anchor": "feedback/reference_kl_loss",
-    "feedback/ctc/anchor_mass": "feedback/ctc/mass_loss",
-    "feedback/ctc/anchor_pseudo_label": "feedback/ctc/pseudo_label_loss",
-    "feedback/ctc/anchor_kl_anchor": "feedback/ctc/reference_kl_loss",
-    "survey": "pool_statistics",
-    "looks": "history",
-}
+RENAMES: dict[str, str] = {}
 
 
 def _flat(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
