@@ -17,7 +17,6 @@ from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring,
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.report.data import Change, ReportData, command_text
 
-_FACTS = {"base": "Base", "llm": "Language model", "objective": "Objective", "steps": "Steps"}
 _ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
 _GROUP_KEYS = ("domain", "speaker", "voice")
 _MAX_GROUPS = 20
@@ -84,7 +83,7 @@ def adaptation_report(
         adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
         sets[name] = compare(labelled, [System("base", before[name].hypotheses), adapted], scoring)
     shown = {
-        _FACTS.get(key, key.replace("_", " ")): str(value)
+        "Language model" if key == "llm" else key.replace("_", " ").capitalize(): str(value)
         for key, value in facts.items()
         if isinstance(value, (str, int, float)) and key not in _ELSEWHERE
     }
