@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bed import Bed, TestSet, parser, run_rows, source_replay
 
-HOSPITAL = Path(__file__).parents[1] / "quickstart" / "data" / "terms.txt"
+HOSPITAL = Path(__file__).parent / "invented_names" / "data" / "terms.txt"
 
 
 def main() -> None:

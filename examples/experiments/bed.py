@@ -105,7 +105,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("data", type=Path)
     made.add_argument("checkpoint", type=Path)
     made.add_argument("--out", type=Path, required=True)
-    made.add_argument("--llm", type=Path, default=Path(__file__).parents[1] / "quickstart" / "lm")
+    made.add_argument("--llm", type=Path, default=Path(__file__).parent / "invented_names" / "lm")
     made.add_argument(
         "--rows",
         nargs="*",

@@ -2,11 +2,11 @@
 
     python examples/experiments/invented.py DATA CHECKPOINT.nemo --out FOLDER --general MANIFEST [--rows feedback …]
 
-DATA holds ``text/`` (see ../shared/data/README.md). The domain is the quickstart's hospital with its invented names
-(examples/quickstart/README.md), in sentences and speech of their own, made here by another seed (needs flite);
-CHECKPOINT is a base that knows the voices (examples/quickstart/finetune_base.py), and --general the manifest of its
-own training speech, of which a part is replayed. Sets: the domain in three known voices, the same in a voice that no
-base has heard, and general sentences in the known voices. The rest is as in barista.py.
+DATA holds ``text/`` (see ../shared/data/README.md). The domain is the hospital of invented_names/README.md,
+in sentences and speech of their own, made here by another seed (needs flite); CHECKPOINT is a base that knows the
+voices (invented_names/finetune_base.py), and --general the manifest of its own training speech, of which a part is
+replayed. Sets: the domain in three known voices, the same in a voice that no base has heard, and general sentences in
+the known voices. The rest is as in barista.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bed import Bed, TestSet, parser, read_rows, run_rows, write_rows
 
-QUICKSTART = Path(__file__).parents[1] / "quickstart"
+INVENTED = Path(__file__).parent / "invented_names"
 SEED = 40961
 SIZES = {"pool": 540, "dev": 90, "test": 150, "test_unseen_voice": 90, "general_dev": 200, "general": 600}
 
@@ -52,7 +52,7 @@ def main() -> None:
 def make_data(shared: Path, out: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
     """Speaks the sets, unless they are there."""
     if not (out / "general.json").is_file():
-        command = [sys.executable, str(QUICKSTART / "make_data.py"), "--shared", str(shared), "--out", str(out)]
+        command = [sys.executable, str(INVENTED / "make_data.py"), "--shared", str(shared), "--out", str(out)]
         rows = [f"{name}={size}" for name, size in sizes.items()]
         subprocess.run([*command, "--seed", str(seed), "--sizes", *rows], check=True)
 

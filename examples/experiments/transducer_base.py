@@ -4,8 +4,7 @@
 
 HYBRID's prediction network and joint were trained on the encoder that BASE was fine-tuned from, and take the
 fine-tuned one without further training: the shared `tdt_ctc.nemo` and `rnnt_ctc.nemo` for bases made from the shared
-`ctc.nemo` (examples/quickstart/finetune_base.py). --manifest prints the greedy WER of both, which says whether that
-holds.
+`ctc.nemo` (invented_names/finetune_base.py). --manifest prints the greedy WER of both, which says whether that holds.
 """
 
 from __future__ import annotations

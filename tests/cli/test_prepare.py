@@ -18,7 +18,7 @@ from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.data.manifests import read_manifest, unreadable
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "data"
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "experiments" / "invented_names" / "data"
 
 
 def speech(count: int) -> list[np.ndarray]:

@@ -242,7 +242,7 @@ def test_the_picture_of_pool_size_starts_at_the_base_and_takes_the_rows_of_its_s
 def test_the_bases_sentences_leave_out_those_of_manifests_reserved_ones_and_the_domains_terms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER.parent / "quickstart"))
+    monkeypatch.syspath_prepend(str(FOLDER / "invented_names"))
     import finetune_base
 
     (tmp_path / "text").mkdir()

@@ -18,7 +18,7 @@ from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.llm import scorer as scorer_module
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "experiments" / "invented_names"
 SHARED_LM = Path(__file__).parents[3] / "shared" / "checkpoints" / "lm"
 COFFEE = Context("an order at a coffee shop where one says more than eight tokens", ("latte", "oat milk"))
 HOME = Context("a voice command to an assistant")
