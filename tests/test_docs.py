@@ -93,7 +93,8 @@ def test_every_page_is_linked_from_readme_or_results() -> None:
 
 def test_links_inside_the_docs_lead_somewhere() -> None:
     lost = []
-    for page in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/quickstart/README.md"):
+    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("README.md")]
+    for page in pages:
         for name, heading in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
             target = page.parent / name if name else page
             if not target.exists() or (heading and heading not in _headings(target)):

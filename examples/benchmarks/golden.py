@@ -1,11 +1,12 @@
 """Golden numbers: what tiny models learn, write and score, to the last digit, to compare two states of the code.
 
-    python examples/benchmarks/golden.py NEW.json [--only PATTERN …] [--compare OLD.json] [--quickstart FOLDER]
+    python examples/benchmarks/golden.py NEW.json [--only PATTERN …] [--compare OLD.json]
 
 Runs the command line in this process on tiny random models, a tiny random LLM and short synthetic audio, on the CPU
 with one thread, and writes every number that the runs leave behind: 20 steps of every family under every objective,
 both phases of the LLM and both loaders, some settings beside these, whole runs with every choice left to the pool,
 and the output of transcribe, score and evaluate. Names of settings stand in the tables below and nowhere else.
+The quickstart has no numbers here: its inputs and settings change with the product.
 Two machines, or two builds of torch, round differently: compare on one.
 """
 
@@ -21,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -186,22 +186,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"curves": curves, **files}
 
 
-def quickstart(folder: Path) -> dict[str, Any]:
-    """The quickstart's tables, printed and as numbers, and its curves; runs it in a copy of the repository first
-    where ``folder`` does not hold one already."""
-    text, numbers = folder / "quickstart.txt", folder / "quickstart.json"
-    if not numbers.is_file():
-        left_out = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "quickstart_run")
-        shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
-        script = [sys.executable, "examples/quickstart/run.py", "--json", str(numbers.resolve())]
-        env = os.environ | {"PYTHONPATH": str(folder.resolve())}
-        done = subprocess.run(script, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        text.write_text(done.stdout, encoding="utf-8")
-    tables = [line for line in text.read_text("utf-8").splitlines() if not re.match(r"\d+ s\. |.*it/s", line)]
-    runs = {path.parents[1].name: read_run(path.parent) for path in sorted(folder.glob(f"quickstart_run/*/*/{STEPS}"))}
-    return _clean({"text": "\n".join(tables), "tables": json.loads(numbers.read_text("utf-8")), **runs}, str(folder))
-
-
 def _call(*arguments: Any) -> None:
     """The command, without what it prints, from the same random state every time."""
     torch.manual_seed(0)
@@ -260,18 +244,13 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="JSON file of all numbers")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="part or glob of names of runs")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="list what differs from these numbers")
-    parser.add_argument("--reuse", action="store_true", help="run nothing: read OUTPUT, and add the quickstart to it")
-    words = "add the run of the quickstart in FOLDER, a copy of the repository; made and run (4 minutes) if absent"
-    parser.add_argument("--quickstart", type=Path, metavar="FOLDER", help=words)
+    parser.add_argument("--reuse", action="store_true", help="run nothing: read OUTPUT")
     options = parser.parse_args()
 
     def write(found: dict[str, Any]) -> None:
         options.output.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
 
     new = json.loads(options.output.read_text("utf-8")) if options.reuse else run_all(options.only, write)
-    if options.quickstart:
-        new["quickstart"] = quickstart(options.quickstart)
-        write(new)
     failed = [name for name, found in new.items() if "error" in found]
     print(f"{len(new)} runs, failed: {', '.join(failed) or 'none'}")
     differing = report(new, json.loads(options.compare.read_text("utf-8"))) if options.compare else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inference import nemo_beam, rescored
+from invented_names import on_demand
 from nemo.utils import logging
 from settings import ablation_rows
 
@@ -105,7 +106,7 @@ def parser(description: str | None, *, steps: int, rows: Sequence[str] = tuple(R
     made.add_argument("data", type=Path)
     made.add_argument("checkpoint", type=Path)
     made.add_argument("--out", type=Path, required=True)
-    made.add_argument("--llm", type=Path, default=Path(__file__).parent / "invented_names" / "lm")
+    made.add_argument("--llm", help="folder or hub id; default: the LM of invented_names/, made where it is missing")
     made.add_argument(
         "--rows",
         nargs="*",
@@ -143,6 +144,7 @@ def run_rows(options: argparse.Namespace, bed: Bed, *, sets: Sequence[TestSet]) 
         bed: the domain.
         sets: what is scored.
     """
+    options.llm = options.llm or str(on_demand.lm(options.data))
     options.out.mkdir(parents=True, exist_ok=True)
     watched = [one.manifest for one in sets] if options.curve else []
     adapted = [_adapt(name, options, bed, watched) for name in options.rows]

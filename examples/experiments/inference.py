@@ -82,20 +82,20 @@ def _set_beam(model: Any, terms: Sequence[str], weight: float) -> None:
 
 
 def rescored(
-    checkpoint: Path, manifest: Path, target: Path, *, llm: Path, context: Sequence[str], judge: Sequence[str]
+    checkpoint: Path, manifest: Path, target: Path, *, llm: str, context: Sequence[str], judge: Sequence[str]
 ) -> Path:
     """Decodes with this package's rescoring and writes predictions, unless they are there.
 
     Args:
         checkpoint, manifest, target: as of :func:`nemo_beam`.
-        llm: its folder.
+        llm: its folder or hub id.
         context: flags of ``transcribe`` that give the context.
         judge: flags of ``transcribe`` that give the reward and its weights.
     """
     if not target.is_file():
         command = [sys.executable, "-m", "nemo_llm_feedback.cli.main", "transcribe", str(checkpoint)]
         command += ["--dataset-manifest", str(manifest), "--output-filename", str(target), "--rescore"]
-        command += ["--llm", str(llm), *context, *judge]
+        command += ["--llm", llm, *context, *judge]
         with open(target.with_suffix(".log"), "w", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return target

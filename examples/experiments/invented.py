@@ -11,14 +11,12 @@ the known voices. The rest is as in barista.py.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from bed import Bed, TestSet, parser, read_rows, run_rows, write_rows
+from invented_names import on_demand
 
-INVENTED = Path(__file__).parent / "invented_names"
 SEED = 40961
 SIZES = {"pool": 540, "dev": 90, "test": 150, "test_unseen_voice": 90, "general_dev": 200, "general": 600}
 
@@ -52,9 +50,8 @@ def main() -> None:
 def make_data(shared: Path, out: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
     """Speaks the sets, unless they are there."""
     if not (out / "general.json").is_file():
-        command = [sys.executable, str(INVENTED / "make_data.py"), "--shared", str(shared), "--out", str(out)]
         rows = [f"{name}={size}" for name, size in sizes.items()]
-        subprocess.run([*command, "--seed", str(seed), "--sizes", *rows], check=True)
+        on_demand.run("make_data.py", "--out", out, "--seed", seed, "--sizes", *rows, shared=shared)
 
 
 def fresh_tests(shared: Path, data: Path, *, seed: int) -> Path:

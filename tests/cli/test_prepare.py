@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.data.manifests import read_manifest, unreadable
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "experiments" / "invented_names" / "data"
+SPEECH = sorted((Path(__file__).resolve().parents[1] / "helpers" / "speech").glob("*.ogg"))
 
 
 def speech(count: int) -> list[np.ndarray]:
-    """Shipped synthetic speech, 16 kHz."""
+    """Synthetic speech of a few seconds, 16 kHz."""
     import librosa
 
-    rows = [json.loads(line) for line in (QUICKSTART / "dev.json").read_text().splitlines()[:count]]
-    return [librosa.load(QUICKSTART / row["audio_filepath"], sr=16000)[0] for row in rows]
+    return [librosa.load(path, sr=16000)[0] for path in SPEECH[:count]]
 
 
 @pytest.fixture(scope="module")

@@ -261,5 +261,5 @@ def test_the_bases_sentences_leave_out_those_of_manifests_reserved_ones_and_the_
     args.shares, args.voices = ["commands=1.0"], ["slt"]
     finetune_base.speak_all(args)
     assert spoken == {"train": ["play a song"], "aside": []}
-    for name in ("finetune_base", "make_data", "speech"):
+    for name in ("finetune_base", "on_demand", "speech"):
         sys.modules.pop(name, None)

@@ -98,3 +98,20 @@ def make_tiny_llm(
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
+
+
+def train_tiny_llm(folder: Path, *, updates: int = 120) -> Path:
+    """Teaches the LM of ``folder`` the sentences of its tokenizer, in two seconds, and returns the folder."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rows = [torch.tensor([[0, *tokenizer.encode(text), 1]]) for text in _CORPUS]
+    for update in range(updates):
+        row = rows[update % len(rows)]
+        optimizer.zero_grad()
+        model(input_ids=row, labels=row).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder

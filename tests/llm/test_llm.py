@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm
+from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm, train_tiny_llm
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
@@ -18,7 +17,6 @@ from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.llm import scorer as scorer_module
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "experiments" / "invented_names"
 SHARED_LM = Path(__file__).parents[3] / "shared" / "checkpoints" / "lm"
 COFFEE = Context("an order at a coffee shop where one says more than eight tokens", ("latte", "oat milk"))
 HOME = Context("a voice command to an assistant")
@@ -46,6 +44,17 @@ def flat(scores) -> list[float]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return make_tiny_llm(tmp_path_factory.mktemp("llm") / "llama")
+
+
+@pytest.fixture(scope="module", params=["made here", "shared"])
+def trained(request, tmp_path_factory) -> Path:
+    """An LLM whose probabilities are far from uniform for what it has read."""
+    if request.param == "made here":
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.05}  # blocks of nf4 are 64 wide
+        return train_tiny_llm(make_tiny_llm(tmp_path_factory.mktemp("llm") / "trained", **sizes))
+    if not SHARED_LM.is_dir():
+        pytest.skip("the shared LM is not beside this checkout")
+    return SHARED_LM
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +134,20 @@ def test_int8_on_cpu_is_packed_and_scores_equal_naive_scoring(llama):
         ("nf4", "bfloat16", 0.25),
     ],
 )
-def test_the_stated_tolerances_hold_for_a_trained_llm(quantization, dtype, tolerance):
+def test_the_stated_tolerances_hold_for_a_trained_llm(trained, quantization, dtype, tolerance):
     """The table of docs/rewards.md."""
-    data = QUICKSTART / "data"
-    terms = (data / "terms.txt").read_text(encoding="utf-8").splitlines()[:8]
-    rows = [json.loads(line)["text"] for line in (data / "dev.json").read_text(encoding="utf-8").splitlines()[:2]]
+    terms = ("iced latte", "oat milk", "cappuccino", "mocha", "espresso", "soy milk", "flat white", "large")
+    rows = ["can i have a large iced latte with oat milk", "one more cappuccino and then turn the light on"]
     groups = [[text, text.rsplit(" ", 1)[0], f"{text} please", text.replace("e", "i")] for text in rows]
-    llm = load_llm(config(QUICKSTART / "lm", quantization=quantization, compute_dtype=dtype))
-    context = Context("a request at home", tuple(terms))
+    llm = load_llm(config(trained, quantization=quantization, compute_dtype=dtype))
+    context = Context("an order at a coffee shop", terms)
     got = flat(llm.score([(context, group) for group in groups]))
     prompt = llm.encoder.encode_prompt(context)
     plain = [llm.engine.plain_score(prompt, llm.encoder.encode_text(text)) for group in groups for text in group]
     assert llm.engine.sharing.name == "TRIE"
     assert llm.model.dtype == getattr(torch, dtype)
     assert got == pytest.approx(plain, abs=tolerance)
+    assert max(got[:4]) - min(got[:4]) > 10  # a group's sums are as far apart as those of docs/rewards.md
 
 
 def test_order_company_and_budget_do_not_matter(llama, scorer):

@@ -1,4 +1,4 @@
-"""The invented domain of the quickstart: the stock room of a hospital that does not exist.
+"""The invented domain: the stock room of a hospital that does not exist.
 
 Names of medicines were made up; people and places are rare or made up. `make_data.py` fills the carrier phrases.
 """

@@ -1,6 +1,6 @@
-"""Fine-tunes a shared base model on labelled synthetic *general* speech, in the voices of the quickstart.
+"""Fine-tunes a shared base model on labelled synthetic *general* speech, in the voices of the sets.
 
-The result is the quickstart's starting point: a model that is better at everyday speech in these voices, so that more
+The result is a starting point: a model that is better at everyday speech in these voices, so that more
 of what it still gets wrong are the words of the domain. It is NeMo's own supervised training (Lightning, CTC loss).
 The sentences are everyday commands and short read sentences of ../shared/data/text, without the `reserved_*` texts,
 without barista and without any term of the domain.
@@ -26,9 +26,9 @@ import lightning.pytorch as pl
 import soundfile as sf
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from make_data import HERE, SHARED
 from nemo.collections.asr.models import ASRModel
 from omegaconf import OmegaConf, open_dict
+from on_demand import COMMANDS, HERE, SHARED, WORK
 from speech import KNOWN_VOICES, SAMPLE_RATE, require_flite, synthesise
 
 # What share of the sentences each text gives; commands weigh most, since the general test set is commands.
@@ -38,7 +38,7 @@ SHARES = "slurp_lm=0.25 nlu_ed_commands=0.2 snips_commands=0.15 taskmaster4_coff
 # The sentences that base.nemo has heard: seed, number and shares of its runs (README.md).
 BASE_DRAWS = (
     (7, 4500, SHARES),
-    (8, 8000, "slurp_lm=0.4 nlu_ed_commands=0.35 snips_commands=0.1 taskmaster4_coffee_user=0.03 common_voice=0.12"),
+    (8, 8000, COMMANDS),
 )
 
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=SHARED.parent / "checkpoints" / "ctc.nemo")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="what make_data.py wrote")
-    parser.add_argument("--work", type=Path, default=HERE / "work" / "base", help="spoken sentences and checkpoints")
+    parser.add_argument("--work", type=Path, default=WORK / "base", help="spoken sentences and checkpoints")
     parser.add_argument("--out", type=Path, default=HERE / "base.nemo")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--sentences", type=int, default=4500)

@@ -1,7 +1,7 @@
-"""Makes the quickstart's data: spoken requests to the stock room of an invented hospital.
+"""Makes the sets: spoken requests to the stock room of an invented hospital.
 
 Sentences come from a small grammar; its medicines, people and places are invented or rare, so that no text that the
-shipped base or LM learned from has them (`check_unseen` proves it against ../shared/data and raises otherwise).
+base or the LM learned from has them (`check_unseen` proves it against ../shared/data and raises otherwise).
 Everything is a function of the seed below: a second run gives the same sentences and, with the same flite, the same
 audio.
 
@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from domain import CARRIERS, DISTRACTORS, FILLERS, TERMS
+from on_demand import HERE, SHARED
 from speech import KNOWN_VOICES, UNSEEN_VOICE, require_flite, synthesise, write_opus
 
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[3] / "shared" / "data"
 SEED = 20261
 SPLITS = {"pool": 200, "dev": 60, "test": 120, "test_unseen_voice": 60}
 GENERAL_SPLITS = {"general_dev": 60, "general": 80}
@@ -44,7 +43,7 @@ def training_sentences(shared: Path) -> Iterator[str]:
 
 
 def check_unseen(terms: list[str], sentences: list[str], shared: Path) -> dict[str, int]:
-    """Check that no training text has a term or a sentence of the quickstart.
+    """Check that no training text has a term or a sentence of the sets.
 
     A term passes if it occurs nowhere as a phrase and at least one of its words occurs nowhere at all.
 
@@ -171,8 +170,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder for manifests and audio")
     parser.add_argument("--seed", type=int, default=SEED, help="of sentences and speech; another gives another set")
     parser.add_argument("--sizes", nargs="+", default=[], metavar="SPLIT=ROWS", help="of domain and general splits")
-    parser.add_argument("--check-only", action="store_true", help="check terms and sentences, write nothing")
+    parser.add_argument("--terms-only", action="store_true", help="check all, write terms.txt and speak nothing")
     args = parser.parse_args()
+    if not args.terms_only:
+        require_flite()
     rng = random.Random(args.seed)
     given = dict(item.split("=") for item in args.sizes)
     domain, general = ({k: int(given.get(k, v)) for k, v in sizes.items()} for sizes in (SPLITS, GENERAL_SPLITS))
@@ -180,12 +181,11 @@ def main() -> None:
     terms = sorted([term for kind in TERMS.values() for term in kind] + DISTRACTORS)
     found = check_unseen(terms, [text for rows in splits.values() for text, _ in rows], args.shared)
     print("unseen check passed:", json.dumps(found))
-    splits |= general_sentences(args.shared, rng, general)
-    if args.check_only:
-        return
-    require_flite()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "terms.txt").write_text("\n".join(terms) + "\n")
+    if args.terms_only:
+        return
+    splits |= general_sentences(args.shared, rng, general)
     for name, rows in splits.items():
         seconds = write_split(name, rows, args.out, seed=args.seed)
         mentions = Counter(term for _, entities in rows for term in entities)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from lm_data import WEIGHTS, read_texts
-from make_data import HERE, SHARED
+from on_demand import SHARED, WORK
 from train_lm import HELD_OUT, learning_rate
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/")
     parser.add_argument("--layout", type=Path, default=SHARED.parent / "checkpoints" / "lm", help="config, tokenizer")
     parser.add_argument("--no-coffee", action="store_true", help="read no text about coffee")
-    parser.add_argument("--work", type=Path, default=HERE / "work" / "lm_pretrained")
+    parser.add_argument("--work", type=Path, default=WORK / "lm_pretrained")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--updates", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64, help="sentences an update")

@@ -17,9 +17,9 @@ OPUS_LEVEL = 0.95  # soundfile's 0..1 scale; about 21 kbit/s for 16 kHz mono spe
 
 
 def require_flite() -> None:
-    """Raise FileNotFoundError with the install command when flite is not on the path."""
+    """Ends the script with the command that installs flite when it is not on the path."""
     if shutil.which("flite") is None:
-        raise FileNotFoundError("flite is not installed: run `apt-get install -y flite` (Debian/Ubuntu) and try again")
+        raise SystemExit("the sets are spoken by flite, which is missing: apt-get install flite (Debian, Ubuntu)")
 
 
 def synthesise(text: str, *, voice: str, rng: random.Random) -> np.ndarray:

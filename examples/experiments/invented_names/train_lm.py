@@ -1,8 +1,8 @@
-"""Trains the quickstart's causal LM, so that a term listed in the prompt becomes likely, even one never seen before.
+"""Trains a small causal LM, so that a term listed in the prompt becomes likely, even one never seen before.
 
 It starts from ../shared/checkpoints/lm and keeps that model's prompt format; `lm_data.py` says what an example is.
-The text is ../shared/data/text without reserved_* and barista_written_orders; no invented word resembles a quickstart
-term.
+The text is ../shared/data/text without reserved_* and barista_written_orders; no invented word resembles a term
+of the hospital.
 
     python examples/experiments/invented_names/train_lm.py --minutes 25     # trains and resumes, then writes lm/
     python examples/experiments/invented_names/train_lm.py --evaluate-only  # what a listed term gains, on unseen terms
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from lm_data import PackMaker, make_prompt, read_texts
 from lm_score import encode_pack, guided_loss, sentence_log_prob
-from make_data import HERE, SHARED, training_sentences
+from make_data import training_sentences
+from on_demand import HERE, SHARED, WORK
 from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +35,7 @@ RESPELLINGS = (
 
 
 def domain_words(terms_file: Path, shared: Path) -> list[str]:
-    """Words of the quickstart's terms that no training text has: nothing invented here may resemble them."""
+    """Words of the hospital's terms that no training text has: nothing invented here may resemble them."""
     known = {word for sentence in training_sentences(shared) for word in sentence.split()}
     return sorted(set(terms_file.read_text().split()) - known)
 
@@ -145,7 +146,7 @@ def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, maker: PackMaker, held_out: dict[str, list[str]],
     args: argparse.Namespace,
 ) -> dict[str, object]:  # fmt: skip
-    """Report on unseen invented terms, on real rare words of the reserved text and on the quickstart's dev split."""
+    """Report on unseen invented terms, on rare words of the reserved text and, where it is made, on the dev split."""
     model.eval()
     rng = random.Random(SEED + 1)
     invented = [maker.term(rng) for _ in range(200)]
@@ -167,13 +168,16 @@ def evaluate(
     report["reserved_rare_words"] = term_report(
         model, tokenizer, cases, description=command, distractors=[w for _, w in rare]
     )
+    if not (args.data / "dev.json").is_file():
+        print(f"no report on the dev split: {args.data} has no dev.json (on_demand.py data makes it)", flush=True)
+        return report
     terms = (args.data / "terms.txt").read_text().splitlines()
     rows = [json.loads(line) for line in (args.data / "dev.json").read_text().splitlines()]
     cases = [(r["text"], e, r["text"].replace(e, respell(e, rng), 1)) for r in rows for e in r["entities"]]
     description = args.description
-    report["quickstart_dev"] = term_report(model, tokenizer, cases, description=description, distractors=terms)
+    report["dev"] = term_report(model, tokenizer, cases, description=description, distractors=terms)
     if args.asr:
-        report["quickstart_dev_asr"] = asr_report(model, tokenizer, rows, terms, args)
+        report["dev_asr"] = asr_report(model, tokenizer, rows, terms, args)
     return report
 
 
@@ -204,7 +208,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with text/ and source/")
     parser.add_argument("--start", type=Path, default=SHARED.parent / "checkpoints" / "lm")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="what make_data.py wrote")
-    parser.add_argument("--work", type=Path, default=HERE / "work" / "lm", help="checkpoint of a run that was cut off")
+    parser.add_argument("--work", type=Path, default=WORK / "lm", help="checkpoint of a run that was cut off")
     parser.add_argument("--out", type=Path, default=HERE / "lm")
     parser.add_argument("--updates", type=int, default=900)
     parser.add_argument("--minutes", type=float, default=60.0)
