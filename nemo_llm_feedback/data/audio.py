@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, open_dict
 
-from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
 
@@ -44,7 +44,13 @@ def mix_channels(loaders: Any) -> None:
 
 
 def by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
-    """Positions of the rows in batches of similar duration, the shortest first."""
+    """Positions of the rows in batches of similar duration, the shortest first.
+
+    Raises:
+        ConfigError: ``batch_size`` is not positive.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"the batch size must be at least 1, got {batch_size}.")
     order = sorted(range(len(rows)), key=lambda i: rows[i].duration)
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 

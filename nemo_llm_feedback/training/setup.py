@@ -18,6 +18,7 @@ from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import with_defaults
+from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
@@ -30,6 +31,7 @@ from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
 from nemo_llm_feedback.training.inputs import labelled_rows, rates_to_try, set_optimizer, set_validation
+from nemo_llm_feedback.training.nemo_settings import nemo_faults
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics, Settings
 from nemo_llm_feedback.training.weights import snapshot
@@ -114,6 +116,7 @@ def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Sett
         ConfigError, LLMError, ManifestError, RewardError: every fault of its kind.
     """
     config = parse_run_config(tree if judge is None else {**tree, "reward": {"name": "python"}})
+    refuse("the configuration has", nemo_faults(tree))
     rates = rates_to_try(tree["model"], config)
     check_judges(config, judge)
     validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"))

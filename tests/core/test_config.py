@@ -13,9 +13,12 @@ import yaml
 
 from nemo_llm_feedback.core.config import OBJECTIVE_NAMES, SECTIONS, RewardConfig, parse_run_config, read_terms
 from nemo_llm_feedback.core.config.compose import compose_config, conf_dir
+from nemo_llm_feedback.core.config.faults import keys_of
+from nemo_llm_feedback.core.config.nemo_sections import TopLevel, TrainerSettings
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.training.objectives import OBJECTIVES, hyperparameters
 
+NEEDED = ["llm.model=a/b", "context.description=an order", "model.train_ds.manifest_filepath=a.json"]
 GOOD: dict[str, Any] = {"llm": {"model": "some/llm"}, "context": {"description": "an order"}}
 
 
@@ -162,6 +165,68 @@ def test_the_proposal_correction_works_on_samples() -> None:
 def test_faults_name_the_fix(tree: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_run_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.max_step=10"], r"unknown key trainer\.max_step; did you mean trainer\.max_steps\?"),
+        (["objectve=mwer"], r"unknown key objectve; did you mean objective\?"),
+        (["+objectve=mwer"], r"unknown key objectve; did you mean objective\?"),
+        (["+colour=red"], r"unknown key colour; there are name, init_from"),
+        (["model.optm.lr=1"], r"did you mean model\.optim\?"),
+        (["model.train_ds.batchsize=4"], r"did you mean model\.train_ds\.batch_size\?"),
+        (["model.encoder.dropout=0.1"], r"model\.encoder: a run reads train_ds, optim"),
+        (["trainer.max_steps=-5"], r"trainer\.max_steps must be at least 1, or -1 for no limit, got -5"),
+        (["trainer.max_steps=-1"], r"needs trainer\.max_epochs"),
+        (["trainer.max_steps=abc"], r"trainer\.max_steps must be int, got 'abc'"),
+        (["trainer.gradient_clip_val=nan"], "a finite number"),
+        (["model.optim.lr=-1"], r"model\.optim\.lr must be > 0, got -1"),
+        (["model.optim.lr=nan"], r"model\.optim\.lr must be a finite number"),
+        (["model.optim.betas=[0.9,nan]"], r"model\.optim\.betas\[1\] must be a finite number, got nan"),
+        (["model.train_ds.own_key=inf"], r"model\.train_ds\.own_key must be a finite number"),
+        (["model.optim.lr=true"], r"model\.optim\.lr must be float, got True"),
+        (["model.optim.sched.warmup_steps=-1"], r"warmup_steps must be ≥ 0"),
+        (["model.train_ds.batch_size=0"], r"model\.train_ds\.batch_size must be > 0, got 0"),
+        (["~model.optim"], r"model\.optim is missing"),
+        (["model=null"], "model must be a section of keys"),
+        (["~report_audio"], "report_audio must not be taken away"),
+        (["report_audio=no"], r"report_audio must be bool, got 'no'"),
+        (["seed=x"], "seed must be int, got 'x'"),
+        (["seed=-1"], "seed must be ≥ 0, got -1"),
+        (["evaluate_batch_size=-1"], "evaluate_batch_size must be > 0, got -1"),
+        (["resume=perhaps"], "resume must be one of auto, never, got 'perhaps'"),
+        (["output=3"], "output must be str, got 3"),
+        (["output=${nope}"], "Interpolation key 'nope' not found"),
+        (["context.terms=latte"], r"context\.terms must be a list, got 'latte'"),
+        (["llm.quantization=nf5"], r"llm\.quantization must be one of nf4, int8, none"),
+        (["reward.beta=inf"], r"reward\.beta must be a finite number"),
+        (["objective=[mwer,grpo]"], "give one name, as in objective=mwer"),
+        (["trainer=3"], "give one name, as in trainer=gpu"),
+    ],
+)
+def test_slips_and_nonsense_in_any_section_are_refused_with_the_fix(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_run_config(compose_config([*NEEDED, *overrides]))
+
+
+def test_every_argument_of_lightnings_trainer_is_known() -> None:
+    import inspect
+
+    import lightning.pytorch as pl
+
+    known = {*keys_of(TrainerSettings), *TrainerSettings.more_keys}
+    assert set(inspect.signature(pl.Trainer).parameters) - {"model_registry"} == known
+
+
+def test_the_yaml_shows_every_key_of_the_top_level() -> None:
+    shown = yaml.safe_load((conf_dir() / "adapt.yaml").read_text())
+    assert {key: shown[key] for key in keys_of(TopLevel)} == _defaults(TopLevel)
+
+
+def test_a_key_of_the_users_own_may_stand_at_the_top_where_it_is_used() -> None:
+    cfg = compose_config([*NEEDED, "+place=here", "output='${place}/a.nemo'"])
+    assert cfg.output == "here/a.nemo"
 
 
 def test_self_training_needs_neither_llm_nor_context() -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start, source, trainer_settings
+from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_trainer, record_start, source
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
 from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
@@ -97,7 +97,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     pl.seed_everything(int(cfg.seed), workers=True)
 
     model = restore(base, map_location="cpu")
-    trainer = pl.Trainer(**trainer_settings(cfg))
+    trainer = make_trainer(cfg)
     log_dir = Path(exp_manager(trainer, manager))
     model.set_trainer(trainer)
     with _locked(log_dir):

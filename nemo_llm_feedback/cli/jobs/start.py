@@ -12,7 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
@@ -79,6 +81,19 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
+def make_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Lightning's trainer by the section ``trainer``.
+
+    Raises:
+        ConfigError: Lightning refuses the settings.
+    """
+    settings = trainer_settings(cfg)
+    try:
+        return pl.Trainer(**settings)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"Lightning refuses the section trainer: {' '.join(str(error).split())}") from None
+
+
 def check_room(folders: Mapping[str, Path], *, model_bytes: int) -> None:
     """Sees to it that results can be written.
 
@@ -123,20 +138,14 @@ def experiment(cfg: DictConfig) -> DictConfig:
 
     Args:
         cfg: the composed configuration.
-
-    Raises:
-        ConfigError: ``resume`` is neither ``auto`` nor ``never``.
     """
     manager: Any = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
-    mode = str(cfg.get("resume", "auto"))
-    if mode not in ("auto", "never"):
-        raise ConfigError(f"resume={mode!r} must be auto (go on with an unfinished run of these settings) or never.")
     if is_global_rank_zero():
         # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
         os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
     base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
     explicit = manager.get("explicit_log_dir") or manager.get("version")
-    if not manager.get("resume_if_exists") and not explicit and mode == "auto":
+    if not manager.get("resume_if_exists") and not explicit and cfg.get("resume", "auto") == "auto":
         found = _unfinished(base, settings_text(cfg))
         if found is not None:
             manager.version, manager.resume_if_exists = found.name, True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_llm_feedback.core.config import SECTIONS, check_keys
+from nemo_llm_feedback.core.config.faults import keys_of, refuse
+from nemo_llm_feedback.core.config.nemo_sections import TopLevel
+from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.errors import ConfigError
 
 # Sections that NeMo owns: they take any key, as in NeMo's scripts.
 _OPEN = ("model", "trainer", "exp_manager")
+_TOP = [*keys_of(TopLevel), *SECTIONS, *_OPEN, "hydra"]
+_GROUPS = {"objective": "mwer", "reward": "entity", "llm": "int8", "trainer": "gpu"}
 
 
 def conf_dir() -> Path:
@@ -43,19 +50,49 @@ def compose_config(
     if not folder.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder.")
     search = [f"hydra.searchpath=[file://{conf_dir()}]"] if config_dir else []
+    _refuse_choices(overrides)
     outer = get_gh_backup()  # of a program that uses Hydra itself
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             groups = {entry.name for base in (folder, conf_dir()) for entry in base.iterdir() if entry.is_dir()}
             cfg = compose(config_name, overrides=search + [_open(o, groups) for o in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+            tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(_kind(error, overrides)) from None
     finally:
         restore_gh_from_backup(outer)
     OmegaConf.set_struct(cfg, False)
-    check_keys({name: cfg.get(name) for name in SECTIONS})
+    check_keys(tree)
+    # A key of the user's own may stand at the top where it is read by ``${key}``.
+    used = OmegaConf.to_yaml(cfg)
+    top = [key for key in map(str, tree) if key not in _TOP and f"${{{key}" not in used]
+    refuse("the configuration has", [_unknown(key) for key in top])
     return cfg
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _TOP, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_TOP[:-1])}."
+    return renamed(key) or f"unknown key {key}; {hint}"
+
+
+def _kind(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's error in one line; of a first word that nothing knows, the nearest known one."""
+    said = " ".join(str(error).split())
+    heads = [re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
+    strange = [head for head in heads if head not in _TOP and re.search(rf"\b{re.escape(head)}\b", said)]
+    if "Could not override" in said and strange:
+        return _unknown(strange[0])
+    return said
+
+
+def _refuse_choices(overrides: Sequence[str]) -> None:
+    """Refuses what Hydra takes for a choice of files and what is none: ``objective=[a,b]``, ``trainer=3``."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key in _GROUPS and not re.fullmatch(r"[\w./-]*[A-Za-z_][\w./-]*", value) and equals:
+            raise ConfigError(f"{override}: give one name, as in {key}={_GROUPS[key]}; its keys are set one by one.")
 
 
 def with_defaults(settings: Any) -> dict[str, Any]:

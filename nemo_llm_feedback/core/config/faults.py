@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 
@@ -14,6 +14,7 @@ from nemo_llm_feedback.core.errors import ConfigError
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # a bool is not an int, "no" is not false; an int is a float
 
+_SLIP = 0.85  # how like a known key an unknown one of an open section must be to be taken for a misspelling of it
 _WANTED = {
     "int_type": "int",
     "float_type": "float",
@@ -31,7 +32,15 @@ _WANTED = {
 
 
 class Section:
-    """A section of the settings; its types and ranges are checked when it is made."""
+    """A section of the settings; its types and ranges are checked when it is made.
+
+    Attributes:
+        more_keys: further keys, whose values are not looked at.
+        is_open: whether any other key may stand in it that is no misspelling of a known one.
+    """
+
+    more_keys: ClassVar[tuple[str, ...]] = ()
+    is_open: ClassVar[bool] = False
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""
@@ -52,7 +61,7 @@ def build(cls: type[T], values: Any, *, where: str) -> tuple[T | None, list[str]
     if not isinstance(values, Mapping):
         return None, [f"{where} must be a section of keys, got {values!r}."]
     faults = key_faults(cls, values, where=where)
-    kept = {key: value for key, value in values.items() if key in _keys(cls)}
+    kept = {key: value for key, value in values.items() if key in keys_of(cls)}
     try:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()}), faults
     except ValidationError as error:
@@ -70,11 +79,15 @@ def make(cls: type[T], values: Any, *, where: str, what: str) -> T:
 def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
     """Returns a sentence for every key that the section does not know, with its new name or the nearest known one."""
     faults = []
-    for key in sorted(set(keys) - set(_keys(cls)), key=str):
-        near = difflib.get_close_matches(str(key), _keys(cls), n=1, cutoff=0.0)
+    is_open = getattr(cls, "is_open", False)
+    known = [*keys_of(cls), *getattr(cls, "more_keys", ())]
+    for key in sorted(set(keys) - set(known), key=str):
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=_SLIP if is_open else 0.0)
         path, *right = [f"{where}.{name}" if where else str(name) for name in (key, *near)]
-        hint = f"did you mean {right[0]}?" if right else "there is none."
-        faults.append(renamed(path) or f"unknown key {path}; {hint}")
+        if old := renamed(path):
+            faults.append(old)
+        elif right or not is_open:
+            faults.append(f"unknown key {path}; {f'did you mean {right[0]}?' if right else 'there is none.'}")
     return faults
 
 
@@ -85,7 +98,8 @@ def refuse(what: str, faults: list[str]) -> None:
         raise ConfigError(f"{what} {head}" + "".join(f"\n  - {fault}" for fault in faults))
 
 
-def _keys(cls: type) -> list[str]:
+def keys_of(cls: type) -> list[str]:
+    """The keys of a section whose values are checked."""
     return list(cls.__pydantic_fields__)  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from nemo_llm_feedback.core.config.context import ContextConfig
-from nemo_llm_feedback.core.config.faults import Section, build, key_faults, refuse
+from nemo_llm_feedback.core.config.faults import Section, build, key_faults, keys_of, refuse
+from nemo_llm_feedback.core.config.nemo_sections import NEMO_SECTIONS, TopLevel, section_at, value_faults
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.sections import (
     AUGMENTED_OBJECTIVES,
@@ -95,7 +96,7 @@ SECTIONS: dict[str, type[Section]] = {**get_type_hints(RunConfig), "llm": LLMCon
 
 
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Builds the checked configuration from nested mappings or an OmegaConf config (only our sections are read).
+    """Builds the checked configuration from nested mappings or an OmegaConf config; NeMo's sections are checked, too.
 
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
@@ -104,7 +105,7 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
 
     if OmegaConf.is_config(tree):
         tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
-    faults: list[str] = []
+    faults = value_faults(tree)
     made: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
         values = tree.get(name) or {}
@@ -123,10 +124,25 @@ def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def check_keys(tree: Mapping[str, Any]) -> None:
-    """Refuses unknown keys of our sections.
+    """Refuses keys of our sections and of NeMo's that nothing reads, and sections that are none.
+
+    Args:
+        tree: all sections of ``adapt`` as plain mappings.
 
     Raises:
         ConfigError: lists every unknown key with the nearest known one.
     """
-    found = [fault for name, keys in tree.items() for fault in key_faults(SECTIONS[name], keys or (), where=name)]
-    refuse("the configuration has", found)
+    whole = [*SECTIONS, "model", "trainer", "exp_manager"]
+    faults = [f"{name} must be a section of keys." for name in whole if not isinstance(tree.get(name), Mapping)]
+    faults += [f"{key} must not be taken away; give it a value." for key in keys_of(TopLevel) if key not in tree]
+    for path, cls in {**SECTIONS, **NEMO_SECTIONS}.items():
+        if isinstance(keys := section_at(tree, path), Mapping):
+            faults += key_faults(cls, keys, where=path)
+    strange = set(section_at(tree, "model") or ()) - set(keys_of(NEMO_SECTIONS["model"]))
+    if not faults and strange:
+        listed = ", ".join(f"model.{key}" for key in sorted(map(str, strange)))
+        faults.append(
+            f"{listed}: a run reads {', '.join(keys_of(NEMO_SECTIONS['model']))} of model; all else of it "
+            "is the checkpoint's."
+        )
+    refuse("the configuration has", faults)
