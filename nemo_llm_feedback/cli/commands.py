@@ -57,8 +57,10 @@ def score(
         json: write everything here too, as JSON
     """
     from nemo_llm_feedback.cli.jobs import score as job
-    from nemo_llm_feedback.evaluation.records import write_record
+    from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
+    if json:
+        check_writable(json)
     _quiet_nemo()
     report = job.score(options, compare_quantization_with=compare_quantization, tune=tune)
     print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
@@ -97,9 +99,12 @@ def transcribe(
         choice: rescoring
     """
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
+    from nemo_llm_feedback.evaluation.records import check_writable
 
     if batch_size < 1 or nbest < 0:
         raise ConfigError("--batch-size must be at least 1 and --nbest at least 0.")
+    if output_filename:
+        check_writable(output_filename)
     tree = _rescoring(choice, nbest)
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
@@ -158,8 +163,10 @@ def evaluate(
         no_audio: no audio in the page
     """
     from nemo_llm_feedback.cli.jobs import evaluate as job
-    from nemo_llm_feedback.evaluation.records import write_record
+    from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
+    for path in filter(None, (json, report)):
+        check_writable(path)
     if models:
         _quiet_nemo()
     found = job.evaluate(

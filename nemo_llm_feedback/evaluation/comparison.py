@@ -22,10 +22,12 @@ NO_GROUP = "(none)"
 
 @dataclass(frozen=True)
 class Member:
-    """One hypothesis of an N-best list with its score parts (``total``, ``asr``, ``llm`` …), where known."""
+    """One hypothesis of an N-best list with its score parts (``total``, ``asr``, ``llm`` …) and its source, where
+    known."""
 
     text: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Comparison:
         by_type: entity type → system → counts in which only entities and terms of that type count as such.
         by_group: group key → value → system → counts.
         spans: [U] entity mentions in the normalised references.
-        terms: number of different terms on the list for false alarms; ``terms_from`` names their origin.
+        term_lists: [U] the list for false alarms of each row; None without any; ``terms_from`` names their origin.
     """
 
     rows: tuple[Row, ...]
@@ -117,8 +119,13 @@ class Comparison:
     by_type: dict[str, dict[str, CorpusScores]]
     by_group: dict[str, dict[str, dict[str, CorpusScores]]]
     spans: tuple[tuple[Span, ...], ...]
-    terms: int
+    term_lists: Sequence[tuple[str, ...]] | None
     terms_from: str
+
+    @property
+    def terms(self) -> int:
+        """Number of different terms on the lists for false alarms."""
+        return len({term for row in self.term_lists or () for term in row})
 
     @property
     def base(self) -> str:
@@ -219,7 +226,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
         by_type=_by_type(rows, systems, entities, terms, normalize),
         by_group={key: _by_group(rows, scores, key) for key in scoring.group_by},
         spans=spans,
-        terms=len({term for row in terms or () for term in row}),
+        term_lists=terms,
         terms_from=source,
     )
 

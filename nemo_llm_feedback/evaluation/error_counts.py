@@ -83,20 +83,24 @@ def _marks(num_words: int, alignment: list[jiwer.AlignmentChunk]) -> tuple[NDArr
 
 def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, int]:
     """Term occurrences of the hypothesis, and those beyond what the reference has."""
-    phrases = {tuple(term.split()) for term in terms if term}
-    if not phrases:
-        return {}
+    found = heard_terms(ref, hyp, terms).values()
+    totals = {"hyp_terms": sum(heard for heard, _ in found), "false_alarms": sum(false for _, false in found)}
+    return {"term_utterances": 1, **totals} if any(terms) else {}
+
+
+def heard_terms(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, tuple[int, int]]:
+    """Each term of the hypothesis → its occurrences, leftmost and longest first, and those beyond the reference's."""
     by_first: dict[str, list[tuple[str, ...]]] = {}
-    for phrase in sorted(phrases, key=len, reverse=True):
+    for phrase in sorted({tuple(term.split()) for term in terms if term}, key=len, reverse=True):
         by_first.setdefault(phrase[0], []).append(phrase)
     found: Counter[tuple[str, ...]] = Counter()
     i = 0
     while i < len(hyp):
         match = next((p for p in by_first.get(hyp[i], ()) if tuple(hyp[i : i + len(p)]) == p), None)
-        found[match or ()] += match is not None
+        if match:
+            found[match] += 1
         i += len(match) if match else 1
-    false = sum(max(0, n - len(occurrences(ref, list(phrase)))) for phrase, n in found.items())
-    return {"term_utterances": 1, "hyp_terms": sum(found.values()), "false_alarms": false}
+    return {" ".join(p): (n, max(0, n - len(occurrences(ref, list(p))))) for p, n in found.items()}
 
 
 def bias_counts(ref: list[str], hyp: list[str], listed: set[str]) -> dict[str, int]:

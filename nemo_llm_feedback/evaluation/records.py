@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_llm_feedback.core.errors import ConfigError
 
 
 def to_plain(record: Any) -> Any:
@@ -28,8 +31,30 @@ def to_json(record: Any) -> str:
 
 
 def write_record(path: str | Path, record: Any) -> None:
-    """Writes a record as a JSON file."""
-    Path(path).expanduser().write_text(to_json(record) + "\n", encoding="utf-8")
+    """Writes a record as a JSON file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    check_writable(path).write_text(to_json(record) + "\n", encoding="utf-8")
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path of a file that is going to be written; its folder is made.
+
+    Args:
+        path: of the file, which need not exist; one that exists is left as it is.
+
+    Raises:
+        ConfigError: it is a folder, or its folder cannot be made or written to.
+    """
+    target = Path(path).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") if target.exists() else tempfile.TemporaryFile(dir=target.parent):
+            return target
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): give a file in a folder of yours.") from None
 
 
 @dataclass(frozen=True)

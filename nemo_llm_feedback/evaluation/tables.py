@@ -12,6 +12,8 @@ from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap, find_m
 from nemo_llm_feedback.evaluation.records import Table, to_plain
 
 _SIGNIFICANT = 0.05
+# Below this value of the base (in the metric's unit) a relative change is noise: the difference is shown.
+NEAR_ZERO = 1.0
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class Cell:
     Attributes:
         value, low, high: pooled value and 95 % interval in the metric's unit; NaN where undefined.
         change: relative change to the base system in %, negative = smaller; None for the base itself, without a base,
-            and where the base's value is 0 or undefined.
+            and where the base's value is undefined or below `NEAR_ZERO`.
         p_value: p-value of the paired test against the base; None without such a test.
+        difference: value − the base's, in the metric's unit; None where there is no base's value.
     """
 
     value: float
@@ -30,13 +33,21 @@ class Cell:
     high: float
     change: float | None = None
     p_value: float | None = None
+    difference: float | None = None
+
+    @property
+    def against(self) -> str:
+        """The relative change to the base, or the difference where the base is near 0; empty if none is known."""
+        if self.change is not None:
+            return f"{self.change:+.1f} %".replace("-", "−")
+        return "" if self.difference is None else f"{self.difference:+.1f} points".replace("-", "−")
 
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "–"
         text = f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
-        if self.change is not None:
-            text += f" ({self.change:+.1f} %".replace("-", "−") + ")"
+        if self.against:
+            text += f" ({self.against})"
         if self.p_value is not None and self.p_value < _SIGNIFICANT:
             text += "*"
         return text
@@ -66,7 +77,8 @@ class ScoreTable:
         """What the numbers mean, in a sentence."""
         words = f"{self.utterances} utterances; 95 % intervals by bootstrap over utterances ({self.samples} samples)"
         if self.base is not None:
-            words += f"; in round brackets the change relative to {self.base}, * where p < {_SIGNIFICANT} (paired)"
+            words += f"; in round brackets the change relative to {self.base} (the difference in points where that is "
+            words += f"below {NEAR_ZERO:g}), * where p < {_SIGNIFICANT} (paired)"
         return words + "."
 
     @property
@@ -157,5 +169,5 @@ def _cell(scores: CorpusScores, base: CorpusScores | None, metric: str, *, sampl
         return cell
     difference = paired_difference(scores, base, metric, samples=samples, seed=seed)
     before = base.value(metric)
-    change = 100 * difference.value / before if before else None
-    return replace(cell, change=change, p_value=difference.p_value)
+    change = 100 * difference.value / before if before >= NEAR_ZERO else None
+    return replace(cell, change=change, difference=difference.value, p_value=difference.p_value)

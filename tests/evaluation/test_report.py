@@ -16,7 +16,7 @@ from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.cli.jobs.report import report as rebuild
 from nemo_llm_feedback.cli.main import main
-from nemo_llm_feedback.core.errors import ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
@@ -29,11 +29,13 @@ from nemo_llm_feedback.evaluation.report import (
     save_report,
     write_report,
 )
-from nemo_llm_feedback.evaluation.report.page import _with_base
-from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
-from nemo_llm_feedback.evaluation.report.utterances import list_utterances
+from nemo_llm_feedback.evaluation.report.collect import changed_settings
+from nemo_llm_feedback.evaluation.report.data import Run
+from nemo_llm_feedback.evaluation.report.page import GuardRow, _with_base, guard_rows
+from nemo_llm_feedback.evaluation.report.plots import curves, read_numbers
+from nemo_llm_feedback.evaluation.report.terms import term_changes, term_rows
+from nemo_llm_feedback.evaluation.report.utterances import NBest, list_utterances
 from nemo_llm_feedback.evaluation.report.words import align, diff_pieces
-from nemo_llm_feedback.evaluation.tables import Cell, ScoreTable
 from nemo_llm_feedback.evaluation.transcribe import Decoded
 
 ATTACK = "<img src=x onerror=document.title='taken'>"
@@ -86,10 +88,8 @@ def test_the_page_holds_the_numbers_of_the_table(page: Path, comparison: Compari
     assert comparison.scores["base"].value("ewer") == pytest.approx(100 * 2 / 3)
     assert "Entity WER · evaluation set 66.7 → 0.0 %" in text
     assert "−100.0 % relative" in text
-    assert "mean" not in text or "oracle of" in text
-    assert "Fixed 2 mentions" in text
-    assert "was “lada”" in text
-    assert "Broken 0 mentions None." in text
+    assert "oracle WER of the N-best" in text
+    assert "3 terms, spoken 3 times: 1 right before, 3 right after ; false alarms 0 before, 0 after." in text
     assert "By entity type" in text
     assert "−20.50" in text  # a score part of the N-best
 
@@ -163,17 +163,115 @@ def test_what_was_said_before_is_kept_by_the_saved_report(rows: list[Row], tmp_p
 
 
 def change(row: Row) -> Change:
-    return Change(row, "a lada", "a latte please", {"llm": (-30.0, -22.5)}, (Member("a latte", {"llm": -21.0}),))
+    return Change(
+        row,
+        "a lada",
+        "a latte please",
+        {"reward": (-30.0, -22.5), "llm": (-30.0, -22.5)},
+        (Member("a latte", {"llm": -21.0}),),
+    )
 
 
 def test_without_references_it_shows_what_changed_and_by_which_scores(rows: list[Row], tmp_path: Path) -> None:
-    data = ReportData("Adaptation", "t", "now", changes=(change(rows[0]),), surveyed=9)
+    (tmp_path / "steps.jsonl").write_text('{"step": 4, "held_out/kl": 0.5}\n{"step": 8, "held_out/kl": 0.75}\n')
+    lost = dataclasses.replace(change(rows[1]), scores={"reward": (-10.0, -12.5)})
+    run = Run(
+        steps=8, kept_step=4, gain=3.25, share=0.5, limits={"kl": 4.0}, weights={"llm": 1.0}, terms={"latte": (0, 2)}
+    )
+    data = ReportData("Adaptation", "t", "now", changes=(change(rows[0]), lost), surveyed=9, run=run)
+    data = dataclasses.replace(data, steps_file=str(tmp_path / "steps.jsonl"))
     text = visible(write_report(data, tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert "Transcripts that changed · no references 1 of 9" in text
+    assert (
+        "Settings Reward gained · per held-out utterance +3.25 nats Step 4 of 8 is kept" in text
+    )  # what it opens with
+    assert "Transcripts that changed 2 of 9 1 with more reward, 1 with less" in text
+    assert "Guards all passed" in text
+    assert "50 % of the update is exported" in text
+    assert "distance from the base, nats per label 0.500 0.750 4.0" in text
+    assert "Appeared 1 latte 0 → 2" in text
+    assert "Most gained +7.50" in text
+    assert "Most lost −2.50" in text
     assert "llm −30.00 → −22.50" in text
-    assert "llm · mean change +7.50" in text
-    assert "higher in 1 of 1" in text
     assert "1-best of adapted" in text
+    stopped = dataclasses.replace(data, run=dataclasses.replace(run, kept_step=0, gain=-0.0, ended="too far away"))
+    text = visible(write_report(stopped, tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "The starting weights are kept" in text
+    assert "Guards ended early too far away" in text
+
+
+def test_terms_are_counted_as_in_the_metrics(rows: list[Row]) -> None:
+    said = ["a lada with soy latte latte", "one mocha to go", "thank you mocha much"]
+    compared = compare(rows, [System("base", tuple(BASE)), System("adapted", tuple(said))], Scoring(samples=10))
+    aligned = [[align(row.text, texts[u], compared.spans[u]) for texts in (BASE, said)] for u, row in enumerate(rows)]
+    found = {row.text: row for row in term_rows(compared, aligned)}
+    assert list(found) == ["mocha", "latte", "soy"]
+    latte = found["latte"]
+    assert (latte.spoken, latte.right, latte.false_alarms, dict(latte.missed_as)) == (1, [0, 0], [0, 1], {"lada": 1})
+    assert (found["mocha"].gain, found["mocha"].false_alarms, found["mocha"].missed_as) == (1, [0, 1], {})
+    for s, name in enumerate(("base", "adapted")):
+        scores = compared.scores[name]
+        assert sum(row.right[s] for row in found.values()) == scores.column("entities_recalled").sum()
+        assert sum(row.false_alarms[s] for row in found.values()) == scores.column("false_alarms").sum()
+
+
+def test_terms_that_come_and_go_without_references() -> None:
+    pairs = [("a lada", "a Latte, a latte"), ("one mocha", "one"), ("soy", "soy")]
+    found = term_changes(pairs, [("latte", "Mocha", "soy")] * 3, normalizer="basic")
+    assert list(found.items()) == [("latte", (0, 2)), ("mocha", (1, 0))]
+
+
+def test_it_says_why_the_best_member_won() -> None:
+    weights = {"llm": 2.0, "asr": 1.0}
+    best = Member("a latte", {"reward": -11.0, "llm": -4.0, "asr": -3.0}, "boosted")
+    other = Member("a lot", {"reward": -12.0, "llm": -4.5, "asr": -3.0}, "beam")
+    greedy = Member("a lada", {"reward": -17.0, "llm": -8.0, "asr": -1.0}, "greedy")
+    found = NBest.of([best, other, greedy], weights)
+    assert (found.rival, found.why) == (greedy, {"llm": 8.0, "asr": -2.0})
+    assert NBest.of([best, other], weights).rival == other
+    assert NBest.of([best, other, greedy], {"llm": 1.0, "asr": 1.0}).why == {}  # not the sum that was used
+    assert NBest.of([best], weights).rival is None
+
+
+def test_only_settings_that_are_not_the_defaults_are_shown() -> None:
+    from nemo_llm_feedback.core.config.compose import with_defaults
+
+    given = {"objective": {"name": "distill"}, "guards": {"patience": 9}, "llm": {"model": "a/b", "chat": "auto"}}
+    text = changed_settings(with_defaults(given))
+    assert "patience: 9" in text
+    assert "model: a/b" in text
+    assert not {"max_kl", "chat", "seed", "distill"} & set(re.findall(r"\w+", text))
+
+
+def test_a_page_that_cannot_be_written_names_its_path(comparison: Comparison, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "r.html"):
+        with pytest.raises(ConfigError, match=re.escape(f"{path} cannot be written")):
+            write_report(evaluation_report(comparison), path, audio=False)
+    for flag in ("--report", "--json"):  # before the predictions are even read
+        assert main(["evaluate", "--predictions", str(tmp_path / "absent"), flag, str(tmp_path)]) == 1
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_guards_show_the_kept_step_and_the_furthest_value() -> None:
+    steps = [
+        {"step": 4.0, "held_out/length_ratio": 0.8, "held_out/gain": 1.0},
+        {"step": 8.0, "held_out/length_ratio": 1.1, "held_out/gain": 2.0},
+    ]
+    found = guard_rows(steps, Run(kept_step=8, limits={"length_ratio": 1.5}))
+    assert found == [GuardRow("length_ratio", 1.1, 0.8, 1.5), GuardRow("gain", 2.0, 2.0, None)]
+
+
+def test_curves_mark_the_kept_step_refreshes_and_limits() -> None:
+    steps = [{"step": float(s), "feedback/kl_reference": 1.0, "held_out/kl": 0.1 * s} for s in range(1, 9)]
+    (plain,) = curves(steps)
+    (marked,) = curves(steps, Run(kept_step=6, refresh_every=3, limits={"kl": 2.0}))
+    assert "kept" in marked.svg
+    assert "kept" not in plain.svg
+    assert ("var(--bad)" in marked.svg, "var(--bad)" in plain.svg) == (True, False)
+    assert marked.svg.count("<use") == plain.svg.count("<use") + 2  # steps 3 and 6
+    (far,) = curves(steps, Run(limits={"kl": 400.0}))
+    assert "var(--bad)" not in far.svg
+    assert far.note.endswith("Limit 400.")
 
 
 def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
@@ -205,8 +303,18 @@ def test_the_report_of_an_adaptation(rows: list[Row], comparison: Comparison, tm
         after={"dev": after},
         context=Context("an order", ("mocha",)),
         normalizer="basic",
-        facts={"base": "b.nemo", "llm": None, "steps": 3, "before": {"dev": {}}},
-        settings={"llm": {"token": "hf_1", "model": "a/b"}, "x": [1, None]},
+        facts={
+            "base": "b.nemo",
+            "llm": None,
+            "steps": 3,
+            "kept_step": 2,
+            "alpha": 1.5,
+            "beta": 3.0,
+            "gain": None,
+            "learning_rate": 3e-5,
+            "before": {"dev": {}},
+        },
+        settings={"llm": {"token": "hf_1", "model": "a/b"}, "x": [1, None], "guards": {"max_kl": 4.0}},
         nbest={"dev": [(Member("a latte", {"reward": -7.125, "asr": -3.5}),), (), ()]},
     )
     (tmp_path / "steps.jsonl").write_text('{"step": 4, "val/dev/wer": 33.0}\n')
@@ -217,7 +325,10 @@ def test_the_report_of_an_adaptation(rows: list[Row], comparison: Comparison, tm
     assert not data.sets["dev"].oracles
     steps = [{"step": 4.0, "val/dev/wer": 33.0}]
     assert _with_base(steps, data.sets) == [{"step": 0.0, "val/dev/wer": before.value("wer")}, *steps]
-    assert data.facts == {"Base": "b.nemo", "Steps": "3"}
+    assert data.facts == {"Base": "b.nemo", "Learning rate": "3e-05", "Steps": "3", "Kept step": "2"}
+    assert data.run is not None
+    assert (data.run.kept_step, data.run.weights) == (2, {"llm": 1.5, "length": 3.0, "asr": 1.0})
+    assert data.run.limits == {"kl": 4.0}
     assert "hf_1" not in data.settings
     assert data.sets["dev"].scores["adapted"].value("wer") == after.value("wer")
     assert data.sets["dev"].scoring.group_by == ("speaker",)
@@ -250,14 +361,12 @@ def test_the_list_is_ordered_by_change_and_flagged(comparison: Comparison) -> No
 
 
 def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:
-    nan = float("nan")
-    rows = {"$a_b$": (Cell(0.0, 0.0, 0.0),), "<b>&": (Cell(nan, nan, nan),)}
-    svg = bars("false_alarms", ScoreTable(("false_alarms",), rows, None, 1, 1, 0)).svg
-    assert "<b>" not in svg
-    assert "&lt;b&gt;&amp;" in svg
-    assert "$a_b$" in svg
-    assert "var(--series-0)" in svg
-    assert not re.search(r"#[0-9a-f]{6}", svg.replace("#000000", ""))
+    (drawn,) = curves([{"step": 1.0, "val/$a_b$/wer": 2.0, "val/<b>&/wer": 3.0}])
+    assert "<b>" not in drawn.svg
+    assert "&lt;b&gt;&amp;" in drawn.svg
+    assert "$a_b$" in drawn.svg
+    assert "var(--series-1)" in drawn.svg
+    assert not re.search(r"#[0-9a-f]{6}", drawn.svg.replace("#000000", ""))
     (tmp_path / "s.jsonl").write_text('{"loss": 1}\n{"step": 1, "feedback/kl_reference": NaN, "text": "x"}\n')
     assert curves(read_numbers(tmp_path / "s.jsonl")) == []
     assert curves(read_numbers(None)) == []

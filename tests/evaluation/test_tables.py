@@ -34,11 +34,20 @@ def test_cells_are_those_of_the_metrics():
     base, ours = table().rows["base"], table().rows["ours"]
     interval = bootstrap(BETTER, "wer", **SETTINGS)
     difference = paired_difference(BETTER, BASE, "wer", **SETTINGS)
-    assert ours[0] == Cell(interval.value, interval.low, interval.high, -40.0, difference.p_value)
+    assert ours[0] == Cell(interval.value, interval.low, interval.high, -40.0, difference.p_value, -20.0)
     assert (base[0].value, base[0].change, base[0].p_value) == (50.0, None, None)
     assert ours[0].value == 30.0
     # recall is 0 in both: no relative change, but a test
     assert (ours[1].change, ours[1].p_value) == (None, 1.0)
+
+
+def test_near_zero_the_change_is_in_points():
+    assert Cell(0.9, 0.0, 2.0, None, 0.5, 0.5).against == "+0.5 points"
+    one = score_corpus(["a b"] * 300, ["a b"] * 298 + ["a x"] * 2, normalize=none)
+    more = score_corpus(["a b"] * 300, ["a b"] * 292 + ["a x"] * 8, normalize=none)
+    cell = build_table({"base": one, "more": more}, metrics=["wer"], base="base", **SETTINGS).rows["more"][0]
+    assert (cell.change, cell.difference) == (None, pytest.approx(1.0))
+    assert "(+1.0 points)*" in str(cell)
 
 
 def test_text_form():
@@ -82,7 +91,7 @@ def test_json_form():
     assert ours["wer"]["change"] == pytest.approx(-40.0)
     assert ours["wer"]["unit"] == "%"
     assert ours["false_alarms"] == {
-        "value": None, "low": None, "high": None, "change": None, "p_value": None, "unit": "per 100 utterances",
+        "value": None, "low": None, "high": None, "change": None, "p_value": None, "difference": None, "unit": "per 100 utterances",
     }  # fmt: skip
 
 
@@ -99,7 +108,7 @@ def test_any_values_as_text_and_as_json():
     assert Table(["a"], []).to_text() == "a\n-"
     assert facts_text({"LLM": "none", "spread": 1.0}) == "LLM     none\nspread  1.00"
     record = {"cell": Cell(1.0, float("nan"), float("inf")), 3: (1, "x")}
-    plain = {"value": 1.0, "low": None, "high": None, "change": None, "p_value": None}
+    plain = {"value": 1.0, "low": None, "high": None, "change": None, "p_value": None, "difference": None}
     assert to_plain(record) == {"cell": plain, "3": [1, "x"]}
     assert json.loads(to_json(record)) == to_plain(record)
 

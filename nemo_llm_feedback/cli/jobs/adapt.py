@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
 from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_trainer, record_start, source
-from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
 from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
 from nemo_llm_feedback.core.version import __version__
@@ -109,7 +108,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
         before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
         target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
         result = _result(model, target, log_dir, before, after, pool)
-        model._adaptation_facts = _facts(model.feedback.config, base, result, int(trainer.global_step))
+        model._adaptation_facts = _facts(model, base, result) | {"base_model": cfg.init_from_pretrained_model}
         model.save_to(str(target))
         if is_global_rank_zero():
             _write_reports(result, model, tree, pool)
@@ -256,22 +255,26 @@ def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) 
     return scores
 
 
-def _facts(config: RunConfig, source: Path, result: AdaptResult, steps: int) -> dict[str, Any]:
-    """Inert metadata for the exported configuration."""
-    context = config.context.load()
+def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
+    """Inert metadata for the exported configuration, the report and the model card; what is not known is None."""
+    config, staged, context = model.feedback.config, model.feedback_setup.staged, model.feedback.config.context.load()
     digest = hashlib.sha256(json.dumps([context.description, context.terms]).encode()).hexdigest()
-    return {
+    rises = [found.wer_rise for found in result.history if found.step == result.kept_step]
+    taken = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "gain", "ended", "share")
+    facts = {
         "plugin": f"nemo_llm_feedback {__version__}",
         "base": source.name,
         "llm": public_name(str(config.llm.model)) if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
         "reward": reward_line(config.reward) if config.needs_reward else None,
-        "learning_rate": result.learning_rate,
-        "steps": steps,
-        "kept_step": result.kept_step,
+        "pool_rows": staged.num_unlabeled,
+        "pool_hours": round(staged.hours(unlabeled=True), 3),
+        "steps": int(model.trainer.global_step),
+        **{name: getattr(result, name) for name in taken},
+        "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
-        **_plain_scores(result),
     }
+    return {key: None if value != value else value for key, value in facts.items()} | _plain_scores(result)
 
 
 def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]:

@@ -67,7 +67,7 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Decoded, after: Deco
 def adapted_nbest(
     model: Any, rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
 ) -> list[tuple[Member, ...]]:
-    """The adapted model's N-best with the reward and its parts, for the `MAX_NBEST` most changed rows.
+    """The adapted model's N-best with sources, the reward and its parts, for the `MAX_NBEST` most changed rows.
 
     Args:
         model: as in :func:`judged_changes`.
@@ -89,8 +89,11 @@ def adapted_nbest(
         parts = (
             {"reward": nbest.rewards[head], **nbest.parts} if feedback.maker.reward else {"asr": nbest.ref_logp[head]}
         )
-        rows = zip(nbest.texts, *(values.tolist() for values in parts.values()), strict=True)
-        lists = [[Member(m[0], dict(zip(parts, m[1:], strict=True))) for m in zip(*row, strict=False)] for row in rows]
+        rows = zip(nbest.hypotheses, *(values.tolist() for values in parts.values()), strict=True)
+        lists = [
+            [Member(h.text, dict(zip(parts, values, strict=True)), h.source) for h, *values in zip(*row, strict=False)]
+            for row in rows
+        ]
         return [tuple(sorted(members, key=_unjudged_last)) for members in lists]
 
     feedback.reference.to(model.device)

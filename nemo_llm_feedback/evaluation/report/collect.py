@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
+from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE, package_versions
 from nemo_llm_feedback.core.secrets import masked
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.data.manifests import Row, merge_context
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
-from nemo_llm_feedback.evaluation.report.data import Change, ReportData, command_text
+from nemo_llm_feedback.evaluation.report.data import Change, ReportData, Run, command_text
+from nemo_llm_feedback.evaluation.report.terms import term_changes
 
-_ELSEWHERE = ("plugin", "context_sha256")  # among the versions, and in the settings themselves
+# Facts of a run by the label under which the page shows them; the others stand elsewhere on it.
+_LABELS = {
+    "base": "Base",
+    "llm": "Language model",
+    "objective": "Objective",
+    "reward": "Reward",
+    "learning_rate": "Learning rate",
+    "boosting_weight": "Boosting weight",
+    "pool_rows": "Unlabeled rows",
+    "pool_hours": "Hours",
+    "steps": "Steps",
+    "kept_step": "Kept step",
+    "gain": "Held-out gain",
+    "share": "Share of the update",
+    "ended": "Ended early",
+}
 _GROUP_KEYS = ("domain", "speaker", "voice")
 _MAX_GROUPS = 20
 
@@ -68,8 +87,7 @@ def adaptation_report(
         before, after: validation set → scores of the base and of the adapted model over these rows.
         context: the run's context; its terms are the list for false alarms.
         normalizer: name of the run's text normalisation.
-        facts: ``base``, ``llm``, ``objective``, ``steps`` and further facts; nested values and None are left
-            out.
+        facts: what the exported ``.nemo`` holds on its adaptation (``base``, ``llm``, ``kept_step`` …).
         settings: the composed configuration as plain containers; values of secret keys are hidden.
         nbest: validation set → the adapted model's N-best of each row, empty where none was made.
         changes: utterances without reference whose transcript changed.
@@ -82,20 +100,41 @@ def adaptation_report(
         scoring = Scoring(normalizer=normalizer, context=context, missing_entities="skip", group_by=groups)
         adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
         sets[name] = compare(labelled, [System("base", before[name].hypotheses), adapted], scoring)
-    shown = {
-        "Language model" if key == "llm" else key.replace("_", " ").capitalize(): str(value)
-        for key, value in facts.items()
-        if isinstance(value, (str, int, float)) and key not in _ELSEWHERE
-    }
+    terms = [merge_context(context, change.row.context).terms for change in changes]
+    found = term_changes([(c.before, c.after) for c in changes], terms, normalizer=normalizer)
     return ReportData(
         title="Adaptation",
         subtitle=f"{facts.get('base') or 'the base model'}, adapted to {context.description or 'unlabeled audio'}",
         sets=sets,
         changes=tuple(changes),
         surveyed=surveyed,
-        facts=shown,
-        settings=settings_text(settings),
+        facts={label: _shown(facts[key]) for key, label in _LABELS.items() if facts.get(key) not in (None, "")},
+        run=_run(facts, settings, terms=found),
+        settings=changed_settings(settings),
         steps_file=str(Path(log_dir) / STEPS_FILE),
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _run(facts: Mapping[str, Any], settings: Mapping[str, Any], **terms: Any) -> Run:
+    """The record of a run from its facts, none while it goes on, and its settings."""
+    guards, gain = settings.get("guards") or {}, facts.get("gain")
+    alpha, beta, asr = facts.get("alpha"), facts.get("beta"), (settings.get("reward") or {}).get("asr_weight", 1.0)
+    return Run(
+        steps=int(facts.get("steps", 0)),
+        kept_step=facts.get("kept_step"),
+        gain=math.nan if gain is None else gain,
+        ended=facts.get("ended", ""),
+        share=facts.get("share", 1.0),
+        refresh_every=int((settings.get("feedback") or {}).get("refresh_every", 0)),
+        limits={key.removeprefix("max_"): float(value) for key, value in guards.items() if key.startswith("max_")},
+        weights={}
+        if alpha is None or beta is None
+        else {"llm": alpha, "length": beta} | ({"asr": asr} if asr else {}),
+        **terms,
     )
 
 
@@ -119,7 +158,8 @@ def unfinished_report(run_dir: str | Path) -> ReportData:
         title="Adaptation in progress",
         subtitle=folder.name,
         facts={"Run folder": folder.name},
-        settings=settings_text(saved),
+        run=_run({}, saved),
+        settings=changed_settings(saved),
         versions=run.get("versions") or package_versions(),
         commands=(command_text(run["command"]),) if run.get("command") else (),
         notes=("The run has not finished, so there is no comparison yet; the curves are up to the last logged step.",),
@@ -127,6 +167,21 @@ def unfinished_report(run_dir: str | Path) -> ReportData:
     )
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings as YAML, with secrets hidden."""
-    return yaml.safe_dump(masked(settings), sort_keys=False, allow_unicode=True) if settings else ""
+def changed_settings(settings: Mapping[str, Any]) -> str:
+    """The settings that differ from the defaults of ``adapt``, as YAML with secrets hidden."""
+    if not settings:
+        return ""
+    defaults: Any = OmegaConf.to_container(compose_config([]), resolve=True, throw_on_missing=False)
+    return yaml.safe_dump(masked(_differing(settings, defaults)), sort_keys=False, allow_unicode=True)
+
+
+def _differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of nested mappings whose values are not the defaults'."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = _differing(value, default), {}
+        if value != default:
+            out[key] = value
+    return out

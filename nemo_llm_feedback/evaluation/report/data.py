@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member, Scoring, System, compare
 
 DATA_NAME = "report_data.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,33 @@ class _Transcripts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Run:
+    """What the page shows of a run beside its curves.
+
+    Attributes:
+        steps: optimizer steps so far.
+        kept_step: the step whose weights are exported; None while the run goes on.
+        gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
+        ended: why training ended before its last step; empty if it did not.
+        share: share of the update that is exported.
+        refresh_every: steps for which proposed hypotheses are kept; 0 = not known.
+        limits: what a guard measures (the name after ``held_out/`` in the log) → its limit.
+        weights: score part → its weight in the reward; empty where the reward is another sum.
+        terms: term → how often it is in the transcripts without reference, before and after; those with a change.
+    """
+
+    steps: int = 0
+    kept_step: int | None = None
+    gain: float = math.nan
+    ended: str = ""
+    share: float = 1.0
+    refresh_every: int = 0
+    limits: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page except the training curves, which are read from ``steps.jsonl``.
 
@@ -61,7 +89,8 @@ class ReportData:
         changes: utterances without reference whose transcript changed.
         surveyed: how many utterances without reference were compared; 0 = none.
         facts: label → value, the short list at the top.
-        settings: the run's settings as YAML.
+        run: what is known of the run; None for an evaluation.
+        settings: the run's settings that differ from the defaults, as YAML.
         versions: package → version.
         commands: command lines that made the report; this process's by default.
         notes: sentences on what was left out.
@@ -75,6 +104,7 @@ class ReportData:
     changes: tuple[Change, ...] = ()
     surveyed: int = 0
     facts: Mapping[str, str] = field(default_factory=dict)
+    run: Run | None = None
     settings: str = ""
     versions: Mapping[str, str] = field(default_factory=package_versions)
     commands: tuple[str, ...] = field(default_factory=lambda: (command_text(sys.argv),))
@@ -108,6 +138,7 @@ def load_report(folder: str | Path) -> ReportData:
             raise ManifestError(f"{path} was written by another version of this package; run the command again.")
         sets = pydantic.TypeAdapter(dict[str, _Transcripts]).validate_python(plain.pop("sets"))
         plain["changes"] = pydantic.TypeAdapter(tuple[Change, ...]).validate_python(plain["changes"])
+        plain["run"] = pydantic.TypeAdapter(Run | None).validate_python(plain["run"])
         plain |= {name: tuple(plain[name]) for name in ("commands", "notes")}
         return ReportData(**plain, sets={name: compare(*transcripts) for name, transcripts in sets.items()})
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:

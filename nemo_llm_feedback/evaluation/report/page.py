@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
 from nemo_llm_feedback.evaluation.comparison import Comparison
 from nemo_llm_feedback.evaluation.metrics import find_metric, paired_difference
+from nemo_llm_feedback.evaluation.records import check_writable
 from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
-from nemo_llm_feedback.evaluation.report.data import ReportData
-from nemo_llm_feedback.evaluation.report.plots import bars, curves, read_numbers
+from nemo_llm_feedback.evaluation.report.data import ReportData, Run
+from nemo_llm_feedback.evaluation.report.plots import curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import list_utterances
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -30,14 +33,18 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
 
     Returns:
         The path written.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
-    listing = list_utterances(report.sets, report.changes)
+    run, steps = report.run, read_numbers(report.steps_file)
+    listing = list_utterances(report.sets, report.changes, run.weights if run else None)
     played = [card for card in listing.cards if card.change][:MAX_PLAYERS]
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = _environment().get_template("report.html.j2").render(
         report=report,
-        curves=curves(_with_base(read_numbers(report.steps_file), report.sets)),
-        bars=bars,
+        curves=curves(_with_base(steps, report.sets), run),
+        guards=guard_rows(steps, run) if run else [],
         paired_difference=paired_difference,
         listing=listing,
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
@@ -46,10 +53,38 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )  # fmt: skip
-    target = Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = check_writable(path)
     target.write_text(page, encoding="utf-8")
     return target
+
+
+class GuardRow(NamedTuple):
+    """What a guard measured: at the kept step (NaN = not measured there), and furthest from no change."""
+
+    name: str
+    kept: float
+    furthest: float
+    limit: float | None
+
+
+def guard_rows(steps: Sequence[Mapping[str, float]], run: Run) -> list[GuardRow]:
+    """One row for each quantity that was measured on held-out utterances.
+
+    Args:
+        steps: the lines of ``steps.jsonl``.
+        run: its kept step and limits.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for line in steps:
+        for name, value in line.items():
+            if name.startswith("held_out/"):
+                found.setdefault(name.removeprefix("held_out/"), {})[line["step"]] = value
+    rows = []
+    for name, values in found.items():
+        unchanged = 1.0 if name == "length_ratio" else 0.0
+        furthest = max(values.values(), key=lambda value: abs(value - unchanged))
+        rows.append(GuardRow(name, values.get(run.kept_step or 0, math.nan), furthest, run.limits.get(name)))
+    return rows
 
 
 def _environment() -> jinja2.Environment:
@@ -64,6 +99,7 @@ def _environment() -> jinja2.Environment:
         "metric": find_metric,
         "signed": lambda value, digits=1: f"{value:+.{digits}f}".replace("-", "−"),
         "number": lambda value, digits=1: "–" if value != value else f"{value:.{digits}f}".replace("-", "−"),
+        "source": lambda name: {"boosted": "boosted beam"}.get(name, name.replace("_", " ")),
         "p": lambda value: "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}",
         "svg": Markup,  # the drawings are made here; matplotlib escapes the names in them
     }

@@ -1,4 +1,4 @@
-"""Draws the report's bars and training curves with matplotlib, as SVG in the colours of the style sheet."""
+"""Draws the report's training curves with matplotlib, as SVG in the colours of the style sheet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,13 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nemo_llm_feedback.core.run_folder import read_steps
-from nemo_llm_feedback.evaluation.metrics import find_metric
-from nemo_llm_feedback.evaluation.tables import ScoreTable
+from nemo_llm_feedback.evaluation.report.data import Run
 
 # matplotlib needs real colours: each is replaced in the SVG by a variable of the style sheet.
-_INK, _MUTED, _LINE, _ACCENT = "#010203", "#040506", "#070809", "#0a0b0c"
+_INK, _MUTED, _LINE, _ACCENT, _BAD = "#010203", "#040506", "#070809", "#0a0b0c", "#1f2021"
 _SERIES = ("#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e")
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent"} | {
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent", _BAD: "bad"} | {
     color: f"series-{k}" for k, color in enumerate(_SERIES)
 }
 # Beside these a salt for the ids, which must differ between the drawings of a page: equal input gives an equal file.
@@ -37,6 +36,8 @@ _STYLE: dict[str, Any] = {
 _WIDTH = 4.0
 _MAX_POINTS = 400
 _SMOOTHED = 24  # points from which a curve is noise around a mean
+_MAX_TICKS = 60
+_FAR = 3.0  # a limit this many times beyond the curve's reach would flatten it
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Panel:
         change: draw the change since the first (smoothed) value, so that series of different size share an axis.
         rule: a horizontal line, e.g. 1 for a ratio.
         smooth: draw the running mean over the raw values, where there are many.
+        limit: the guard's limit to draw, a key of `Run.limits`; of a ratio also its inverse.
     """
 
     title: str
@@ -66,6 +68,7 @@ class Panel:
     change: bool = False
     rule: float | None = None
     smooth: bool = True
+    limit: str = ""
 
 
 _PANELS = Path(__file__).parent / "templates" / "panels.yaml"
@@ -81,41 +84,13 @@ def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
     ]
 
 
-def curves(steps: Sequence[Mapping[str, float]]) -> list[Plot]:
-    """One plot for each panel that has values."""
+def curves(steps: Sequence[Mapping[str, float]], run: Run | None = None) -> list[Plot]:
+    """One plot for each panel that has values, with the run's kept step, refreshes and limits marked."""
     panels = (Panel(**settings) for settings in yaml.safe_load(_PANELS.read_text(encoding="utf-8")))
-    return [plot for panel in panels if (plot := _curve(panel, steps)) is not None]
+    return [plot for panel in panels if (plot := _curve(panel, steps, run or Run())) is not None]
 
 
-def bars(metric: str, table: ScoreTable) -> Plot:
-    """Horizontal bars of one metric by system, with 95 % intervals; undefined values have no bar.
-
-    Args:
-        metric: a key of `metrics.METRICS`, one of the table's.
-        table: systems × metrics.
-    """
-    m = find_metric(metric)
-    cells = {system: row[table.metrics.index(metric)] for system, row in table.rows.items()}
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"bars {metric}"}):
-        figure = Figure(figsize=(_WIDTH, 0.5 + 0.4 * len(cells)), layout="constrained")
-        axes = figure.add_subplot()
-        top = max([c.high for c in cells.values() if c.high > 0] or [1.0])
-        for y, cell in enumerate(cells.values()):
-            if math.isnan(cell.value):
-                continue
-            axes.barh(y, cell.value, height=0.62, color=_SERIES[y % len(_SERIES)], alpha=0.9)
-            axes.plot([cell.low, cell.high], [y, y], color=_INK, linewidth=1.2, solid_capstyle="butt")
-            axes.text(max(cell.high, cell.value) + top * 0.03, y, f"{cell.value:.1f}", va="center", color=_INK)
-        axes.set_yticks(range(len(cells)), [n if len(n) <= 18 else f"{n[:9]}…{n[-8:]}" for n in cells])
-        axes.set_ylim(len(cells) - 0.5, -0.5)
-        axes.set_xlim(0, top * 1.18)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        _frame(axes, grid="x")
-        direction = "higher is better" if m.higher_is_better else "lower is better"
-        return Plot(m.title, _svg(figure, f"{m.title} by system"), f"{m.unit}, {direction}")
-
-
-def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
+def _curve(panel: Panel, steps: Sequence[Mapping[str, float]], run: Run) -> Plot | None:
     series = _series(panel, steps)
     if not series:
         return None
@@ -132,14 +107,46 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Plot | None:
             else:
                 axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.2, label=label)
         if len(series) > 1 or "" in panel.keys.values():
-            axes.legend(frameon=False, loc="best", labelcolor=_INK, handlelength=1.4, borderaxespad=0.2)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(3, len(series)), frameon=False,
+                labelcolor=_INK, handlelength=1.2, columnspacing=1.2, borderaxespad=0.1,
+            )  # fmt: skip
         axes.set_xlabel("step", color=_MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0.02, y=0.12)
-        _frame(axes, grid="y")
-        thin = panel.smooth and any(len(y) >= _SMOOTHED for _, y in series.values())
-        return Plot(panel.title, _svg(figure, panel.title), panel.note + " Thin: each step." * thin)
+        _frame(axes)
+        limits = [limit for limit in _limits(panel, run) if _mark_limit(axes, limit)]
+        _mark_steps(axes, run, proposals=any(name.startswith("feedback/") for name in panel.keys))
+        note = panel.note + " Thin: each step." * any(panel.smooth and len(y) >= _SMOOTHED for _, y in series.values())
+        far = [f"{limit:g}" for limit in _limits(panel, run) if limit not in limits]
+        return Plot(panel.title, _svg(figure, panel.title), note + f" Limit {' and '.join(far)}." * bool(far))
+
+
+def _limits(panel: Panel, run: Run) -> list[float]:
+    """The values beyond which a guard ends the run; below and above for a quantity that is 1 where nothing changed."""
+    limit = run.limits.get(panel.limit)
+    return [] if limit is None else [1 / limit, limit] if panel.rule == 1.0 else [limit]
+
+
+def _mark_limit(axes: Axes, limit: float) -> bool:
+    """Draws a limit, unless it is so far away that the curve would be flat."""
+    low, high = axes.get_ylim()
+    if not low - _FAR * (high - low) <= limit <= high + _FAR * (high - low):
+        return False
+    axes.axhline(limit, color=_BAD, linewidth=1.1, linestyle=(0, (4, 3)))
+    return True
+
+
+def _mark_steps(axes: Axes, run: Run, *, proposals: bool) -> None:
+    """Draws a line at the kept step, and ticks where hypotheses are proposed anew."""
+    at = axes.get_xaxis_transform()
+    if run.kept_step:
+        axes.axvline(run.kept_step, color=_ACCENT, linewidth=1.1)
+        axes.text(run.kept_step, 1.0, " kept", transform=at, color=_ACCENT, va="top", ha="left", fontsize=9)
+    anew = range(run.refresh_every, int(axes.get_xlim()[1]) + 1, run.refresh_every) if run.refresh_every else ()
+    if proposals and 0 < len(anew) <= _MAX_TICKS:
+        axes.plot(anew, [0.0] * len(anew), "|", transform=at, color=_INK, markersize=9, clip_on=False)
 
 
 def _series(panel: Panel, steps: Sequence[Mapping[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -165,15 +172,13 @@ def _running_mean(y: np.ndarray) -> np.ndarray:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _frame(axes: Axes, *, grid: Literal["x", "y"]) -> None:
-    for side in ("top", "right", "left" if grid == "y" else "bottom"):
+def _frame(axes: Axes) -> None:
+    for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(_LINE)
     axes.tick_params(colors=_MUTED, length=0)
-    for label in axes.get_yticklabels() if grid == "x" else ():
-        label.set_color(_INK)
-    axes.grid(axis=grid, color=_LINE, linewidth=0.7)
+    axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.set_axisbelow(True)
 
 

@@ -1,22 +1,21 @@
-"""The report's list of utterances, and the entities that adaptation fixed or broke."""
+"""The report's list of utterances, with what the reward preferred in each."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member
 from nemo_llm_feedback.evaluation.report.data import Change
-from nemo_llm_feedback.evaluation.report.words import Piece, align, changed_words, diff_pieces
+from nemo_llm_feedback.evaluation.report.terms import TermRow, term_rows
+from nemo_llm_feedback.evaluation.report.words import Aligned, Piece, align, changed_words, diff_pieces
 
 MAX_CARDS = 1500
 """Utterances on a page, the most changed first; more make it slow on a phone."""
 _MAX_MEMBERS = 12
-_MAX_ENTITIES = 60
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,39 @@ class Line:
     label: str
     pieces: tuple[Piece, ...]
     errors: int | None = None
+
+
+@dataclass(frozen=True)
+class NBest:
+    """The N-best of one utterance as the page shows it.
+
+    Attributes:
+        members: best first.
+        rival: the member that the best is compared with: greedy's text, or the second where that is the best.
+        why: score part → what it adds to the best member's lead over the rival, weighted as in the reward; empty
+            where the reward is not such a sum.
+    """
+
+    members: tuple[Member, ...]
+    rival: Member | None = None
+    why: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, members: Sequence[Member], weights: Mapping[str, float] | None) -> NBest:
+        """From members that are sorted by their reward, and the weights of its parts."""
+        rival = next((m for m in members[1:] if m.source == "greedy"), members[1] if len(members) > 1 else None)
+        why: dict[str, float] = {}
+        if rival is not None and weights:
+            lead = {name: value - rival.scores.get(name, math.nan) for name, value in members[0].scores.items()}
+            why = {part: weight * lead.get(part, math.nan) for part, weight in weights.items()}
+            if not math.isclose(sum(why.values()), lead.get("reward", math.nan), rel_tol=1e-3, abs_tol=1e-2):
+                why = {}  # another reward than this sum, or a member that it could not judge
+        return cls(tuple(members[:_MAX_MEMBERS]), rival, why)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the members' score parts."""
+        return tuple(dict.fromkeys(name for m in self.members for name in m.scores))
 
 
 @dataclass(frozen=True)
@@ -54,7 +86,7 @@ class Card:
     flags: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    nbest: Mapping[str, tuple[Member, ...]] = field(default_factory=dict)
+    nbest: Mapping[str, NBest] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -63,67 +95,71 @@ class Card:
         return f"{name} at {self.row.offset:.1f} s" if self.row.offset else name
 
     @property
-    def nbest_parts(self) -> tuple[str, ...]:
-        """Names of the members' score parts."""
-        return tuple(dict.fromkeys(name for members in self.nbest.values() for m in members for name in m.scores))
-
-
-@dataclass(frozen=True)
-class EntityChange:
-    """An entity that one system got right and the other did not, with how often and what was in its place."""
-
-    text: str
-    count: int
-    heard: str
-    card: str
+    def reward_gain(self) -> float | None:
+        """The reward's rise from the transcript before to the one after; None where it could not judge them."""
+        before, after = self.scores.get("reward", (math.nan, math.nan))
+        return after - before if math.isfinite(after - before) else None
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All cards of a page, most changed first, and set → the entities that were fixed, and those that were broken."""
+    """All cards of a page, most changed first, and set → its terms with the id of a card to look at."""
 
     cards: tuple[Card, ...]
     total: int
-    entities: Mapping[str, tuple[tuple[EntityChange, ...], tuple[EntityChange, ...]]]
+    terms: Mapping[str, list[tuple[TermRow, str]]]
+
+    @property
+    def by_reward(self) -> list[Card]:
+        """The cards whose transcripts were judged before and after, most gained first."""
+        judged = [card for card in self.cards if card.reward_gain is not None]
+        return sorted(judged, key=lambda card: -(card.reward_gain or 0.0))
 
 
-def list_utterances(sets: Mapping[str, Comparison], changes: Sequence[Change]) -> Listing:
-    """The cards of all sets and of the changes without reference; beyond `MAX_CARDS` only the most changed."""
+def list_utterances(
+    sets: Mapping[str, Comparison], changes: Sequence[Change], weights: Mapping[str, float] | None = None
+) -> Listing:
+    """The cards of all sets and of the changes without reference; beyond `MAX_CARDS` only the most changed.
+
+    Args:
+        sets: name → comparison.
+        changes: utterances without reference.
+        weights: score part → its weight in the reward; None where there are none.
+    """
     cards: list[Card] = []
-    entities = {}
+    terms = {}
     for k, (name, comparison) in enumerate(sets.items()):
-        mentions: list[_Mention] = []
-        cards += [_set_card(name, comparison, i, f"u{k}-{i}", mentions) for i in range(len(comparison.rows))]
-        if mentions:
-            entities[name] = _counted(m for m in mentions if m.fixed), _counted(m for m in mentions if not m.fixed)
-    cards += [_change_card(change, i) for i, change in enumerate(changes)]
+        references, scores = comparison.scores[comparison.base].references, comparison.scores.values()
+        aligned = [
+            [align(references[u], s.hypotheses[u], comparison.spans[u]) for s in scores]
+            for u in range(len(comparison.rows))
+        ]
+        cards += [_set_card(name, comparison, u, f"u{k}-{u}", aligned[u], weights) for u in range(len(aligned))]
+        if rows := term_rows(comparison, aligned):
+            terms[name] = [(row, f"u{k}-{row.row}") for row in rows]
+    cards += [_change_card(change, i, weights) for i, change in enumerate(changes)]
     cards.sort(key=lambda card: (-card.change, -abs(card.gain or 0), card.name))
-    return Listing(tuple(cards[:MAX_CARDS]), len(cards), entities)
+    return Listing(tuple(cards[:MAX_CARDS]), len(cards), terms)
 
 
-class _Mention(NamedTuple):
-    """A mention that one of the first two systems got right; ``heard`` is what the other has in its place."""
-
-    text: str
-    heard: str
-    card: str
-    fixed: bool
-
-
-def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions: list[_Mention]) -> Card:
-    """The card of one row; appends to ``mentions`` the entities that only one of the first two systems got right."""
-    row, reference, spans = comparison.rows[i], comparison.scores[comparison.base].references[i], comparison.spans[i]
-    texts = [comparison.scores[s.name].hypotheses[i] for s in comparison.systems]
-    aligned = [align(reference, text, spans) for text in texts]
+def _set_card(
+    name: str,
+    comparison: Comparison,
+    u: int,
+    card_id: str,
+    aligned: Sequence[Aligned],
+    weights: Mapping[str, float] | None,
+) -> Card:
+    """The card of one row of a set."""
+    row, reference, spans = comparison.rows[u], comparison.scores[comparison.base].references[u], comparison.spans[u]
     judged = aligned[min(1, len(aligned) - 1)]
     change, gain, flags = judged.errors, None, {"wrong"} if judged.errors else set()
-    if len(texts) > 1:
-        for k, span in enumerate(spans):
-            if aligned[0].recalled[k] != (fixed := aligned[1].recalled[k]):
-                text = " ".join(reference.split()[span.start : span.end])
-                mentions.append(_Mention(text, aligned[not fixed].heard[k], card_id, fixed))
-                flags.add("fixed" if fixed else "broken")
-        change, gain = changed_words(*texts[:2]), aligned[0].errors - aligned[1].errors
+    if len(aligned) > 1:
+        before, after = aligned[:2]
+        recalled = zip(before.recalled, after.recalled, strict=True)
+        flags |= {"fixed" if now else "broken" for was, now in recalled if was != now}
+        texts = [comparison.scores[s.name].hypotheses[u] for s in comparison.systems[:2]]
+        change, gain = changed_words(*texts), before.errors - after.errors
         flags |= {"changed"} if change else set()
         flags |= {"better"} if gain > 0 else {"worse"} if gain < 0 else set()
     lines = [Line("reference", align(reference, reference, spans).pieces)]
@@ -137,11 +173,11 @@ def _set_card(name: str, comparison: Comparison, i: int, card_id: str, mentions:
         gain=gain,
         flags=tuple(sorted(flags)),
         groups=tuple(str(row.data[key]) for key in comparison.scoring.group_by if row.data.get(key) is not None),
-        nbest={s.name: s.nbest[i][:_MAX_MEMBERS] for s in comparison.systems if s.nbest and s.nbest[i]},
+        nbest={s.name: NBest.of(s.nbest[u], weights) for s in comparison.systems if s.nbest and s.nbest[u]},
     )
 
 
-def _change_card(change: Change, index: int) -> Card:
+def _change_card(change: Change, index: int, weights: Mapping[str, float] | None) -> Card:
     before, after = diff_pieces(change.before, change.after)
     return Card(
         id=f"c-{index}",
@@ -151,17 +187,5 @@ def _change_card(change: Change, index: int) -> Card:
         change=changed_words(change.before, change.after),
         flags=("changed",),
         scores=change.scores,
-        nbest={"adapted": change.nbest[:_MAX_MEMBERS]} if change.nbest else {},
+        nbest={"adapted": NBest.of(change.nbest, weights)} if change.nbest else {},
     )
-
-
-def _counted(mentions: Iterable[_Mention]) -> tuple[EntityChange, ...]:
-    """Equal entities as one line: the count, the most frequent wrong form, and the first card."""
-    by_text: dict[str, list[_Mention]] = {}
-    for mention in mentions:
-        by_text.setdefault(mention.text, []).append(mention)
-    out = [
-        EntityChange(text, len(group), Counter(m.heard for m in group).most_common(1)[0][0], group[0].card)
-        for text, group in by_text.items()
-    ]
-    return tuple(sorted(out, key=lambda e: (-e.count, e.text))[:_MAX_ENTITIES])
