@@ -12,8 +12,9 @@ from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap, find_m
 from nemo_llm_feedback.evaluation.records import Table, to_plain
 
 _SIGNIFICANT = 0.05
-# Below this value of the base (in the metric's unit) a relative change is noise: the difference is shown.
-NEAR_ZERO = 1.0
+# Below this value of the base (in the metric's unit), or below a quarter of the other value, a relative change tells
+# nothing: the difference is shown.
+_NEAR_ZERO = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Cell:
     Attributes:
         value, low, high: pooled value and 95 % interval in the metric's unit; NaN where undefined.
         change: relative change to the base system in %, negative = smaller; None for the base itself, without a base,
-            and where the base's value is undefined or below `NEAR_ZERO`.
+            and where the base's value is undefined or near 0.
         p_value: p-value of the paired test against the base; None without such a test.
         difference: value − the base's, in the metric's unit; None where there is no base's value.
     """
@@ -77,8 +78,8 @@ class ScoreTable:
         """What the numbers mean, in a sentence."""
         words = f"{self.utterances} utterances; 95 % intervals by bootstrap over utterances ({self.samples} samples)"
         if self.base is not None:
-            words += f"; in round brackets the change relative to {self.base} (the difference in points where that is "
-            words += f"below {NEAR_ZERO:g}), * where p < {_SIGNIFICANT} (paired)"
+            words += f"; in round brackets the change relative to {self.base} (in points where that is near 0), "
+            words += f"* where p < {_SIGNIFICANT} (paired)"
         return words + "."
 
     @property
@@ -169,5 +170,6 @@ def _cell(scores: CorpusScores, base: CorpusScores | None, metric: str, *, sampl
         return cell
     difference = paired_difference(scores, base, metric, samples=samples, seed=seed)
     before = base.value(metric)
-    change = 100 * difference.value / before if before >= NEAR_ZERO else None
+    small = before < _NEAR_ZERO or interval.value > 4 * before
+    change = None if small else 100 * difference.value / before
     return replace(cell, change=change, difference=difference.value, p_value=difference.p_value)

@@ -91,7 +91,8 @@ def test_json_form():
     assert ours["wer"]["change"] == pytest.approx(-40.0)
     assert ours["wer"]["unit"] == "%"
     assert ours["false_alarms"] == {
-        "value": None, "low": None, "high": None, "change": None, "p_value": None, "difference": None, "unit": "per 100 utterances",
+        "value": None, "low": None, "high": None, "change": None, "p_value": None, "difference": None,
+        "unit": "per 100 utterances",
     }  # fmt: skip
 
 

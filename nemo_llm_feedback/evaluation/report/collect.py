@@ -30,7 +30,7 @@ _LABELS = {
     "learning_rate": "Learning rate",
     "boosting_weight": "Boosting weight",
     "pool_rows": "Unlabeled rows",
-    "pool_hours": "Hours",
+    "pool_hours": "Hours of audio",
     "steps": "Steps",
     "kept_step": "Kept step",
     "gain": "Held-out gain",
@@ -108,15 +108,19 @@ def adaptation_report(
         sets=sets,
         changes=tuple(changes),
         surveyed=surveyed,
-        facts={label: _shown(facts[key]) for key, label in _LABELS.items() if facts.get(key) not in (None, "")},
+        facts=_shown_facts(facts),
         run=_run(facts, settings, terms=found),
         settings=changed_settings(settings),
         steps_file=str(Path(log_dir) / STEPS_FILE),
     )
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _shown_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Label → value of what is known; a whole update goes without words."""
+    known = {label: facts[key] for key, label in _LABELS.items() if facts.get(key) not in (None, "")}
+    if facts.get("share") == 1.0:
+        del known[_LABELS["share"]]
+    return {label: f"{value:.4g}" if isinstance(value, float) else str(value) for label, value in known.items()}
 
 
 def _run(facts: Mapping[str, Any], settings: Mapping[str, Any], **terms: Any) -> Run:
