@@ -218,6 +218,25 @@ def paired_difference(first: CorpusScores, second: CorpusScores, metric: str, *,
     return Interval(first.value(metric) - second.value(metric), low, high, p_value)
 
 
+def relative_change(base: CorpusScores, system: CorpusScores, metric: str, *, samples: int, seed: int) -> Interval:
+    """The change of a metric from one system to another in % of the first one's value, with its 95 % interval.
+
+    Args:
+        base, system: scores over the same references in the same order.
+        metric, samples, seed: as in `bootstrap`.
+
+    Raises:
+        ManifestError: the systems were scored on different references.
+    """
+    difference = paired_difference(base, system, metric, samples=samples, seed=seed)
+    before, after = _resample([base, system], metric, samples=samples, seed=seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        changes = 100 * (after / before - 1)
+    low, high = _percentiles(np.where(np.isfinite(changes), changes, np.nan))
+    value = base.value(metric)
+    return Interval(-100 * difference.value / value if value else float("nan"), low, high, difference.p_value)
+
+
 def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normalize: Callable[[str], str]) -> list[str]:
     """The member of every N-best list with fewest word errors: what rescoring or one round of training can reach.
 
