@@ -28,7 +28,8 @@ setup(
     install_requires=[
         "nemo_toolkit[asr]>=3.0,<3.1",
         "torch>=2.6",
-        "transformers>=5.0",
+        "transformers>=5.23",
+        "gguf>=0.19",
         "bitsandbytes>=0.49",
         "accelerate>=1.0",
         "jellyfish>=1.1",

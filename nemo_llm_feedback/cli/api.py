@@ -40,7 +40,7 @@ def adapt(
         manifest: NeMo manifest or manifests; rows without text are learned from feedback.
         description: completes "The following is a transcript of …", e.g. ``an order at a coffee shop``.
         terms: terms that may occur, or the path of a file with them.
-        llm: folder or hub id of a causal LM; not needed where ``reward`` is given.
+        llm: folder, hub id or GGUF file of a causal LM; not needed where ``reward`` is given.
         output: the adapted ``.nemo``; in the run's folder if None.
         max_steps: optimizer steps; the configuration's if None.
         validation: labelled manifest or manifests; the result has their scores before and after.
@@ -89,7 +89,7 @@ def score(
         utterances: number of rows, spread evenly over the manifest; 0 = all.
         description: see :func:`adapt`.
         terms_file: terms that may occur.
-        llm: folder or hub id of a causal LM.
+        llm: folder, hub id or GGUF file of a causal LM.
         overrides: any other setting as ``adapt`` takes it.
 
     Raises:

@@ -66,7 +66,7 @@ def _adapt(
       init_from_nemo_model=FILE.nemo     or init_from_pretrained_model=NAME
       model.train_ds.manifest_filepath=M.json    rows without text: from feedback
       context.description="an order at a coffee shop" context.terms_file=menu.json
-      llm.model=Qwen/Qwen2.5-7B-Instruct    folder or hub id of a causal LM
+      llm.model=Qwen/Qwen2.5-7B-Instruct    folder, hub id or GGUF file of a causal LM
 
     Often used:
 

@@ -28,7 +28,7 @@ class JudgeOptions:
     """What judges hypotheses; None leaves the value of the configuration.
 
     Attributes:
-        llm: folder or hub id of the causal LM
+        llm: folder, hub id or GGUF file of the causal LM
         description: completes 'a transcript of …', e.g. 'an order at a coffee shop'
         terms_file: terms that may occur: one per line, or JSON
         alpha: weight of the LLM (reward.alpha)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.llm.gguf import dequantize, gguf_faults, is_gguf
 from nemo_llm_feedback.llm.prompts import read_template
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -29,7 +30,7 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
     """Returns every fault of the LLM's files, template and device that can be found without loading weights.
 
     A hub id is checked by its form and, where ``HF_HUB_OFFLINE`` is set, by its files in the local hub cache; nothing
-    is downloaded. ``config.validate()`` finds the faults of the settings' values.
+    is downloaded, and no GGUF file is de-quantised. ``config.validate()`` finds the faults of the settings' values.
     """
     from huggingface_hub import is_offline_mode
 
@@ -43,10 +44,12 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         return faults + list(_folder_faults(folder, config))
+    if is_gguf(config.model):
+        return faults + gguf_faults(config.model)
     if not is_hub_id(config.model):
         faults.append(
             f"llm.model={config.model} is neither a folder nor a hub id: give a folder with config.json, safetensors "
-            "and a tokenizer, or an id such as Qwen/Qwen2.5-7B-Instruct."
+            "and a tokenizer, a GGUF file, or an id such as Qwen/Qwen2.5-7B-Instruct."
         )
     elif is_offline_mode():
         try:
@@ -68,19 +71,27 @@ def is_hub_id(model: str) -> bool:
 
 
 def resolve_folder(config: LLMConfig) -> Path:
-    """Returns the folder with the LLM's files, fetching a hub id's safetensors, tokenizer and configs if need be.
+    """Returns the folder with the LLM's files; what a hub id or a GGUF file lacks is fetched or de-quantised first.
 
     Raises:
-        LLMError: all faults of ``check_llm_folder``, or the hub could not deliver.
+        LLMError: all faults of ``check_llm_folder``, the hub could not deliver, or the file could not be de-quantised.
     """
     faults = config.validate() or check_llm_folder(config)
     folder = Path(config.model).expanduser()
     if not faults and not folder.is_dir():
-        folder = fetch(config.model, config.revision, key="llm.model")
+        folder = local_folder(config.model, config.revision, key="llm.model")
         faults = list(_folder_faults(folder, config))
     if faults:
         raise LLMError(" ".join(faults))
     return folder
+
+
+def local_folder(source: str, revision: str | None = None, *, key: str, patterns: Sequence[str] = _LLM_FILES) -> Path:
+    """Returns the folder that a folder's path, a GGUF file's path or a hub id stands for; see ``fetch``."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    return dequantize(source) if is_gguf(source) else fetch(source, revision, key=key, patterns=patterns)
 
 
 def fetch(model: str, revision: str | None, *, key: str, patterns: Sequence[str] = _LLM_FILES) -> Path:

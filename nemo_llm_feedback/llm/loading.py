@@ -12,7 +12,8 @@ import torch
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
-from nemo_llm_feedback.llm.folder import TOKENIZER_FILES, fetch, fingerprint
+from nemo_llm_feedback.llm.folder import TOKENIZER_FILES, fingerprint, local_folder
+from nemo_llm_feedback.llm.gguf import is_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tup
     """Returns the folder of a tokenizer's files, fetched from the hub if need be, and the tokenizer.
 
     Args:
-        source: folder or hub id.
+        source: folder, GGUF file or hub id.
         revision: branch, tag or commit of a hub id; None = main.
         key: the setting that names the tokenizer, for error messages.
 
@@ -52,9 +53,7 @@ def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tup
     """
     from transformers import AutoTokenizer
 
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = fetch(source, revision, key=key, patterns=TOKENIZER_FILES)
+    folder = local_folder(source, revision, key=key, patterns=TOKENIZER_FILES)
     try:
         return folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _UNUSABLE as error:
@@ -81,7 +80,7 @@ def checkpoint_name(config: LLMConfig, folder: Path) -> str:
 
     Warns where the revision can move to another commit: branches and tags can, 40 hexadecimal digits cannot.
     """
-    if Path(config.model).expanduser().is_dir():  # a folder may have a name that looks like a hub id
+    if Path(config.model).expanduser().is_dir() or is_gguf(config.model):  # a folder's name may look like a hub id
         return f"sha256:{fingerprint(folder)}"
     if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
         logger.warning(

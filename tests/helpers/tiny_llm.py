@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,50 @@ def train_tiny_llm(folder: Path, *, updates: int = 120) -> Path:
         optimizer.step()
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_gguf(folder: Path, path: Path, *, architecture: str = "llama") -> Path:
+    """Writes the Llama in a folder of ``make_tiny_llm`` to a GGUF file, its weights as float32, and returns the path.
+
+    Args:
+        folder: of a Llama with one file of weights.
+        path: the file to write.
+        architecture: what the file calls itself.
+    """
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    special = tokenizer.added_tokens_decoder
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([(3 if special[i].special else 4) if i in special else 1 for i in range(len(tokenizer))])
+    writer.add_token_merges(
+        [" ".join(m) for m in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]]
+    )
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if (part := name.split(".")[-2]) in ("q_proj", "k_proj"):  # GGUF interleaves the halves that rotate together
+            heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+            rows, columns = tensor.shape
+            tensor = tensor.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

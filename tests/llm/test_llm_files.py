@@ -209,7 +209,7 @@ def test_checkpoint_stored_in_nf4_scores_the_same_in_the_machines_dtype(tiny_llm
     refused(tmp_path, "stored in nf4", quantization="none")
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "bad id", "owner/model.gguf", "-x/y"])
+@pytest.mark.parametrize("model", ["/no/such/folder", "a/b/c", "bad id", "owner/model.bin", "-x/y"])
 def test_neither_folder_nor_hub_id(model):
     refused(model, "neither a folder nor a hub id")
 
@@ -289,7 +289,7 @@ def test_memory_estimate_is_close(tmp_path):
 def test_hub_ids_without_a_commit_are_named_with_theirs(hub, monkeypatch, caplog):
     home, commit = hub
     snapshot = home / "hub" / "models--someone--tiny" / "snapshots" / commit
-    monkeypatch.setattr("nemo_llm_feedback.llm.folder.fetch", lambda model, revision, *, key: snapshot)
+    monkeypatch.setattr("nemo_llm_feedback.llm.folder.fetch", lambda *_, **__: snapshot)
     for revision in (None, "v2", commit[:12]):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

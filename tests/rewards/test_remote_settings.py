@@ -48,7 +48,7 @@ def test_all_faults_of_the_settings_come_at_once(monkeypatch: pytest.MonkeyPatch
         ({"truecasing": "loud"}, "truecasing must be one of .*english, got 'loud'"),
         ({"restore": "english"}, r"reward\.settings\.restore is now reward\.settings\.truecasing"),
         ({"dialect": "vllm"}, "dialect is now always vLLM's"),
-        ({"tokenizer": "/absent/folder"}, "neither a folder nor a hub id"),
+        ({"tokenizer": "/absent/folder"}, "neither a folder, a GGUF file nor a hub id"),
         ({"check_against": "/absent/folder"}, "check_against"),
         ({"template": 3}, "template must be str, got 3"),
     ],

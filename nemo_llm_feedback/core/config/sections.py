@@ -21,7 +21,7 @@ AUGMENTED_OBJECTIVES = ("distill", "mwer")
 SAMPLED_OBJECTIVES = ("reinforce",)
 REPLAY_VALUES = ("supervised", "kl")
 SOURCE_NAMES = ("beam", "boosted", "term_swap", "llm_correction", "samples")
-NO_MODEL = "llm.model is missing: give a folder or hub id of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
+NO_MODEL = "llm.model is missing: give a folder, hub id or GGUF file of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Held-out measurements of a run that names no interval: their number, and the fewest steps between two.
 _MEASUREMENTS, _SHORTEST_INTERVAL = 16, 10
@@ -178,8 +178,9 @@ class LLMConfig(Section):
     """Which LLM scores, how it is stored, and how it is prompted.
 
     Attributes:
-        model: folder of a causal LM (``config.json``, safetensors, tokenizer), or a hub id such as
-            ``Qwen/Qwen2.5-7B-Instruct``.
+        model: folder of a causal LM (``config.json``, safetensors, tokenizer), a hub id such as
+            ``Qwen/Qwen2.5-7B-Instruct``, or a GGUF file (``model.gguf``), which is de-quantised to float16 once, into
+            the hub's cache (``HF_ASSETS_CACHE``).
         revision: branch, tag or commit of a hub id; pin a commit for a run that others shall repeat.
         quantization: ``nf4`` (4 bit, double quantisation), ``int8`` or ``none``; all three work on CPU and on CUDA.
         device: ``auto`` (this process's GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.llm.folder import check_llm_folder, is_hub_id
+from nemo_llm_feedback.llm.gguf import is_gguf
 
 SETTINGS_KEY = "reward.settings"
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,10 +44,10 @@ def _named(value: str) -> str:
 
 def _tokenizer(value: str | None, info: ValidationInfo) -> str | None:
     source = value or info.data.get("model")
-    if source and not Path(source).expanduser().is_dir() and not is_hub_id(source):
+    if source and not (Path(source).expanduser().is_dir() or is_gguf(source) or is_hub_id(source)):
         raise ValueError(
-            f"={source} is neither a folder nor a hub id: token ids are made on this machine, so give the folder or "
-            "hub id of the tokenizer that the server's model uses."
+            f"={source} is neither a folder, a GGUF file nor a hub id: token ids are made on this machine, so "
+            "give the tokenizer that the server's model uses."
         )
     return value
 
