@@ -227,6 +227,7 @@ def export(
     interpolation: float = 1.0,
     output: str | None = None,
     manifest: str | None = None,
+    push_to_hub: str | None = None,
 ) -> int:
     """Turns a training checkpoint, or the average of several, into a plain .nemo.
 
@@ -236,11 +237,19 @@ def export(
         interpolation: share of the way from the base's weights to the run's: above 0, to 1
         output: where to write; default: beside the checkpoint; needed for several
         manifest: labelled rows: before/after for the model card, which is written beside it
+        push_to_hub: OWNER/NAME on the Hugging Face Hub, to upload the .nemo and its card; a new one is private
     """
+    from nemo_llm_feedback.cli.jobs import hub
+
+    if push_to_hub:
+        hub.check_login(push_to_hub)
     from nemo_llm_feedback.cli.jobs import export as job
 
     _quiet_nemo()
-    print(job.export(checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation))
+    nemo = job.export(checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation)
+    print(nemo)
+    if push_to_hub:
+        print(hub.push_to_hub(nemo, push_to_hub))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub import ModelCardData
 
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
 from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores
@@ -24,12 +25,13 @@ def write_model_card(
     after: Mapping[str, CorpusScores] | None = None,
     normalizer: str | None = None,
 ) -> Path:
-    """Writes ``<stem>.md`` beside a ``.nemo``.
+    """Writes ``<stem>.md`` beside a ``.nemo``, with the front matter of the Hugging Face Hub.
 
     Args:
         nemo: the exported checkpoint.
-        facts: what the ``.nemo`` holds on its adaptation (``adaptation`` in its configuration): ``base``, ``llm``,
-            ``objective``, ``steps``, ``context_sha256``, ``plugin``, and ``before``/``after``, set → metric → value.
+        facts: what the ``.nemo`` holds on its adaptation (``adaptation`` in its configuration): ``base``,
+            ``base_model`` (a pretrained name), ``llm``, ``objective``, ``learning_rate``, ``steps`` … and
+            ``before``/``after``, set → metric → value.
         before, after: validation set → scores, for intervals and tests; without them the table has the values that
             ``facts`` hold, and without those the card states that nothing was measured.
         normalizer: name of the scores' text normalisation.
@@ -51,6 +53,7 @@ def write_model_card(
     )
     environment.filters |= {"plain": _plain, "code": _code}
     page = environment.get_template("model_card.md.j2").render(
+        front_matter=_front_matter(shown, measured=[key for key in ("wer", "cer") if before or facts.get("before")]),
         name=path.stem,
         file=repr(path.name),
         facts=shown,
@@ -61,6 +64,22 @@ def write_model_card(
     target = path.with_suffix(".md")
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _front_matter(facts: Mapping[str, Any], *, measured: list[str]) -> str:
+    """The YAML by which the Hugging Face Hub files a model; a base that the Hub does not have is left out."""
+    # NeMo's names of checkpoints begin so, e.g. stt_en_fastconformer_ctc_large; multilingual ones name no language.
+    language = re.match(r"stt_([a-z]{2})_", str(facts.get("base") or ""))
+    pretrained = facts.get("base_model")
+    data = ModelCardData(
+        library_name="nemo",
+        pipeline_tag="automatic-speech-recognition",
+        language=language.group(1) if language else None,
+        base_model=pretrained if pretrained and "/" in pretrained else None,
+        metrics=measured or None,
+        tags=["automatic-speech-recognition", "speech", "NeMo", "domain-adaptation", "nemo_llm_feedback"],
+    )
+    return data.to_yaml()
 
 
 def public_name(model: str) -> str:

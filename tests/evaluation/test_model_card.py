@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from nemo_llm_feedback.core.text import basic
 from nemo_llm_feedback.evaluation.metrics import score_corpus
@@ -36,6 +39,32 @@ def test_before_and_after_with_intervals(tmp_path: Path) -> None:
     assert "2 utterances; 95 % intervals" in text
     for fact in ("`base.nemo`", "`a/b`", "`distill`", "`200`", "ab" * 32, "restore_from('m.nemo')", "licence"):
         assert fact in text
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    _, head, body = path.read_text().split("---\n", 2)
+    assert body.startswith("\n# ")
+    return yaml.safe_load(head)
+
+
+def test_the_hub_can_file_it(tmp_path: Path) -> None:
+    name = "nvidia/stt_de_conformer_ctc_large"
+    facts = FACTS | {"base": "stt_de_conformer_ctc_large.nemo", "base_model": name}
+    found = front_matter(write_model_card(tmp_path / "m.nemo", facts=facts))
+    assert (found["library_name"], found["language"], found["base_model"]) == ("nemo", "de", name)
+    assert found["metrics"] == ["wer", "cer"]
+    assert "automatic-speech-recognition" in found["tags"]
+    local = front_matter(write_model_card(tmp_path / "m.nemo", facts={"base": "base.nemo", "base_model": None}))
+    assert not {"language", "base_model", "metrics"} & set(local)  # not known, or not on the Hub
+
+
+def test_it_has_what_the_run_chose_and_how_it_went(tmp_path: Path) -> None:
+    known = {"learning_rate": 3e-4, "alpha": 1.5, "beta": 3.0, "boosting_weight": 2.0, "kept_step": 70}
+    known |= {"pool_rows": 269, "pool_hours": 0.61, "gain": 12.5, "general_wer_rise": 0.021, "share": 0.75}
+    text = write_model_card(tmp_path / "m.nemo", facts=FACTS | known | {"ended": "too far away"}).read_text()
+    for value in (*known.values(), "too far away"):
+        assert f": `{value}`\n" in text
+    assert "ended early" not in write_model_card(tmp_path / "m.nemo", facts=FACTS | {"ended": ""}).read_text()
 
 
 def test_without_scores_it_has_the_numbers_of_the_checkpoint(tmp_path: Path) -> None:

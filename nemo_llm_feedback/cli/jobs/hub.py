@@ -1,0 +1,60 @@
+"""Uploads an exported ``.nemo`` with its card to the Hugging Face Hub; never run against the real Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.utils import validate_repo_id
+
+from nemo_llm_feedback.core.errors import ConfigError
+
+
+def check_login(repo: str) -> None:
+    """Sees to it, before any work, that a repository can be written.
+
+    Args:
+        repo: ``OWNER/NAME`` on the Hub.
+
+    Raises:
+        ConfigError: the name is not one, nobody is logged in, or the Hub cannot be reached.
+    """
+    with _refusals(f"--push-to-hub {repo}: give OWNER/NAME, and log in (`hf auth login`, or set HF_TOKEN):"):
+        validate_repo_id(repo)
+        huggingface_hub.HfApi().whoami()
+
+
+def push_to_hub(nemo: str | Path, repo: str) -> str:
+    """Uploads a ``.nemo`` and its card, as ``README.md``, in one commit.
+
+    Args:
+        nemo: the file; its card has the suffix ``.md``.
+        repo: ``OWNER/NAME``; one that does not exist is made, and is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: the Hub refuses it; the files stay where they are.
+    """
+    path, api = Path(nemo), huggingface_hub.HfApi()
+    files = {path.name: path, "README.md": path.with_suffix(".md")}
+    with _refusals(f"{path} is written, but could not be uploaded to {repo}:"):
+        api.create_repo(repo, private=True, exist_ok=True)
+        commit = api.create_commit(
+            repo,
+            [huggingface_hub.CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message=f"Upload {path.name}",
+        )
+    return commit.commit_url
+
+
+@contextmanager
+def _refusals(head: str) -> Iterator[None]:
+    """What the Hub's client raises, as an error of ours; all of it derives from these two."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{head} {' '.join(str(error).split())}") from None
