@@ -19,6 +19,7 @@ from nemo_llm_feedback.cli.options import (
     ScoringFlags,
     Segmenting,
 )
+from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 
 
@@ -56,12 +57,12 @@ def score(
         tune: pick reward.alpha and reward.beta: by WER where rows have text, else by the spread as adapt does
         json: write everything here too, as JSON
     """
-    from nemo_llm_feedback.cli.jobs import score as job
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
     if json:
         check_writable(json)
-    _quiet_nemo()
+    with quiet():
+        from nemo_llm_feedback.cli.jobs import score as job
     report = job.score(options, compare_quantization_with=compare_quantization, tune=tune)
     print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
     if json:
@@ -108,8 +109,8 @@ def transcribe(
     tree = _rescoring(choice, nbest)
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
-    _quiet_nemo()
-    from nemo_llm_feedback.cli.jobs import transcribe as job
+    with quiet():
+        from nemo_llm_feedback.cli.jobs import transcribe as job
 
     found = job.transcribe(
         model,
@@ -167,8 +168,6 @@ def evaluate(
 
     for path in filter(None, (json, report)):
         check_writable(path)
-    if models:
-        _quiet_nemo()
     found = job.evaluate(
         models,
         manifest,
@@ -243,9 +242,8 @@ def export(
 
     if push_to_hub:
         hub.check_login(push_to_hub)
-    from nemo_llm_feedback.cli.jobs import export as job
-
-    _quiet_nemo()
+    with quiet():
+        from nemo_llm_feedback.cli.jobs import export as job
     nemo = job.export(checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation)
     print(nemo)
     if push_to_hub:
@@ -255,13 +253,6 @@ def export(
 
 # In the order in which a user meets them.
 COMMANDS = (prepare, score, transcribe, evaluate, report, runs, export)
-
-
-def _quiet_nemo() -> None:
-    """Short commands show their result, not NeMo's notes on restoring a model."""
-    from nemo.utils import logging
-
-    logging.setLevel(logging.ERROR)
 
 
 def _device(number: int | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 
 from nemo_llm_feedback.cli.commands import COMMANDS
+from nemo_llm_feedback.core.console import be_verbose, quiet
 from nemo_llm_feedback.core.errors import FeedbackError
 from nemo_llm_feedback.core.version import __version__
 
@@ -20,9 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process if None.
 
     Returns:
-        0, or 1 after an error of the user's input, which is printed without a traceback.
+        0; 1 after an error of the user's input, which is printed without a traceback; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--verbose" in arguments:
+        arguments.remove("--verbose")
+        be_verbose()
     if arguments == ["adapt"]:
         arguments.append("--help")
     try:
@@ -34,13 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(renames) or error}", file=sys.stderr)
     except FeedbackError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 1
 
 
 def _app() -> App:
     app = App(
         name="nemo-llm-feedback",
-        help="Adapts NeMo ASR checkpoints to unlabeled audio with an LLM's feedback.",
+        help="Adapts NeMo ASR checkpoints to unlabeled audio with an LLM's feedback. "
+        "Every command takes --verbose: it shows the lines of NeMo, Lightning and transformers, too.",
         version=f"nemo-llm-feedback {__version__}",
         help_format="plaintext",
         default_parameter=Parameter(consume_multiple=True, negative=(), show_default=_shown),
@@ -92,11 +99,12 @@ def _adapt(
 
         print(OmegaConf.to_yaml(cfg))
         return 0
-    from nemo.utils.get_rank import is_global_rank_zero
+    with quiet(verbose=bool(cfg.verbose)):
+        from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_llm_feedback.cli.jobs.adapt import adapt, summary
+        from nemo_llm_feedback.cli.jobs.adapt import adapt, summary
 
-    result = adapt(cfg)
+        result = adapt(cfg)
     if is_global_rank_zero():
         print(summary(result))
     return 0

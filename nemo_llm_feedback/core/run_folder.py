@@ -19,10 +19,11 @@ SETTINGS_FILE = "settings.yaml"
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 RESULT_FILE = "result.json"
+LOG_FILE = "log.txt"
 STATISTICS_FILE = "pool_statistics.json"
 # A killed run's score cache has a journal beside it, without which it cannot be repaired.
 _SCORES = [f"llm_scores.sqlite{suffix}" for suffix in ("-journal", "-wal", "-shm", "")]
-_KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, STATISTICS_FILE, *_SCORES)
+_KEPT = (SETTINGS_FILE, RUN_FILE, STEPS_FILE, RESULT_FILE, STATISTICS_FILE, LOG_FILE, *_SCORES)
 
 
 def package_versions() -> dict[str, str]:

@@ -167,7 +167,8 @@ def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, fl
         ``reward/<part>`` means over members; ``members`` = mean distinct members; ``unique_fraction`` of members;
         ``empty_fraction`` = groups whose most probable member is empty; ``length_ratio`` = expected length under the
         policy ÷ under the reference; ``reward_length_correlation`` within groups; ``reward_gap`` = best reward −
-        reward of the policy's favourite, nats; ``best_from_<source>`` = share of groups whose best member it gave.
+        reward of the policy's favourite, nats; ``reward_gain`` = expected reward under the policy − under the
+        reference; ``best_from_<source>`` = share of groups whose best member it gave.
     """
     sizes, texts = nbest.sizes, nbest.texts
     policy = torch.softmax(logp.detach().float().cpu().nan_to_num(nan=-1e4, neginf=-1e4), dim=1)
@@ -186,6 +187,8 @@ def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, fl
     judged = [b for b, size in enumerate(sizes) if rewards[b, :size].isfinite().all()]
     if judged:
         best = {b: int(rewards[b, : sizes[b]].argmax()) for b in judged}
+        gained = ((policy - reference) * rewards.nan_to_num()).sum(dim=1)
+        out["reward_gain"] = float(gained[judged].mean())
         out["reward_gap"] = sum(float(rewards[b, best[b]] - rewards[b, favourite[b]]) for b in judged) / len(judged)
         out["reward_length_correlation"] = _within_group_correlation(
             [rewards[b, : sizes[b]] for b in judged], [lengths[b, : sizes[b]] for b in judged]

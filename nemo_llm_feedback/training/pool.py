@@ -12,6 +12,7 @@ from nemo.utils import logging
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from nemo_llm_feedback.core import console
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.text import text_length
@@ -96,7 +97,7 @@ def _joined(deviations: Sequence[dict[str, list[float]]]) -> dict[str, list[floa
 
 def _summary(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunConfig, *, head: str) -> dict[str, Any]:
     """This rank's sums for the statistics."""
-    batches = [maker.make(*part) for part in share]
+    batches = [maker.make(*part) for part in console.track(share, "measuring the pool")]
     spread = config.objective.min_spread
     return {
         "utterances": sum(map(len, batches)),
@@ -118,7 +119,9 @@ def _with_scale(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunCon
     """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
     settings = config.reward
     with CollectiveBlock() as ranks:
-        ranks.mine = _joined([component_deviations(maker.make(*part)) for part in share])
+        ranks.mine = _joined(
+            [component_deviations(maker.make(*part)) for part in console.track(share, "measuring the rewards")]
+        )
     spread, part = component_spread(_joined(ranks.all)), settings.weighed_part
     alpha, beta = from_spread(spread, settings)
     logging.info(
@@ -144,7 +147,10 @@ def _with_boosting(
     few = [part for part, before in zip(share, counts, strict=False) if before < _BOOSTING_UTTERANCES]
     by_weight = [replace(config, proposals=replace(settings, boosting_weight=weight)) for weight in tried]
     with CollectiveBlock() as ranks:
-        ranks.mine = [_best_rewards(few, build(changed), head=head) for changed in by_weight]
+        ranks.mine = [
+            _best_rewards(few, build(changed), head=head)
+            for changed in console.track(by_weight, "choosing the boosting", unit="weights")
+        ]
     joined = [[value for found in ranks.all for value in found[k]] for k in range(len(tried))]
     means = [sum(values) / max(1, len(values)) for values in joined]
     best = max(range(len(tried)), key=lambda k: round(means[k], 1))

@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
 from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_trainer, record_start, source
+from nemo_llm_feedback.core.console import Session, progress, quiet, show
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
-from nemo_llm_feedback.core.run_folder import RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
+from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
@@ -30,7 +31,7 @@ from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, 
 from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
-from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows, transcribe_rows
+from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
@@ -84,6 +85,11 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
+    with quiet(verbose=bool(cfg.get("verbose"))) as session:
+        return _adapt(cfg, session, reward=reward)
+
+
+def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     check_settings(tree, reward)
     base = source(cfg)
@@ -104,7 +110,8 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
             model.setup_feedback(tree, work_dir=log_dir, reward=reward)
         if is_global_rank_zero():
             record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
-        logging.info(plan_text(model, source=base, log_dir=log_dir, device=trainer.strategy.root_device))
+        session.log.move_to(log_dir / (LOG_FILE if is_global_rank_zero() else f"log_rank{trainer.global_rank}.txt"))
+        show(plan_text(model, source=base, log_dir=log_dir, device=trainer.strategy.root_device))
         before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
         target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
         result = _result(model, target, log_dir, before, after, pool)
@@ -246,9 +253,9 @@ def _nothing_left_if_refused(log_dir: Path) -> Iterator[None]:
 def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:
     config, scores = model.feedback_setup.config, {}
     for name, rows in validation.items():
-        logging.info(f"transcribing {name} ({len(rows)} utterances) …")
         head = config.feedback.heads if config.feedback.heads != "both" else "auto"
-        texts = transcribe_rows(model, rows, head=head, batch_size=batch_size)
+        with progress(f"transcribing {name}", len(rows)) as on_batch:
+            texts = decode_rows(model, rows, head=head, batch_size=batch_size, on_batch=on_batch).texts
         scores[name] = score_rows(
             rows, texts, run_context=config.context.load(), normalizer=config.feedback.normalizer
         )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.core.config import ProposalConfig, read_terms
+from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
@@ -35,6 +35,7 @@ class Evaluation:
     total: int
 
 
+@quiet()
 def evaluate(
     models: str | Path | Sequence[str | Path] = (),
     manifest: str | Path | None = None,

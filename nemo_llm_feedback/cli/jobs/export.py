@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_llm_feedback.asr.checkpoints import read_config
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.lora import has_lora, inject, merged
+from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.core.version import __version__
@@ -32,6 +33,7 @@ _NORMALIZER = "basic"
 _ONE_BASE = "average runs that started from one checkpoint."
 
 
+@quiet()
 def export(
     checkpoint: str | Path | Sequence[str | Path],
     *,

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
-from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.core.console import progress
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
 from nemo_llm_feedback.hypotheses.maker import judged

@@ -18,8 +18,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.cli.options import Segmenting
+from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.evaluation.records import facts_text
 
@@ -60,6 +60,7 @@ class Prepared:
     converted: dict[Path, Path]
 
 
+@quiet()
 def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None = None) -> Prepared:
     """Writes an unlabeled manifest of the speech in recordings.
 

@@ -20,6 +20,7 @@ from nemo_llm_feedback.cli.jobs.quantization import (
 )
 from nemo_llm_feedback.cli.jobs.tuning import Weights, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.options import ProbeOptions
+from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.manifests import Row
@@ -89,6 +90,7 @@ class ScoreReport:
     tuned: Weights | None
 
 
+@quiet()
 def score(
     options: ProbeOptions,
     *,

@@ -72,6 +72,8 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     if str(settings.get("precision")) in ("16", "16-mixed", "16-true"):
         raise ConfigError(f"trainer.precision={settings['precision']} is not supported: use bf16-mixed, or 32.")
+    # Ours is one bar for the whole run (``training.callbacks.run_bar``).
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     if not cfg.model.validation_ds.get("manifest_filepath"):
         # Lightning refuses a step interval longer than the data when there is nothing to validate.
         settings.update(limit_val_batches=0, val_check_interval=None, check_val_every_n_epoch=1)
@@ -161,8 +163,8 @@ def experiment(cfg: DictConfig) -> DictConfig:
 def settings_text(cfg: DictConfig) -> str:
     """The composed configuration as YAML without secrets, by which runs are known to be the same."""
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    tree.pop("resume", None)
-    tree.pop("hydra", None)
+    for key in ("resume", "hydra", "verbose"):
+        tree.pop(key, None)
     return OmegaConf.to_yaml(OmegaConf.create(masked(tree)))
 
 

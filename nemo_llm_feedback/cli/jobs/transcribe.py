@@ -20,8 +20,8 @@ from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.asr.encoded_rows import map_rows
-from nemo_llm_feedback.cli.jobs.progress import progress
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
@@ -99,6 +99,7 @@ def find_rows(
     return [_row_of(path) for path in dict.fromkeys(files)]
 
 
+@quiet()
 def transcribe(
     model: str | Path,
     audio: str | Path | Sequence[str | Path] = (),

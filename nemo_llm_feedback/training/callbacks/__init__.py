@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.entity_validation import EntityValidation
 from nemo_llm_feedback.training.callbacks.lr_search import try_rates
+from nemo_llm_feedback.training.callbacks.run_bar import RunBar
 from nemo_llm_feedback.training.callbacks.step_log import HypothesisLog, StepLog
 from nemo_llm_feedback.training.state import FeedbackSetup
 
@@ -14,9 +15,10 @@ __all__ = ["HeldOutEarlyStopping", "callbacks_of", "try_rates"]
 
 
 def callbacks_of(setup: FeedbackSetup) -> list[pl.Callback]:
-    """The callbacks of a run; the step log first, since others write into its lines."""
+    """The callbacks of a run; the step log first, since others write into its lines; the bar last."""
     found: list[pl.Callback] = [StepLog(setup.work_dir), HypothesisLog(setup.config.feedback.log_hypotheses_every)]
-    found.append(HeldOutEarlyStopping(setup))
+    stopping = HeldOutEarlyStopping(setup)
+    found.append(stopping)
     if setup.validation:
         found.append(EntityValidation(setup.validation))
-    return found
+    return [*found, RunBar(stopping)]

@@ -15,6 +15,7 @@ from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
+from nemo_llm_feedback.core import console
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.training.callbacks.guards import violations
@@ -129,7 +130,7 @@ def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
     optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
     size, algorithm = trainer.accumulate_grad_batches, GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
     silent = mock.patch.multiple(model, log=mock.DEFAULT, log_dict=mock.DEFAULT)
-    for first in range(0, len(batches), size):
+    for first in console.track(range(0, len(batches), size), f"trying learning rate {rate:g}", unit="steps"):
         optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches[first : first + size]):
             with silent, trainer.precision_plugin.train_step_context():
