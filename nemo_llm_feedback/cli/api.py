@@ -8,13 +8,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.cli.jobs import score as scoring
-from nemo_llm_feedback.cli.jobs.adapt import AdaptResult
-from nemo_llm_feedback.cli.jobs.adapt import adapt as run_adapt
 from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
 from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.rewards import Reward, as_reward
 from nemo_llm_feedback.rewards.rules import RewardFunction
+
+with quiet():  # NeMo's telemetry writes when it is imported
+    from nemo_llm_feedback.cli.jobs import score as scoring
+    from nemo_llm_feedback.cli.jobs.adapt import AdaptResult
+    from nemo_llm_feedback.cli.jobs.adapt import adapt as run_adapt
 
 Paths = str | Path | Sequence[str | Path]
 

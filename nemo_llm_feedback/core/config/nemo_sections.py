@@ -41,6 +41,7 @@ class TopLevel(Section):
         runs: 1, or the number of runs (seeds ``seed``, ``seed + 1`` …) whose weights are averaged.
         resume: ``auto`` goes on with an unfinished run of the same settings, ``never`` starts anew.
         evaluate_batch_size: utterances per batch where transcripts are compared before and after.
+        verbose: whether the terminal shows what NeMo, Lightning and transformers write, too.
         report_audio: whether ``report.html`` holds recordings.
     """
 
@@ -52,6 +53,7 @@ class TopLevel(Section):
     runs: PositiveInt = 1
     resume: Literal["auto", "never"] = "auto"
     evaluate_batch_size: PositiveInt = 16
+    verbose: bool = False
     report_audio: bool = True
 
 
