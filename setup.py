@@ -45,7 +45,7 @@ setup(
         "huggingface_hub>=1.0",
         "pyyaml",
         "torchmetrics>=1.0",
-        "tqdm",
+        "rich>=13.7",
         "lightning>=2.4",
         "numpy",
         "soxr",
