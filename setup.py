@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/core/version.py").read_text())[1]
 REMOTE = ["openai>=3.50", "httpx2>=2.16"]  # the client of a scoring server, and its HTTP transport
+CUDA = ["numba-cuda[cu13]>=0.30", "cuda-python>=13,<14"]  # NeMo's RNN-T and TDT loss, and CUDA graphs in its decoders
 
 setup(
     name="nemo_llm_feedback",
@@ -27,7 +28,7 @@ setup(
     },
     install_requires=[
         "nemo_toolkit[asr]>=3.0,<3.1",
-        "torch>=2.6",
+        "torch>=2.11",  # older ones keep autocast's casts made under no_grad: weights then get no gradient
         "transformers>=5.23",
         "gguf>=0.19",
         "bitsandbytes>=0.49",
@@ -61,6 +62,7 @@ setup(
     ],
     extras_require={
         "remote": REMOTE,
+        "cuda": CUDA,
         "dev": [*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "psutil", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
