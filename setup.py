@@ -59,6 +59,8 @@ setup(
         "matplotlib",
         "silero-vad>=6",
         "tensorboard",
+        "pandas",
+        "pyarrow",
     ],
     extras_require={
         "remote": REMOTE,

@@ -87,7 +87,8 @@ def test_heavy_libraries_stay_where_they_belong(name: str) -> None:
         assert not top & {"transformers", "bitsandbytes", "accelerate"}
 
 
-# Import name → name of the distribution, where they differ. accelerate, bitsandbytes and tensorboard are used by name.
+# Import name → name of the distribution, where they differ. accelerate, bitsandbytes, pyarrow and tensorboard are used
+# by name.
 DISTRIBUTIONS = {"nemo": "nemo_toolkit", "hydra": "hydra-core", "yaml": "pyyaml", "silero_vad": "silero-vad"}
 
 

@@ -19,13 +19,12 @@ from nemo_llm_feedback.core.config import GuardConfig, ProposalConfig, RunConfig
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import read_steps
-from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.training import pool
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, text_drift, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
-from nemo_llm_feedback.training.callbacks.step_log import HypothesisLog
 from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 from nemo_llm_feedback.training.weights import MovingAverage, interpolated, put_back, snapshot
 
@@ -129,20 +128,6 @@ def test_a_run_without_a_named_interval_measures_by_its_length(nemo_file: Any, t
     lenient = ("guards.max_kl=1e3", "guards.max_length_ratio=1e3", "guards.max_empty_rise=1", "guards.patience=0")
     result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "guards.every=null", "trainer.max_steps=20", *lenient)
     assert [found.step for found in result.history] == [10, 20]
-
-
-def test_the_table_of_hypotheses_comes_at_the_first_step_of_every_interval() -> None:
-    shown: dict[int, list[int]] = {}
-    for every in (1, 3, 0):
-        experiment = SimpleNamespace(add_text=lambda name, text, step, every=every: shown[every].append(step))
-        shown[every] = []
-        zero, members = {"ctc": torch.zeros(1, 1)}, (Hypothesis("x", (1,), "beam"),)
-        nbest = NBestBatch(("a",), (Context(),), (members,), zero, zero)
-        feedback = SimpleNamespace(cache=SimpleNamespace(latest=nbest), heads=[SimpleNamespace(name="ctc")])
-        for step in range(1, 6):
-            trainer = SimpleNamespace(global_step=step, loggers=[SimpleNamespace(experiment=experiment)])
-            HypothesisLog(every).on_train_batch_end(trainer, SimpleNamespace(feedback=feedback))  # type: ignore[arg-type]
-    assert shown == {1: [1, 2, 3, 4, 5], 3: [1, 4], 0: []}
 
 
 def test_lhotse_is_split_over_ranks_by_itself_only() -> None:

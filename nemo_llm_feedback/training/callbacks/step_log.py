@@ -1,4 +1,4 @@
-"""Logs of training: one JSON line per step, and tables of hypotheses."""
+"""The run folder's log of training: one JSON line per step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.utils import logging
 
 from nemo_llm_feedback.core.run_folder import STEPS_FILE, truncate_steps
-from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 
 
 class StepLog(pl.Callback):
@@ -78,48 +76,6 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float], *, step: int) -
     for callback in trainer.callbacks:
         if isinstance(callback, StepLog) and trainer.is_global_zero:
             callback.write(step, {name: float(value) for name, value in values.items()})
-
-
-class HypothesisLog(pl.Callback):
-    """Prints the hypotheses of one utterance with their scores at intervals, and adds them to TensorBoard.
-
-    Args:
-        every: optimizer steps between two tables; 0 = never.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Shows the first utterance of the batch when its turn has come."""
-        feedback = pl_module.feedback
-        nbest = feedback.cache.latest
-        if not self._every or (trainer.global_step - 1) % self._every or nbest is None:
-            return
-        table = nbest_table(nbest, head=feedback.heads[0].name)
-        logging.info(f"step {trainer.global_step}, {nbest.utterances[0]}\n{table}")
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text("hypotheses", f"```\n{table}\n```", trainer.global_step)
-
-
-def nbest_table(nbest: NBestBatch, *, head: str, limit: int = 8) -> str:
-    """The best members of the first utterance, one per line: reward, its parts, source and text.
-
-    Args:
-        nbest: at least one utterance.
-        head: the head whose rewards are shown.
-        limit: largest number of lines.
-    """
-    names, members = list(nbest.parts), nbest.hypotheses[0]
-    rewards = nbest.rewards[head][0].tolist()
-    parts = {name: values[0].tolist() for name, values in nbest.parts.items()}
-    order = sorted(range(len(members)), key=[-value for value in rewards].__getitem__)[:limit]
-    rows = ["  reward " + " ".join(f"{name:>8}" for name in names) + "  source   text"]
-    for n in order:
-        values = " ".join(f"{parts[name][n]:8.2f}" for name in names)
-        rows.append(f"{rewards[n]:8.2f} {values}  {members[n].source:<8} {members[n].text}")
-    return "\n".join(rows)
 
 
 def _number(value: Any) -> float:
