@@ -23,6 +23,7 @@ setup(
     package_data={
         "nemo_llm_feedback.conf": ["*.yaml", "*/*.yaml"],
         "nemo_llm_feedback": ["py.typed"],
+        "nemo_llm_feedback.evaluation": ["everyday/*", "everyday/audio/*"],
         "nemo_llm_feedback.evaluation.report": ["templates/*"],
         "nemo_llm_feedback.llm": ["templates/*"],
     },

@@ -215,6 +215,7 @@ def row_overrides(
         f"seed={options.seed}",
         f"trainer.max_steps={options.steps}",
         "feedback.log_hypotheses_every=0",
+        "guards.everyday=none",  # general speech is measured here, and none of it chooses weights
         "+trainer.enable_progress_bar=false",
         f"model.validation_ds.manifest_filepath=[{','.join(map(str, watched))}]",
         f"trainer.val_check_interval={max(1, options.steps // 8)}",

@@ -8,10 +8,14 @@ from typing import Any
 
 from omegaconf import OmegaConf, open_dict
 
+from nemo_llm_feedback.asr.heads import Vocabulary
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.data.audio import mix_channels, select_channels
 from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, unreadable
+
+# Recordings with their text; what they are is in the README beside them.
+_EVERYDAY = str(Path(__file__).parents[1] / "evaluation" / "everyday" / "en.json")
 
 
 def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
@@ -31,6 +35,23 @@ def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
         name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
         sets[name] = rows
     return sets
+
+
+def everyday_rows(config: RunConfig, vocabulary: Vocabulary, *, replays: bool) -> tuple[Row, ...]:
+    """The English sentences that ship with the package where ``guards.everyday`` has them watch general speech.
+
+    Args:
+        config: the run's settings.
+        vocabulary: the checkpoint's letters, which ``auto`` compares with those of the sentences.
+        replays: whether the run has replay rows.
+    """
+    guards = config.guards
+    if guards.everyday == "none" or guards.manifest_filepath or not guards.measures:
+        return ()
+    rows = tuple(read_manifest(_EVERYDAY))
+    letters = {c for row in rows for c in row.text if c.isalpha()}
+    suits = not replays and letters <= set("".join(vocabulary.labels).lower())
+    return rows if suits or guards.everyday == "en" else ()
 
 
 def rates_to_try(model_settings: Mapping[str, Any], config: RunConfig) -> tuple[float, ...]:

@@ -30,7 +30,13 @@ from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
-from nemo_llm_feedback.training.inputs import labelled_rows, rates_to_try, set_optimizer, set_validation
+from nemo_llm_feedback.training.inputs import (
+    everyday_rows,
+    labelled_rows,
+    rates_to_try,
+    set_optimizer,
+    set_validation,
+)
 from nemo_llm_feedback.training.nemo_settings import nemo_faults
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics, Settings
@@ -88,8 +94,10 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     reference = FrozenReference(model, **limits)
     choose_parameters(model, config.parameters)
     reader, nemo_ds = _training_data(model, train_ds, staged, config)
+    everyday = everyday_rows(config, heads[0].vocabulary, replays=reader.replays)
     setup = FeedbackSetup(
-        **{**vars(settings), "config": config},
+        **{**vars(settings), "config": config, "guard_rows": settings.guard_rows or everyday},
+        everyday=bool(everyday),
         staged=staged,
         reader=reader,
         reference=reference,
@@ -175,10 +183,9 @@ def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
     asked = [key for key in ("augment", "replay_augment") if getattr(config.feedback, key)]
     if asked and not masks:
         raise ConfigError(f"feedback.{asked[0]} needs a checkpoint with a spec_augment section; this one has none.")
-    if config.feedback.augment is not None:
-        return config
-    augment = masks and config.objective.name in AUGMENTED_OBJECTIVES
-    return replace(config, feedback=replace(config.feedback, augment=augment))
+    settled = {"augment": masks and config.objective.name in AUGMENTED_OBJECTIVES, "replay_augment": masks}
+    open_keys = {key: value for key, value in settled.items() if getattr(config.feedback, key) is None}
+    return replace(config, feedback=replace(config.feedback, **open_keys))
 
 
 def check_starts(checkpoint: str | Path | None) -> None:

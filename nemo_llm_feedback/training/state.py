@@ -97,6 +97,7 @@ class FeedbackSetup(Settings):
         train_ds: NeMo's settings of the training loader.
         generator: random numbers of the sampler.
         start: the weights that learn, as they were.
+        everyday: whether ``guard_rows`` are the sentences that ship with the package.
         keep_alive: the run's temporary folder, which is removed with this; None where it has a folder.
     """
 
@@ -109,11 +110,22 @@ class FeedbackSetup(Settings):
     train_ds: DictConfig
     generator: torch.Generator
     start: dict[str, Tensor]
+    everyday: bool = False
     keep_alive: Any = None
 
     def held_out_rows(self) -> tuple[Row, ...]:
         """Rows that the guards watch: those kept from training, or, of a pool too small or tarred, some of it."""
         return self.staged.held_out or self.some_rows(self.config.guards.held_out_utterances)
+
+    def general_speech(self) -> str:
+        """How the run keeps or watches general speech, as a line of its plan."""
+        kept = ["held by replay rows"] if self.reader.replays else []
+        if self.guard_rows and self.held_out_rows():
+            what = f"{len(self.guard_rows)} English sentences that ship with the package (guards.everyday)"
+            kept.append(f"watched on {what if self.everyday else 'guards.manifest_filepath'}")
+        return " and ".join(kept) or (
+            'neither held nor watched: give replay rows (manifest key "replay": "kl") or guards.manifest_filepath'
+        )
 
     def some_rows(self, most: int) -> tuple[Row, ...]:
         """Unlabeled rows with audio files, evenly spaced over the pool."""

@@ -48,7 +48,13 @@ def config(manifest: Path, *, lr: float = 1e-3, **sections: Any) -> dict[str, An
             },
             "optim": OPTIM | {"lr": lr},
         },
-        "feedback": {"pool_utterances": 2, "refresh_every": 1, "log_hypotheses_every": 0, "augment": False},
+        "feedback": {
+            "pool_utterances": 2,
+            "refresh_every": 1,
+            "log_hypotheses_every": 0,
+            "augment": False,
+            "replay_augment": False,
+        },
         "proposals": {"beam": 4, "boosted": 0, "samples": 6, "max_members": 8, "max_symbols": 3},
         "objective": {"name": "distill", "mass_weight": 0.0},
         "reward": {"name": "length", "alpha": 1.0},  # most tests give their own to ``setup_feedback``

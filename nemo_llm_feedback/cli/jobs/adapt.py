@@ -56,6 +56,8 @@ class AdaptResult:
         gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
         ended: why training ended before its last step; empty if it did not.
         share: share of the update that is exported; 1 = the adapted weights.
+        general: how general speech was held or watched.
+        guard_wer: the guard set's WER in % before and after; empty without one.
         history: the held-out measurements, in order.
     """
 
@@ -72,6 +74,8 @@ class AdaptResult:
     gain: float
     ended: str = ""
     share: float = 1.0
+    general: str = ""
+    guard_wer: tuple[float, ...] = ()
     history: list[HeldOutMetrics] = field(default_factory=list)
 
 
@@ -171,6 +175,8 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         gain=stopping.best_gain,
         ended=stopping.reason,
         share=stopping.share,
+        general=model.feedback_setup.general_speech(),
+        guard_wer=stopping.guard_wer,
         history=stopping.history,
     )
 
@@ -189,8 +195,11 @@ def summary(result: AdaptResult) -> str:
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
     if result.ended:
         lines.append(f"\ntraining ended early: {result.ended}")
+    lines.append(f"\ngeneral speech: {result.general}")
+    if result.guard_wer:
+        lines.append("its WER: {:.1f} → {:.1f} %".format(*result.guard_wer))
     if result.share < 1:
-        lines.append(f"\nexported: {100 * result.share:.0f} % of the update")
+        lines.append(f"exported: {100 * result.share:.0f} % of the update")
     lines.append(f"\nadapted checkpoint: {result.nemo}\nreport:             {result.log_dir / 'report.html'}")
     return "\n".join(lines)
 
@@ -297,7 +306,7 @@ def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
-    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "ended", "share")
+    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "ended", "share", "guard_wer")
     return {
         "nemo": str(result.nemo),
         **{name: getattr(result, name) for name in kept},

@@ -46,7 +46,7 @@ class FeedbackConfig(Section):
             text: CTC does not read it, and transducers are then compared along the alignments of what the starting
             model writes.
         supervised_weight: factor of NeMo's loss on the rows that are learned from their text.
-        replay_weight: factor of the KL divergence on replay rows.
+        replay_weight: factor of the KL divergence on replay rows; 2 is meant for two of them per unlabeled row.
         heads: which head of the model learns: ``ctc``, ``transducer``, ``both`` (hybrids), ``auto`` = all it has.
         use_text: False treats every row of the training manifest as unlabeled and never reads its text.
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
@@ -58,7 +58,7 @@ class FeedbackConfig(Section):
             For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
             domain, somewhat more on others unless those are replayed (docs/results/barista.md).
         replay_augment: compare the two models on replay rows under the checkpoint's SpecAugment, the same for both,
-            so that they are held on more than the audio as it is.
+            so that they are held on more than the audio as it is; null: where the checkpoint has SpecAugment.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
@@ -67,7 +67,7 @@ class FeedbackConfig(Section):
     weight: NonNegativeFloat = 1.0
     labelled: Literal["supervised", "replay"] = "supervised"
     supervised_weight: NonNegativeFloat = 1.0
-    replay_weight: NonNegativeFloat = 1.0
+    replay_weight: NonNegativeFloat = 2.0
     heads: Literal["auto", "ctc", "transducer", "both"] = "auto"
     use_text: bool = True
     normalizer: NormalizerName = "basic"
@@ -76,7 +76,7 @@ class FeedbackConfig(Section):
     pool_utterances: PositiveInt = 64
     log_hypotheses_every: NonNegativeInt = 50
     augment: bool | None = None
-    replay_augment: bool = False
+    replay_augment: bool | None = None
     memory_budget_mb: PositiveInt = 512
     band_tolerance: NonNegativeFloat = 0.0
 
@@ -272,14 +272,19 @@ class GuardConfig(Section):
         max_style_change: largest change of the share of upper-case letters or of punctuation among the characters.
         max_kl: largest mean of log p(transcript | policy) − log p(transcript | starting model), nats per label.
         manifest_filepath: labelled general-domain speech whose WER is watched; null = none.
-        max_wer_rise: largest relative rise of that WER.
+        everyday: whether 60 English sentences that ship with the package stand in for it: ``en`` = yes; ``auto`` = in
+            runs without a guard manifest and without replay rows, if the checkpoint has the letters of the sentences
+            and transcribes them with a WER below 90 % (another language gives about 100 %); ``none`` = never. To keep
+            measurements short they are transcribed at the start and at the end only.
+        max_wer_rise: largest relative rise of that WER; for the sentences that ship, of a WER of at least 25 %, below
+            which two wrong words would be a rise.
         max_nonfinite_steps: consecutive steps with a gradient that is not finite after which training stops; each is
             skipped.
         on_violation: ``rollback`` to the best weights that passed every guard and stop; ``stop`` with the weights as
             they are.
         interpolation: share λ of the update that is exported, start + λ·(adapted − start): 1 = the adapted weights;
-            null = 1, and with a guard manifest the largest tenth at which its WER keeps ``max_wer_rise`` (Wortsman et
-            al. 2022, arXiv 2109.01903).
+            null = the largest tenth at which the guard set's WER keeps ``max_wer_rise``, 1 without a guard set
+            (Wortsman et al. 2022, arXiv 2109.01903).
     """
 
     every: NonNegativeInt | None = None
@@ -292,6 +297,7 @@ class GuardConfig(Section):
     max_style_change: NonNegativeFloat = 0.05
     max_kl: PositiveFloat = 4.0
     manifest_filepath: str | None = None
+    everyday: Literal["auto", "en", "none"] = "auto"
     max_wer_rise: NonNegativeFloat = 0.02
     max_nonfinite_steps: PositiveInt = 3
     on_violation: Literal["rollback", "stop"] = "rollback"
@@ -310,6 +316,11 @@ class GuardConfig(Section):
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""
-        if self.manifest_filepath and not self.measures:
-            return ["guards.manifest_filepath needs held-out measurements: set guards.every above 0."]
-        return []
+        faults = []
+        named = [f"manifest_filepath={self.manifest_filepath}"] if self.manifest_filepath else []
+        named += ["everyday=en"] if self.everyday == "en" else []
+        if len(named) > 1:
+            faults.append("guards.manifest_filepath and guards.everyday=en both name the guard set: leave one out.")
+        if named and not self.measures:
+            faults.append(f"guards.{named[0]} needs held-out measurements: set guards.every above 0.")
+        return faults

@@ -30,13 +30,16 @@ class HeldOutEarlyStopping(pl.Callback):
         history: all measurements of the run, in order.
         reason: why training ended before its last step; empty if it did not.
         share: share of the update that is exported; 1 = the adapted weights.
+        guard_wer: the guard set's WER in % under the starting model and under the weights that are exported; empty
+            without a guard set in a language that the model knows.
         kept_step: the step whose weights are kept; 0 = the start.
         done: whether :meth:`finish` has run.
     """
 
     def __init__(self, setup: FeedbackSetup) -> None:
         self._limits, self._parameters = setup.config.guards, setup.config.parameters
-        self._rows, self._guard_rows, self._start = setup.held_out_rows(), setup.guard_rows, setup.start
+        self._rows, self._start = setup.held_out_rows(), setup.start
+        self._guard_rows, self._everyday = setup.guard_rows, setup.everyday
         self._evaluator: HeldOutEvaluator | None = None
         self._average: MovingAverage | None = None
         self._best: Weights | None = None
@@ -45,6 +48,7 @@ class HeldOutEarlyStopping(pl.Callback):
         self._violated, self._every = False, 0
         self.history: list[HeldOutMetrics] = []
         self.reason, self.share, self.kept_step, self.done = "", 1.0, 0, False
+        self.guard_wer: tuple[float, ...] = ()
 
     @property
     def best_gain(self) -> float:
@@ -62,9 +66,14 @@ class HeldOutEarlyStopping(pl.Callback):
             return
         self._every = self._limits.interval(trainer.estimated_stepping_batches)
         self._evaluator = HeldOutEvaluator(pl_module, pl_module.feedback)
-        self._evaluator.start_wer = self._restored.get("start_wer")
-        if self._evaluator.start_wer is None:
-            self._evaluator.wer_rise(pl_module)
+        if self._guard_rows:
+            known = self._restored.get("start_wer")
+            self._evaluator.start_wer = self._evaluator.wer(pl_module) if known is None else known
+            if not self._evaluator.watching:
+                logging.warning(
+                    f"nothing watches general speech: a WER of {self._evaluator.start_wer:.0f} % on the English "
+                    "sentences that ship looks like another language. Name a set by guards.manifest_filepath."
+                )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Measures when it is time, once per optimizer step."""
@@ -135,20 +144,29 @@ class HeldOutEarlyStopping(pl.Callback):
             self.share = self._limits.interpolation
         elif self._evaluator is not None and self._guard_rows and self._best:
             with CollectiveBlock() as ranks:
-                ranks.mine = self._largest_share(pl_module) if trainer.is_global_zero else None
+                ranks.mine = self._largest_share(pl_module, self._evaluator) if trainer.is_global_zero else None
             self.share = ranks.all[0]
             logging.info(f"{100 * self.share:.0f} % of the update keep the guard set's WER within its limit.")
         if self.share < 1:
             put_back(pl_module, interpolated(self._start, snapshot(pl_module), self.share))
+        if self._evaluator is not None and self._guard_rows:
+            with CollectiveBlock() as ranks:
+                ranks.mine = self._guard_wer(pl_module, self._evaluator) if trainer.is_global_zero else None
+            self.guard_wer = ranks.all[0]
 
-    def _largest_share(self, pl_module: Any) -> float:
+    @staticmethod
+    def _guard_wer(pl_module: Any, evaluator: HeldOutEvaluator) -> tuple[float, ...]:
+        return (evaluator.start_wer, evaluator.wer(pl_module)) if evaluator.watching else ()
+
+    def _largest_share(self, pl_module: Any, evaluator: HeldOutEvaluator) -> float:
         """The largest tenth of the update under which the guard set's WER keeps its limit, by bisection."""
-        assert self._evaluator is not None
+        if not evaluator.watching:
+            return 1.0
         end, fits, fails = snapshot(pl_module), 0, 11
         number = 10
         while fails - fits > 1:
             put_back(pl_module, interpolated(self._start, end, number / 10))
-            if self._evaluator.wer_rise(pl_module) <= self._limits.max_wer_rise:
+            if evaluator.wer_rise(pl_module) <= self._limits.max_wer_rise:
                 fits = number
             else:
                 fails = number
