@@ -101,6 +101,10 @@ class BatchReader:
             unlabeled = Audio(part[0], part[1], names, contexts)
         return Parts(_rows(four, learned), _rows(four, replayed), unlabeled)
 
+    def names(self, ids: Any) -> list[str]:
+        """The names of all rows of a batch, from its last part."""
+        return [self._about(ids, b)[0] for b in range(len(ids))]
+
     def _about(self, ids: Any, b: int) -> tuple[str, Context, str]:
         """Name, context and manifest key ``replay`` ("" where missing) of a row of the batch."""
         if isinstance(ids, torch.Tensor):

@@ -35,7 +35,7 @@ from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader, resumable
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, callbacks_of, try_rates
-from nemo_llm_feedback.training.distributed import local_metrics, num_ranks, zero_grad_for_unused
+from nemo_llm_feedback.training.distributed import gather, local_metrics, num_ranks, zero_grad_for_unused
 from nemo_llm_feedback.training.losses import LossSum, nbest_metrics, objective_loss
 from nemo_llm_feedback.training.pool import EncodedAudio, fill_cache, pool_share
 from nemo_llm_feedback.training.replay_kl import replay_kl
@@ -64,6 +64,7 @@ class LLMFeedbackMixin(_Base):
     _resumed: dict[str, Any] | None = None
     _adaptation_facts: dict[str, Any] | None = None
     _source_path: str = ""
+    _in_step: tuple[Any, ...] = ()  # what names the rows of the batches since the last optimizer step
     _train_dl: Any
 
     nonfinite_steps: int = 0
@@ -76,6 +77,7 @@ class LLMFeedbackMixin(_Base):
         feedback = self._feedback
         if feedback is None:
             return super().training_step(batch, batch_nb)
+        self._in_step += (batch[-1],)
         rows, weights = feedback.reader.split(batch), feedback.config.feedback
         if rows.all_labelled and num_ranks() == 1:
             return self._labelled_step(rows.labelled, batch_nb)
@@ -171,13 +173,18 @@ class LLMFeedbackMixin(_Base):
         super().on_before_optimizer_step(optimizer)
         if self._feedback is None:
             return
+        ids, self._in_step = self._in_step, ()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         if bool(torch.isfinite(norm)):
             self.nonfinite_steps = 0
             return
         self.nonfinite_steps += 1
-        logging.warning(f"step {self.trainer.global_step}: a gradient is not finite; the step is skipped.")
+        names = ", ".join(name for part in ids for name in self._feedback.reader.names(part))
+        logging.warning(
+            f"step {self.trainer.global_step}: a gradient is not finite; the step is skipped. "
+            f"Its utterances: {', '.join(gather(names))}."
+        )
         # No gradient rather than a zero one: Adam's momentum would still move the weights.
         for parameter in self.parameters():
             parameter.grad = None

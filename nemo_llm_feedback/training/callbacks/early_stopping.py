@@ -38,8 +38,7 @@ class HeldOutEarlyStopping(pl.Callback):
 
     def __init__(self, setup: FeedbackSetup) -> None:
         self._limits, self._parameters = setup.config.guards, setup.config.parameters
-        self._rows, self._start = setup.held_out_rows(), setup.start
-        self._guard_rows, self._everyday = setup.guard_rows, setup.everyday
+        self._rows, self._guard_rows, self._start = setup.held_out_rows(), setup.guard_rows, setup.start
         self._evaluator: HeldOutEvaluator | None = None
         self._average: MovingAverage | None = None
         self._best: Weights | None = None

@@ -152,18 +152,23 @@ class HeldOutLoss:
     Args:
         model: the policy, in its starting weights.
         feedback: state with proposer, reward, heads and objective.
-        audio: the held-out utterances; at least one.
+        audio: the held-out utterances; those whose log p is NaN are left out.
     """
 
     def __init__(self, model: Any, feedback: Feedback, audio: Sequence[Audio]) -> None:
-        self._feedback, self._audio = feedback, audio
+        self._feedback = feedback
+        self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
         with torch.no_grad(), evaluation_mode(model):
             for part in audio:
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 nbest = feedback.maker.make(part, encoded, lengths)
                 logp = {head.name: head.score(encoded, lengths, nbest.labels) for head in feedback.heads}
-                self._nbest.append(nbest.with_old_logp(logp))
+                bad = torch.stack([scores.isnan().any(1) for scores in logp.values()]).any(0)
+                sound = (~bad).nonzero().flatten().tolist()  # NaN of one utterance would be the mean of all
+                if sound:
+                    self._audio.append(part.select(sound))
+                    self._nbest.append(nbest.with_old_logp(logp).select(sound))
 
     @torch.no_grad()
     def __call__(self, model: Any) -> float:
@@ -177,4 +182,4 @@ class HeldOutLoss:
                     logp = head.score(encoded, lengths, nbest.labels)
                     total = objective_loss(feedback.config.objective, logp, nbest, head=head.name).total()
                     found += feedback.head_weights[head.name] * float(total) * len(nbest)  # type: ignore[arg-type]
-        return found / sum(map(len, self._nbest))
+        return found / sum(map(len, self._nbest)) if self._nbest else math.nan
