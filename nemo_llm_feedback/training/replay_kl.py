@@ -32,7 +32,7 @@ def replay_kl(model: Any, feedback: Feedback, batch: Any) -> LossSum:
     with evaluation_mode(model):
         with recomputed_layers(model.encoder, active=settings.parameters.recompute_encoder):
             encoded, ref_encoded, lengths = encode_both(
-                model, feedback.reference, signal, signal_len, augment=settings.feedback.replay_augment
+                model, feedback.reference, signal, signal_len, augment=bool(settings.feedback.replay_augment)
             )
         labels = _labels(feedback, tokens, tokens_len, ref_encoded, lengths)
         for head, frozen in zip(feedback.heads, feedback.reference.heads, strict=True):

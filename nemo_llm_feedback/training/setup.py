@@ -183,9 +183,12 @@ def _with_augmentation(config: RunConfig, model: Any) -> RunConfig:
     asked = [key for key in ("augment", "replay_augment") if getattr(config.feedback, key)]
     if asked and not masks:
         raise ConfigError(f"feedback.{asked[0]} needs a checkpoint with a spec_augment section; this one has none.")
-    settled = {"augment": masks and config.objective.name in AUGMENTED_OBJECTIVES, "replay_augment": masks}
-    open_keys = {key: value for key, value in settled.items() if getattr(config.feedback, key) is None}
-    return replace(config, feedback=replace(config.feedback, **open_keys))
+    settled: dict[str, Any] = {
+        "augment": masks and config.objective.name in AUGMENTED_OBJECTIVES,
+        "replay_augment": masks,
+    }
+    left_open = {key: value for key, value in settled.items() if getattr(config.feedback, key) is None}
+    return replace(config, feedback=replace(config.feedback, **left_open))
 
 
 def check_starts(checkpoint: str | Path | None) -> None:

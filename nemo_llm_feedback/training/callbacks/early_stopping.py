@@ -155,7 +155,8 @@ class HeldOutEarlyStopping(pl.Callback):
 
     @staticmethod
     def _guard_wer(pl_module: Any, evaluator: HeldOutEvaluator) -> tuple[float, ...]:
-        return (evaluator.start_wer, evaluator.wer(pl_module)) if evaluator.watching else ()
+        before = evaluator.start_wer if evaluator.watching else None
+        return () if before is None else (before, evaluator.wer(pl_module))
 
     def _largest_share(self, pl_module: Any, evaluator: HeldOutEvaluator) -> float:
         """The largest tenth of the update under which the guard set's WER keeps its limit, by bisection."""
