@@ -156,7 +156,7 @@ class Bench:
         out = self.folder / "evaluation.json"
         systems = [self.nemo("ctc"), self.nemo("rnnt"), "--predictions", self.guesses, "--manifest", self.dev]
         flags = ["--terms", "soy latte", "mocha", "tea", "--group-by", "speaker", "--oracle", 4, "--cuda", -1]
-        _call("evaluate", *systems, *flags, "--b-wer", "--samples", 200, "--json", out)
+        _call("evaluate", *systems, *flags, "--b-wer", "--resamples", 200, "--json", out)
         return json.loads(out.read_text(encoding="utf-8"))
 
     def jobs(self) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
-from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.cli.options import AdaptOptions, JudgeOptions, ProbeOptions
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.rewards import Reward, as_reward
 from nemo_llm_feedback.rewards.rules import RewardFunction
@@ -17,7 +13,7 @@ from nemo_llm_feedback.rewards.rules import RewardFunction
 with quiet():  # NeMo's telemetry writes when it is imported
     from nemo_llm_feedback.cli.jobs import score as scoring
     from nemo_llm_feedback.cli.jobs.adapt import AdaptResult
-    from nemo_llm_feedback.cli.jobs.adapt import adapt as run_adapt
+    from nemo_llm_feedback.cli.jobs.adapt_runs import AveragedRuns, adapt_runs
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -35,7 +31,7 @@ def adapt(
     objective: str = "distill",
     reward: Reward | RewardFunction | None = None,
     overrides: Sequence[str] = (),
-) -> AdaptResult:
+) -> AdaptResult | AveragedRuns:
     """Adapts a checkpoint to unlabeled audio and writes a plain ``.nemo``; the command ``adapt``.
 
     Args:
@@ -51,27 +47,30 @@ def adapt(
         reward: judges hypotheses in place of the LLM: a ``Reward``, or a function of texts (docs/rewards.md).
         overrides: any other setting as the command takes it, e.g. ``["trainer=gpu", "guards.patience=3"]``.
 
+    Returns:
+        What the run took and gave; with ``overrides=["runs=3"]`` what the mean of the runs gave.
+
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    cfg = compose_config([f"objective={objective}", *overrides])
     file = terms if isinstance(terms, (str, Path)) else None
-    key = "init_from_nemo_model" if str(base).endswith(".nemo") else "init_from_pretrained_model"
-    given = {
-        key: str(base),
-        "model.train_ds.manifest_filepath": _paths(manifest),
-        "model.validation_ds.manifest_filepath": _paths(validation),
-        "context.description": description or None,
-        "context.terms": None if isinstance(terms, (str, Path)) else list(terms) or None,
-        "context.terms_file": None if file is None else str(file),
-        "llm.model": None if llm is None else str(llm),
-        "output": None if output is None else str(output),
-        "trainer.max_steps": max_steps,
-    }
-    for name, value in given.items():
-        if value is not None:
-            OmegaConf.update(cfg, name, value)
-    return run_adapt(cfg, reward=None if reward is None else as_reward(reward))
+    judge = JudgeOptions(
+        llm=_path(llm),
+        description=description or None,
+        terms=() if isinstance(terms, (str, Path)) else tuple(terms),
+        terms_file=_path(file),
+    )
+    options = AdaptOptions(
+        base=str(base),
+        manifest=_paths(manifest),
+        validation=_paths(validation),
+        judge=judge,
+        output=_path(output),
+        objective=objective,
+        max_steps=max_steps,
+    )
+    cfg = options.compose(overrides)
+    return adapt_runs(cfg, reward=None if reward is None else as_reward(reward))
 
 
 def score(
@@ -99,16 +98,20 @@ def score(
         FeedbackError: settings, manifest, checkpoint or LLM cannot be used.
     """
     judge = JudgeOptions(
-        llm=None if llm is None else str(llm),
+        llm=_path(llm),
         description=description,
-        terms_file=None if terms_file is None else str(terms_file),
+        terms_file=_path(terms_file),
         overrides=tuple(overrides),
     )
     return scoring.score(ProbeOptions(str(model), manifest=str(manifest), utterances=utterances, judge=judge))
 
 
-def _paths(given: Paths | None) -> Any:
-    """One path as a string, several as a list of strings."""
+def _path(given: str | Path | None) -> str | None:
+    return None if given is None else str(given)
+
+
+def _paths(given: Paths | None) -> tuple[str, ...]:
+    """One path or several as strings."""
     if given is None or isinstance(given, (str, Path)):
-        return None if given is None else str(given)
-    return [str(path) for path in given]
+        return () if given is None else (str(given),)
+    return tuple(str(path) for path in given)

@@ -1,4 +1,4 @@
-"""The commands of the command line except ``adapt``: their flags, and the call of the job that does the work.
+"""The commands of the command line: their flags, and the call of the job that does the work.
 
 A command is a function: its parameters are the flags (shared ones stand in ``cli.options``), the first line of its
 docstring is the help, and it returns the exit status. Nothing heavy is imported before a job runs.
@@ -7,42 +7,107 @@ docstring is the help, and it returns the exit status. Nothing heavy is imported
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt
 
 from nemo_llm_feedback.cli.options import (
-    Cuda,
+    AdaptOptions,
+    Device,
     HeadName,
     JsonFile,
+    Manifest,
+    Models,
     NoAudio,
+    Output,
     ProbeOptions,
     RescoringFlags,
     ScoringFlags,
     Segmenting,
+    device_name,
+    head_of,
 )
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 
 
-def prepare(folder: str, *, out: str, segmenting: Segmenting = Segmenting(), preview: int = 5) -> int:
+def adapt(
+    *overrides: str,
+    options: AdaptOptions = AdaptOptions(),
+    config_name: str = "adapt",
+    config_dir: str | None = None,
+    show_config: bool = False,
+) -> int:
+    """Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
+
+    Writes a plain .nemo. NeMo's sections keep NeMo's keys. What every run needs, as flags or as keys:
+
+      --base FILE.nemo|NAME              init_from_nemo_model= or init_from_pretrained_model=
+      --manifest M.json                  model.train_ds.manifest_filepath=
+      --description "…" --terms-file F   context.description= context.terms_file=
+      --llm Qwen/Qwen2.5-7B-Instruct     llm.model= (folder, hub id or GGUF file)
+
+    Often used:
+
+      model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
+      objective=distill|mwer|grpo|dpo|reinforce|self_training
+      llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
+      model.optim.lr=1e-5    model.train_ds.use_lhotse=true
+      feedback.use_text=false    output=adapted.nemo    runs=3
+
+    Every key with its default: --show-config; keys explained: nemo_llm_feedback/core/config/
+
+    Args:
+        overrides: settings, KEY=VALUE; flags win over them
+        options: the settings that are given most often
+        config_name: configuration to start from
+        config_dir: folder of your configurations, searched first
+        show_config: print the composed configuration and stop (Hydra's --cfg job)
+    """
+    cfg = options.compose(overrides, config_name=config_name, config_dir=config_dir)
+    if show_config:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(cfg))
+        return 0
+    with quiet(verbose=cfg.verbose is True):
+        from nemo.utils.get_rank import is_global_rank_zero
+
+        from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, summary
+        from nemo_llm_feedback.cli.jobs.adapt_runs import adapt_runs, averaged_text
+    result = adapt_runs(cfg)
+    if is_global_rank_zero():
+        print(summary(result) if isinstance(result, AdaptResult) else averaged_text(result))
+    return 0
+
+
+def prepare(
+    folder: str,
+    *,
+    output: Annotated[str, Output],
+    segmenting: Segmenting = Segmenting(),
+    preview: NonNegativeInt = 5,
+) -> int:
     """Makes an unlabeled manifest of long recordings by voice activity.
 
     Args:
         folder: folder of recordings, searched with its sub-folders, or one file
-        out: the manifest to write
+        output: the manifest to write
         segmenting: how recordings are cut
         preview: segments to show
     """
     from nemo_llm_feedback.cli.jobs import prepare as job
 
-    print(job.summary(job.prepare(folder, out=out, settings=segmenting), preview=preview))
+    print(job.summary(job.prepare(folder, out=output, settings=segmenting), preview=preview))
     return 0
 
 
 def score(
     options: ProbeOptions,
     *,
-    show: int | None = None,
-    members: int = 8,
+    show: NonNegativeInt | None = None,
+    members: PositiveInt = 8,
     compare_quantization: Literal["nf4", "int8", "none"] | None = None,
     tune: bool = False,
     json: JsonFile = None,
@@ -71,17 +136,17 @@ def score(
 
 
 def transcribe(
-    model: str,
+    model: Annotated[str, Models],
     audio: tuple[str, ...] = (),
     *,
-    dataset_manifest: str | None = None,
+    manifest: Annotated[str | None, Manifest] = None,
     audio_type: str | None = None,
-    output_filename: str | None = None,
-    batch_size: int = 16,
-    decoder_type: Literal["rnnt", "ctc"] | None = None,
+    output: Annotated[str | None, Output] = None,
+    batch_size: PositiveInt = 16,
+    head: HeadName = "auto",
     timestamps: bool = False,
-    cuda: Cuda = None,
-    nbest: int = 0,
+    device: Device = "auto",
+    nbest: NonNegativeInt = 0,
     choice: RescoringFlags = RescoringFlags(),
 ) -> int:
     """Transcribes audio, with LLM rescoring if asked for.
@@ -89,58 +154,56 @@ def transcribe(
     Args:
         model: .nemo file or pretrained name
         audio: audio files and folders
-        dataset_manifest: a NeMo manifest instead of AUDIO
+        manifest: a NeMo manifest instead of AUDIO
         audio_type: comma-separated suffixes to take from folders; default: all known
-        output_filename: manifest to write; default: print the transcripts
+        output: manifest to write; default: print the transcripts
         batch_size: utterances per batch
-        decoder_type: head of a hybrid model
+        head: head of a hybrid model
         timestamps: word and segment times, in seconds
-        cuda: number of the GPU
+        device: where the recogniser runs
         nbest: hypotheses to write per utterance, with all score parts
         choice: rescoring
     """
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
     from nemo_llm_feedback.evaluation.records import check_writable
 
-    if batch_size < 1 or nbest < 0:
-        raise ConfigError("--batch-size must be at least 1 and --nbest at least 0.")
-    if output_filename:
-        check_writable(output_filename)
+    if output:
+        check_writable(output)
     tree = _rescoring(choice, nbest)
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
+    place = _device(device)
     with quiet():
         from nemo_llm_feedback.cli.jobs import transcribe as job
 
     found = job.transcribe(
         model,
         audio,
-        manifest=dataset_manifest,
+        manifest=manifest,
         audio_types=audio_type.split(",") if audio_type else job.AUDIO_TYPES,
         batch_size=batch_size,
-        decoder_type=decoder_type,
+        head=head_of(head),
         timestamps=timestamps,
-        device=_device(cuda),
+        device=place,
         rescoring=tree,
     )
-    if output_filename:
-        job.write_manifest(output_filename, found, nbest=nbest)
+    if output:
+        job.write_manifest(output, found, nbest=nbest)
     else:
         print(job.transcripts_text(found, nbest=nbest))
-    written = f"; written to {output_filename}" if output_filename else ""
-    print(job.summary(found, written=written), file=sys.stderr)
+    print(job.summary(found, written=f"; written to {output}" if output else ""), file=sys.stderr)
     return 1 if found.failures else 0
 
 
 def evaluate(
-    models: tuple[str, ...] = (),
+    models: Annotated[tuple[str, ...], Parameter(name=("--models", *Models.name))] = (),
     *,
-    manifest: str | None = None,
+    manifest: Annotated[str | None, Manifest] = None,
     predictions: tuple[str, ...] = (),
     head: HeadName = "auto",
-    batch_size: int = 16,
-    cuda: Cuda = None,
-    oracle: int = 0,
+    batch_size: PositiveInt = 16,
+    device: Device = "auto",
+    oracle: NonNegativeInt = 0,
     scoring: ScoringFlags = ScoringFlags(),
     b_wer: bool | str = False,
     json: JsonFile = None,
@@ -155,7 +218,7 @@ def evaluate(
         predictions: JSON Lines with audio_filepath and pred_text
         head: head of a hybrid model
         batch_size: utterances per batch of the recogniser
-        cuda: number of the GPU
+        device: where the models run
         oracle: also the oracle WER of each model's N-best; the value is its beam size
         scoring: how transcripts are scored
         b_wer: also B-WER; the value is the manifest key of each utterance's word list (entities if left out)
@@ -168,14 +231,15 @@ def evaluate(
 
     for path in filter(None, (json, report)):
         check_writable(path)
+    place = _device(device) if models else "cpu"
     found = job.evaluate(
         models,
         manifest,
         predictions=predictions,
-        head=head,
+        head=head_of(head),
         batch_size=batch_size,
         oracle=oracle,
-        device=_device(cuda) if models else "cpu",
+        device=place,
         bias_key="entities" if b_wer is True else b_wer or None,
         **vars(scoring),
     )
@@ -190,7 +254,7 @@ def evaluate(
     return 0
 
 
-def report(run_dir: str, *, output: str | None = None, no_audio: NoAudio = False) -> int:
+def report(run_dir: str, *, output: Annotated[str | None, Output] = None, no_audio: NoAudio = False) -> int:
     """Writes the report of a run again.
 
     Args:
@@ -224,8 +288,8 @@ def export(
     *,
     base: str | None = None,
     interpolation: float = 1.0,
-    output: str | None = None,
-    manifest: str | None = None,
+    output: Annotated[str | None, Output] = None,
+    manifest: Annotated[str | None, Manifest] = None,
     push_to_hub: str | None = None,
 ) -> int:
     """Turns a training checkpoint, or the average of several, into a plain .nemo.
@@ -252,23 +316,27 @@ def export(
 
 
 # In the order in which a user meets them.
-COMMANDS = (prepare, score, transcribe, evaluate, report, runs, export)
+COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
 
 
-def _device(number: int | None) -> str:
-    """The device of the flag ``--cuda``: a GPU by its number, −1 the CPU, None GPU 0 if there is one.
+def _device(given: str) -> str:
+    """The device that the flag ``--device`` names, as torch has it.
 
     Raises:
         ConfigError: there is no such GPU.
     """
+    name = device_name(given)
+    if name == "cpu":
+        return name
     import torch
 
     count = torch.cuda.device_count()
-    if number is None:
-        number = 0 if count else -1
+    if name == "auto":
+        return "cuda:0" if count else "cpu"
+    number = int(name[5:] or 0)
     if number >= count:
-        raise ConfigError(f"--cuda {number}: {count} GPU(s) here; give a smaller number, or -1 for the CPU.")
-    return f"cuda:{number}" if number >= 0 else "cpu"
+        raise ConfigError(f"--device {given}: {count} GPU(s) here; give cuda:N with a smaller number, or cpu.")
+    return f"cuda:{number}"
 
 
 def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
@@ -282,7 +350,6 @@ def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
         "boosted": choice.boosted,
         "boosting_weight": choice.boosting_weight,
         "term_swap": choice.term_swap,
-        "llm.quantization": choice.quantization,
         "context.required": False if choice.no_context else None,
     }
     given = choice.judge.settings() | {key: value for key, value in flags.items() if value is not None}

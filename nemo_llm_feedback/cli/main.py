@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,18 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 
 from nemo_llm_feedback.cli.commands import COMMANDS
-from nemo_llm_feedback.core.console import be_verbose, quiet
-from nemo_llm_feedback.core.errors import FeedbackError
+from nemo_llm_feedback.cli.options import KEYS, NEMO_NAMES, in_flags
+from nemo_llm_feedback.core.console import be_verbose
+from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
 from nemo_llm_feedback.core.version import __version__
+
+_SETTING = re.compile(r"[+~]{0,2}[A-Za-z_][\w.@/]*=|~[A-Za-z_]")
+# Hydra's flags that stand for one of ours.
+_HYDRA = {"-cn": "--config-name", "-cd": "--config-dir", "-cp": "--config-dir", "--config-path": "--config-dir"}
+_MULTIRUN = (
+    "Hydra's multirun is not here: runs=3 trains with three seeds and exports the mean of their weights; for another "
+    "sweep write a loop in the shell, as each value is a run of its own that goes on when it is interrupted."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,21 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 after an error of the user's input, which is printed without a traceback; 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--verbose" in arguments:
-        arguments.remove("--verbose")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--verbose" in given:
+        given.remove("--verbose")
         be_verbose()
-    if arguments == ["adapt"]:
-        arguments.append("--help")
+    command = given[0] if given else ""
     try:
-        return int(_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+        words = [command, *_adapt_words(given[1:])] if command == "adapt" else _flag_words(given)
+        return int(_app()(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except CycloptsError as error:
         from nemo_llm_feedback.core.config.renames import renamed
 
-        renames = [now for word in arguments if (now := renamed(word.partition("=")[0]))]
+        renames = [now for word in given if (now := renamed(word.partition("=")[0]))]
         print(f"error: {' '.join(renames) or error}", file=sys.stderr)
     except FeedbackError as error:
-        print(f"error: {error}", file=sys.stderr)
+        flags = {key: f"--{name.replace('_', '-')}" for name, key in KEYS.items()}
+        if command == "adapt":  # it takes keys, too: flags are named where they were given
+            flags = {key: flag for key, flag in flags.items() if any(word.split("=")[0] == flag for word in given)}
+        print(f"error: {in_flags(str(error), flags)}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 1
@@ -52,9 +65,9 @@ def _app() -> App:
         help_format="plaintext",
         default_parameter=Parameter(consume_multiple=True, negative=(), show_default=_shown),
     )
-    app.command(_adapt, name="adapt", usage="Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]")
     for command in COMMANDS:
-        app.command(command, name=command.__name__)
+        usage = "Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]" if command.__name__ == "adapt" else None
+        app.command(command, name=command.__name__, usage=usage)
     return app
 
 
@@ -63,51 +76,40 @@ def _shown(default: object) -> Any:
     return None if default is None or default is False or default in ((), "") else str(default)
 
 
-def _adapt(
-    *overrides: str, config_name: str = "adapt", config_dir: str | None = None, show_config: bool = False
-) -> int:
-    """Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
+def _adapt_words(words: Sequence[str]) -> list[str]:
+    """The arguments of ``adapt``: settings first, which flags with several values would take; Hydra's flags as ours.
 
-    Writes a plain .nemo. NeMo's sections keep NeMo's keys. What every run needs:
-
-      init_from_nemo_model=FILE.nemo     or init_from_pretrained_model=NAME
-      model.train_ds.manifest_filepath=M.json    rows without text: from feedback
-      context.description="an order at a coffee shop" context.terms_file=menu.json
-      llm.model=Qwen/Qwen2.5-7B-Instruct    folder, hub id or GGUF file of a causal LM
-
-    Often used:
-
-      model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
-      objective=distill|mwer|grpo|dpo|reinforce|self_training
-      llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
-      model.optim.lr=1e-5    model.train_ds.use_lhotse=true
-      feedback.use_text=false    output=adapted.nemo
-
-    Every key with its default: --show-config; keys explained: nemo_llm_feedback/core/config/
-
-    Args:
-        overrides: settings, KEY=VALUE
-        config_name: configuration to start from
-        config_dir: folder of your configurations, searched first
-        show_config: print the composed configuration and stop
+    Raises:
+        ConfigError: a flag of Hydra's that has no counterpart.
     """
-    from nemo_llm_feedback.core.config.compose import compose_config
+    if not words:
+        return ["--help"]
+    if "-m" in words or "--multirun" in words:
+        raise ConfigError(_MULTIRUN)
+    settings: list[str] = []
+    flags: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before in ("-c", "--cfg"):
+            if word != "job":
+                raise ConfigError(f"{before} {word}: Hydra's settings play no part; --cfg job, or --show-config.")
+            flags[-1] = "--show-config"
+        elif _SETTING.match(word) and (not before.startswith("-") or before == "--show-config"):
+            settings.append(word)
+        else:
+            flags.append(_HYDRA.get(word, word))
+    return [*settings, *flags]
 
-    cfg = compose_config(overrides, config_name=config_name, config_dir=config_dir)
-    if show_config:
-        from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(cfg))
-        return 0
-    with quiet(verbose=bool(cfg.verbose)):
-        from nemo.utils.get_rank import is_global_rank_zero
-
-        from nemo_llm_feedback.cli.jobs.adapt import adapt, summary
-
-        result = adapt(cfg)
-    if is_global_rank_zero():
-        print(summary(result))
-    return 0
+def _flag_words(words: Sequence[str]) -> list[str]:
+    """The arguments of another command, with NeMo's ``model_path=FILE`` as ``--model=FILE``."""
+    found: list[str] = []
+    flag = ""
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("-") else flag
+        name, equals, value = word.partition("=")
+        known = equals and name in NEMO_NAMES and flag != "--set"
+        found.append(f"--{NEMO_NAMES[name]}={value}" if known else word)
+    return found
 
 
 if __name__ == "__main__":

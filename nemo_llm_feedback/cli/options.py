@@ -1,4 +1,7 @@
-"""Groups of flags that commands share: dataclasses whose fields are flags and whose docstrings are their help.
+"""The flags of all commands: what each is called, which key of the settings it sets, and the groups that are shared.
+
+A group is a dataclass whose fields are flags and whose docstring is their help. A field that sets a key has the same
+name in every command (``KEYS``); NeMo's names from its example scripts are taken, too (``NEMO_NAMES``).
 
 Seconds of wall time for ``score --help`` on two CPU cores: cyclopts 0.17 (argparse by hand: 0.05); for a command with
 ten flags cyclopts 0.12, simple-parsing 0.09, jsonargparse 0.14, tyro 0.15, pydantic-settings 0.17. cyclopts takes
@@ -7,13 +10,61 @@ nested dataclasses, lists without brackets and flags with an optional value; its
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt
 
-HeadName = Literal["auto", "ctc", "transducer"]
-Cuda = Annotated[int | None, Parameter(help="number of the GPU, -1 = CPU; default: GPU 0 if there is one")]
+from nemo_llm_feedback.core.errors import ConfigError
+
+# Field of an option group → the key that it sets.
+KEYS = {
+    "manifest": "model.train_ds.manifest_filepath",
+    "validation": "model.validation_ds.manifest_filepath",
+    "output": "output",
+    "max_steps": "trainer.max_steps",
+    "seed": "seed",
+    "runs": "runs",
+    "resume": "resume",
+    "head": "feedback.heads",
+    "samples": "proposals.samples",
+    "cache": "reward.cache",
+    "llm": "llm.model",
+    "quantization": "llm.quantization",
+    "description": "context.description",
+    "terms": "context.terms",
+    "terms_file": "context.terms_file",
+    "alpha": "reward.alpha",
+    "beta": "reward.beta",
+}
+# NeMo's name → our flag; of ``adapt`` the key that ``compose_config`` takes it for.
+NEMO_NAMES = {
+    "model_path": "model",
+    "pretrained_name": "model",
+    "audio_dir": "audio",
+    "dataset_manifest": "manifest",
+    "output_filename": "output",
+    "decoder_type": "head",
+    "cuda": "device",
+    "batch_size": "batch-size",
+    "timestamps": "timestamps",
+    "audio_type": "audio-type",
+}
+HeadName = Annotated[
+    Literal["auto", "ctc", "transducer", "rnnt"],
+    Parameter(name=("--head", "--decoder-type"), help="head of a hybrid model; rnnt = transducer"),
+]
+Device = Annotated[
+    str,
+    Parameter(name=("--device", "--cuda"), help="auto (a GPU if there is one), cpu, cuda, cuda:1; or NeMo's number"),
+]
+Manifest = Parameter(name=("--manifest", "--dataset-manifest"))
+Output = Parameter(name=("--output", "--output-filename", "--out"))
+Models = Parameter(name=("--model", "--model-path", "--pretrained-name"))
 TermsFile = Annotated[
     str | None, Parameter(help="terms that may occur: one per line, a JSON list, or a JSON object of lists")
 ]
@@ -22,38 +73,148 @@ JsonFile = Annotated[str | None, Parameter(help="write everything here too, as J
 NoAudio = Annotated[bool, Parameter(help="no audio in the page, for private data")]
 
 
+def device_name(given: str) -> str:
+    """The device of the flag ``--device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a number is NeMo's, −1 the CPU.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    name = {"-1": "cpu", "gpu": "cuda"}.get(given, f"cuda:{given}" if given.isdecimal() else given)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device {given}: give auto, cpu, cuda or cuda:N with the number of a GPU.")
+    return name
+
+
+def head_of(given: str) -> str:
+    """The head of the flag ``--head``, whose ``rnnt`` is NeMo's name of a transducer."""
+    return "transducer" if given == "rnnt" else given
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """An error's text with flags in the place of the keys that they set.
+
+    Args:
+        message: names keys, e.g. ``llm.model is missing`` or ``reward.alpha=2``.
+        flags: key → flag, of the flags that the command has.
+    """
+    for key, flag in flags.items():
+        named = rf"(?<![\w.-]){re.escape(key)}(?!\w|\.\w)"
+        named += "" if "." in key else "(?==| must )"  # `output` and `seed` are words, too
+        # What is said of an unknown key stays: it came as a key.
+        lines = [
+            line if "unknown key" in line else re.sub(named, flag, re.sub(rf"{named}=(?=\S)", f"{flag} ", line))
+            for line in message.split("\n")
+        ]
+        message = "\n".join(lines)
+    return message
+
+
+class Options:
+    """A group of flags."""
+
+    def settings(self) -> dict[str, Any]:
+        """The keys of the settings that the given flags set, those of nested groups as well."""
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Options):
+                found |= value.settings()
+            elif name in KEYS and value is not None and value != ():
+                found[KEYS[name]] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
-class JudgeOptions:
+class JudgeOptions(Options):
     """What judges hypotheses; None leaves the value of the configuration.
 
     Attributes:
         llm: folder, hub id or GGUF file of the causal LM
+        quantization: quantisation of the LLM
         description: completes 'a transcript of …', e.g. 'an order at a coffee shop'
+        terms: terms that may occur
         terms_file: terms that may occur: one per line, or JSON
-        alpha: weight of the LLM (reward.alpha)
-        beta: bonus per word, in nats (reward.beta)
+        alpha: weight of the LLM; default: measured, so that its scores spread twice as far as the recogniser's
+        beta: bonus per word, in nats; default: 2·alpha
         overrides: settings as `adapt` takes them, e.g. reward=entity reward.settings.weight=3
     """
 
     _: KW_ONLY
     llm: str | None = None
+    quantization: Literal["nf4", "int8", "none"] | None = None
     description: str | None = None
+    terms: tuple[str, ...] = ()
     terms_file: TermsFile = None
     alpha: float | None = None
     beta: float | None = None
     overrides: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
 
-    def settings(self) -> dict[str, Any]:
-        """The flags that are given, as keys of the configuration; without ``overrides``."""
-        flags = {
-            "llm.model": self.llm,
-            "context.description": self.description,
-            "context.terms_file": self.terms_file,
-            "reward.alpha": self.alpha,
-            "reward.beta": self.beta,
-        }
-        return {key: value for key, value in flags.items() if value is not None}
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class AdaptOptions(Options):
+    """The settings of `adapt` that are given most often; every other one, and these too, as KEY=VALUE.
+
+    Attributes:
+        base: .nemo file or pretrained name
+        manifest: NeMo manifests; rows without text are learned from feedback
+        validation: labelled manifests, scored before and after
+        output: the adapted .nemo; default: in the run's folder
+        objective: distill, mwer, grpo, dpo, reinforce or self_training
+        max_steps: optimizer steps
+        samples: hypotheses that are sampled from the model
+        head: head of a hybrid that learns
+        device: where it is trained
+        seed: seed of the run, or of the first one
+        runs: 3: three runs, and the mean of their weights
+        resume: auto goes on with an unfinished run of the same settings
+    """
+
+    _: KW_ONLY
+    base: Annotated[str | None, Parameter(name=("--base", "--model", "--model-path", "--pretrained-name"))] = None
+    manifest: Annotated[tuple[str, ...], Manifest] = ()
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    validation: tuple[str, ...] = ()
+    output: Annotated[str | None, Output] = None
+    objective: str | None = None
+    max_steps: int | None = None
+    samples: int | None = None
+    head: HeadName | None = None
+    device: Device | None = None
+    seed: int | None = None
+    runs: int | None = None
+    resume: Literal["auto", "never"] | None = None
+
+    def compose(self, overrides: Sequence[str] = (), **files: Any) -> Any:
+        """The configuration of the run: the flags win over the overrides.
+
+        Args:
+            overrides: further settings, ``KEY=VALUE``.
+            files: ``config_name`` and ``config_dir`` of ``compose_config``.
+
+        Raises:
+            ConfigError: settings that cannot be used.
+        """
+        from omegaconf import OmegaConf
+
+        from nemo_llm_feedback.core.config.compose import compose_config
+
+        flags = self.settings()
+        for key in (KEYS["manifest"], KEYS["validation"]):
+            if len(flags.get(key, ())) == 1:
+                flags[key] = flags[key][0]
+        if self.base is not None:
+            flags["init_from_nemo_model" if self.base.endswith(".nemo") else "init_from_pretrained_model"] = self.base
+        if self.head is not None:
+            flags[KEYS["head"]] = head_of(self.head)
+        groups = [f"objective={self.objective}"] if self.objective else []
+        if self.device is not None and (device := device_name(self.device)) != "auto":
+            groups.append("trainer=cpu" if device == "cpu" else "trainer=gpu")
+            flags |= {"llm.device": device} | ({"trainer.devices": [int(device[5:])]} if ":" in device else {})
+        cfg = compose_config([*groups, *self.judge.overrides, *overrides], **files)
+        for key, value in flags.items():
+            OmegaConf.update(cfg, key, value)
+        return cfg
 
 
 @Parameter(name="*", group=_RESCORING)
@@ -64,7 +225,6 @@ class RescoringFlags:
     Attributes:
         rescore: choose among the N-best with an LLM
         rescoring: settings as YAML (conf/rescoring.yaml); flags win
-        quantization: quantisation of the LLM
         no_context: allow utterances without any context
         beam_size: hypotheses of the first pass
         boosted: more hypotheses from a beam boosted on the terms
@@ -75,7 +235,6 @@ class RescoringFlags:
     _: KW_ONLY
     rescore: bool = False
     rescoring: str | None = None
-    quantization: Literal["nf4", "int8", "none"] | None = None
     no_context: bool = False
     beam_size: int | None = None
     boosted: int | None = None
@@ -108,31 +267,33 @@ class ScoringFlags:
     entities_key: str = "entities"
     missing_entities: Literal["error", "skip"] = "error"
     group_by: tuple[str, ...] = ()
-    samples: int = 2000
-    seed: int = 0
+    samples: Annotated[PositiveInt, Parameter(name="--resamples")] = 2000
+    seed: NonNegativeInt = 0
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class ProbeOptions:
+class ProbeOptions(Options):
     """N-best lists with their rewards, of rows of a manifest.
 
     Attributes:
-        checkpoint: .nemo file or pretrained name
+        model: .nemo file or pretrained name
         manifest: NeMo manifest, with text or without
         utterances: rows that are taken, spread evenly over the manifest; 0 = all
-        head: head of a hybrid model
+        samples: hypotheses that are sampled from the model
         batch_size: utterances per batch of the recogniser
         cache: file or folder of LLM scores: those of earlier runs are read, new ones added
     """
 
-    checkpoint: str
+    model: Annotated[str, Models]
     _: KW_ONLY
-    manifest: str
-    utterances: int = 10
+    manifest: Annotated[str, Manifest]
+    utterances: NonNegativeInt = 10
     judge: JudgeOptions = field(default_factory=JudgeOptions)
+    samples: NonNegativeInt | None = None
     head: HeadName | None = None
-    batch_size: int = 16
+    device: Device = "auto"
+    batch_size: PositiveInt = 16
     cache: str | None = None
 
 
@@ -158,7 +319,7 @@ class Segmenting:
 
     def validate(self) -> list[str]:
         """Returns every fault as a sentence."""
-        faults = []
+        faults = [f"--{k.replace('_', '-')} {v}: not a number." for k, v in vars(self).items() if not math.isfinite(v)]
         if not 0 < self.min_duration < self.max_duration:
             faults.append(
                 f"--min-duration and --max-duration must be 0 < min < max, got {self.min_duration} and "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.cli.options import in_flags
 
 HEAVY = ("torch", "nemo", "transformers", "hydra", "omegaconf", "lightning", "numpy", "pydantic")
 
@@ -44,6 +48,28 @@ assert not loaded, loaded
         (["adapt", "--show-conf"], "Did you mean --show-config?"),
         (["adapt", "init_from_nemo_model=/absent.nemo", "llm.model=a/b", "context.description=x"], "no such file"),
         (["adapt", "llm.model=a/b", "context.description=x"], "exactly one of init_from_nemo_model"),
+        (["adapt", "-m", "seed=1,2,3"], "runs=3 trains with three seeds"),
+        (["adapt", "--cfg", "hydra"], "--cfg job, or --show-config"),
+        (["adapt", "objectve=mwer"], "did you mean objective?"),
+        (["adapt", "--objectve", "mwer"], "Did you mean --objective?"),
+        (["adapt", "trainer.max_step=10"], "did you mean trainer.max_steps?"),
+        (["adapt", "--seed", "-1", "llm.model=a/b", "context.description=x"], "--seed must be ≥ 0, got -1"),
+        (["adapt", "--description", "x", "llm.model="], "llm.model is missing"),
+        (["adapt", "--description", "x", "--llm", ""], "--llm is missing"),
+        (["adapt", "--device", "tpu"], "give auto, cpu, cuda or cuda:N"),
+        (["adapt", "--runs", "0", "llm.model=a/b", "--description", "x"], "--runs must be > 0"),
+        (["score", "a.nemo", "--manifest", "m.json"], "--llm is missing"),
+        (["score", "model_path=a.nemo", "dataset_manifest=m.json", "--llm", "x"], "--description"),
+        (["score", "a.nemo", "--manifest", "m.json", "--llm", "x", "--terms-file", "/no"], "--terms-file /no cannot"),
+        (
+            ["score", "a.nemo", "--manifest", "m.json", "--llm", "x", "--alpha", "nan"],
+            "--alpha must be a finite number",
+        ),
+        (["score", "a.nemo", "--manifest", "m.json", "--llm", "x", "--utterances", "-1"], "Must be >= 0"),
+        (["transcribe", "model_path=a.nemo", "audio_dir=/absent", "batch_size=0"], "Must be > 0"),
+        (["evaluate", "a.nemo", "--manifest", "m.json", "--samples", "9"], "--samples is now --resamples"),
+        (["evaluate", "a.nemo", "--manifest", "m.json", "--oracle", "-1"], "Must be >= 0"),
+        (["prepare", "/absent", "--out", "m.json", "--padding", "nan"], "--padding nan: not a number"),
         (["adapt", "objective.tau=1"], "unknown key objective.tau"),
         (["export", "/absent.ckpt"], "no such file"),
         (["export", __file__], "cannot be read as a Lightning checkpoint"),
@@ -57,3 +83,54 @@ def test_errors_name_the_fix_and_show_no_traceback(
     captured = capsys.readouterr()
     assert words in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_flags_and_keys_compose_the_same_run() -> None:
+    keys = [
+        *("init_from_nemo_model=b.nemo", "model.train_ds.manifest_filepath=m.json", "context.terms_file=t.json"),
+        *("llm.model=q", "context.description=an order", "objective=mwer", "trainer.max_steps=7", "output=o.nemo"),
+        *("trainer=cpu", "llm.device=cpu", "feedback.heads=transducer", "proposals.samples=4", "seed=3", "runs=2"),
+        *("reward.alpha=1.5", "llm.quantization=none", "resume=never", "model.optim.lr=1e-4"),
+    ]
+    flags = ["--base", "b.nemo", "--manifest", "m.json", "model.optim.lr=1e-4", "--terms-file", "t.json", "--llm", "q"]
+    flags += ["--description", "an order", "--objective", "mwer", "--max-steps", "7", "--output", "o.nemo", "--device"]
+    flags += ["cpu", "--head", "rnnt", "--samples", "4", "--seed", "3", "--runs", "2", "--alpha", "1.5"]
+    flags += ["--quantization", "none", "--resume", "never"]
+    nemos = ["model_path=b.nemo", "dataset_manifest=m.json", "output_filename=o.nemo", *keys[2:7], *keys[8:]]
+
+    def shown(words: list[str]) -> str:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(["adapt", *words, "--cfg", "job"]) == 0
+        return out.getvalue()
+
+    assert shown(flags) == shown(keys) == shown(nemos)
+
+
+def test_terms_and_manifests_may_be_several_before_a_setting() -> None:
+    words = [
+        "--terms",
+        "latte",
+        "soy milk",
+        "seed=3",
+        "--manifest",
+        "a.json",
+        "b.json",
+        "trainer=cpu",
+        "--show-config",
+    ]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["adapt", *words]) == 0
+    cfg = yaml.safe_load(out.getvalue())
+    assert cfg["context"]["terms"] == ["latte", "soy milk"]
+    assert cfg["model"]["train_ds"]["manifest_filepath"] == ["a.json", "b.json"]
+    assert (cfg["seed"], cfg["trainer"]["accelerator"]) == (3, "cpu")
+
+
+def test_an_error_names_flags_in_the_place_of_keys() -> None:
+    flags = {"llm.model": "--llm", "reward.alpha": "--alpha", "output": "--output"}
+    said = "llm.model is missing: set reward.alpha=2, or reward.alphas; xllm.model, llm.model.x and the output stay."
+    want = "--llm is missing: set --alpha 2, or reward.alphas; xllm.model, llm.model.x and the output stay."
+    assert in_flags(said, flags) == want
+    assert in_flags("unknown key reward.alpah; did you mean reward.alpha?", flags).endswith("reward.alpha?")

@@ -96,7 +96,7 @@ def test_the_normalisation_can_be_switched_off(tmp_path: Path) -> None:
 
 def test_predictions_hold_their_own_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [predictions(tmp_path / "base.json", BASE), predictions(tmp_path / "better.json", BETTER)]
-    assert main(["evaluate", "--predictions", *files, "--samples", "50", "--json", str(tmp_path / "n.json")]) == 0
+    assert main(["evaluate", "--predictions", *files, "--resamples", "50", "--json", str(tmp_path / "n.json")]) == 0
     assert "better" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["systems"]["base"]["wer"]["value"] == pytest.approx(200 / 9)
 

@@ -23,6 +23,7 @@ def make_run(folder: Path, *, lr: float, steps: int, started: str, result: dict[
     settings = {
         "model": {"optim": {"lr": lr}, "train_ds": {"manifest_filepath": "pool.json"}},
         "trainer": {"max_steps": 10},
+        "objective": {"name": "distill"},
         "exp_manager": {"exp_dir": str(folder)},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
@@ -37,22 +38,27 @@ def make_run(folder: Path, *, lr: float, steps: int, started: str, result: dict[
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     scores = {"before": {"dev": {"wer": 20.0, "cer": 5.0}}, "after": {"dev": {"wer": 15.5}}, "nemo": "a.nemo"}
+    scores |= {"learning_rate": 3e-4, "alpha": 1.4, "gain": 0.7, "kept_step": 8}
     make_run(tmp_path / "b" / "version_0", lr=1e-4, steps=10, started="2026-01-02", result=scores)
     make_run(tmp_path / "a" / "version_1", lr=1e-3, steps=4, started="2026-01-03")
     return tmp_path
 
 
-def test_runs_show_what_differs_and_what_they_gave(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_fit_a_terminal_and_show_what_they_took_and_gave(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(runs)]) == 0
-    head, rule, first, second, hint = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["run", "state", "steps"]
-    assert head.endswith("model.optim.lr")
+    head, rule, first, second, *details, hint = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "objective", "rate", "alpha", "gain", "kept", "step", "state"]
     assert set(rule) == {"-", " "}
-    assert "manifest" not in head
-    assert "exp_dir" not in head
-    assert first.split() == ["b/version_0", "finished", "10/10", "+1.00", "20.00", "→", "15.50", "0.0001"]
-    assert second.split() == ["a/version_1", "interrupted", "4/10", "+0.40", "0.001"]
+    assert first.split() == ["b/version_0", "distill", "0.0003", "1.4", "+0.70", "8/10", "finished"]
+    assert second.split() == ["a/version_1", "distill", "0.001", "+0.40", "4/10", "interrupted"]
+    assert details == [
+        "b/version_0: dev wer 20.00 → 15.50, model.optim.lr=0.0001",
+        "a/version_1: model.optim.lr=0.001",
+    ]
     assert "command is given again" in hint
+    make_run(runs / "a_very_long_name_of_a_folder" / "version_7", lr=1e-3, steps=4, started="2026-01-04")
+    assert main(["runs", str(runs)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_runs_as_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,7 @@ def test_faults_are_told_before_any_work(flags, manifest, tmp_path, capsys):
     assert main(["score", str(tmp_path / "no.nemo"), *flags[1:]]) == 1
     assert "no.nemo" in capsys.readouterr().err
     assert main(["score", flags[0], "--manifest", str(manifest), "--description", "x"]) == 1
-    assert "llm.model is missing" in capsys.readouterr().err
+    assert "--llm is missing" in capsys.readouterr().err
     assert main(["score", *flags, "reward.alhpa=1"]) == 1
     assert "reward.alpha" in capsys.readouterr().err
     assert main(["score", *flags, "llm.quantization=none", "--compare-quantization", "none"]) == 1

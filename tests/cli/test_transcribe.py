@@ -100,6 +100,32 @@ def test_the_reward_of_a_run_rescores_by_the_same_overrides(nemo_file: Any, tiny
         assert m["score"] == pytest.approx(m["asr"] + 0.5 * m["entity"] + 1.5 * m["length"], abs=2e-3)
 
 
+def test_rescoring_uses_the_weights_that_score_and_adapt_take_from_the_same_rows(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "m.json", ["a latte", "tea", "one mocha"])
+    (tmp_path / "wav" / "broken.wav").write_bytes(b"no audio at all")
+    broken = {"audio_filepath": str(tmp_path / "wav" / "broken.wav"), "duration": 1.0}
+    with_broken = tmp_path / "broken.json"
+    with_broken.write_text(manifest.read_text() + json.dumps(broken) + "\n")
+    judge = ["--llm", str(tiny_llm), "--description", "an order", "--terms", "latte", "mocha"]
+    base, out = str(nemo_file("ctc_bpe")), tmp_path / "out.json"
+    assert main(["score", base, "--manifest", str(manifest), *judge, "--json", str(out)]) == 0
+    weights = json.loads(out.read_text())["weights"]
+    assert weights["origin"] == "spread"
+    capsys.readouterr()
+    command = ["transcribe", base, "--manifest", str(with_broken), "--rescore", *judge, "--nbest", "3"]
+    assert main([*command, "--output", str(out)]) == 1  # the broken row fails alone
+    said = f"weights: reward.alpha={weights['alpha']:g} reward.beta={weights['beta']:g}, by the spread of these rows"
+    assert said in capsys.readouterr().err
+    members = [member for line in read(out) for member in line["nbest"]]
+    for m in members:
+        whole = m["asr"] + weights["alpha"] * m["llm"] + weights["beta"] * m["length"]
+        assert m["score"] == pytest.approx(whole, abs=2e-3)
+    assert main([*command, "--alpha", "0.5"]) == 1
+    assert "weights: reward.alpha=0.5 reward.beta=1, as set" in capsys.readouterr().err
+
+
 def test_files_that_fail_are_listed_and_do_not_lose_the_others(
     nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +179,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         (["/absent.wav"], "no such file or folder"),
         (["{folder}"], "no audio in this folder"),
         (["{wav}", "--alpha", "1"], "without --rescore"),
-        (["{wav}", "--rescore"], "llm.model is missing"),
+        (["{wav}", "--rescore"], "--llm is missing"),
         (["{wav}", "--rescore", "--llm", "x"], "no context"),
         (["{wav}", "--rescore", "--llm", "/absent", "--description", "x"], "/absent"),
         (["{wav}", "--rescoring", "/absent.yaml"], "cannot be read as YAML"),
@@ -176,7 +202,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         ),
         (["{wav}", "--batch-size", "0"], "--batch-size"),
         (["{wav}", "--decoder-type", "ctc"], "for hybrid models"),
-        (["{wav}", "--cuda", "99"], "give a smaller number"),
+        (["{wav}", "--cuda", "99"], "with a smaller number"),
     ],
 )
 def test_wrong_input_is_told_with_its_fix(

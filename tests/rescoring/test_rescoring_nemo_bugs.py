@@ -243,14 +243,11 @@ def test_the_settings_shown_are_the_defaults() -> None:
 
     import yaml
 
-    from nemo_llm_feedback.core.config import RewardConfig
     from nemo_llm_feedback.core.config.compose import conf_dir
     from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 
     shown = yaml.safe_load(Path(conf_dir() / "rescoring.yaml").read_text(encoding="utf-8"))
     defaults = dataclasses.asdict(dataclasses.replace(RescoringConfig(), llm=None))
-    # Rescoring has no pool to set them by.
-    defaults["reward"]["alpha"], defaults["reward"]["beta"] = RewardConfig().weights
     for key, value in shown.items():
         if key == "llm":
             continue

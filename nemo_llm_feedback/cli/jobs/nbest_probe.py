@@ -11,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
-from nemo_llm_feedback.cli.options import ProbeOptions
+from nemo_llm_feedback.cli.options import KEYS, ProbeOptions, device_name, head_of
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.console import progress
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
@@ -47,7 +47,7 @@ class NBestProbe:
     def __init__(self, options: ProbeOptions) -> None:
         self.config = config = _config(options)
         check_judges(config, None)
-        self._checkpoint = locate(options.checkpoint)
+        self._checkpoint, self._device = locate(options.model), device_name(options.device)
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
         all_rows = read_manifest(options.manifest)
         self.total, self.rows = len(all_rows), spread(all_rows, options.utterances)
@@ -66,9 +66,11 @@ class NBestProbe:
 
     @functools.cached_property
     def model(self) -> Any:
-        """The recogniser, on the GPU if there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return restore(self._checkpoint, map_location=device).eval()
+        """The recogniser, on its device."""
+        name = self._device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return restore(self._checkpoint, map_location=torch.device(name)).eval()
 
     def nbest(self) -> NBestBatch:
         """The N-best of every row, in the rows' order, judged by the reward."""
@@ -120,14 +122,9 @@ def greedy_members(nbest: NBestBatch) -> list[int]:
 
 
 def _config(options: ProbeOptions) -> RunConfig:
-    if options.utterances < 0 or options.batch_size < 1:
-        raise ConfigError(
-            f"--utterances must be ≥ 0 and --batch-size ≥ 1, got {options.utterances} and {options.batch_size}."
-        )
     cfg = compose_config(options.judge.overrides)
-    beside = {"reward.cache": options.cache, "feedback.heads": options.head}
-    for key, value in (options.judge.settings() | beside).items():
-        if value is not None:
-            OmegaConf.update(cfg, key, value)
-    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    return parse_run_config(tree)
+    device = device_name(options.device)
+    given = options.settings() | ({} if device == "auto" else {"llm.device": device})
+    for key, value in given.items():
+        OmegaConf.update(cfg, key, head_of(value) if key == KEYS["head"] else value)
+    return parse_run_config(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,28 @@ class Run:
     Attributes:
         folder: relative to the folder asked for.
         state: ``finished``, ``running`` or ``interrupted``.
+        objective: name of the objective.
+        learning_rate: peak of the run; so far where it has not finished.
+        alpha: weight of the LLM; None where it is not known or there is none.
+        gain: held-out gain in reward of the kept weights, so far the largest; None where none was measured.
+        kept_step: the step whose weights were exported.
         steps: optimizer steps taken.
         max_steps: asked for.
         attempts: number of starts.
         started: time of the first start, UTC.
         settings: key → value of those that differ between the runs.
         before, after: validation set → score → per cent.
-        held_out_gain: the largest gain in reward on held-out utterances; None where none were measured.
         ended: why it ended early; empty if it did not.
         nemo: the adapted checkpoint; None without.
     """
 
     folder: str
     state: str
+    objective: str
+    learning_rate: float | None
+    alpha: float | None
+    gain: float | None
+    kept_step: int | None
     steps: int
     max_steps: int | None
     attempts: int
@@ -45,7 +55,6 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    held_out_gain: float | None = None
     ended: str = ""
     nemo: str | None = None
 
@@ -75,22 +84,25 @@ def list_runs(folder: str | Path) -> list[Run]:
 
 
 def runs_text(runs: list[Run]) -> str:
-    """The runs as text: a line per run, with the settings that differ."""
-    measured = {(name, score) for run in runs for name, scores in run.before.items() for score in scores}
-    sets = dict.fromkeys(name for run in runs for name in (*run.before, *run.after))
-    columns: dict[str, list[Any]] = {
-        "run": [run.folder for run in runs],
-        "state": [run.state for run in runs],
-        "steps": [f"{run.steps}/{run.max_steps}" if run.max_steps else str(run.steps) for run in runs],
-    }
-    if any(run.held_out_gain is not None for run in runs):
-        columns["held-out gain"] = [None if run.held_out_gain is None else f"{run.held_out_gain:+.2f}" for run in runs]
-    for name, score in ((name, score) for name in sets for score in _SCORES if (name, score) in measured):
-        columns[f"{name} {score} %"] = [_change(run, name, score) for run in runs]
-    for key in dict.fromkeys(key for run in runs for key in run.settings):
-        columns[key] = [_short(run.settings.get(key)) for run in runs]
-    lines = [Table(list(columns), list(zip(*columns.values(), strict=True))).to_text()]
-    lines += [f"{run.folder} ended early: {run.ended}" for run in runs if run.ended]
+    """The runs as text of 80 columns: a line per run, and below it scores and the settings that differ."""
+    rows = [
+        [
+            _short(run.folder, 22),
+            run.objective,
+            *(None if value is None else f"{value:.3g}" for value in (run.learning_rate, run.alpha)),
+            None if run.gain is None else f"{run.gain:+.2f}",
+            _kept(run),
+            run.state,
+        ]
+        for run in runs
+    ]
+    lines = [Table(["run", "objective", "rate", "alpha", "gain", "kept step", "state"], rows).to_text()]
+    for run in runs:
+        facts = [f"{name} {score} {_change(run, name, score)}" for name in run.before for score in _SCORES]
+        facts = [fact for fact in facts if not fact.endswith(" ")]
+        facts += [f"{key}={_short(value, 40)}" for key, value in run.settings.items()]
+        facts += [f"ended early: {run.ended}"] if run.ended else []
+        lines += textwrap.wrap(f"{run.folder}: {', '.join(facts)}", 80, subsequent_indent="  ") if facts else []
     if any(run.state == "interrupted" for run in runs):
         lines.append("an interrupted run goes on when its command is given again")
     return "\n".join(lines)
@@ -101,9 +113,15 @@ def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) 
     result = _read_json(path / RESULT_FILE)
     attempts = _read_json(path / RUN_FILE).get("attempts", [])
     gains = [line["held_out/gain"] for line in steps if "held_out/gain" in line]
+    rates = [settings.get("model.optim.lr"), *(line.get("lr") for line in steps)]
     return Run(
         folder=str(path.relative_to(top)),
         state="finished" if result else ("running" if in_use(path) else "interrupted"),
+        objective=str(settings.get("objective.name", "")),
+        learning_rate=result.get("learning_rate", max((rate for rate in rates if rate is not None), default=None)),
+        alpha=result.get("alpha", settings.get("reward.alpha")),
+        gain=result.get("gain", max(gains, default=None)),
+        kept_step=result.get("kept_step"),
         steps=max((int(line["step"]) for line in steps), default=0),
         max_steps=settings.get("trainer.max_steps"),
         attempts=len(attempts),
@@ -111,7 +129,6 @@ def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) 
         settings={key: settings.get(key) for key in differing},
         before=result.get("before", {}),
         after=result.get("after", {}),
-        held_out_gain=max(gains) if gains else None,
         ended=result.get("ended", ""),
         nemo=result.get("nemo"),
     )
@@ -122,9 +139,15 @@ def _change(run: Run, name: str, score: str) -> str:
     return "" if before is None or after is None else f"{before:.2f} → {after:.2f}"
 
 
-def _short(value: Any) -> str:
+def _kept(run: Run) -> str:
+    """The kept step of all steps, or the last one so far."""
+    step = run.steps if run.kept_step is None else run.kept_step
+    return f"{step}/{run.max_steps}" if run.max_steps else str(step)
+
+
+def _short(value: Any, width: int) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= 40 else "…" + text[-39:]
+    return text if len(text) <= width else "…" + text[1 - width :]
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

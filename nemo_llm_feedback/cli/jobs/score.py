@@ -246,8 +246,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         "spread in a group": ", ".join(f"{name} {value:.2f}" for name, value in report.spread.items()),
     }
     if report.weights is not None:
-        origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
-        facts["weights"] = f"{report.weights}, {origin[report.weights.origin]}"
+        facts["weights"] = report.weights.sentence
     lines.append(facts_text(facts))
     lines += _labels_text(report) if report.systems else ["no row has text: nothing to compare the reward with"]
     if report.quantization is not None:

@@ -20,13 +20,20 @@ from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
 from nemo_llm_feedback.asr.encoded_rows import map_rows
-from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
+from nemo_llm_feedback.cli.jobs.nbest_probe import spread
+from nemo_llm_feedback.cli.jobs.tuning import Weights
+from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig
+from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, RewardError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.data.audio import load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
+from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
+from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
+from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 from nemo_llm_feedback.training.models import locate
 
 AUDIO_TYPES = ("wav", "flac", "ogg", "opus", "mp3")
@@ -42,6 +49,7 @@ class Transcripts:
         failures: ``origin: reason`` of the rows without transcript.
         audio_seconds: length of the audio of the rows that have one.
         seconds: wall time for loading, encoding, decoding and rescoring.
+        weights: α and β of the reward, and where they come from; empty without a reward that has any.
     """
 
     rows: tuple[Row, ...]
@@ -49,6 +57,7 @@ class Transcripts:
     failures: tuple[str, ...]
     audio_seconds: float
     seconds: float
+    weights: str = ""
 
     @property
     def worked(self) -> list[tuple[Row, Any]]:
@@ -78,7 +87,7 @@ def find_rows(
         ManifestError: the manifest has faults, a path does not exist, or a folder has no audio in it.
     """
     if bool(audio) == bool(manifest):
-        raise ManifestError("give either audio files or folders, or --dataset-manifest MANIFEST.")
+        raise ManifestError("give either audio files or folders, or --manifest MANIFEST.")
     if manifest:
         return read_manifest(manifest)
     suffixes = {f".{kind.lower().lstrip('.')}" for kind in audio_types}
@@ -108,7 +117,7 @@ def transcribe(
     rescoring: Mapping[str, Any] | None = None,
     timestamps: bool = False,
     audio_types: Sequence[str] = AUDIO_TYPES,
-    decoder_type: str | None = None,
+    head: str = "auto",
     batch_size: int = 16,
     device: str = "cpu",
 ) -> Transcripts:
@@ -121,10 +130,10 @@ def transcribe(
         audio: files and folders, or a NeMo manifest (``.json``, ``.jsonl``).
         manifest: a NeMo manifest in place of ``audio``.
         rescoring: settings as in ``conf/rescoring.yaml``, e.g. ``{"llm": {"model": …}, "context": {…}}``; None = the
-            checkpoint's decoding.
+            checkpoint's decoding. Without ``reward.alpha`` it is measured on the rows, as ``adapt`` does.
         timestamps: word and segment times, in seconds.
         audio_types: suffixes of the files that are taken from folders.
-        decoder_type: head of a hybrid, ``rnnt`` or ``ctc``; None = the checkpoint's.
+        head: head of a hybrid, ``transducer`` or ``ctc``; ``auto`` = the checkpoint's.
         batch_size: utterances per batch.
         device: ``cpu`` or ``cuda:0`` ….
 
@@ -136,7 +145,13 @@ def transcribe(
     if manifest is None and len(paths) == 1 and paths[0].endswith((".json", ".jsonl")):
         manifest = paths.pop()
     rows = find_rows(paths, manifest=manifest, audio_types=audio_types)
-    recogniser = _load(model, decoder_type=decoder_type, timestamps=timestamps, device=device, rescoring=settings)
+    rescorer = None if settings is None else Rescorer.from_settings(settings)
+    recogniser = _load(model, head=head, device=device)
+    weights = ""
+    if rescorer is not None:
+        weights = _set_weights(rescorer, recogniser, rows, head=head, batch_size=batch_size)
+        attach(recogniser, rescorer)
+    _set_decoding(recogniser, head=head, timestamps=timestamps)
     failures: dict[int, str] = {}
     start = time.perf_counter()
     work = functools.partial(_decode, recogniser, timestamps)
@@ -145,7 +160,7 @@ def transcribe(
     seconds = time.perf_counter() - start
     worked = [row.duration for i, row in enumerate(rows) if i not in failures]
     listed = tuple(f"{rows[i].origin}: {failures[i]}" for i in sorted(failures))
-    return Transcripts(tuple(rows), tuple(hypotheses), listed, sum(worked), seconds)
+    return Transcripts(tuple(rows), tuple(hypotheses), listed, sum(worked), seconds, weights)
 
 
 def transcripts_text(transcripts: Transcripts, *, nbest: int = 0) -> str:
@@ -174,6 +189,8 @@ def summary(transcripts: Transcripts, *, written: str = "") -> str:
     if rows and all(row.text for row in rows):
         scores = score_rows(rows, texts, run_context=Context())
         lines.append(f"WER {scores.value('wer'):.1f} %, CER {scores.value('cer'):.1f} %")
+    if transcripts.weights:
+        lines.append(f"weights: {transcripts.weights}")
     if transcripts.failures:
         lines.append(list_faults(f"{len(transcripts.failures)} failed:", transcripts.failures))
     return "\n".join(lines)
@@ -202,26 +219,65 @@ def _row_of(path: Path) -> Row:
     return Row(str(path.absolute()), duration, 0.0, "", Context(), str(path), data)
 
 
-def _load(
-    name: str | Path, *, decoder_type: str | None, timestamps: bool, device: str, rescoring: RescoringConfig | None
-) -> Any:
-    """The model with its decoding as asked for; settings are checked before it is loaded."""
+def _load(name: str | Path, *, head: str, device: str) -> Any:
     path = locate(name)
     supported_class(read_config(path), origin=path)
-    rescorer = None if rescoring is None else Rescorer.from_settings(rescoring)
     model = ASRModel.restore_from(str(path), map_location=torch.device(device))
-    if decoder_type is not None and not hasattr(model, "cur_decoder"):
-        raise ConfigError(f"--decoder-type is for hybrid models; {type(model).__name__} has one decoder.")
-    if rescorer is not None:
-        attach(model, rescorer)
-    kind = decoder_type or getattr(model, "cur_decoder", None)
-    if timestamps or decoder_type is not None:
+    if head != "auto" and not hasattr(model, "cur_decoder"):
+        raise ConfigError(f"--head is for hybrid models; {type(model).__name__} has one decoder.")
+    return model
+
+
+def _set_decoding(model: Any, *, head: str, timestamps: bool) -> None:
+    kind = getattr(model, "cur_decoder", None) if head == "auto" else {"transducer": "rnnt"}.get(head, head)
+    if timestamps or head != "auto":
         cfg = copy.deepcopy(model.cfg.aux_ctc.decoding if kind == "ctc" else model.cfg.decoding)
         with open_dict(cfg):
             cfg.compute_timestamps = timestamps
-        head = {} if kind is None else {"decoder_type": kind}
-        model.change_decoding_strategy(cfg, verbose=False, **head)
-    return model
+        model.change_decoding_strategy(cfg, verbose=False, **({} if kind is None else {"decoder_type": kind}))
+
+
+def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: str, batch_size: int) -> str:
+    """Gives the reward the weights that ``adapt`` would take from these rows; says which, and where they come from."""
+    settings = rescorer.settings
+    reward: Any = rescorer.reward
+    if settings.reward is None or not settings.reward.weighed:
+        return ""
+    weights = Weights(*settings.reward.weights, "settings")
+    few = spread(rows, FeedbackConfig.pool_utterances) if settings.reward.scaled_by_pool else []
+    if few := [row for row in few if _loads(row)]:
+        nbest = scored_nbest(
+            model,
+            few,
+            settings=NBestSettings(
+                proposals=ProposalConfig(
+                    beam=settings.nbest or DEFAULT_NBEST,
+                    boosted=settings.boosted,
+                    term_swap=settings.term_swap,
+                    boosting_weight=settings.boosting_weight,
+                ),
+                run_context=rescorer.context,
+                head=head,
+                normalizer=settings.normalizer,
+                batch_size=batch_size,
+                memory_budget_mb=settings.memory_budget_mb,
+            ),
+            reward=reward,
+        )
+        try:
+            weights = Weights(*from_spread(component_spread(component_deviations(nbest)), settings.reward), "spread")
+        except RewardError:
+            return f"{weights}, as the groups of these rows have no spread to measure them by"
+        rescorer.reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
+    return weights.sentence
+
+
+def _loads(row: Row) -> bool:
+    try:
+        load_audio([row], sample_rate=16000, device=torch.device("cpu"))
+    except DecodingError:
+        return False
+    return True
 
 
 def _decode(model: Any, timestamps: bool, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor) -> list[Any]:

@@ -51,6 +51,12 @@ class Weights:
     def __str__(self) -> str:
         return f"reward.alpha={self.alpha:g} reward.beta={self.beta:g}"
 
+    @property
+    def sentence(self) -> str:
+        """The weights and where they come from."""
+        origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
+        return f"{self}, {origin.get(self.origin, 'by the rows with text')}"
+
 
 def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 1.0, part: str = "llm") -> list[int]:
     """Per utterance the member with the largest α·LLM + w·ASR + β·length; the recogniser's where none is judged.

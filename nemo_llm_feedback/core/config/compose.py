@@ -24,6 +24,13 @@ from nemo_llm_feedback.core.errors import ConfigError
 # Sections that NeMo owns: they take any key, as in NeMo's scripts.
 _OPEN = ("model", "trainer", "exp_manager")
 _TOP = [*keys_of(TopLevel), *SECTIONS, *_OPEN, "hydra"]
+# Keys of NeMo's example scripts.
+_NEMO_NAMES = {
+    "model_path": "init_from_nemo_model",
+    "pretrained_name": "init_from_pretrained_model",
+    "dataset_manifest": "++model.train_ds.manifest_filepath",
+    "output_filename": "output",
+}
 _GROUPS = {"objective": "mwer", "reward": "entity", "llm": "int8", "trainer": "gpu"}
 
 
@@ -116,7 +123,9 @@ def with_defaults(settings: Any) -> dict[str, Any]:
 
 def _open(override: str, groups: set[str]) -> str:
     """Lets keys be set that the YAML does not show: NeMo's by right, ours are checked by name afterwards."""
-    key = override.split("=", 1)[0]
+    key, equals, value = override.partition("=")
+    if key in _NEMO_NAMES:
+        return f"{_NEMO_NAMES[key]}{equals}{value}"
     if override[:1] in "+~" or key in groups or "=" not in override:
         return override
     section = key.split(".", 1)[0]

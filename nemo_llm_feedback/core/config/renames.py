@@ -15,6 +15,7 @@ RENAMED = {
     "reward.settings.restore": "reward.settings.truecasing",
     "replay=anchor": '"replay": "kl"',
     "--base-share": "--interpolation (the share of the run: 1 − the base's)",
+    "--samples": "--resamples in evaluate (--samples of adapt and score are hypotheses)",
     "calibrate": "score --compare-quantization none",
     "tune": "score --tune",
 }
