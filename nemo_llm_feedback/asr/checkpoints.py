@@ -1,19 +1,24 @@
-"""Reads the configuration and class of a ``.nemo`` file, and saves models so that stock NeMo restores them."""
+"""Restores ``.nemo`` files safely, and saves models so that stock NeMo restores them."""
 
 from __future__ import annotations
 
 import copy
 import os
-import tarfile
+import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from nemo_llm_feedback.core.errors import CheckpointError
+from nemo_llm_feedback.asr.nemo_file import WEIGHTS, read_config, read_files
+from nemo_llm_feedback.core.errors import CheckpointError, list_faults
 
 SUPPORTED = (
     "EncDecCTCModel",
@@ -34,28 +39,6 @@ _REFUSED = {
     "Transf": "an attention decoder has no frame-synchronous lattice",
     "SLU": "a spoken-language-understanding model emits no transcript",
 }
-
-
-def read_config(path: str | Path) -> DictConfig:
-    """The model configuration inside a ``.nemo``, without touching its weights.
-
-    Raises:
-        CheckpointError: the file is missing, or not a ``.nemo``.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a .nemo checkpoint or a pretrained NeMo name.")
-    try:
-        with tarfile.open(file, "r:*") as archive:
-            names = {os.path.normpath(name): name for name in archive.getnames()}
-            member = archive.extractfile(names["model_config.yaml"])
-            assert member is not None
-            return DictConfig(OmegaConf.create(member.read().decode("utf-8")))
-    except (tarfile.TarError, KeyError, UnicodeDecodeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} is not a .nemo checkpoint ({type(error).__name__}: {error}); a Lightning .ckpt becomes one by "
-            "`nemo-llm-feedback export CKPT --base BASE.nemo`."
-        ) from None
 
 
 def supported_class(config: DictConfig, *, origin: str | Path) -> str:
@@ -82,11 +65,106 @@ def supported_class(config: DictConfig, *, origin: str | Path) -> str:
             f"{origin} is a multi-blank transducer, which cannot be adapted: big blanks need another lattice. "
             "Use an RNN-T, TDT or CTC checkpoint."
         )
+    if OmegaConf.select(config, "tokenizer.type") == "agg":
+        raise CheckpointError(
+            f"{origin} has an aggregate tokenizer, with one language per tokenizer, which cannot be adapted: labels "
+            "are those of a language, which rows do not name. Use the checkpoint of one language "
+            "(stt_de_fastconformer_hybrid_large_pc …), or one with a joint tokenizer (parakeet-tdt-0.6b-v3)."
+        )
     if str(OmegaConf.select(config, "joint._target_")).endswith("HATJoint"):
         raise CheckpointError(
             f"{origin} has a HAT joint, whose blank is factored out; use a checkpoint with RNNTJoint."
         )
     return name
+
+
+def restored(
+    path: str | Path, *, classes: Mapping[str, Any] | None = None, map_location: Any = None, trainer: Any = None
+) -> Any:
+    """Restores a ``.nemo``; nothing in it is executed, and no file outside it nor the environment is read for it.
+
+    Args:
+        path: the file.
+        classes: name of a supported class → class to restore it as; NeMo's if None.
+        map_location: device to restore to; NeMo's default if None.
+        trainer: a ``lightning.pytorch.Trainer``, or None.
+
+    Raises:
+        CheckpointError: not a ``.nemo``, damaged, a class that is not supported, or weights that are not finite.
+    """
+    from nemo.collections.asr import models
+    from nemo.core import ModelPT
+    from nemo.utils import logging
+
+    config = read_config(path)
+    name = supported_class(config, origin=path)
+    cls = classes[name] if classes else getattr(models, name)
+    given = {"override_config_path": config, "map_location": map_location, "trainer": trainer}
+    try:
+        # NeMo logs the traceback of whatever it cannot build; the error says it.
+        with logging.temp_verbosity(logging.CRITICAL), _no_larger_than(path):
+            model = cls.restore_from(str(Path(path).expanduser()), save_restore_connector=_connector(), **given)
+    except Exception as error:
+        # NeMo leaves its process-wide flag set, and every later model would skip its data set-up.
+        ModelPT._set_model_restore_state(is_being_restored=False)
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path} cannot be restored ({type(error).__name__}: {reason}). It is damaged, or was made by another "
+            "version of NeMo: get it again, or save it again by this version."
+        ) from error
+    refuse_nonfinite(model.state_dict(), origin=path)
+    return model
+
+
+def refuse_nonfinite(weights: Mapping[str, Tensor], *, origin: str | Path) -> None:
+    """Raises a CheckpointError that names the weights with a NaN or an infinite value."""
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise CheckpointError(list_faults(f"{origin} has NaN or infinite weights; use another checkpoint:", bad))
+
+
+@contextmanager
+def _no_larger_than(path: str | Path) -> Iterator[None]:
+    """Inside, a model that has more parameters than the weights of a file have bytes is refused as it is built."""
+    files, _ = read_files(path, {})
+    if WEIGHTS not in files:
+        raise CheckpointError(f"{path} is not a .nemo checkpoint: it has no {WEIGHTS}.")
+    left = files[WEIGHTS] + 2**20
+
+    def count(module: Any, name: str, parameter: Tensor | None) -> None:
+        nonlocal left
+        left -= 0 if parameter is None else parameter.numel()
+        if left < 0:
+            raise CheckpointError(
+                f"{path}: its configuration describes a larger model than the one whose weights it has."
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _connector() -> Any:
+    """NeMo's reader of ``.nemo`` files, which here reads tensors only, whatever the environment says."""
+    from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+
+    class TensorsOnly(SaveRestoreConnector):
+        """Refuses pickled objects and compressed weights, which can grow without end."""
+
+        @staticmethod
+        def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> Any:
+            if zipfile.is_zipfile(model_weights):
+                with zipfile.ZipFile(model_weights) as parts:
+                    unpacked = sum(part.file_size for part in parts.infolist())
+                if unpacked > os.path.getsize(model_weights):
+                    raise ValueError(f"{WEIGHTS} is compressed, as PyTorch writes none")
+            return torch.load(model_weights, map_location=map_location, weights_only=True)
+
+    return TensorsOnly()
 
 
 def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[str]:
@@ -105,20 +183,17 @@ def keep_artifacts(model: Any, path: str | Path) -> tempfile.TemporaryDirectory[
     from nemo.utils.model_utils import ArtifactPathType
 
     folder = tempfile.TemporaryDirectory(prefix="nemo_llm_feedback_artifacts_")
-    with tarfile.open(Path(path).expanduser(), "r:*") as archive:
-        members = {os.path.basename(m.name): m for m in archive.getmembers() if m.isfile()}
-        for item in (getattr(model, "artifacts", None) or {}).values():
-            if item.path_type is not ArtifactPathType.TAR_PATH:
-                continue
-            name = os.path.basename(item.path).removeprefix("nemo:")
-            source = archive.extractfile(members[name])
-            assert source is not None
-            # NeMo prefixes a fresh hash to every saved copy; unless the old one is removed, names grow.
-            plain = name.split("_", 1)[1] if len(name) > 33 and name[32] == "_" else name
-            target = Path(folder.name) / name / plain
-            target.parent.mkdir()
-            target.write_bytes(source.read())
-            item.path, item.path_type = str(target), ArtifactPathType.LOCAL_PATH
+    items = [
+        (os.path.basename(i.path).removeprefix("nemo:"), i) for i in (getattr(model, "artifacts", None) or {}).values()
+    ]
+    _, content = read_files(path, {name: sys.maxsize for name, _ in items})
+    for name, item in items:
+        # NeMo prefixes a fresh hash to every saved copy; unless the old one is removed, names grow.
+        plain = name.split("_", 1)[1] if len(name) > 33 and name[32] == "_" else name
+        target = Path(folder.name) / name / plain
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content[name])
+        item.path, item.path_type = str(target), ArtifactPathType.LOCAL_PATH
     return folder
 
 

@@ -247,6 +247,8 @@ class TransducerHead(Head):
         band: Band | None = None,
     ) -> None:
         self._decoder, self._joint = decoder, joint
+        if hasattr(decoder, "context_size"):  # NeMo's batched beam asks a stateless network for a method it lacks
+            decoder.batch_aggregate_states_beam = _states_of_beams
         self.vocabulary = vocabulary
         self.durations = tuple(int(d) for d in durations)
         self._budget, self._band = memory_budget_mb, band
@@ -309,6 +311,24 @@ class TransducerHead(Head):
         parts = encoded.transpose(1, 2), lengths, self._decoder, self._joint
         with torch.no_grad():
             return sample_transducer(*parts, size=size, durations=self.durations, generator=generator)
+
+
+def _states_of_beams(
+    src_states: Sequence[Tensor], batch_size: int, beam_size: int, indices: Tensor, dst_states: Any = None
+) -> list[Tensor]:
+    """NeMo's ``batch_aggregate_states_beam``: each beam takes over the state of the one that it continues.
+
+    Args:
+        src_states: the decoder's state, [batch_size · beam_size, C - 1] labels.
+        batch_size, beam_size: how its rows are ordered.
+        indices: [batch_size, beam_size] the beam of the same utterance that each one continues.
+        dst_states: written to, if given.
+    """
+    first = torch.arange(0, batch_size * beam_size, beam_size, device=indices.device)[:, None]
+    taken = [part[(first + indices).flatten()] for part in src_states]
+    for target, part in zip(dst_states or (), taken, strict=False):
+        target.copy_(part)
+    return taken
 
 
 def _fusion(boosting: Boosting | None) -> dict[str, Any]:

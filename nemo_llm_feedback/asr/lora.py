@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_llm_feedback.asr.reference import layers_of
 from nemo_llm_feedback.core.config import ParametersConfig
 from nemo_llm_feedback.core.errors import ConfigError
+
+# Linear layers hold some 80 % of a Conformer's weights, and less than 5 % of those of a convolutional encoder.
+_LEAST_LINEAR = 0.25
 
 
 def choose_parameters(model: Any, config: ParametersConfig) -> None:
@@ -21,8 +25,13 @@ def choose_parameters(model: Any, config: ParametersConfig) -> None:
         config: the settings of what learns.
 
     Raises:
-        ConfigError: PEFT is not installed, or the encoder has no linear layer.
+        ConfigError: PEFT is not installed, or the encoder has no layers that the settings can work on.
     """
+    if config.recompute_encoder and not layers_of(model.encoder):
+        raise ConfigError(
+            f"parameters.recompute_encoder: {type(model.encoder).__name__} has no layers that can be computed one by "
+            "one; use parameters.recompute_encoder=false."
+        )
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     if config.lora_rank:
@@ -38,16 +47,21 @@ def inject(model: Any, *, rank: int, alpha: int) -> None:
         alpha: scale; the update of a weight is alpha / rank · B·A.
 
     Raises:
-        ConfigError: PEFT is not installed, or the encoder has no linear layer.
+        ConfigError: PEFT is not installed, or linear layers are too small a part of the encoder.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"parameters.lora_rank needs PEFT ({error}): pip install peft.") from None
-    names = [name for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ConfigError("parameters.lora_rank: the encoder has no linear layer; use parameters.lora_rank=0.")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model.encoder)
+    linear = {name: module for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)}
+    size = sum(p.numel() for p in model.encoder.parameters())
+    share = sum(module.weight.numel() for module in linear.values()) / max(size, 1)
+    if share < _LEAST_LINEAR:
+        raise ConfigError(
+            f"parameters.lora_rank: LoRA learns in linear layers, which hold {100 * share:.0f} % of this encoder's "
+            "weights (a convolutional encoder?), so it would learn next to nothing; use parameters.lora_rank=0."
+        )
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linear)), model.encoder)
 
 
 def has_lora(model: Any) -> bool:

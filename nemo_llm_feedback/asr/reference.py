@@ -38,13 +38,19 @@ def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
         yield
 
 
+def layers_of(encoder: Any) -> list[nn.Module]:
+    """The layers of a Conformer, or the blocks of a convolutional encoder (QuartzNet, Citrinet, ContextNet)."""
+    layers: Any = getattr(encoder, "layers", None) or getattr(encoder, "encoder", ())
+    return list(layers)
+
+
 @contextmanager
 def recomputed_layers(encoder: Any, *, active: bool) -> Iterator[None]:
     """While inside, the encoder's layers keep no activations and run again in the backward: memory of one layer.
 
     Exact, since the layers are in eval mode both times: no dropout, no batch statistics.
     """
-    layers = list(getattr(encoder, "layers", ())) if active else []
+    layers = layers_of(encoder) if active else []
     for layer in layers:
         forward = functools.partial(_evaluated, layer, layer.forward)
         layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)

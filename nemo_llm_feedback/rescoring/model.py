@@ -55,8 +55,8 @@ def enable_rescoring(
 
     A greedy strategy is replaced by the family's batched beam (``beam_batch`` for CTC, ``malsd_batch`` for RNN-T and
     TDT); a beam strategy stays. Both heads of a hybrid are switched. Hypotheses carry ``score``,
-    ``score_parts`` and, in ``n_best``, the whole ordered N-best with its parts; N-best lists are returned with
-    ``beam.return_best_hypothesis: false``. Calling it again replaces the settings.
+    ``score_parts`` and, in ``n_best``, the whole ordered N-best with its parts; N-best lists are returned by a beam
+    strategy with ``beam.return_best_hypothesis: false``. Calling it again replaces the settings.
 
     Args:
         model: a stock NeMo CTC, RNN-T, TDT or hybrid model, or one of this package.

@@ -72,8 +72,12 @@ def wants_timestamps(given: DictConfig) -> bool:
 
 
 def wants_nbest(given: DictConfig) -> bool:
-    """Whether a decoding configuration asks for the whole N-best (``beam.return_best_hypothesis: false``)."""
-    return not (given.get("beam") or {}).get("return_best_hypothesis", True)
+    """Whether a decoding configuration asks for the whole N-best: a beam with ``return_best_hypothesis: false``.
+
+    Released transducers have that key beside a greedy strategy, which gives one hypothesis.
+    """
+    greedy = str(given.get("strategy") or GREEDY[1]) in GREEDY
+    return not (greedy or (given.get("beam") or {}).get("return_best_hypothesis", True))
 
 
 def _faults(cfg: DictConfig, asked: str, kind: str, characters: bool) -> list[str]:

@@ -14,9 +14,10 @@ from nemo.collections.asr.models import (
     EncDecRNNTBPEModel,
     EncDecRNNTModel,
 )
-from nemo.core import ModelPT
+from omegaconf import open_dict
 
-from nemo_llm_feedback.asr.checkpoints import keep_artifacts, read_config, supported_class
+from nemo_llm_feedback.asr.checkpoints import keep_artifacts, restored
+from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.core.errors import CheckpointError
 from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 
@@ -63,7 +64,7 @@ def locate(path_or_name: str | Path) -> Path:
         CheckpointError: neither a file nor a name that NeMo can fetch.
     """
     path = Path(path_or_name).expanduser()
-    if path.exists() or path.suffix or len(path.parts) > 2:
+    if path.exists() or path.suffix == ".nemo" or len(path.parts) > 2:
         return path
     try:
         return Path(ASRModel.from_pretrained(str(path_or_name), return_model_file=True))
@@ -89,13 +90,10 @@ def restore(path_or_pretrained_name: str | Path, *, map_location: Any = None, tr
         CheckpointError: not a ``.nemo``, or a class that cannot be adapted; the message has the reason.
     """
     path = locate(path_or_pretrained_name)
-    name = supported_class(read_config(path), origin=path)
-    try:
-        model = CLASSES[name].restore_from(str(path), map_location=map_location, trainer=trainer)
-    except Exception:
-        # NeMo leaves its process-wide flag set, and every later model would skip its data set-up.
-        ModelPT._set_model_restore_state(is_being_restored=False)
-        raise
+    model = restored(path, classes=CLASSES, map_location=map_location, trainer=trainer)
+    if getattr(model, "tokenizer", None) is None and not model.cfg.get("labels"):
+        with open_dict(model.cfg):  # NeMo's loaders look for them here; old checkpoints have them in train_ds only
+            model.cfg.labels = list(heads_of(model)[0].vocabulary.labels)
     model._artifact_folder = keep_artifacts(model, path)
     model._source_path = str(path.absolute())
     return model

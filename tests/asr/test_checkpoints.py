@@ -13,7 +13,8 @@ from helpers.runs import run, weights
 from helpers.tiny import build_nemo, write_manifest
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.asr.checkpoints import SUPPORTED, atomic_path, read_config, supported_class
+from nemo_llm_feedback.asr.checkpoints import SUPPORTED, atomic_path, supported_class
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import CheckpointError
 from nemo_llm_feedback.training.models import CLASSES, restore

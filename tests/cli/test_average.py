@@ -10,7 +10,7 @@ import torch
 from helpers.runs import run, weights
 from helpers.tiny import build_nemo, write_manifest
 
-from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError

@@ -203,19 +203,28 @@ def stock_class(kind: str) -> Any:
     return getattr(models, names[family] + ("BPEModel" if bpe else "Model"))
 
 
-def build_nemo(kind: str, path: Path, *, tokenizer_dir: Path | None = None, seed: int = 0, **overrides: Any) -> Path:
-    """Saves a randomly initialised tiny model of a kind as a stock ``.nemo``."""
-    torch.manual_seed(seed)
-    model = stock_class(kind)(cfg=model_config(kind, tokenizer_dir, **overrides))
+def unsure(model: Any, *, blank: float = 3.0) -> None:
+    """Changes a fresh model's weights so that it writes some labels, and its beam different ones.
+
+    Args:
+        model: changed in place.
+        blank: added to a transducer's logit of blank.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             # Fresh models are so sure of nothing that every beam member is alike; larger weights make them differ.
             parameter.mul_(1.5)
         if hasattr(model, "joint"):
             # An untrained joint emits some thirty labels a frame; a real one mostly blanks.
-            model.joint.joint_net[-1].bias[model.joint.num_classes_with_blank - 1 - model.joint.num_extra_outputs] += (
-                3.0
-            )
+            last = model.joint.num_classes_with_blank - 1 - model.joint.num_extra_outputs
+            model.joint.joint_net[-1].bias[last] += blank
+
+
+def build_nemo(kind: str, path: Path, *, tokenizer_dir: Path | None = None, seed: int = 0, **overrides: Any) -> Path:
+    """Saves a randomly initialised tiny model of a kind as a stock ``.nemo``."""
+    torch.manual_seed(seed)
+    model = stock_class(kind)(cfg=model_config(kind, tokenizer_dir, **overrides))
+    unsure(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_to(str(path))
     return path

@@ -13,15 +13,20 @@ import pytest
 import torch
 from helpers.rescored import decode, decoding_cfg, encoded, exact, stock_models
 from helpers.tiny import write_audio
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.heads import TransducerHead, heads_of
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.rescoring import NBest, enable_rescoring
 from nemo_llm_feedback.rescoring.alignment import _best_path, align_ctc, align_transducer
+from nemo_llm_feedback.rescoring.strategies import BATCHED_BEAM
 from nemo_llm_feedback.rewards import build_reward
 
 SHORT = build_reward("negative_length")
+
+
+def head_kind(kind: str, decoder_type: str | None) -> str:
+    return "ctc" if "ctc" in (kind[:3], decoder_type) else "transducer"
 
 
 @pytest.fixture
@@ -75,9 +80,8 @@ def test_n_best_lists_pass_through_transcribe_with_labels_and_timestamps(
     for decoder_type in ("rnnt", "ctc") if kind.startswith("hybrid") else (None,):
         head = {"decoder_type": decoder_type} if decoder_type else {}
         own = model.cfg.aux_ctc.decoding if decoder_type == "ctc" else model.cfg.get("decoding", {})
-        cfg = OmegaConf.merge(
-            OmegaConf.create(OmegaConf.to_container(own)), {"beam": {"return_best_hypothesis": False}}
-        )
+        beam = {"strategy": BATCHED_BEAM[head_kind(kind, decoder_type)], "beam": {"return_best_hypothesis": False}}
+        cfg = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(own)), beam)
         model.change_decoding_strategy(cfg, verbose=False, **head)
         modes = [(module, module.training) for module in model.modules()]
         for settings in ({"return_hypotheses": True}, {"timestamps": True}):
@@ -97,12 +101,23 @@ def test_n_best_lists_pass_through_transcribe_with_labels_and_timestamps(
         assert isinstance(model.transcribe(audio, verbose=False, timestamps=False)[0][0].text, str)
 
 
+def test_transcribe_gives_what_it_gave_before_on_released_transducers(stock: Any, audio: list[str]) -> None:
+    """Their configurations have `beam.return_best_hypothesis: false` beside a greedy strategy."""
+    model = stock("rnnt_bpe")
+    with open_dict(model.cfg):
+        model.cfg.decoding = decoding_cfg(model, strategy="greedy_batch", return_best_hypothesis=False)
+    model.change_decoding_strategy(None, verbose=False)
+    before = [type(hyp) for hyp in model.transcribe(audio, verbose=False)]
+    enable_rescoring(model, SHORT)
+    assert [type(hyp) for hyp in model.transcribe(audio, verbose=False)] == before
+
+
 @pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_bpe"])
 def test_validation_and_predict_read_n_best_lists(kind: str, stock: Any, capsys: Any) -> None:
     """With `log_prediction: true`, the RNN-T default, NeMo's WER raises on lists."""
     model = stock(kind)
     enable_rescoring(model, SHORT)
-    cfg = decoding_cfg(model, return_best_hypothesis=False)
+    cfg = decoding_cfg(model, strategy=BATCHED_BEAM[head_kind(kind, None)], return_best_hypothesis=False)
     model.change_decoding_strategy(cfg, verbose=False)
     model.wer.log_prediction = True
     x, lengths = encoded()

@@ -19,7 +19,7 @@ from helpers.tiny import write_manifest
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start, settings_text
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import FolderLock, in_use, read_steps

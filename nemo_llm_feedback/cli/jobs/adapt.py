@@ -17,7 +17,8 @@ from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+from nemo_llm_feedback.asr.checkpoints import supported_class
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
 from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_trainer, record_start, source
 from nemo_llm_feedback.core.console import Session, progress, quiet, show

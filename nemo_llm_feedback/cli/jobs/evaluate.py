@@ -175,7 +175,8 @@ def _rows(models: Sequence[str], manifest: str | Path | None, predictions: Seque
     if not models and not predictions:
         raise ConfigError("nothing to evaluate: give .nemo files, or transcripts with --predictions FILE.")
     if models:
-        from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+        from nemo_llm_feedback.asr.checkpoints import supported_class
+        from nemo_llm_feedback.asr.nemo_file import read_config
 
         for path in models:
             supported_class(read_config(path), origin=path)
@@ -200,11 +201,10 @@ def _rows(models: Sequence[str], manifest: str | Path | None, predictions: Seque
 def _decode(
     path: str, rows: list[Row], name: str, scoring: Scoring, head: str, batch_size: int, oracle: int, device: str
 ) -> tuple[System, dict[int, str]]:
-    from nemo.collections.asr.models import ASRModel
-
+    from nemo_llm_feedback.asr.checkpoints import restored
     from nemo_llm_feedback.evaluation.transcribe import decode_rows
 
-    model = ASRModel.restore_from(path, map_location=device)
+    model = restored(path, map_location=device)
     config = None
     if oracle:
         boosted = oracle if scoring.context.terms or any(row.context.terms for row in rows) else 0

@@ -13,9 +13,10 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.checkpoints import refuse_nonfinite
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.lora import has_lora, inject, merged
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.core.types import Context
@@ -117,6 +118,7 @@ def _opened(source: Path, base: str | Path | None) -> _Run:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{source} does not fit {base}: {str(error).splitlines()[0]}") from None
+    refuse_nonfinite(weights, origin=source)
     facts = {"plugin": f"nemo_llm_feedback {__version__}", "base": Path(base).name}
     return _Run(str(source), model, base, facts | {"steps": int(content.get("global_step", 0))})
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+from nemo_llm_feedback.asr.checkpoints import supported_class
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.options import KEYS, ProbeOptions, device_name, head_of
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config

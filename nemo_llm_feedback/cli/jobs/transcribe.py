@@ -14,11 +14,10 @@ from typing import Any
 
 import soundfile
 import torch
-from nemo.collections.asr.models import ASRModel
 from nemo.collections.asr.parts.utils.timestamp_utils import process_timestamp_outputs
 from omegaconf import open_dict
 
-from nemo_llm_feedback.asr.checkpoints import read_config, supported_class
+from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.cli.jobs.nbest_probe import spread
 from nemo_llm_feedback.cli.jobs.tuning import Weights
@@ -220,9 +219,7 @@ def _row_of(path: Path) -> Row:
 
 
 def _load(name: str | Path, *, head: str, device: str) -> Any:
-    path = locate(name)
-    supported_class(read_config(path), origin=path)
-    model = ASRModel.restore_from(str(path), map_location=torch.device(device))
+    model = restored(locate(name), map_location=torch.device(device))
     if head != "auto" and not hasattr(model, "cur_decoder"):
         raise ConfigError(f"--head is for hybrid models; {type(model).__name__} has one decoder.")
     return model
