@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, adapt
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
