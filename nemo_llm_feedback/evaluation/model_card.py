@@ -99,7 +99,7 @@ def _plain(text: str) -> str:
 
 def _code(value: Any) -> str:
     """A value as a code span, out of which it cannot break."""
-    text = " ".join(str(value).split()).replace("|", "/")
+    text = " ".join((f"{value:.4g}" if isinstance(value, float) else str(value)).split()).replace("|", "/")
     fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"

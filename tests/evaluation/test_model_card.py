@@ -59,12 +59,15 @@ def test_the_hub_can_file_it(tmp_path: Path) -> None:
 
 
 def test_it_has_what_the_run_chose_and_how_it_went(tmp_path: Path) -> None:
-    known = {"learning_rate": 3e-4, "alpha": 1.5, "beta": 3.0, "boosting_weight": 2.0, "kept_step": 70}
+    known = {"learning_rate": 0.0003, "reward": "llm, alpha 1.4, beta 2.8", "boosting_weight": 1.5, "kept_step": 70}
     known |= {"pool_rows": 269, "pool_hours": 0.61, "gain": 12.5, "general_wer_rise": 0.021, "share": 0.75}
     text = write_model_card(tmp_path / "m.nemo", facts=FACTS | known | {"ended": "too far away"}).read_text()
     for value in (*known.values(), "too far away"):
         assert f": `{value}`\n" in text
-    assert "ended early" not in write_model_card(tmp_path / "m.nemo", facts=FACTS | {"ended": ""}).read_text()
+    plain = write_model_card(tmp_path / "m.nemo", facts=FACTS | {"ended": "", "share": 1.0, "gain": 1 / 3}).read_text()
+    assert "ended early" not in plain
+    assert "Share of" not in plain
+    assert ": `0.3333`\n" in plain
 
 
 def test_without_scores_it_has_the_numbers_of_the_checkpoint(tmp_path: Path) -> None:
