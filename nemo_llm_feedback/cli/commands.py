@@ -345,14 +345,7 @@ def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
     Raises:
         ConfigError: flags of the rescoring without ``--rescore``.
     """
-    flags = {
-        "nbest": choice.beam_size,
-        "boosted": choice.boosted,
-        "boosting_weight": choice.boosting_weight,
-        "term_swap": choice.term_swap,
-        "context.required": False if choice.no_context else None,
-    }
-    given = choice.judge.settings() | {key: value for key, value in flags.items() if value is not None}
+    given = choice.settings() | ({"context.required": False} if choice.no_context else {})
     judged = choice.rescore or choice.rescoring is not None
     if not judged and (choice.judge.overrides or any(key.startswith(("reward.", "llm.")) for key in given)):
         raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(renames) or error}", file=sys.stderr)
     except FeedbackError as error:
         flags = {key: f"--{name.replace('_', '-')}" for name, key in KEYS.items()}
+        flags |= {"context.required=false": "--no-context"} if command == "transcribe" else {}
         if command == "adapt":  # it takes keys, too: flags are named where they were given
             flags = {key: flag for key, flag in flags.items() if any(word.split("=")[0] == flag for word in given)}
         print(f"error: {in_flags(str(error), flags)}", file=sys.stderr)

@@ -40,6 +40,11 @@ KEYS = {
     "terms_file": "context.terms_file",
     "alpha": "reward.alpha",
     "beta": "reward.beta",
+    # of rescoring
+    "beam_size": "nbest",
+    "boosted": "boosted",
+    "boosting_weight": "boosting_weight",
+    "term_swap": "term_swap",
 }
 # NeMo's name → our flag; of ``adapt`` the key that ``compose_config`` takes it for.
 NEMO_NAMES = {
@@ -219,7 +224,7 @@ class AdaptOptions(Options):
 
 @Parameter(name="*", group=_RESCORING)
 @dataclass(frozen=True)
-class RescoringFlags:
+class RescoringFlags(Options):
     """What rescoring is made of beside its judge.
 
     Attributes:

@@ -190,6 +190,7 @@ def test_faults_name_the_fix(tree: dict[str, Any], words: str) -> None:
         (["model.train_ds.batch_size=0"], r"model\.train_ds\.batch_size must be > 0, got 0"),
         (["~model.optim"], r"model\.optim is missing"),
         (["model=null"], "model must be a section of keys"),
+        (["model=1"], "model must be a section of keys"),
         (["~report_audio"], "report_audio must not be taken away"),
         (["report_audio=no"], r"report_audio must be bool, got 'no'"),
         (["seed=x"], "seed must be int, got 'x'"),

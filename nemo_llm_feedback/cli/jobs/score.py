@@ -18,7 +18,7 @@ from nemo_llm_feedback.cli.jobs.quantization import (
     comparison_text,
     other_llm,
 )
-from nemo_llm_feedback.cli.jobs.tuning import Weights, tune_by_labels, tuned_text
+from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
@@ -30,7 +30,7 @@ from nemo_llm_feedback.evaluation.records import Table, facts_text, to_plain
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
+from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference
 from nemo_llm_feedback.training.group_math import signal
 
@@ -116,7 +116,7 @@ def score(
     llm = probe.llm_line()  # its hit rate is that of the groups; they come again below
     weights = Weights(*settings.weights, "settings") if settings.weighed else None
     if settings.scaled_by_pool:
-        weights = Weights(*from_spread(component_spread(component_deviations(nbest)), settings), "spread")
+        weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
         nbest = judged_by(reward, nbest)
     references = probe.references(nbest, reward)
@@ -130,7 +130,7 @@ def score(
         part = settings.weighed_part
         tuned = tune_by_labels(nbest, labelled.scores, asr_weight=settings.asr_weight, part=part)
     elif tune:
-        tuned = Weights(*from_spread(spread, replace(settings, beta=None)), "spread")
+        tuned = by_spread(nbest, replace(settings, beta=None))
     if other is not None:
         assert weights is not None
         comparison = compare_quantization(probe, nbest, other, alpha=weights.alpha, beta=weights.beta)

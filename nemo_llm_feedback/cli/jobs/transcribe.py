@@ -20,7 +20,7 @@ from omegaconf import open_dict
 from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.cli.jobs.nbest_probe import spread
-from nemo_llm_feedback.cli.jobs.tuning import Weights
+from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
 from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig
 from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
@@ -29,7 +29,6 @@ from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.audio import load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
@@ -243,26 +242,16 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
     weights = Weights(*settings.reward.weights, "settings")
     few = spread(rows, FeedbackConfig.pool_utterances) if settings.reward.scaled_by_pool else []
     if few := [row for row in few if _loads(row)]:
-        nbest = scored_nbest(
-            model,
-            few,
-            settings=NBestSettings(
-                proposals=ProposalConfig(
-                    beam=settings.nbest or DEFAULT_NBEST,
-                    boosted=settings.boosted,
-                    term_swap=settings.term_swap,
-                    boosting_weight=settings.boosting_weight,
-                ),
-                run_context=rescorer.context,
-                head=head,
-                normalizer=settings.normalizer,
-                batch_size=batch_size,
-                memory_budget_mb=settings.memory_budget_mb,
-            ),
-            reward=reward,
+        proposals = ProposalConfig(
+            beam=settings.nbest or DEFAULT_NBEST,
+            **{name: getattr(settings, name) for name in ("boosted", "term_swap", "boosting_weight")},
         )
+        how = NBestSettings(
+            proposals, rescorer.context, head, settings.normalizer, batch_size, settings.memory_budget_mb
+        )
+        nbest = scored_nbest(model, few, settings=how, reward=reward)
         try:
-            weights = Weights(*from_spread(component_spread(component_deviations(nbest)), settings.reward), "spread")
+            weights = by_spread(nbest, settings.reward)
         except RewardError:
             return f"{weights}, as the groups of these rows have no spread to measure them by"
         rescorer.reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import greedy_members
+from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.rank_agreement import best_members
 from nemo_llm_feedback.evaluation.records import Table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -56,6 +58,15 @@ class Weights:
         """The weights and where they come from."""
         origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
         return f"{self}, {origin.get(self.origin, 'by the rows with text')}"
+
+
+def by_spread(nbest: NBestBatch, settings: RewardConfig) -> Weights:
+    """The weights that ``adapt`` would take if these groups were its pool.
+
+    Raises:
+        RewardError: no spread to go by.
+    """
+    return Weights(*from_spread(component_spread(component_deviations(nbest)), settings), "spread")
 
 
 def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 1.0, part: str = "llm") -> list[int]:

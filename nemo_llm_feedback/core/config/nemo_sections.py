@@ -73,10 +73,14 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """``model.train_ds`` and ``model.validation_ds``."""
 
-    more_keys = ("shuffle_n", "shuffle_seed", "max_open_streams", "batch_tokens")
+    # fmt: off
+    more_keys = (
+        "manifest_filepath", "tarred_audio_filepaths", "is_tarred", "use_bucketing", "pin_memory", "shuffle_n",
+        "shuffle_seed", "max_open_streams", "batch_tokens",
+    )
+    # fmt: on
     is_open = True
 
-    manifest_filepath: Any = None
     sample_rate: PositiveInt | None = None
     batch_size: PositiveInt | None = None
     shuffle: bool = False
@@ -85,10 +89,6 @@ class DataSettings(Section):
     max_duration: PositiveFloat | None = None
     batch_duration: PositiveFloat | None = None
     use_lhotse: bool = False
-    use_bucketing: bool = False
-    is_tarred: bool = False
-    tarred_audio_filepaths: Any = None
-    pin_memory: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -100,7 +100,6 @@ class OptimSettings(Section):
     name: str = "adamw"
     lr: PositiveFloat | None = None
     betas: tuple[ShareBelowOne, ...] | None = None
-    eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     sched: dict[str, Any] | None = None
 
@@ -127,7 +126,9 @@ class TrainerSettings(Section):
         "strategy", "devices", "precision", "logger", "callbacks", "fast_dev_run", "max_time", "overfit_batches",
         "deterministic", "benchmark", "gradient_clip_algorithm", "inference_mode", "use_distributed_sampler",
         "profiler", "detect_anomaly", "barebones", "plugins", "sync_batchnorm", "default_root_dir",
-        "enable_checkpointing",
+        "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "limit_train_batches",
+        "limit_val_batches", "limit_test_batches", "limit_predict_batches", "min_epochs", "num_sanity_val_steps",
+        "reload_dataloaders_every_n_epochs",
     )
     # fmt: on
 
@@ -136,20 +137,11 @@ class TrainerSettings(Section):
     max_steps: _Limit = -1
     min_steps: NonNegativeInt | None = None
     max_epochs: _Limit | None = None
-    min_epochs: NonNegativeInt | None = None
-    limit_train_batches: NonNegativeFloat | None = None
-    limit_val_batches: NonNegativeFloat | None = None
-    limit_test_batches: NonNegativeFloat | None = None
-    limit_predict_batches: NonNegativeFloat | None = None
     val_check_interval: PositiveFloat | None = None
     check_val_every_n_epoch: PositiveInt | None = None
-    num_sanity_val_steps: Annotated[int, Field(ge=-1)] | None = None
     log_every_n_steps: NonNegativeInt | None = None
     accumulate_grad_batches: PositiveInt = 1
     gradient_clip_val: NonNegativeFloat | None = None
-    reload_dataloaders_every_n_epochs: NonNegativeInt = 0
-    enable_progress_bar: bool | None = None
-    enable_model_summary: bool | None = None
 
     def validate(self) -> list[str]:
         """Returns a fault where nothing ends the run."""
@@ -159,26 +151,8 @@ class TrainerSettings(Section):
 
 
 @dataclass(frozen=True, config=STRICT)
-class ManagerSettings(Section):
-    """``exp_manager``; NeMo knows more keys and checks them."""
-
-    is_open = True
-
-    exp_dir: str | None = None
-    explicit_log_dir: str | None = None
-    name: str | None = None
-    version: Any = None
-    resume_if_exists: bool = False
-    resume_ignore_no_checkpoint: bool = False
-    create_tensorboard_logger: bool = True
-    create_wandb_logger: bool = False
-    create_checkpoint_callback: bool = True
-    checkpoint_callback_params: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
 class CheckpointSettings(Section):
-    """``exp_manager.checkpoint_callback_params``."""
+    """``exp_manager.checkpoint_callback_params``; the keys of ``exp_manager`` NeMo checks itself."""
 
     is_open = True
 
@@ -195,7 +169,6 @@ NEMO_SECTIONS: dict[str, type[Section]] = {
     "model.optim": OptimSettings,
     "model.optim.sched": SchedulerSettings,
     "trainer": TrainerSettings,
-    "exp_manager": ManagerSettings,
     "exp_manager.checkpoint_callback_params": CheckpointSettings,
 }
 

@@ -138,11 +138,8 @@ def check_keys(tree: Mapping[str, Any]) -> None:
     for path, cls in {**SECTIONS, **NEMO_SECTIONS}.items():
         if isinstance(keys := section_at(tree, path), Mapping):
             faults += key_faults(cls, keys, where=path)
-    strange = set(section_at(tree, "model") or ()) - set(keys_of(NEMO_SECTIONS["model"]))
-    if not faults and strange:
-        listed = ", ".join(f"model.{key}" for key in sorted(map(str, strange)))
-        faults.append(
-            f"{listed}: a run reads {', '.join(keys_of(NEMO_SECTIONS['model']))} of model; all else of it "
-            "is the checkpoint's."
-        )
+    refuse("the configuration has", faults)
+    read = keys_of(NEMO_SECTIONS["model"])
+    if strange := [f"model.{key}" for key in tree["model"] if key not in read]:
+        faults.append(f"{', '.join(strange)}: a run reads {', '.join(read)} of model; all else is the checkpoint's.")
     refuse("the configuration has", faults)
