@@ -134,6 +134,7 @@ def _no_larger_than(path: str | Path) -> Iterator[None]:
     left = files[WEIGHTS] + 2**20
 
     def count(module: Any, name: str, parameter: Tensor | None) -> None:
+        """Counts a parameter that a module has been given."""
         nonlocal left
         left -= 0 if parameter is None else parameter.numel()
         if left < 0:
