@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import tempfile
@@ -94,15 +95,16 @@ def restored(
     """
     from nemo.collections.asr import models
     from nemo.core import ModelPT
-    from nemo.utils import logging
 
     config = read_config(path)
     name = supported_class(config, origin=path)
     cls = classes[name] if classes else getattr(models, name)
     given = {"override_config_path": config, "map_location": map_location, "trainer": trainer}
+    logger = logging.getLogger("nemo_logger")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)  # NeMo logs the traceback of whatever it cannot build; the error names it
     try:
-        # NeMo logs the traceback of whatever it cannot build; the error says it.
-        with logging.temp_verbosity(logging.CRITICAL), _no_larger_than(path):
+        with _no_larger_than(path):
             model = cls.restore_from(str(Path(path).expanduser()), save_restore_connector=_connector(), **given)
     except Exception as error:
         # NeMo leaves its process-wide flag set, and every later model would skip its data set-up.
@@ -114,6 +116,8 @@ def restored(
             f"{path} cannot be restored ({type(error).__name__}: {reason}). It is damaged, or was made by another "
             "version of NeMo: get it again, or save it again by this version."
         ) from error
+    finally:
+        logger.setLevel(before)
     refuse_nonfinite(model.state_dict(), origin=path)
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,9 +13,9 @@ DEFAULT_NBEST = 8
 
 GREEDY = ("greedy", "greedy_batch")
 BATCHED_BEAM = {"ctc": "beam_batch", "transducer": "malsd_batch"}
-# pyctcdecode returns text, which NeMo tokenizes again: log p is then that of the tokenizer's spelling, which is lower
-# than that of the labels found. beam_batch keeps the labels and should be preferred.
-RESCORABLE = {"ctc": ("beam_batch", "pyctcdecode"), "transducer": ("malsd_batch", "maes_batch", "maes", "beam")}
+# Not pyctcdecode, which returns text that NeMo tokenizes again: log p is then that of the tokenizer's spelling, and
+# lower than that of the labels found.
+RESCORABLE = {"ctc": ("beam_batch",), "transducer": ("malsd_batch", "maes_batch", "maes", "beam")}
 _FUSION = ("ngram_lm_model", "ngram_lm_alpha", "boosting_tree", "boosting_tree_alpha")
 _FUSING = ("beam_batch", "malsd_batch")
 _CONFIDENCE = ("preserve_frame_confidence", "preserve_token_confidence", "preserve_word_confidence")
@@ -104,12 +103,6 @@ def _faults(cfg: DictConfig, asked: str, kind: str, characters: bool) -> list[st
     confidence = cfg.get("confidence_cfg") or {}
     if any(confidence.get(key) for key in _CONFIDENCE):
         faults.append("confidence_cfg: beams estimate no confidence; switch it off or disable rescoring.")
-    if strategy == "pyctcdecode" and importlib.util.find_spec("pyctcdecode") is None:
-        # It declares numpy < 2 and works with 2; with its dependencies pip would put NumPy back.
-        faults.append(
-            "strategy=pyctcdecode: the package is not installed; pip install --no-deps pyctcdecode pygtrie, or set "
-            "strategy=beam_batch."
-        )
     return faults
 
 

@@ -118,23 +118,13 @@ def test_every_n_best_strategy_is_rescored(kind: str, strategy: str, stock: Any)
     assert model.decoding.cfg.strategy == strategy
 
 
-def test_pyctcdecode_is_rescored_where_it_is_installed(stock: Any) -> None:
-    pytest.importorskip("pyctcdecode", reason="pyctcdecode is not installed")
-    model = stock("ctc_char")
-    enable_rescoring(model, SHORT)
-    model.change_decoding_strategy(decoding_cfg(model, strategy="pyctcdecode", beam_size=4), verbose=False)
-    assert all("negative_length" in hyp.score_parts for hyp in decode(model, *encoded()))
-    timed = OmegaConf.merge(decoding_cfg(model, strategy="pyctcdecode", beam_size=4), {"compute_timestamps": True})
-    model.change_decoding_strategy(timed, verbose=False)  # whose search raises where it is asked for times
-    assert all("word" in hyp.timestamp for hyp in decode(model, *encoded()) if hyp.text)
-
-
 @pytest.mark.parametrize(
     ("kind", "beam", "more", "words"),
     [
         ("rnnt_bpe", {"strategy": "alsd"}, {}, "strategy=malsd_batch"),
         ("rnnt_bpe", {"strategy": "tsd"}, {}, "strategy=malsd_batch"),
         ("ctc_bpe", {"strategy": "flashlight"}, {}, "strategy=beam_batch"),
+        ("ctc_char", {"strategy": "pyctcdecode"}, {}, "strategy=beam_batch"),
         ("rnnt_bpe", {"strategy": "malsd_batch", "beam_size": 1}, {}, "beam_size to 2"),
         ("rnnt_bpe", {"strategy": "maes_batch", "ngram_lm_model": "x.arpa"}, {}, "NeMo's maes_batch has no such"),
         ("rnnt_bpe", {"strategy": "beam", "boosting_tree": {"key_phrases_list": ["tea"]}}, {}, "need strategy=malsd"),
