@@ -40,7 +40,7 @@ def _optimizer_faults(settings: Mapping[str, Any]) -> list[str]:
         return [f"model.optim.name={name} is not known to NeMo; it knows {', '.join(AVAILABLE_OPTIMIZERS)}."]
     try:
         optimizer = get_optimizer(name)([torch.nn.Parameter(torch.zeros(1))], **{"lr": 1e-4, **optim})
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
         return [f"model.optim cannot be used: {error} (a key is taken away with ~model.optim.KEY)."]
     if not sched or "_target_" in sched or "args" in sched:
         return []
@@ -50,6 +50,6 @@ def _optimizer_faults(settings: Mapping[str, Any]) -> list[str]:
     arguments = {key: value for key, value in sched.items() if key not in _NOT_ARGUMENTS}
     try:
         get_scheduler(sched["name"], **{"max_steps": 100, **arguments})(optimizer)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
         return [f"model.optim.sched cannot be used: {error} (a key is taken away with ~model.optim.sched.KEY)."]
     return []

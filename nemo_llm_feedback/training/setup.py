@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from nemo.utils import logging
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_llm_feedback.asr.heads import Head, heads_of
 from nemo_llm_feedback.asr.likelihood import Band
@@ -20,7 +21,15 @@ from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import with_defaults
 from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
-from nemo_llm_feedback.core.errors import ConfigError, LLMError, ManifestError, RewardError, TrainingError, list_faults
+from nemo_llm_feedback.core.errors import (
+    ConfigError,
+    FeedbackError,
+    LLMError,
+    ManifestError,
+    RewardError,
+    TrainingError,
+    list_faults,
+)
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
 from nemo_llm_feedback.data.manifests import Staged, stage
@@ -163,7 +172,13 @@ def _training_data(
         config.context.load(), use_text=config.feedback.use_text, labelled=config.feedback.labelled, rows=staged.rows
     )
     shown = OmegaConf.create(dict(train_ds))
-    reader.attach(model.set_training_data(nemo_ds, shown=shown, shuffle=bool(train_ds.get("shuffle"))))
+    try:
+        loader = model.set_training_data(nemo_ds, shown=shown, shuffle=bool(train_ds.get("shuffle")))
+    except FeedbackError:
+        raise
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"NeMo refuses model.train_ds: {' '.join(str(error).split())}") from None
+    reader.attach(loader)
     return reader, nemo_ds
 
 

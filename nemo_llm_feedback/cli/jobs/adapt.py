@@ -13,14 +13,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_trainer, record_start, source
+from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_folder, make_trainer, record_start, source
 from nemo_llm_feedback.core.console import Session, progress, quiet, show
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
 from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
@@ -108,7 +107,7 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
 
     model = restore(base, map_location="cpu")
     trainer = make_trainer(cfg)
-    log_dir = Path(exp_manager(trainer, manager))
+    log_dir = make_folder(trainer, manager)
     model.set_trainer(trainer)
     with _locked(log_dir):
         with _nothing_left_if_refused(log_dir):

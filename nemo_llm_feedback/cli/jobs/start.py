@@ -18,6 +18,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils import logging
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.exceptions import NeMoBaseException
+from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,6 +39,7 @@ from nemo_llm_feedback.core.run_folder import (
 from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.training.models import locate
 
+_REFUSALS = (MisconfigurationException, NeMoBaseException)
 # Rank 0's choice, for the ranks that Lightning starts as copies of this process.
 _CHOICE = "NEMO_LLM_FEEDBACK_RUN"
 # A checkpoint holds the weights, AdamW's two moments and the best weights; two are there while one is written.
@@ -92,8 +95,20 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
     settings = trainer_settings(cfg)
     try:
         return pl.Trainer(**settings)
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, *_REFUSALS) as error:
         raise ConfigError(f"Lightning refuses the section trainer: {' '.join(str(error).split())}") from None
+
+
+def make_folder(trainer: pl.Trainer, manager: DictConfig) -> Path:
+    """The run's folder, made by NeMo's ``exp_manager``, which gives the trainer its loggers and checkpoints.
+
+    Raises:
+        ConfigError: NeMo or Lightning refuse the settings.
+    """
+    try:
+        return Path(exp_manager(trainer, manager))
+    except (ValueError, TypeError, AttributeError, RuntimeError, OSError, *_REFUSALS) as error:
+        raise ConfigError(f"NeMo refuses the section exp_manager: {' '.join(str(error).split())}") from None
 
 
 def check_room(folders: Mapping[str, Path], *, model_bytes: int) -> None:

@@ -65,7 +65,7 @@ def compose_config(
             groups = {entry.name for base in (folder, conf_dir()) for entry in base.iterdir() if entry.is_dir()}
             cfg = compose(config_name, overrides=search + [_open(o, groups) for o in overrides])
             tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(_kind(error, overrides)) from None
     finally:
         restore_gh_from_backup(outer)
@@ -91,7 +91,7 @@ def _kind(error: Exception, overrides: Sequence[str]) -> str:
     strange = [head for head in heads if head not in _TOP and re.search(rf"\b{re.escape(head)}\b", said)]
     if "Could not override" in said and strange:
         return _unknown(strange[0])
-    return said
+    return said or f"Hydra cannot use {' '.join(overrides)}."
 
 
 def _refuse_choices(overrides: Sequence[str]) -> None:

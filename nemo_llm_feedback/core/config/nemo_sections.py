@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -23,6 +24,13 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 def _endless_or_positive(value: int) -> int:
     if value < 1 and value != -1:
         raise ValueError(f"must be at least 1, or -1 for no limit, got {value}.")
+    return value
+
+
+def _paths(value: Any) -> Any:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if value is not None and not all(isinstance(item, (str, list)) for item in items):
+        raise ValueError(f"must be a path or a list of paths, got {value!r}.")
     return value
 
 
@@ -64,9 +72,15 @@ class ModelSettings(Section):
     is_open = True
 
     train_ds: dict[str, Any]
+    validation_ds: dict[str, Any]
     optim: dict[str, Any]
-    validation_ds: dict[str, Any] | None = None
     optim_param_groups: dict[str, Any] | None = None
+
+    def validate(self) -> list[str]:
+        """Returns a fault where the loader would make no batches."""
+        if self.train_ds.get("batch_size", 1) is None and not self.train_ds.get("use_lhotse"):
+            return ["model.train_ds.batch_size must be set; only Lhotse's loader (use_lhotse=true) can do without."]
+        return []
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,12 +89,13 @@ class DataSettings(Section):
 
     # fmt: off
     more_keys = (
-        "manifest_filepath", "tarred_audio_filepaths", "is_tarred", "use_bucketing", "pin_memory", "shuffle_n",
-        "shuffle_seed", "max_open_streams", "batch_tokens",
+        "tarred_audio_filepaths", "use_bucketing", "pin_memory", "shuffle_n", "shuffle_seed", "max_open_streams",
+        "batch_tokens",
     )
     # fmt: on
     is_open = True
 
+    manifest_filepath: Annotated[Any, AfterValidator(_paths)] = None
     sample_rate: PositiveInt | None = None
     batch_size: PositiveInt | None = None
     shuffle: bool = False
@@ -89,6 +104,7 @@ class DataSettings(Section):
     max_duration: PositiveFloat | None = None
     batch_duration: PositiveFloat | None = None
     use_lhotse: bool = False
+    is_tarred: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,6 +118,16 @@ class OptimSettings(Section):
     betas: tuple[ShareBelowOne, ...] | None = None
     weight_decay: NonNegativeFloat = 0.0
     sched: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class GroupSettings(Section):
+    """A module's entry in ``model.optim_param_groups``."""
+
+    is_open = True
+
+    lr: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -123,10 +149,10 @@ class TrainerSettings(Section):
 
     # fmt: off
     more_keys = (
-        "strategy", "devices", "precision", "logger", "callbacks", "fast_dev_run", "max_time", "overfit_batches",
-        "deterministic", "benchmark", "gradient_clip_algorithm", "inference_mode", "use_distributed_sampler",
+        "strategy", "devices", "precision", "logger", "callbacks", "fast_dev_run", "max_time", "benchmark",
+        "gradient_clip_algorithm", "inference_mode", "use_distributed_sampler",
         "profiler", "detect_anomaly", "barebones", "plugins", "sync_batchnorm", "default_root_dir",
-        "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "limit_train_batches",
+        "enable_checkpointing", "enable_progress_bar", "enable_model_summary",
         "limit_val_batches", "limit_test_batches", "limit_predict_batches", "min_epochs", "num_sanity_val_steps",
         "reload_dataloaders_every_n_epochs",
     )
@@ -137,6 +163,9 @@ class TrainerSettings(Section):
     max_steps: _Limit = -1
     min_steps: NonNegativeInt | None = None
     max_epochs: _Limit | None = None
+    limit_train_batches: PositiveFloat | None = None
+    overfit_batches: Annotated[float, Field(le=0)] = 0.0  # its loader would not be that of the unlabeled rows
+    deterministic: Literal[True, False, "warn"] | None = None
     val_check_interval: PositiveFloat | None = None
     check_val_every_n_epoch: PositiveInt | None = None
     log_every_n_steps: NonNegativeInt | None = None
@@ -151,8 +180,20 @@ class TrainerSettings(Section):
 
 
 @dataclass(frozen=True, config=STRICT)
+class ManagerSettings(Section):
+    """``exp_manager``, of which NeMo checks the other keys; held-out rows decide when a run stops early."""
+
+    is_open = True
+
+    exp_dir: str | None = None
+    explicit_log_dir: str | None = None
+    checkpoint_callback_params: dict[str, Any] = field(default_factory=dict)
+    create_early_stopping_callback: Literal[False] = False
+
+
+@dataclass(frozen=True, config=STRICT)
 class CheckpointSettings(Section):
-    """``exp_manager.checkpoint_callback_params``; the keys of ``exp_manager`` NeMo checks itself."""
+    """``exp_manager.checkpoint_callback_params``."""
 
     is_open = True
 
@@ -169,6 +210,7 @@ NEMO_SECTIONS: dict[str, type[Section]] = {
     "model.optim": OptimSettings,
     "model.optim.sched": SchedulerSettings,
     "trainer": TrainerSettings,
+    "exp_manager": ManagerSettings,
     "exp_manager.checkpoint_callback_params": CheckpointSettings,
 }
 
@@ -193,6 +235,9 @@ def value_faults(tree: Mapping[str, Any]) -> list[str]:
     given += [
         (path, cls, found) for path, cls in NEMO_SECTIONS.items() if (found := section_at(tree, path)) is not None
     ]
+    groups = section_at(tree, "model.optim_param_groups")
+    if isinstance(groups, Mapping):
+        given += [(f"model.optim_param_groups.{name}", GroupSettings, group) for name, group in groups.items()]
     faults = []
     for path, cls, values in given:
         section, wrong = build(cls, values, where=path)

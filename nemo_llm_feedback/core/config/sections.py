@@ -14,6 +14,7 @@ from nemo_llm_feedback.core.config.faults import STRICT, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Members = Annotated[int, Field(ge=0, le=1000)]  # a beam of more needs memory that no machine has
 NormalizerName = Literal["none", "lower", "basic"]
 ObjectiveName = Literal["distill", "mwer", "reinforce", "grpo", "dpo", "self_training"]
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
@@ -153,11 +154,11 @@ class ProposalConfig(Section):
         max_symbols: largest number of labels a transducer beam emits in one frame.
     """
 
-    beam: NonNegativeInt = 8
-    boosted: NonNegativeInt = 8
-    term_swap: NonNegativeInt = 4
+    beam: Members = 8
+    boosted: Members = 8
+    term_swap: Members = 4
     llm_correction: Annotated[int, Field(ge=0, le=1)] = 0
-    samples: NonNegativeInt = 0
+    samples: Members = 0
     max_members: Annotated[int, Field(ge=2)] = 24
     boosting_weight: NonNegativeFloat = 1.0
     boosting_weights: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
