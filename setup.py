@@ -41,6 +41,7 @@ setup(
         "hydra-core>=1.3",
         "cyclopts>=5.5",
         "pydantic>=2.10",
+        "pydantic_core",
         "peft>=0.17",
         "omegaconf>=2.3",
         "braceexpand",

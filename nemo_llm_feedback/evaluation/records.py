@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,23 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic_core
+
 from nemo_llm_feedback.core.errors import ConfigError
 
 
 def to_plain(record: Any) -> Any:
     """Dataclasses, mappings and sequences as JSON has them; what is not a finite number is None."""
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {item.name: to_plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
-    if isinstance(record, Mapping):
-        return {str(key): to_plain(value) for key, value in record.items()}
-    if isinstance(record, (list, tuple)):
-        return [to_plain(value) for value in record]
-    return None if isinstance(record, float) and not math.isfinite(record) else record
+    return pydantic_core.to_jsonable_python(record, inf_nan_mode="null")
 
 
 def to_json(record: Any) -> str:
     """A record as JSON text, all numbers in full precision; undefined ones are null."""
-    return json.dumps(to_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+    return pydantic_core.to_json(record, indent=2, inf_nan_mode="null").decode()
 
 
 def write_record(path: str | Path, record: Any) -> None:

@@ -34,7 +34,7 @@ def test_ten_scalars_are_on_top() -> None:
     top = {
         "held_out/gain": "held_out_gain", "held_out/kl": "held_out_kl", "held_out/length_ratio": "length_ratio",
         "held_out/wer_rise": "general_wer_rise", "feedback/reward_policy": "reward", "lr": "lr",
-        "feedback/reward_gap": "reward_gap", "feedback/kl_reference": "kl",
+        "feedback/reward_gain": "reward_gain", "feedback/kl_reference": "kl",
         "val/dev/wer": "wer/dev", "val/dev/ewer": "ewer/dev",
     }  # fmt: skip
     assert {name: shown_name(name) for name in top} == {name: f"adapt/{shown}" for name, shown in top.items()}

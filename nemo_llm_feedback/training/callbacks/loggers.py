@@ -22,7 +22,7 @@ _TOP = {
     r"held_out/length_ratio": "adapt/length_ratio",
     r"held_out/wer_rise": "adapt/general_wer_rise",
     r"feedback/reward_policy": "adapt/reward",
-    r"feedback/reward_gap": "adapt/reward_gap",
+    r"feedback/reward_gain": "adapt/reward_gain",
     r"feedback/kl_reference": "adapt/kl",
     r"val/(.+)/(e?wer)": r"adapt/\2/\1",
     r"lr": "adapt/lr",

@@ -86,7 +86,7 @@ class RunBar(pl.Callback):
         history = self._stopping.history
         shown = {
             "group gain": _signed(values.get("feedback/reward_gain")),
-            "KL": _plain(values.get("feedback/k3_reference")),
+            "KL": _plain(values.get("feedback/kl_reference")),
             "rate": f"{rate:.1e}",
             "held-out gain": _signed(history[-1].gain) if history else "",
         }
