@@ -161,7 +161,10 @@ def hostile_files(good: Path, folder: Path, marker: Path) -> dict[str, tuple[Pat
         "negative layer": (with_value(files, "encoder.d_model", -4), "cannot be restored"),
         "layer is a word": (with_value(files, "encoder.n_layers", "two"), "cannot be restored"),
         "no encoder": (with_config(files, lambda config: config.pop("encoder")), "cannot be restored"),
-        "decoder reads a device": (with_value(files, "decoding.greedy.ngram_lm_model", "/dev/zero"), "no file"),
+        "decoder reads a device": (
+            with_value(files, "decoding.greedy.ngram_lm_model", "/dev/zero"),
+            "no regular",
+        ),
         "weights cut": (files | {WEIGHTS: weights[: len(weights) // 2]}, "cannot be restored"),
         "weights empty": (files | {WEIGHTS: b""}, "cannot be restored"),
         "weights are text": (files | {WEIGHTS: b"hello"}, "cannot be restored"),
