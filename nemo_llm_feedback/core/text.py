@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nemo_llm_feedback.core.errors import ConfigError
 
@@ -18,7 +18,12 @@ UNSPACED = re.compile(
 """A character of a script without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo, Chinese
 with its iteration marks and extensions. Korean has spaces."""
 
-_APOSTROPHES = dict.fromkeys(map(ord, "’ʼ＇`´‘"), "'")
+# Vowel signs and tones that combine with the character before them, in these scripts.
+_MARKS = "".join(char for char in map(chr, range(0x0E00, 0x3100)) if unicodedata.category(char)[0] == "M")
+_WORD = re.compile(rf"{UNSPACED.pattern}[{_MARKS}]*|[^\s{UNSPACED.pattern[1:-1]}]+")
+
+_QUOTES = "'’ʼ＇`´‘"
+_APOSTROPHES = dict.fromkeys(map(ord, _QUOTES), "'")
 
 
 def none(text: str) -> str:
@@ -38,7 +43,7 @@ def basic(text: str) -> str:
     full stops inside abbreviations and numbers included ("3.5" → "3 5"). Letters, digits and combining marks of all
     scripts stay, so that Indic vowel signs and Thai tone marks survive; zero-width format characters go.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_APOSTROPHES)
+    folded = plain_marks(plain_marks(text).casefold())
     out = []
     for i, char in enumerate(folded):
         inner = char == "'" and _is_word(folded[i - 1 : i]) and _is_word(folded[i + 1 : i + 2])
@@ -71,15 +76,53 @@ def get_normalizer(name: str) -> Normalizer:
     raise ConfigError(f"unknown text normalisation '{name}': did you mean '{near}'? Known: {', '.join(NORMALIZERS)}")
 
 
-def text_length(text: str) -> int:
-    """Length as rewards count it: words, and characters where the script is written without spaces.
+def plain_marks(text: str) -> str:
+    """The text in composed form (NFKC) with apostrophes in their ASCII form."""
+    return unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
 
-    A word is a white-space separated piece with a letter or digit in it, so that a reward for length is not to be had
-    with dashes. Letters and digits of unspaced scripts count 1 each, the text between them counts as words:
-    ``我要 latte`` has length 3. Marks that combine with a character (Thai vowel signs and tones) do not count.
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of every word: what stands between white space, and in scripts without spaces each character.
+
+    A combining mark (a Thai vowel sign or tone) belongs to the character before it.
     """
-    characters = sum(unicodedata.category(char)[0] in "LN" for char in UNSPACED.findall(text))
-    return characters + sum(any(map(str.isalnum, word)) for word in UNSPACED.sub(" ", text).split())
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, by which everything counts errors, entities and terms; see :func:`word_spans`."""
+    return _WORD.findall(text)
+
+
+def join_words(parts: Sequence[str]) -> str:
+    """Words as a text: spaces between them, but not between two characters of scripts without spaces."""
+    text = ""
+    for part in parts:
+        bare = text and UNSPACED.match(part[:1]) and UNSPACED.match(text[-1])
+        text += part if bare or not text else f" {part}"
+    return text
+
+
+def folded_words(text: str) -> list[tuple[str, int, int]]:
+    """The words of :func:`basic`, each with the start and end of what it was made of: ``Jean-Luc`` is two."""
+    found = []
+    for start, end in word_spans(text):
+        begin = start
+        for i in range(start, end + 1):
+            inner = start < i < end - 1 and text[i] in _QUOTES and _is_word(text[i - 1]) and _is_word(text[i + 1])
+            if i < end and (inner or _is_word(text[i]) or unicodedata.category(text[i]) == "Cf"):
+                continue
+            found += [(word, begin, i) for word in basic(text[begin:i]).split()]
+            begin = i + 1
+    return found
+
+
+def text_length(text: str) -> int:
+    """Length as rewards count it: the :func:`words` with a letter or digit in them.
+
+    A reward for length is thus not to be had with dashes, and ``我要 latte`` has length 3.
+    """
+    return sum(any(map(str.isalnum, word)) for word in words(text))
 
 
 def _is_word(char: str) -> bool:

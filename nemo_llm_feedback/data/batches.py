@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError
+from nemo_llm_feedback.core.text_files import to_number
 from nemo_llm_feedback.core.types import Audio, Context
-from nemo_llm_feedback.data.audio import mix_channels, select_channels
+from nemo_llm_feedback.data.audio import guard_readers, is_augmented, select_channels
 from nemo_llm_feedback.data.manifests import Row, merge_context, parse_context
 
 Batch = Sequence[Any]
@@ -33,7 +36,7 @@ class Parts(NamedTuple):
     @property
     def all_labelled(self) -> bool:
         """Whether the text of every row is learned."""
-        return self.replay is None and self.unlabeled is None
+        return self.labelled is not None and self.replay is None and self.unlabeled is None
 
 
 class BatchReader:
@@ -44,32 +47,46 @@ class BatchReader:
         use_text: False = every row is unlabeled.
         labelled: ``supervised`` or ``replay``: what rows with text are for, unless their manifest line names it.
         rows: rows of the staged manifests, for the classic loader, whose batches hold only indices.
+        skip_bad_audio: leave rows out whose audio cannot be read, also in mid-run; otherwise they are an error.
+        train_ds: NeMo's section of the loader: where it changes samples, equal names are not compared.
 
     Attributes:
         replays: whether any row may be a replay row.
         seen: names of the unlabeled rows in the batches so far; of tarred rows only this shows which can be read.
+        left_out: names of the rows that were left out in mid-run.
     """
 
     def __init__(
-        self, run_context: Context, *, use_text: bool, labelled: str = "supervised", rows: Sequence[Row] = ()
+        self,
+        run_context: Context,
+        *,
+        use_text: bool,
+        labelled: str = "supervised",
+        rows: Sequence[Row] = (),
+        skip_bad_audio: bool = False,
+        train_ds: Mapping[str, Any] | None = None,
     ) -> None:
         self._run_context, self._use_text, self._rows = run_context, use_text, tuple(rows)
         self._of_labelled = "kl" if labelled == "replay" else labelled
         self.replays = labelled == "replay" or any(row.replay == "kl" for row in rows)
         self._collection: Any = None
         self.seen: set[str] = set()
+        self.left_out: set[str] = set()
+        self._skip, self._compared = skip_bad_audio, not is_augmented(train_ds or {})
+        self._energy: dict[str, float] = {}
         self._marks = 0
 
     def attach(self, dataloader: Any) -> None:
         """Prepares for the batches of a NeMo loader.
 
         Of a classic dataset its collection is kept, which maps sample ids to manifest rows (filters renumber), and the
-        number of start and end marks it adds to every target, also to an empty one. Lhotse loaders mix channels.
+        number of start and end marks it adds to every target, also to an empty one. Channels are mixed, and files that
+        cannot be read are named.
 
         Args:
             dataloader: NeMo's training loader.
         """
-        mix_channels(dataloader)
+        guard_readers(dataloader, skip=self._skip)
         processor = getattr(getattr(dataloader, "dataset", None), "manifest_processor", None)
         if processor is not None:
             self._collection = processor.collection
@@ -80,22 +97,31 @@ class BatchReader:
 
         Args:
             batch: signal [B, S], signal_len [B] samples, tokens [B, U], tokens_len [B], and B sample ids or cuts.
+
+        Raises:
+            DecodingError: audio that cannot be read, unless it is skipped.
+            ManifestError: two different recordings have one name.
         """
         signal, signal_len, tokens, tokens_len, ids = batch
+        energy = self._energies(signal, signal_len, ids)
+        good = torch.tensor([math.isfinite(value) for value in energy], device=signal.device)
         labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
         replayed = torch.zeros_like(labelled)
         if self.replays:
             unnamed = [self._of_labelled if has_text else "" for has_text in labelled.tolist()]
             uses = [self._about(ids, b)[2] or use for b, use in enumerate(unnamed)]
             replayed = torch.tensor([use == "kl" for use in uses], device=labelled.device)
-        learned = labelled & ~replayed
+        learned = labelled & ~replayed & good
         if bool(learned.all()):
             return Parts((signal, signal_len, tokens, tokens_len), None, None)
         four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
-        chosen, unlabeled = ~(learned | replayed), None
+        replayed &= good
+        chosen, unlabeled = ~(learned | replayed) & good, None
         if (part := _rows(four, chosen)) is not None:
-            rows = [self._about(ids, b) for b in chosen.nonzero().flatten().tolist()]
+            places = chosen.nonzero().flatten().tolist()
+            rows = [self._about(ids, b) for b in places]
             names = tuple(name for name, _, _ in rows)
+            self._compare(names, [energy[b] for b in places])
             self.seen.update(names)
             contexts = tuple(merge_context(self._run_context, context) for _, context, _ in rows)
             unlabeled = Audio(part[0], part[1], names, contexts)
@@ -104,6 +130,32 @@ class BatchReader:
     def names(self, ids: Any) -> list[str]:
         """The names of all rows of a batch, from its last part."""
         return [self._about(ids, b)[0] for b in range(len(ids))]
+
+    def _energies(self, signal: torch.Tensor, signal_len: torch.Tensor, ids: Any) -> list[float]:
+        """The energy of each row of a [B, S] signal, by which recordings are told apart; NaN of rows to leave out."""
+        if signal.dim() != 2:
+            raise DecodingError(
+                f"{', '.join(self.names(ids))}: the loader gives several channels: remove channel_selector."
+            )
+        found: list[float] = signal.double().square().sum(dim=1).tolist()
+        energy = [e if n and math.isfinite(e) else math.nan for e, n in zip(found, signal_len.tolist(), strict=True)]
+        bad = [self._about(ids, b)[0] for b, value in enumerate(energy) if value != value]
+        if bad and not self._skip:
+            raise DecodingError(
+                f"{', '.join(bad)}: samples that are no numbers, or none (feedback.on_bad_audio=skip)."
+            )
+        if new := [name for name in bad if name not in self.left_out]:
+            logging.warning(f"left out, since the audio cannot be read: {', '.join(new)}")
+            self.left_out.update(new)
+        return energy
+
+    def _compare(self, names: Sequence[str], energy: Sequence[float]) -> None:
+        """Refuses a name under which another recording was read before; all would learn the words of the first."""
+        for name, value in zip(names, energy, strict=True):
+            if self._compared and not math.isclose(self._energy.setdefault(name, value), value, rel_tol=1e-5):
+                raise ManifestError(
+                    f"two different recordings are called {name}: give their rows different paths or offsets."
+                )
 
     def _about(self, ids: Any, b: int) -> tuple[str, Context, str]:
         """Name, context and manifest key ``replay`` ("" where missing) of a row of the batch."""
@@ -128,12 +180,17 @@ def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:
 
 
 def _cut_name(cut: Any) -> str:
-    """A name that is stable over epochs; Lhotse's id of a file is its stem, which files in two folders may share."""
+    """A name that is stable over epochs; Lhotse's id of a file is its stem, which files in two folders may share.
+
+    NeMo cuts segments out of tarred recordings, so that each starts at 0; the manifest's offset is in ``custom``.
+    """
     sources = cut.recording.sources if cut.has_recording else []
     if sources and sources[0].type == "file":
         return f"{sources[0].source}@{cut.start:.3f}+{cut.duration:.3f}"
-    shard = (cut.custom or {}).get("shard_id", "")
-    return f"{shard}/{cut.id}@{cut.start:.3f}+{cut.duration:.3f}"
+    custom = cut.custom or {}
+    folder = custom.get("tar_origin") or custom.get("shard_id", "")
+    member = cut.recording.id if cut.has_recording else cut.id
+    return f"{folder}/{member}@{cut.start + (to_number(custom.get('offset')) or 0.0):.3f}+{cut.duration:.3f}"
 
 
 def training_config(
@@ -168,6 +225,8 @@ def training_config(
         if lhotse:
             # NeMo's switch for batches that carry their cuts; it also takes the ranks from here.
             config.do_transcribe = True
+            # Members whose rows were left out are no fault.
+            config.skip_missing_manifest_entries = True
             config.global_rank, config.world_size = global_rank, world_size
             if config.get("shard_seed") is None and tarred is None and not config.get("force_iterable_dataset"):
                 # A stream keeps NeMo's seed: each rank and worker must shuffle its share, differently in every pass.

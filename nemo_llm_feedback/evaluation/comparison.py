@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
-from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer
+from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer, join_words, words
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
 from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, row_entities, typed_spans
@@ -196,7 +196,7 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     bias = None
     if scoring.bias_key:  # the single words of an utterance's list: the published scorer has no phrases
         listed = row_entities(rows, scoring.bias_key)
-        bias = [" ".join(_strings(row, found)).split() for row, found in zip(rows, listed, strict=True)]
+        bias = [words(" ".join(_strings(row, found))) for row, found in zip(rows, listed, strict=True)]
     references = [row.text for row in rows]
     plain = [[e.entity for e in row] for row in entities] if any(entities) else None
     score = functools.partial(
@@ -265,8 +265,8 @@ def _term_lists(
 
 
 def _strings(row: Row, entities: Sequence[TypedEntity]) -> list[str]:
-    words = row.text.split()
-    return [e.entity if isinstance(e.entity, str) else " ".join(words[slice(*e.entity)]) for e in entities]
+    found = words(row.text)
+    return [e.entity if isinstance(e.entity, str) else join_words(found[slice(*e.entity)]) for e in entities]
 
 
 def _by_type(

@@ -1,6 +1,7 @@
 """Entities of a manifest: strings or word spans, with an optional type, and where they occur in the reference.
 
-The manifest key holds a list whose items are strings, word spans ``[start, end)`` counted from 0, or objects
+The manifest key holds a list whose items are strings, word spans ``[start, end)`` counted from 0 (in scripts without
+spaces each character is a word, see ``core.text.words``), or objects
 ``{"text": …}``, ``{"span": [start, end]}`` or ``{"start": …, "end": …}`` with an optional ``type``; or an object that
 maps each type to a string or a list of such items.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.core.text import word_spans, words
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.error_counts import occurrences
 
@@ -123,16 +125,16 @@ def locate(
 ) -> set[tuple[int, int]]:
     """The spans of one entity in a normalised reference; every occurrence of a string is a mention."""
     if isinstance(entity, str):
-        found = set(occurrences(ref.split(), clean(entity).split()))
+        found = set(occurrences(words(ref), words(clean(entity))))
     else:
-        words = raw.split()
-        if not (_is_span(entity) and len(entity) == 2 and 0 <= entity[0] < entity[1] <= len(words)):
+        places = word_spans(raw)
+        if not (_is_span(entity) and len(entity) == 2 and 0 <= entity[0] < entity[1] <= len(places)):
             raise ManifestError(
                 f"utterance {utterance}: entity {entity!r} is neither a string nor a word span [start, end) with "
-                f"0 <= start < end <= {len(words)}, the words of '{raw}'"
+                f"0 <= start < end <= {len(places)}, the words of '{raw}'"
             )
         # Normalisation may drop or split words.
-        start, end = (len(clean(" ".join(words[:edge])).split()) for edge in entity)
+        start, end = (len(words(clean(raw[: places[edge - 1][1] if edge else 0]))) for edge in entity)
         found = {(start, end)}
     return {(start, end) for start, end in found if end > start}
 

@@ -13,6 +13,13 @@ import kaldialign
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_llm_feedback.core.text import join_words, words
+
+
+def align_words(refs: list[list[str]], hyps: list[list[str]]) -> list[list[jiwer.AlignmentChunk]]:
+    """jiwer's minimum edit alignment of each pair of word lists."""
+    return jiwer.process_words([" ".join(ref) for ref in refs], [" ".join(hyp) for hyp in hyps]).alignments
+
 
 def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
     """All spans of ``words`` that equal ``phrase``, overlapping ones too; none for an empty phrase."""
@@ -91,7 +98,7 @@ def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, i
 def heard_terms(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, tuple[int, int]]:
     """Each term of the hypothesis → its occurrences, leftmost and longest first, and those beyond the reference's."""
     by_first: dict[str, list[tuple[str, ...]]] = {}
-    for phrase in sorted({tuple(term.split()) for term in terms if term}, key=len, reverse=True):
+    for phrase in sorted({tuple(words(term)) for term in terms if term.strip()}, key=len, reverse=True):
         by_first.setdefault(phrase[0], []).append(phrase)
     found: Counter[tuple[str, ...]] = Counter()
     i = 0
@@ -100,7 +107,7 @@ def heard_terms(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, t
         if match:
             found[match] += 1
         i += len(match) if match else 1
-    return {" ".join(p): (n, max(0, n - len(occurrences(ref, list(p))))) for p, n in found.items()}
+    return {join_words(p): (n, max(0, n - len(occurrences(ref, list(p))))) for p, n in found.items()}
 
 
 def bias_counts(ref: list[str], hyp: list[str], listed: set[str]) -> dict[str, int]:

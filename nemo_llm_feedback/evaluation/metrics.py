@@ -2,7 +2,7 @@
 
 Every metric is a ratio of two counts summed over the corpus. `score_corpus` counts once per utterance; values,
 intervals and paired tests are then sums over rows of one integer table. Definitions (ours where the literature has
-none):
+none). A word is that of ``core.text.words``: in scripts without spaces each character is one.
 
 - **WER, CER**: errors of the minimum edit alignment (jiwer) per reference word, or per character with spaces.
 - **EWER, U-WER**: the words of the WER's alignment, split. To EWER go substitutions and deletions of reference
@@ -32,8 +32,15 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.text import words
 from nemo_llm_feedback.evaluation.entities import Entity, MissingEntity, locate_all
-from nemo_llm_feedback.evaluation.error_counts import bias_counts, chunk_errors, term_counts, word_counts
+from nemo_llm_feedback.evaluation.error_counts import (
+    align_words,
+    bias_counts,
+    chunk_errors,
+    term_counts,
+    word_counts,
+)
 
 
 @dataclass(frozen=True)
@@ -161,16 +168,17 @@ def score_corpus(
     clean = functools.cache(lambda text: " ".join(normalize(text).split()))
     refs, hyps = [clean(t) for t in references], [clean(t) for t in hypotheses]
     spans, missing = locate_all(references, refs, entities, clean)
-    word_alignments = jiwer.process_words(refs, hyps).alignments
+    ref_words, hyp_words = [words(t) for t in refs], [words(t) for t in hyps]
+    word_alignments = align_words(ref_words, hyp_words)
     char_alignments = jiwer.process_characters(refs, hyps).alignments
     rows = []
-    for u, (ref, hyp) in enumerate(zip(refs, hyps, strict=True)):
-        row = word_counts(ref.split(), word_alignments[u], None if entities is None else spans[u])
-        row |= {"chars": len(ref), "char_errors": sum(chunk_errors(c) for c in char_alignments[u])}
+    for u, (ref, hyp) in enumerate(zip(ref_words, hyp_words, strict=True)):
+        row = word_counts(ref, word_alignments[u], None if entities is None else spans[u])
+        row |= {"chars": len(refs[u]), "char_errors": sum(chunk_errors(c) for c in char_alignments[u])}
         if terms is not None:
-            row |= term_counts(ref.split(), hyp.split(), [clean(t) for t in terms[u]])
+            row |= term_counts(ref, hyp, [clean(t) for t in terms[u]])
         if bias_words is not None:
-            row |= bias_counts(ref.split(), hyp.split(), {clean(w) for w in bias_words[u]})
+            row |= bias_counts(ref, hyp, {clean(w) for w in bias_words[u]})
         rows.append([row.get(name, 0) for name in COLUMNS])
     return CorpusScores(tuple(refs), tuple(hyps), np.array(rows, dtype=np.int64), tuple(missing))
 
@@ -256,8 +264,8 @@ def oracle(references: Sequence[str], nbest: Sequence[Sequence[str]], *, normali
         raise ManifestError(f"no hypotheses for utterance {', '.join(empty)}: every N-best list needs one member")
     best = []
     for reference, members in zip(references, nbest, strict=True):
-        words = normalize(reference).split()
-        best.append(min(members, key=lambda member: Levenshtein.distance(words, normalize(member).split())))
+        true = words(normalize(reference))
+        best.append(min(members, key=lambda member: Levenshtein.distance(true, words(normalize(member)))))
     return best
 
 

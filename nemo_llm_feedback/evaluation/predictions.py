@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.core.text_files import to_number
 from nemo_llm_feedback.data.manifests import Row, json_lines, parse_context
 from nemo_llm_feedback.evaluation.comparison import Member, System
 
@@ -61,16 +62,18 @@ def rows_of_predictions(path: str | Path) -> list[Row]:
             context = parse_context(data.get("context"))
         except ValueError as error:
             raise ManifestError(f"{origin}: {error}") from None
-        text, duration = data.get("text") or "", float(data.get("duration") or 0.0)
-        rows.append(Row(audio, duration, _offset(data), str(text).strip(), context, origin, data))
+        duration = to_number(data.get("duration")) or 0.0
+        rows.append(Row(audio, duration, _offset(data), str(data.get("text") or "").strip(), context, origin, data))
     return rows
 
 
 def _read_lines(path: str | Path) -> list[Line]:
     lines, faults = [], []  # type: list[Line], list[str]
     for origin, data in json_lines(path, faults):
-        if not (data.get("audio_filepath") or data.get("audio_filename")):
+        if not isinstance(data.get("audio_filepath") or data.get("audio_filename"), str):
             faults.append(f"{origin}: lacks `audio_filepath`.")
+        elif to_number(data.get("offset") or 0.0) is None:
+            faults.append(f"{origin}: `offset` must be seconds (got {data['offset']!r}).")
         elif not isinstance(data.get("pred_text"), str):
             faults.append(f"{origin}: lacks `pred_text`, the transcript ('' where nothing was heard).")
         else:
@@ -82,12 +85,14 @@ def _read_lines(path: str | Path) -> list[Line]:
 
 def _nbest(data: Mapping[str, Any], path: str | Path) -> tuple[Member, ...]:
     members = []
-    for item in data.get("nbest") or ():
+    found = data.get("nbest") or []
+    for item in found if isinstance(found, list) else [found]:
         if isinstance(item, str):
             members.append(Member(item))
         elif isinstance(item, Mapping) and isinstance(item.get("text", item.get("pred_text")), str):
             nested = {k: v for part in item.values() if isinstance(part, Mapping) for k, v in part.items()}
-            numbers = {k: float(v) for k, v in {**item, **nested}.items() if type(v) in (int, float)}
+            found_in = {k: v for k, v in {**item, **nested}.items() if type(v) in (int, float)}
+            numbers = {k: n for k, v in found_in.items() if (n := to_number(v)) is not None}
             members.append(Member(item.get("text", item.get("pred_text")), numbers))
         else:
             raise ManifestError(f"{path}: `nbest` holds {item!r}; a member is a string or an object with `text`.")
@@ -109,4 +114,4 @@ def _absolute(audio: str, folder: Path) -> str:
 
 
 def _offset(data: Mapping[str, Any]) -> float:
-    return round(float(data.get("offset") or 0.0), 3)
+    return round(to_number(data.get("offset") or 0.0) or 0.0, 3)

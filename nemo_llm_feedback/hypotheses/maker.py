@@ -18,8 +18,8 @@ from nemo_llm_feedback.hypotheses.proposals import (
     best_first,
     build_members,
     to_hypothesis,
-    written_labels,
 )
+from nemo_llm_feedback.hypotheses.spelling import written_labels
 from nemo_llm_feedback.rewards import Reward
 
 # Contexts and their texts, most probable first → a corrected text per utterance, or None.
@@ -111,7 +111,7 @@ class NBestMaker:
             for row, logp in zip(candidates, scores[first.name], strict=True)
         ]
         texts = self._corrector(contexts, ranked)
-        labels = [written_labels(text, first.vocabulary, self._normalize) if text else None for text in texts]
+        labels = [written_labels(text, first.vocabulary) if text else None for text in texts]
         extra = [[Candidate(new, "llm_correction")] if new is not None else [] for new in labels]
         if not any(extra):
             return

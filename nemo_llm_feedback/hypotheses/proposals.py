@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels, Vocabulary
 from nemo_llm_feedback.core.config import ProposalConfig
-from nemo_llm_feedback.core.text import basic
 from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.hypotheses.spelling import spelled_terms, without_unknown, written_labels
 from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 
 # Term swaps: how often a swapped text is swapped again, from how many texts, and how many swaps of each are scored.
@@ -38,18 +38,10 @@ class Proposer:
         head: the policy's head; eval mode and no gradient are the caller's.
         config: number of candidates from each source, and the strength of boosting.
         generator: random numbers of the sampler; its state belongs into checkpoints. One with seed 0 if None.
-        normalize: text normalisation under which a swapped text must come out as it went in.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        config: ProposalConfig,
-        *,
-        generator: torch.Generator | None = None,
-        normalize: Callable[[str], str] = basic,
-    ) -> None:
-        self._head, self.config, self._normalize = head, config, normalize
+    def __init__(self, head: Head, config: ProposalConfig, *, generator: torch.Generator | None = None) -> None:
+        self._head, self.config = head, config
         self._generator = generator or torch.Generator().manual_seed(0)
         self._tree = functools.lru_cache(_MAX_TREES)(lambda terms: boosting_tree(head.vocabulary, terms, config))
 
@@ -65,7 +57,7 @@ class Proposer:
         Args:
             encoded: [B, D, T] encoder output.
             lengths: [B] frames.
-            contexts: B contexts, whose terms are boosted.
+            contexts: B contexts, whose terms are boosted in the checkpoint's letters.
 
         Returns:
             B lists, greedy first (unless sampled only), then the beam, the boosted beam, term swaps and samples.
@@ -76,14 +68,14 @@ class Proposer:
         def add(source: str, rows_of: Sequence[int], proposals: Sequence[Sequence[Labels]]) -> None:
             """Adds a source's label sequences to the rows that they are for."""
             for b, sequences in zip(rows_of, proposals, strict=True):
-                found[b] += [Candidate(tuple(labels), source) for labels in sequences]
+                found[b] += [Candidate(without_unknown(labels, self._head.vocabulary), source) for labels in sequences]
 
         if not self.sampled_only:
             add("greedy", rows, [[y] for y in self._greedy(encoded, lengths)])
         if config.beam:
             add("beam", rows, self._head.beam(encoded, lengths, size=config.beam, max_symbols=config.max_symbols))
         if config.boosted:
-            for terms, members in _rows_by_terms(contexts).items():
+            for terms, members in self._rows_by_terms(contexts).items():
                 add("boosted", members, self._boosted(encoded[members], lengths[members], terms))
         if config.term_swap:
             self._add_swaps(found, encoded, lengths, contexts)
@@ -120,11 +112,11 @@ class Proposer:
         vocabulary = self._head.vocabulary
         texts = swap_terms(
             vocabulary.ids_to_text(seed.labels),
-            context.terms,
+            spelled_terms(context.terms, vocabulary),
             min_similarity=self.config.swap_similarity,
             limit=_SWAP_TRIED,
         )
-        labels = [written_labels(text, vocabulary, self._normalize) for text in texts]
+        labels = [written_labels(text, vocabulary) for text in texts]
         return [Candidate(found, "term_swap") for found in labels if found is not None]
 
     def _best(
@@ -134,6 +126,14 @@ class Proposer:
         with torch.no_grad():
             scores = self._head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
         return [best_first(row, logp)[:keep] for row, logp in zip(candidates, scores, strict=True)]
+
+    def _rows_by_terms(self, contexts: Sequence[Context]) -> dict[tuple[str, ...], list[int]]:
+        """Rows that share a term list are decoded together, so a group does not depend on its batch."""
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for b, context in enumerate(contexts):
+            if terms := spelled_terms(context.terms, self._head.vocabulary):
+                rows.setdefault(terms, []).append(b)
+        return rows
 
     def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
         c, boosting = self.config, (self._tree(terms).to(encoded.device), self.config.boosting_weight)
@@ -210,29 +210,8 @@ def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Calla
     return Hypothesis(text=text, tokens=candidate.labels, source=candidate.source)
 
 
-def written_labels(text: str, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Labels | None:
-    """The labels of a text that was not decoded; None if the vocabulary cannot express it.
-
-    A text in another style than the checkpoint's (case, punctuation) is tried in the run's normalisation, too.
-    """
-    for spelling in dict.fromkeys((text, normalize(text))):
-        labels = tuple(vocabulary.text_to_ids(spelling))
-        if labels and normalize(vocabulary.ids_to_text(labels)) == normalize(text):
-            return labels
-    return None
-
-
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     first: dict[Labels, Candidate] = {}
     for candidate in candidates:
         first.setdefault(candidate.labels, candidate)
     return list(first.values())
-
-
-def _rows_by_terms(contexts: Sequence[Context]) -> dict[tuple[str, ...], list[int]]:
-    """Rows that share a term list are decoded together, so a group does not depend on its batch."""
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for b, context in enumerate(contexts):
-        if context.terms:
-            rows.setdefault(context.terms, []).append(b)
-    return rows

@@ -19,6 +19,7 @@ from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.hypotheses.maker import Corrector, NBestMaker, judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.proposals import Proposer
+from nemo_llm_feedback.hypotheses.spelling import written_labels
 from nemo_llm_feedback.rewards import Reward
 
 
@@ -110,8 +111,8 @@ def judged_references(
         nbest: the N-best that it returned for these rows.
 
     Returns:
-        One entry per row, None where it has no text. The reference's acoustic score is that of the better of its
-        spellings as given and as normalised.
+        One entry per row, None where it has no text or one that the checkpoint cannot write. The reference's acoustic
+        score is that of the better of its spellings as given and as normalised.
     """
     itself = _Itself(model, settings)
     head, normalize = itself.heads[0], get_normalizer(settings.normalizer)
@@ -120,7 +121,8 @@ def judged_references(
     for positions, audio, encoded, lengths in itself.batches([rows[i] for i in labelled], settings):
         indices = [labelled[p] for p in positions]
         texts = [rows[i].text for i in indices]
-        spellings = [[tuple(head.vocabulary.text_to_ids(t)) for t in (text, normalize(text))] for text in texts]
+        written = [[written_labels(t, head.vocabulary) for t in (text, normalize(text))] for text in texts]
+        spellings = [[labels for labels in row if labels] or [()] for row in written]
         scores, better = head.score(encoded, lengths, spellings).max(dim=1)
         hypotheses, ref_logp = [], []
         for b, i in enumerate(indices):
@@ -131,7 +133,8 @@ def judged_references(
         padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
         extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward)
         for b, i in enumerate(indices):
-            found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))
+            if any(spellings[b]):
+                found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))
     return found
 
 

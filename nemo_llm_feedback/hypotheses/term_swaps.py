@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from rapidfuzz import fuzz, process
 
+from nemo_llm_feedback.core.text import UNSPACED, basic, word_spans
+
 # A term is compared with spans of at most this many words more than it has: recognisers split unknown words.
 _EXTRA_WORDS = 2
 
@@ -18,34 +20,45 @@ _EXTRA_WORDS = 2
 def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit: int) -> list[str]:
     """Proposes transcripts with one span replaced by a term.
 
-    Spans and terms are compared by their letters without spaces (normalised indel similarity of rapidfuzz), so that
-    ``soy mok`` and ``soy milk`` are as near as they sound. Of all spans a term is tried at its most similar place.
+    Spans and terms are compared by their letters without spaces, case and punctuation (normalised indel similarity of
+    rapidfuzz), so that ``soy mok`` and ``Soy-Milk`` are as near as they sound. Of all spans a term is tried at its
+    most similar place; in scripts without spaces spans are of characters, and the most similar one of the
+    term's length is tried as well.
 
     Args:
         text: a transcript.
-        terms: context terms.
+        terms: context terms, spelled as they should be written.
         min_similarity: 0 to 100; spans less similar are left alone.
         limit: largest number of proposals.
 
     Returns:
         Distinct transcripts, most similar first, none equal to ``text``.
     """
-    words = text.split()
-    if not words or not terms:
+    places, sizes = word_spans(text), [len(word_spans(term)) for term in terms]
+    if not places or not terms:
         return []
-    longest = max(len(term.split()) for term in terms) + _EXTRA_WORDS
-    spans = [(i, j) for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1)]
-    letters = ["".join(words[i:j]) for i, j in spans]
+    longest = max(sizes) + _EXTRA_WORDS
+    spans = [(i, j) for i in range(len(places)) for j in range(i + 1, min(i + longest, len(places)) + 1)]
+    folded = [_letters(text[start:end]) for start, end in places]
+    letters = ["".join(folded[i:j]) for i, j in spans]
     similarity = process.cdist(
-        letters, [term.replace(" ", "") for term in terms], scorer=fuzz.ratio, score_cutoff=min_similarity, workers=1
+        letters, list(map(_letters, terms)), scorer=fuzz.ratio, score_cutoff=min_similarity, workers=1
     )
     widths = np.array([j - i for i, j in spans])
     found: list[tuple[float, str]] = []
     for k, term in enumerate(terms):
-        column = np.where(widths <= len(term.split()) + _EXTRA_WORDS, similarity[:, k], 0.0)
-        best = int(column.argmax())
-        i, j = spans[best]
-        if column[best] > 0 and words[i:j] != term.split():
-            found.append((float(column[best]), " ".join([*words[:i], *term.split(), *words[j:]])))
+        column = np.where(widths <= sizes[k] + _EXTRA_WORDS, similarity[:, k], 0.0)
+        tried = {int(column.argmax())}
+        if UNSPACED.match(term):
+            # Wrong characters are mostly as many as the right ones, where the likest span may lack one.
+            tried.add(int(np.where(widths == sizes[k], column, 0.0).argmax()))
+        for best in tried:
+            start, end = places[spans[best][0]][0], places[spans[best][1] - 1][1]
+            if column[best] > 0 and text[start:end] != term:
+                found.append((float(column[best]), f"{text[:start]}{term}{text[end:]}"))
     found.sort(key=lambda item: -item[0])
     return list(dict.fromkeys(swapped for _, swapped in found))[:limit]
+
+
+def _letters(text: str) -> str:
+    return basic(text).replace(" ", "")

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.text_files import read_text
 from nemo_llm_feedback.core.types import Context
 
 # The answers of the built-in judge templates, best last for ratings; a base LLM's begin with a space.
@@ -137,9 +138,9 @@ def read_template(path: str | None, *, chat: bool, use: str = "score", key: str 
     kind = use if use in _KINDS else "judge"
     file = Path(path).expanduser() if path is not None else _BUILT_IN / f"{use}_{'chat' if chat else 'base'}.txt"
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, max_mebibytes=1).replace("\r\n", "\n")
         return Template(text if path is not None else text.removesuffix("\n"), kind)
-    except (OSError, UnicodeDecodeError) as error:
-        raise LLMError(f"{key}={path} cannot be read as UTF-8 text ({error}): give a text file's path.") from error
     except LLMError as error:
         raise LLMError(f"{key}={path}: {error}") from None
+    except ValueError as error:
+        raise LLMError(f"{key}={path} cannot be read as UTF-8 text ({error}): give a text file's path.") from error

@@ -13,8 +13,6 @@ unknown words; in scripts written without spaces every character counts as a wor
 from __future__ import annotations
 
 import functools
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz, process
 
-from nemo_llm_feedback.core.text import UNSPACED, basic
+from nemo_llm_feedback.core.text import folded_words
 
 _DISTRACTORS = 0.25  # share of the kept terms that is taken from the rest of the list at equal distances
-_UNIT = re.compile(rf"{UNSPACED.pattern}|[^\s{UNSPACED.pattern[1:-1]}]+")
 
 
 class Mention(NamedTuple):
@@ -70,7 +67,7 @@ def rank_terms(terms: Sequence[str], texts: Iterable[str], *, max_terms: int) ->
 
 def likeness(terms: Sequence[str], texts: Iterable[str]) -> NDArray[np.float32]:
     """Returns the likeness [len(terms)], 0 to 100, of each term to the likest span of any of the texts."""
-    units = {_units(basic(text)) for text in texts}
+    units = {_units(text) for text in texts}
     best = np.zeros(len(terms), dtype=np.float32)
     for size, members in _by_size(tuple(terms)).items():
         places, spellings, sounds = map(list, zip(*members, strict=True))
@@ -89,10 +86,11 @@ def likeness(terms: Sequence[str], texts: Iterable[str]) -> NDArray[np.float32]:
 def find_terms(text: str, terms: Sequence[str]) -> list[Mention]:
     """Returns the mentions of listed terms in a text, leftmost and longest first, without overlap.
 
-    Letter case does not matter; words must match whole, except in scripts written without spaces.
+    Both are compared in the form of ``core.text.basic``: letter case, hyphens and the kind of apostrophes do not
+    matter. Words must match whole; in scripts written without spaces every character is one.
     """
     listed = _by_first_unit(tuple(terms))
-    units = [(unit.casefold(), start, start + len(unit)) for unit, start in _positions(text)]
+    units = folded_words(text)
     words = tuple(word for word, _, _ in units)
     found, i = [], 0
     while i < len(units):
@@ -109,7 +107,7 @@ def _by_size(terms: tuple[str, ...]) -> dict[int, list[tuple[int, str, str]]]:
     """(index, spelling, sound) of terms by their number of words, or of characters where there are no spaces."""
     sizes: dict[int, list[tuple[int, str, str]]] = {}
     for place, term in enumerate(terms):
-        units = _units(basic(term))
+        units = _units(term)
         sizes.setdefault(len(units), []).append((place, *_spelling(units)))
     return sizes
 
@@ -119,24 +117,14 @@ def _by_first_unit(terms: tuple[str, ...]) -> dict[str, list[tuple[tuple[str, ..
     """(words, term) of terms by their first word, or character where there are no spaces; longest first."""
     listed: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for term in terms:
-        words = tuple(map(str.casefold, _units(term)))
+        words = _units(term)
         if words:
             listed.setdefault(words[0], []).append((words, term))
     return {first: sorted(entries, key=lambda entry: -len(entry[0])) for first, entries in listed.items()}
 
 
 def _units(text: str) -> tuple[str, ...]:
-    return tuple(unit for unit, _ in _positions(text))
-
-
-def _positions(text: str) -> list[tuple[str, int]]:
-    """The words of a text (characters where it has no spaces) without outer punctuation, and where they begin."""
-    found = []
-    for match in _UNIT.finditer(text):
-        inner = [n for n, char in enumerate(match.group()) if unicodedata.category(char)[0] in "LMN"]
-        if inner:
-            found.append((match.group()[inner[0] : inner[-1] + 1], match.start() + inner[0]))
-    return found
+    return tuple(word for word, _, _ in folded_words(text))
 
 
 _sound = functools.lru_cache(maxsize=65536)(jellyfish.metaphone)

@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from nemo_llm_feedback.core.errors import RewardError
-from nemo_llm_feedback.core.text import UNSPACED, text_length
+from nemo_llm_feedback.core.text import text_length, words
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.rewards.base import Reward, reference_scores, register
@@ -85,11 +85,6 @@ def length_reward() -> RuleReward:
 def negative_length_reward() -> RuleReward:
     """Fewer words are better."""
     return RuleReward("negative_length", lambda text: -text_length(text))
-
-
-def words(text: str) -> list[str]:
-    """The words of a text; in scripts without spaces, its characters."""
-    return UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
 
 
 def word_distance(one: str, two: str) -> int:

@@ -6,34 +6,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.heads import Vocabulary
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
-from nemo_llm_feedback.data.audio import mix_channels, select_channels
-from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, unreadable
+from nemo_llm_feedback.data.audio import guard_readers, select_channels, unreadable
+from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest
+from nemo_llm_feedback.data.staging import write_copies
 
 # Recordings with their text; what they are is in the README beside them.
 _EVERYDAY = str(Path(__file__).parents[1] / "evaluation" / "everyday" / "en.json")
 
 
-def labelled_rows(manifests: Any) -> dict[str, list[Row]]:
-    """Name → rows of each manifest, all of which must have text and readable audio."""
+def labelled_rows(manifests: Any, *, skip: bool = False) -> dict[str, list[Row]]:
+    """Name → rows of each manifest, all of which must have text and readable audio.
+
+    Args:
+        manifests: as NeMo's ``manifest_filepath``.
+        skip: leave rows with unreadable audio out, with a warning.
+
+    Raises:
+        ManifestError: rows without text, or with unreadable audio unless they are skipped; or no row left.
+    """
     if not manifests:
         return {}
     sets: dict[str, list[Row]] = {}
     for path in expand_paths(manifests):
         rows = read_manifest(path)
         bare = [row.origin for row in rows if not row.text]
-        bad = [reason for _, reason in unreadable(rows)]
-        if bare or bad:
-            what = "unreadable audio" if bad else "no `text`"
-            head = f"{len(bad or bare)} row(s) of the manifest {path} have {what}:"
-            raise ManifestError(list_faults(head, bad or bare))
+        broken = unreadable(rows)
+        bad = [reason for _, reason in broken]
+        what = "unreadable audio" if bad else "no `text`"
+        message = list_faults(f"{len(bad or bare)} row(s) of the manifest {path} have {what}:", bad or bare)
+        if bare or (bad and not skip) or len(bad) == len(rows):
+            raise ManifestError(message)
+        if bad:
+            logging.warning(f"left out: {message}")
         stem = Path(path).stem
         name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
-        sets[name] = rows
+        unread = {id(row) for row, _ in broken}
+        sets[name] = [row for row in rows if id(row) not in unread]
     return sets
 
 
@@ -102,12 +116,14 @@ def set_optimizer(model: Any, settings: Mapping[str, Any], *, rates: Sequence[fl
             model.cfg.optim_param_groups = OmegaConf.create(dict(groups))
 
 
-def set_validation(model: Any, settings: Mapping[str, Any]) -> None:
+def set_validation(model: Any, settings: Mapping[str, Any], sets: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """NeMo's validation on the manifests of ``validation_ds``, where there are any.
 
     Args:
         model: the model to train.
         settings: the section ``model``.
+        sets: the rows of these manifests, which NeMo reads from copies.
+        folder: where the copies go.
     """
     if hasattr(model, "compute_eval_loss") and model.cfg.get("loss", {}).get("loss_name") == "tdt":
         # NeMo has no TDT loss on the CPU; WER is what validation is for.
@@ -116,7 +132,11 @@ def set_validation(model: Any, settings: Mapping[str, Any]) -> None:
     validation = dict(settings.get("validation_ds") or {})
     if validation.get("manifest_filepath"):
         validation["sample_rate"] = validation.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)
-        nemo_ds = OmegaConf.create(validation)
+        rows = [row for found in sets.values() for row in found]
+        lhotse, given = bool(validation.get("use_lhotse")), validation["manifest_filepath"]
+        copies = write_copies(given, rows, folder, patterns=not lhotse)
+        nemo_ds = OmegaConf.create({**validation, "manifest_filepath": copies})
         select_channels(nemo_ds)
         model.setup_multiple_validation_data(nemo_ds)
-        mix_channels(model._validation_dl)
+        model._update_dataset_config("validation", OmegaConf.create(validation))
+        guard_readers(model._validation_dl)

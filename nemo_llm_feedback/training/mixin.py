@@ -225,6 +225,7 @@ class LLMFeedbackMixin(_Base):
     def pool_batches(self) -> Iterator[Any]:
         """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""
         loader = self._setup_dataloader_from_config(self.feedback_setup.train_ds)
+        self.feedback_setup.reader.attach(loader)
         for batch in pool_share(loader, rank=self.global_rank):
             yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
 
@@ -300,7 +301,14 @@ class LLMFeedbackMixin(_Base):
         Returns:
             NeMo's loader.
         """
-        self.setup_training_data(nemo_ds)
+        share = self._trainer.limit_train_batches if self._trainer is not None else 1
+        if nemo_ds.get("use_lhotse") and isinstance(share, float):
+            # NeMo asks a stream for its length, which it has not, where this is a share; Lightning takes all of it.
+            self._trainer.limit_train_batches = 1
+            self.setup_training_data(nemo_ds)
+            self._trainer.limit_train_batches = share
+        else:
+            self.setup_training_data(nemo_ds)
         loader = self._train_dl
         self._train_dl = resumable(loader, rank=self.global_rank, num_ranks=self.world_size, shuffle=shuffle)
         self._update_dataset_config("train", shown)

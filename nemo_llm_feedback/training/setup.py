@@ -13,7 +13,7 @@ from nemo.utils import logging
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_llm_feedback.asr.heads import Head, heads_of
+from nemo_llm_feedback.asr.heads import Head, Vocabulary, heads_of
 from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
@@ -32,10 +32,11 @@ from nemo_llm_feedback.core.errors import (
 )
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
-from nemo_llm_feedback.data.manifests import Staged, stage
 from nemo_llm_feedback.data.resumable_loader import run_seed
+from nemo_llm_feedback.data.staging import Staged, stage
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.proposals import Proposer
+from nemo_llm_feedback.hypotheses.spelling import spelled, unwritable
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
@@ -76,16 +77,6 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
         work_dir = keep_alive.name
     train_ds = tree["model"].get("train_ds") or {}
     train_ds = {**train_ds, "sample_rate": train_ds.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)}
-    staged = stage(
-        train_ds,
-        Path(work_dir) / "manifests",
-        use_text=config.feedback.use_text,
-        on_bad_audio=config.feedback.on_bad_audio,
-        held_out=config.guards.held_out_utterances if config.guards.measures else 0,
-        held_out_share=config.guards.held_out,
-        progress=logging.info,
-    )
-    _check_rows(staged, config)
     local_lengths(model)
     limits: dict[str, Any] = {
         "which": config.feedback.heads,
@@ -98,8 +89,21 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
             f"objective.name={config.objective.name} estimates over a head's samples, and the groups of a hybrid "
             "are sampled from one head only: set feedback.heads=transducer or feedback.heads=ctc."
         )
+    vocabulary = heads[0].vocabulary
+    staged = stage(
+        train_ds,
+        Path(work_dir) / "manifests",
+        use_text=config.feedback.use_text,
+        on_bad_audio=config.feedback.on_bad_audio,
+        held_out=config.guards.held_out_utterances if config.guards.measures else 0,
+        held_out_share=config.guards.held_out,
+        spell=lambda text: spelled(text, vocabulary),
+        progress=logging.info,
+    )
+    _check_rows(staged, config)
+    warn_of_terms([*config.context.load().terms, *(t for row in staged.rows for t in row.context.terms)], vocabulary)
     set_optimizer(model, tree["model"], rates=rates)
-    set_validation(model, tree["model"])
+    set_validation(model, tree["model"], settings.validation, Path(work_dir) / "validation")
     reference = FrozenReference(model, **limits)
     choose_parameters(model, config.parameters)
     reader, nemo_ds = _training_data(model, train_ds, staged, config)
@@ -136,8 +140,9 @@ def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Sett
     refuse("the configuration has", nemo_faults(tree))
     rates = rates_to_try(tree["model"], config)
     check_judges(config, judge)
-    validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"))
-    guard_rows = [row for rows in labelled_rows(config.guards.manifest_filepath).values() for row in rows]
+    skip = config.feedback.on_bad_audio == "skip"
+    validation = labelled_rows((tree["model"].get("validation_ds") or {}).get("manifest_filepath"), skip=skip)
+    guard_rows = [row for rows in labelled_rows(config.guards.manifest_filepath, skip=skip).values() for row in rows]
     return Settings(config=config, rates=rates, validation=validation, guard_rows=tuple(guard_rows), judge=judge)
 
 
@@ -169,7 +174,12 @@ def _training_data(
         seed=run_seed(),
     )
     reader = BatchReader(
-        config.context.load(), use_text=config.feedback.use_text, labelled=config.feedback.labelled, rows=staged.rows
+        config.context.load(),
+        use_text=config.feedback.use_text,
+        labelled=config.feedback.labelled,
+        rows=staged.rows,
+        skip_bad_audio=config.feedback.on_bad_audio == "skip",
+        train_ds=train_ds,
     )
     shown = OmegaConf.create(dict(train_ds))
     try:
@@ -279,7 +289,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
             alpha, beta = config.reward.weights
             reward = base.with_weights(alpha=alpha, beta=beta)
         return NBestMaker(
-            Proposer(setup.heads[0], config.proposals, generator=setup.generator, normalize=normalize),
+            Proposer(setup.heads[0], config.proposals, generator=setup.generator),
             setup.reference,
             normalize=normalize,
             reward=reward,
@@ -324,13 +334,15 @@ def _check_rows(staged: Staged, config: RunConfig) -> None:
             raise ConfigError(
                 f"{len(bare)} unlabeled rows have no context, e.g. {bare[0].origin}; set context.description."
             )
-    for what, rows in (("over max_duration", staged.too_long), ("under min_duration", staged.too_short)):
-        if rows:
-            listed = [f"{row.origin}: {row.duration:.2f} s" for row in rows]
-            logging.warning(list_faults(f"{len(rows)} row(s) {what} are left out:", listed))
-    if staged.bad_audio:
-        bad = len(staged.bad_audio)
-        logging.warning(list_faults(f"{bad} row(s) with unreadable audio are left out:", staged.bad_audio))
+    for why, rows in staged.left_out.items():
+        logging.warning(list_faults(f"{len(rows)} row(s) {why} are left out:", rows))
+
+
+def warn_of_terms(terms: Iterable[str], vocabulary: Vocabulary) -> None:
+    """Names the terms that the checkpoint cannot write, in one warning; neither beam nor swaps will propose them."""
+    if lost := unwritable(terms, vocabulary):
+        head = f"{len(lost)} term(s) have characters that the checkpoint cannot write; list them as they are spoken:"
+        logging.warning(list_faults(head, lost))
 
 
 def _head_weights(model: Any, heads: Sequence[Head]) -> dict[str, float]:

@@ -20,7 +20,8 @@ from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.batches import BatchReader
-from nemo_llm_feedback.data.manifests import Row, Staged
+from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.data.staging import Staged
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.rewards import Reward

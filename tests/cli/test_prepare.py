@@ -15,7 +15,8 @@ from nemo_llm_feedback.cli.jobs.prepare import prepare
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
-from nemo_llm_feedback.data.manifests import read_manifest, unreadable
+from nemo_llm_feedback.data.audio import unreadable
+from nemo_llm_feedback.data.manifests import read_manifest
 
 SPEECH = sorted((Path(__file__).resolve().parents[1] / "helpers" / "speech").glob("*.ogg"))
 

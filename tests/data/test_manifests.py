@@ -11,7 +11,8 @@ from helpers.tiny import write_audio, write_manifest
 
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.data.manifests import expand_paths, merge_context, parse_context, read_manifest, stage
+from nemo_llm_feedback.data.manifests import expand_paths, merge_context, parse_context, read_manifest
+from nemo_llm_feedback.data.staging import stage
 
 
 def _manifest(path: Path, lines: list[object]) -> Path:
@@ -70,7 +71,7 @@ def test_bad_audio_is_an_error_or_counted(tmp_path: Path) -> None:
     assert all(f"m.json:{n}:" in str(error.value) for n in (2, 3, 4))
     staged = stage({"manifest_filepath": str(path)}, tmp_path / "s", use_text=True, on_bad_audio="skip")
     assert len(staged.rows) == 1
-    assert len(staged.bad_audio) == 3
+    assert len(staged.left_out["with unreadable audio"]) == 3
 
 
 def test_long_and_short_rows_are_listed_not_dropped_silently(tmp_path: Path) -> None:
@@ -78,8 +79,8 @@ def test_long_and_short_rows_are_listed_not_dropped_silently(tmp_path: Path) -> 
     config = {"manifest_filepath": str(path), "max_duration": 1.15, "min_duration": 1.05}
     staged = stage(config, tmp_path / "s", use_text=True, on_bad_audio="error")
     assert len(staged.rows) == 1
-    assert [row.origin for row in staged.too_short] == [f"{path}:1"]
-    assert [row.origin for row in staged.too_long] == [f"{path}:3"]
+    assert staged.left_out["under min_duration"] == (f"{path}:1: 1.00 s",)
+    assert staged.left_out["over max_duration"] == (f"{path}:3: 1.20 s",)
     with pytest.raises(ManifestError, match="no row is left"):
         stage({**config, "max_duration": 0.1}, tmp_path / "s", use_text=True, on_bad_audio="error")
     with pytest.raises(ManifestError, match="manifest_filepath is missing"):

@@ -61,7 +61,7 @@ def test_stereo_audio_is_mixed_to_one_channel_by_the_training_loader(
 
 @pytest.mark.parametrize("lhotse", [False, True])
 def test_stereo_audio_is_mixed_to_one_channel_by_the_validation_loader(
-    nemo_file: Any, manifests: tuple[Path, Path], lhotse: bool
+    nemo_file: Any, manifests: tuple[Path, Path], tmp_path: Path, lhotse: bool
 ) -> None:
     from nemo_llm_feedback.training.inputs import set_validation
     from nemo_llm_feedback.training.models import restore
@@ -69,6 +69,8 @@ def test_stereo_audio_is_mixed_to_one_channel_by_the_validation_loader(
     mixed = load_audio(read_manifest(manifests[1]), sample_rate=16000, device=CPU)
     model = restore(nemo_file("ctc_char"), map_location="cpu")
     validation = {"manifest_filepath": str(manifests[0]), "use_lhotse": lhotse, "batch_size": 2, "num_workers": 0}
-    set_validation(model, {"validation_ds": {**validation, "shuffle": False, "use_bucketing": False}})
+    rows = {"stereo": read_manifest(manifests[0])}
+    settings = {"validation_ds": {**validation, "shuffle": False, "use_bucketing": False}}
+    set_validation(model, settings, rows, tmp_path)
     signal, signal_len = next(iter(model._validation_dl))[:2]
     torch.testing.assert_close(signal[signal_len.argsort()], mixed.signal, atol=1e-6, rtol=0)

@@ -9,7 +9,8 @@ import pytest
 
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
-from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
+from nemo_llm_feedback.data.audio import unreadable
+from nemo_llm_feedback.data.manifests import Row, read_manifest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf, open_dict
 from nemo_llm_feedback.cli.jobs.start import experiment
 from nemo_llm_feedback.core.config import GuardConfig, ObjectiveConfig, RunConfig
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, RewardOutput
-from nemo_llm_feedback.data.manifests import stage
+from nemo_llm_feedback.data.staging import stage
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.cache import ScoreCache

@@ -147,9 +147,8 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
         # Killed after its last step: Lightning finds nothing left to run and calls no callback.
         stopping.on_train_start(trainer, model)
         stopping.finish(trainer, model)
-    logging.info(
-        f"{len(setup.reader.seen)} different unlabeled rows were read; rows that no loader could decode are not in it."
-    )
+    seen, lost = len(setup.reader.seen), len(setup.reader.left_out)
+    logging.info(f"{seen} different unlabeled rows were read; {lost} rows were left out in the middle of the run.")
     after, pool_after = _evaluate(model, sets, batch_size), decode_rows(model, pool)
     return before, after, (pool, pool_before, pool_after)
 

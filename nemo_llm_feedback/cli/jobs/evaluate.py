@@ -12,7 +12,8 @@ from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
+from nemo_llm_feedback.data.audio import unreadable
+from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.comparison import Breakdown, Comparison, Member, Scoring, System, compare
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.predictions import read_predictions, rows_of_predictions

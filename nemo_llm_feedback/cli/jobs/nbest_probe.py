@@ -8,23 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from nemo.utils import logging
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
+from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.options import KEYS, ProbeOptions, device_name, head_of
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.console import progress
-from nemo_llm_feedback.core.errors import ManifestError
-from nemo_llm_feedback.data.manifests import Row, read_manifest, unreadable
+from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.data.audio import unreadable
+from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, NBestSettings, judged_references, scored_nbest
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.models import locate, restore
-from nemo_llm_feedback.training.setup import check_judges
+from nemo_llm_feedback.training.setup import check_judges, warn_of_terms
 
 
 class NBestProbe:
@@ -52,8 +55,13 @@ class NBestProbe:
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
         all_rows = read_manifest(options.manifest)
         self.total, self.rows = len(all_rows), spread(all_rows, options.utterances)
-        if bad := [reason for _, reason in unreadable(self.rows)]:
-            raise ManifestError(f"{len(bad)} row(s) of {options.manifest} have unreadable audio, e.g. {bad[0]}")
+        if broken := unreadable(self.rows):
+            unread = {id(row) for row, _ in broken}
+            self.rows = [row for row in self.rows if id(row) not in unread]
+            message = list_faults(f"{len(broken)} row(s) have unreadable audio:", [reason for _, reason in broken])
+            if not self.rows:
+                raise ManifestError(f"{options.manifest}: {message}")
+            logging.warning(f"left out: {message}")
         self.settings = NBestSettings(
             proposals=config.proposals,
             run_context=config.context.load(),
@@ -71,7 +79,10 @@ class NBestProbe:
         name = self._device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        return restore(self._checkpoint, map_location=torch.device(name)).eval()
+        model = restore(self._checkpoint, map_location=torch.device(name)).eval()
+        listed = [*self.settings.run_context.terms, *(term for row in self.rows for term in row.context.terms)]
+        warn_of_terms(listed, heads_of(model)[0].vocabulary)
+        return model
 
     def nbest(self) -> NBestBatch:
         """The N-best of every row, in the rows' order, judged by the reward."""

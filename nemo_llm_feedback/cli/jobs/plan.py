@@ -35,8 +35,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
         f"heads {' + '.join(h.name for h in setup.heads)}",
         f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
         f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
-        f"  left out     {len(staged.too_long)} too long, {len(staged.too_short)} too short, "
-        f"{len(staged.bad_audio)} unreadable",
+        f"  left out     {', '.join(f'{len(n)} {why}' for why, n in staged.left_out.items()) or 'no row'}",
         f"  general      {setup.general_speech()}",
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
         f"  groups       {sources}; at most {config.proposals.max_members} members, "

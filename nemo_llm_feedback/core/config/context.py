@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.faults import STRICT, Section
 from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines
 
 if TYPE_CHECKING:
     from nemo_llm_feedback.core.types import Context
+
+_MAX_MEBIBYTES = 64
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,12 +59,11 @@ def read_terms(path: str | Path) -> list[str]:
     Raises:
         ConfigError: no such file, not text, no term in it, or JSON of another form.
     """
-    file = Path(path).expanduser()
     try:
-        text = file.read_text(encoding="utf-8")
-        as_json = file.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
-        found = _strings(json.loads(text)) if as_json else text.splitlines()
-    except (OSError, ValueError) as error:
+        text = read_text(path, max_mebibytes=_MAX_MEBIBYTES)
+        as_json = Path(path).suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
+        found = _strings(parse_json(text)) if as_json else text_lines(text)
+    except ValueError as error:
         raise ConfigError(
             f"context.terms_file={path} cannot be read ({error}); give a UTF-8 text with one term per line, or JSON "
             "with strings in lists or in an object of lists."
@@ -79,4 +80,4 @@ def _strings(node: Any) -> list[str]:
         return [node]
     if isinstance(node, (list, dict)):
         return [text for item in (node.values() if isinstance(node, dict) else node) for text in _strings(item)]
-    raise ValueError(f"it holds {node!r}")
+    raise ValueError(f"it holds {repr(node)[:60]}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 
+from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.data.audio import read_audio
 from nemo_llm_feedback.data.manifests import Row
 
 MAX_PLAYERS = 50
@@ -21,25 +22,13 @@ def data_uri(row: Row) -> str | None:
     Returns:
         The address, or None where the file is gone or cannot be read.
     """
-    import librosa
     import soundfile
 
-    if not Path(row.audio).is_file():
-        return None
     try:
-        info = soundfile.info(row.audio)
-        seconds = min(row.duration or info.duration, _MAX_SECONDS)
-        start = int(row.offset * info.samplerate)
-        samples, rate = soundfile.read(
-            row.audio, start=start, frames=int(seconds * info.samplerate), dtype="float32", always_2d=True
-        )
-    except (soundfile.SoundFileError, RuntimeError):
+        length = min(row.duration or _MAX_SECONDS, _MAX_SECONDS)
+        mono = read_audio(row.audio, offset=row.offset, duration=length, sample_rate=_RATE)
+    except DecodingError:
         return None
-    if not len(samples):
-        return None
-    mono = samples.mean(axis=1)
-    if rate != _RATE:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=_RATE)
     kind = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"
     buffer = io.BytesIO()
     soundfile.write(buffer, mono, _RATE, format=kind)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.text import get_normalizer, join_words, words
 from nemo_llm_feedback.evaluation.comparison import Comparison
 from nemo_llm_feedback.evaluation.error_counts import heard_terms
 from nemo_llm_feedback.evaluation.report.words import Aligned
@@ -55,9 +55,9 @@ def term_rows(comparison: Comparison, aligned: Sequence[Sequence[Aligned]]) -> l
         return found.setdefault(text, TermRow(text, u, [0] * len(names), [0] * len(names)))
 
     for u, reference in enumerate(comparison.scores[comparison.base].references):
-        words = reference.split()
+        spoken = words(reference)
         for k, span in enumerate(comparison.spans[u]):
-            term = _row(" ".join(words[span.start : span.end]), u)
+            term = _row(join_words(spoken[span.start : span.end]), u)
             term.spoken += 1
             for s in range(len(names)):
                 term.right[s] += aligned[u][s].recalled[k]
@@ -67,7 +67,7 @@ def term_rows(comparison: Comparison, aligned: Sequence[Sequence[Aligned]]) -> l
                 term.missed_as[last.heard[k]] += 1
         listed = _normalised(comparison.term_lists[u] if comparison.term_lists else (), normalizer)
         for s, name in enumerate(names):
-            heard = heard_terms(words, comparison.scores[name].hypotheses[u].split(), listed)
+            heard = heard_terms(spoken, words(comparison.scores[name].hypotheses[u]), listed)
             for text, (_, false) in heard.items():
                 if false:
                     _row(text, u).false_alarms[s] += false
@@ -89,7 +89,7 @@ def term_changes(
     for (old, new), listed in zip(pairs, terms, strict=True):
         clean = _normalised(tuple(listed), normalizer)
         for count, text in ((before, old), (after, new)):
-            count.update({term: n for term, (n, _) in heard_terms([], normalize(text).split(), clean).items()})
+            count.update({term: n for term, (n, _) in heard_terms([], words(normalize(text)), clean).items()})
     changed = {term: (before[term], after[term]) for term in before | after if before[term] != after[term]}
     return dict(sorted(changed.items(), key=lambda item: (item[1][0] - item[1][1], item[0])))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from nemo_llm_feedback.core.config import GuardConfig
 from nemo_llm_feedback.core.text import text_length
+from nemo_llm_feedback.hypotheses.spelling import UNKNOWN_SIGNS
 from nemo_llm_feedback.rewards.rules import repetition
 
 
@@ -26,6 +27,7 @@ class HeldOutMetrics:
             KL(policy ‖ start) at the policy's mode.
         changed: share of transcripts that differ from the starting model's.
         wer_rise: relative rise of the guard set's WER; NaN without one.
+        unknown_rise: share of transcripts with the sign of the unknown label (⁇) − the starting model's.
     """
 
     step: int
@@ -37,6 +39,7 @@ class HeldOutMetrics:
     kl: float
     changed: float
     wer_rise: float
+    unknown_rise: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """Name → value for logs, those that were measured."""
@@ -54,6 +57,7 @@ def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:
         "length_ratio": sum(map(text_length, now)) / max(1, sum(map(text_length, start))),
         "empty_rise": (sum(not text_length(t) for t in now) - sum(not text_length(t) for t in start)) / len(now),
         "repetition_rise": (sum(map(repetition, now)) - sum(map(repetition, start))) / len(now),
+        "unknown_rise": (sum(map(_unknown, now)) - sum(map(_unknown, start))) / len(now),
         "style_change": max(abs(a - b) for a, b in zip(_style(now), _style(start), strict=True)),
         "changed": sum(a != b for a, b in zip(now, start, strict=True)) / len(now),
     }
@@ -74,11 +78,17 @@ def violations(metrics: HeldOutMetrics, limits: GuardConfig) -> list[str]:
     ):
         if value > limit:
             found.append(f"{what} {value:.3f} (limit {limit})")
+    if metrics.unknown_rise > 0:
+        found.append(f"{100 * metrics.unknown_rise:.0f} % more transcripts have the unknown label's sign ⁇")
     if limits.interpolation is not None and metrics.wer_rise > limits.max_wer_rise:
         found.append(
             f"the guard set's WER rose by {100 * metrics.wer_rise:.1f} % (limit {100 * limits.max_wer_rise} %)"
         )
     return found
+
+
+def _unknown(text: str) -> bool:
+    return any(sign in text for sign in UNKNOWN_SIGNS)
 
 
 def _style(texts: Sequence[str]) -> tuple[float, float]:

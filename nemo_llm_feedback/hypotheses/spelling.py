@@ -1,0 +1,86 @@
+"""Spells the user's texts (terms, labels, corrections) with labels that the checkpoint has, never the unknown one."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+
+from nemo_llm_feedback.asr.heads import Labels, Vocabulary
+from nemo_llm_feedback.core.text import plain_marks
+
+_UNKNOWN = ("<unk>", "[UNK]")
+UNKNOWN_SIGNS = ("⁇", *_UNKNOWN)
+"""What decoders write for the unknown label."""
+
+
+def spelled(text: str, vocabulary: Vocabulary) -> str | None:
+    """The text in the checkpoint's letters: as it is where they suffice, else letter by letter in the other case.
+
+    Punctuation and symbols that the checkpoint lacks become spaces (``Jean-Luc`` → ``jean luc``).
+
+    Args:
+        text: as the user wrote it.
+        vocabulary: the head's labels.
+
+    Returns:
+        The spelling; None where a letter or digit cannot be written, or nothing is left.
+    """
+    if _labels(text, vocabulary) is not None:
+        return text
+    written = []
+    for char in plain_marks(text):
+        found = next((form for form in (char, char.lower(), char.upper()) if _writes(form, vocabulary)), None)
+        if found is None and unicodedata.category(char)[0] in "LMN":
+            return None
+        written.append(found or " ")
+    result = " ".join("".join(written).split())
+    return result if _labels(result, vocabulary) is not None else None
+
+
+def written_labels(text: str, vocabulary: Vocabulary) -> Labels | None:
+    """The labels of a text that was not decoded; None if the vocabulary cannot express it."""
+    spelling = spelled(text, vocabulary)
+    return None if spelling is None else _labels(spelling, vocabulary)
+
+
+@lru_cache(maxsize=256)
+def spelled_terms(terms: tuple[str, ...], vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The terms in the checkpoint's letters, each once, without those that it cannot write."""
+    found = (spelled(term, vocabulary) for term in terms)
+    return tuple(dict.fromkeys(term for term in found if term))
+
+
+def unwritable(texts: Iterable[str], vocabulary: Vocabulary) -> list[str]:
+    """The texts that the checkpoint cannot write, each once, with the characters that it lacks."""
+    found = []
+    for text in dict.fromkeys(texts):
+        if spelled(text, vocabulary) is None:
+            letters = dict.fromkeys(c for c in plain_marks(text) if unicodedata.category(c)[0] in "LMN")
+            lacking = [c for c in letters if not any(_writes(f, vocabulary) for f in (c, c.lower(), c.upper()))]
+            found.append(f"{text} ({' '.join(lacking)})" if lacking else text)
+    return found
+
+
+def without_unknown(labels: Iterable[int], vocabulary: Vocabulary) -> Labels:
+    """A label sequence without the unknown label."""
+    unknown = _unknown(vocabulary)
+    return tuple(label for label in labels if label not in unknown)
+
+
+def _labels(text: str, vocabulary: Vocabulary) -> Labels | None:
+    labels = tuple(vocabulary.text_to_ids(text))
+    if not labels or len(without_unknown(labels, vocabulary)) < len(labels):
+        return None
+    # Word-piece tokenizers put spaces around punctuation.
+    return labels if "".join(vocabulary.ids_to_text(labels).split()) == "".join(text.split()) else None
+
+
+@lru_cache(maxsize=65536)
+def _writes(char: str, vocabulary: Vocabulary) -> bool:
+    return char.isspace() or _labels(char, vocabulary) is not None
+
+
+@lru_cache(maxsize=64)
+def _unknown(vocabulary: Vocabulary) -> frozenset[int]:
+    return frozenset(i for i, label in enumerate(vocabulary.labels) if label in _UNKNOWN)
