@@ -48,7 +48,8 @@ def test_the_mean_of_two_seeds_is_exported_and_finished_runs_are_taken_as_they_a
         if value.is_floating_point():
             torch.testing.assert_close(value, (first[name] + second[name]) / 2)
     text = capsys.readouterr().out
-    assert "adapted_seed5" in text
+    assert "adapted_seed5/version_0" in text
+    assert "adapted_seed6/version_0" in text
     assert "dev (2 utterances):" in text
     assert f"mean of 2 runs: {mean}" in text
     card = mean.with_suffix(".md").read_text()
@@ -60,5 +61,6 @@ def test_several_runs_are_refused_where_they_cannot_work(nemo_file: Any, tmp_pat
     needed += ["model.train_ds.manifest_filepath=m.json"]
     with pytest.raises(ConfigError, match=r"runs=3 trains on one device"):
         job.adapt_runs(compose_config([*needed, "trainer.devices=2"]))
-    with pytest.raises(ConfigError, match=r"is a folder: give the name of a file"):
-        job.adapt_runs(compose_config([*needed, f"output={tmp_path}"]))
+    for runs in (1, 3):
+        with pytest.raises(ConfigError, match=r"is a folder: give the name of a file"):
+            job.adapt_runs(compose_config([*needed, f"output={tmp_path}", f"runs={runs}"]))

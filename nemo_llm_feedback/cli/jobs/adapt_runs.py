@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nemo_llm_feedback.core.run_folder import RESULT_FILE, SETTINGS_FILE, newest
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import write_model_card
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.tables import build_table
+from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.inputs import labelled_rows
@@ -58,6 +58,8 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
     config = parse_run_config(cfg if reward is None else {**_plain(cfg), "reward": {"name": "python"}})
+    if cfg.get("output") and Path(cfg.output).expanduser().is_dir():
+        raise ConfigError(f"output={cfg.output} is a folder: give the name of a file in it, e.g. adapted.nemo.")
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
     if str(cfg.trainer.get("devices", 1)).strip("[]") not in ("0", "1") or cfg.trainer.get("num_nodes", 1) != 1:
@@ -67,8 +69,6 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         )
     base = source(cfg)
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
-    if target.is_dir():
-        raise ConfigError(f"output={cfg.output} is a folder: give the name of a file, e.g. {target / 'mean.nemo'}.")
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
     files = []
@@ -89,14 +89,11 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
 
 def averaged_text(result: AveragedRuns) -> str:
     """The runs, the scores of base and mean on each validation set, and the path, for a terminal."""
-    # Their common folder holds nothing else with these seeds, but may hold other runs.
-    top = result.runs[0].parents[1]
-    names = {str(folder.relative_to(top)) for folder in result.runs}
-    lines = [runs_text([run for run in list_runs(top) if run.folder in names])]
+    runs = [replace(list_runs(folder)[0], folder=f"{folder.parent.name}/{folder.name}") for folder in result.runs]
+    lines = [runs_text(runs)]
     for name, before in result.before.items():
-        metrics = ["wer", "cer"] + (["ewer", "entity_recall"] if before.column("entity_words").sum() else [])
-        metrics += ["false_alarms"] if before.column("term_utterances").sum() else []
-        table = build_table({"base": before, "mean": result.after[name]}, metrics=metrics, base="base")
+        systems = {"base": before, "mean": result.after[name]}
+        table = build_table(systems, metrics=table_metrics(before), base="base")
         lines += [f"\n{name} ({len(before.references)} utterances):", table.to_text()]
     lines.append(f"\nmean of {len(result.runs)} runs: {result.nemo}")
     return "\n".join(lines)
@@ -120,7 +117,9 @@ def _one(cfg: DictConfig, seed: int) -> DictConfig:
 def _finished(cfg: DictConfig) -> Path | None:
     """The ``.nemo`` of a finished run of these settings, unless ``resume=never``."""
     folder = Path(cfg.exp_manager.get("exp_dir") or "nemo_experiments") / cfg.exp_manager.name
-    for place in sorted(folder.glob("*")) if cfg.resume == "auto" else ():
+    explicit = cfg.exp_manager.get("explicit_log_dir")
+    places = [Path(explicit)] if explicit else sorted(folder.glob("*"))
+    for place in places if cfg.get("resume", "auto") == "auto" else ():
         settings, result = newest(place, SETTINGS_FILE), newest(place, RESULT_FILE)
         if settings and result and settings.read_text(encoding="utf-8") == settings_text(cfg):
             nemo = Path(json.loads(result.read_text(encoding="utf-8"))["nemo"])
