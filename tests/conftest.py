@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,14 @@ def _heard() -> None:
     for handler in logging.root.handlers:
         handler.setLevel(logging.NOTSET)
     logging.getLogger("nemo_llm_feedback").setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exact() -> Iterator[None]:
+    """``llm.compute_dtype=auto`` is float32 on every CPU, so that scores do not depend on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nemo_llm_feedback.llm.loading._has_fast_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,17 @@ transformers is imported only when a tokenizer or a model is loaded; ``check_llm
 unusable LLM without it.
 """
 
-from nemo_llm_feedback.llm.folder import check_llm_folder, estimate_memory, resolve_folder
+from nemo_llm_feedback.llm.folder import check_llm_folder, resolve_folder
+from nemo_llm_feedback.llm.loading import estimate_memory, pick_placement
 from nemo_llm_feedback.llm.scorer import LLMScorer, TextScore, load_llm, open_llm
 
-__all__ = ["LLMScorer", "TextScore", "check_llm_folder", "estimate_memory", "load_llm", "open_llm", "resolve_folder"]
+__all__ = [
+    "LLMScorer",
+    "TextScore",
+    "check_llm_folder",
+    "estimate_memory",
+    "load_llm",
+    "open_llm",
+    "pick_placement",
+    "resolve_folder",
+]

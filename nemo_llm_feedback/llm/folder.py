@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -144,28 +143,6 @@ def fingerprint(folder: Path) -> str:
                     file.seek(data + start)
                     digest.update(file.read(min(_SAMPLE, end - start)))
     return digest.hexdigest()[:16]
-
-
-def estimate_memory(folder: Path, config: LLMConfig, *, compute_bytes: int) -> int:
-    """Returns the bytes that the LLM's weights will take, from the safetensors headers.
-
-    Args:
-        folder: the LLM's folder.
-        config: the LLM's settings, of which the quantisation counts. Matrices other than embeddings and output matrix
-            take 0.52 bytes per weight in NF4 with double quantisation (4 bits, and 0.127 bits of scales), 1 in int8.
-        compute_bytes: bytes per unquantised weight.
-    """
-    factor = {"nf4": 0.52, "int8": 1.0}.get(config.quantization, float(compute_bytes))
-    total = 0.0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                tensor = file.get_slice(name)
-                shape = tensor.get_shape()
-                keeps = len(shape) < 2 or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
-                stored = tensor.get_dtype() in ("U8", "I8")
-                total += prod(shape) * (1 if stored else compute_bytes if keeps else factor)
-    return round(total)
 
 
 def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:

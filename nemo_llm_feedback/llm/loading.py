@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
@@ -21,15 +23,17 @@ _UNUSABLE = (ValueError, OSError, KeyError, ImportError, RuntimeError)  # what t
 
 
 def pick_placement(config: LLMConfig) -> tuple[torch.device, torch.dtype]:
-    """Returns this process's device for the LLM, and the dtype in which it computes there.
+    """Returns this process's device for the LLM, and the dtype in which its matrices are applied there.
 
-    Under DDP each rank has its GPU. ``auto`` is bfloat16 where a GPU has it, and float32 on a CPU, where bfloat16 is
-    several times slower.
+    Under DDP each rank has its GPU. ``auto`` is bfloat16 where the processor has it: on a CPU without AVX512-BF16 it
+    is several times slower than float32. ``int8`` has kernels of its own, for which float32 is best on a CPU.
 
     Raises:
         LLMError: the machine has fewer CUDA devices.
     """
     device, dtype = torch.device("cpu"), torch.float32
+    if config.quantization != "int8" and _has_fast_bfloat16():
+        dtype = torch.bfloat16
     if config.device != "cpu" and torch.cuda.is_available():
         device = torch.device(config.device.replace("auto", "cuda"))
         if device.index is None:  # before Lightning has set this process's device, the launcher's LOCAL_RANK has it
@@ -38,6 +42,12 @@ def pick_placement(config: LLMConfig) -> tuple[torch.device, torch.dtype]:
             raise LLMError(f"llm.device={config.device} means {device}, but only {count} GPUs are visible.")
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return device, dtype if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16, which torch and bitsandbytes use."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13
+    return bool(capabilities.get("avx512_bf16", False))
 
 
 def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tuple[Path, Any]:
@@ -91,6 +101,39 @@ def checkpoint_name(config: LLMConfig, folder: Path) -> str:
     return f"{config.model}@{folder.name}"
 
 
+def estimate_memory(folder: Path, config: LLMConfig) -> int:
+    """Returns the bytes that the LLM's weights will take, from the safetensors headers.
+
+    Args:
+        folder: the LLM's folder.
+        config: the LLM's settings, of which quantisation and dtype count. Matrices other than embeddings and output
+            matrix take 0.52 bytes per weight in NF4 with double quantisation (4 bits, and 0.127 bits of scales), 1 in
+            int8.
+    """
+    size = _unquantized_dtype(config).itemsize
+    factor = {"nf4": 0.52, "int8": 1.0}.get(config.quantization, float(size))
+    total = 0.0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                tensor = file.get_slice(name)
+                shape = tensor.get_shape()
+                keeps = len(shape) < 2 or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+                stored = tensor.get_dtype() in ("U8", "I8")
+                total += prod(shape) * (1 if stored else size if keeps else factor)
+    return round(total)
+
+
+def _unquantized_dtype(config: LLMConfig) -> torch.dtype:
+    """The dtype of the weights that are not quantised, and of what lies between the matrices.
+
+    On a CPU only the 4-bit layers compute in bfloat16: the rest costs little in float32, which keeps scores three
+    times nearer to those of float32 alone.
+    """
+    device, dtype = pick_placement(config)
+    return torch.float32 if device.type == "cpu" and config.quantization == "nf4" else dtype
+
+
 def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
     """Returns the ``transformers`` model in a folder, frozen and in eval mode.
 
@@ -103,7 +146,8 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
     try:
         # Making the modules draws random numbers; a run must not depend on whether it has an LLM.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            settings = {"dtype": dtype, "device_map": {"": device}, **_quantization(config, folder, dtype)}
+            kept = {"dtype": _unquantized_dtype(config), "device_map": {"": device}}
+            settings = {**kept, **_quantization(config, folder, dtype)}
             safe = {"trust_remote_code": False, "use_safetensors": True}
             model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **safe, **settings)
     except _UNUSABLE as error:
@@ -124,7 +168,9 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
             "tokens: put the tokenizer of the model there."
         )
     _freeze(model, dtype)
-    logger.info("LLM %s: %s on %s, computing in %s.", config.model, config.quantization, device, dtype)
+    chosen = device.type == "cpu" and dtype == torch.bfloat16 and config.compute_dtype == "auto"
+    why = ", as this CPU has AVX512-BF16 (llm.compute_dtype=float32 is exact and slower)" if chosen else ""
+    logger.info("LLM %s: %s on %s, computing in %s%s.", config.model, config.quantization, device, dtype, why)
     return model
 
 
@@ -132,6 +178,8 @@ def _quantization(config: LLMConfig, folder: Path, dtype: torch.dtype) -> dict[s
     """Returns the keyword arguments that make ``from_pretrained`` quantise while it loads."""
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    # At its import it misses a package that would bring one more kernel from the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if int8 := config.quantization == "int8":  # its layers log at every call that they cast float32 to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     stored = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "quantization_config", None)
@@ -148,7 +196,7 @@ def _freeze(model: Any, dtype: torch.dtype) -> None:
         if type(module).__name__ == "Linear4bit":
             # A stored 4-bit checkpoint brings the compute dtype of the machine that made it.
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            if dtype == torch.float32:
-                # On CPUs with AVX512-BF16 bitsandbytes computes in bfloat16 whatever the compute dtype: scores would
-                # be a hundred times less exact than those of other machines.
-                module.support_avx512bf16_for_cpu = False
+            # On CPUs with AVX512-BF16 bitsandbytes computes in bfloat16 whatever the compute dtype, by a kernel that
+            # takes these shapes only.
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0
+            module.support_avx512bf16_for_cpu &= dtype == torch.bfloat16 and fits

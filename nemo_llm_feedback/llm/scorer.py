@@ -52,8 +52,8 @@ class LLMScorer:
     ``identity`` and ``uses_context`` only, which settings and files determine.
 
     A score equals that of one plain forward over prompt and text within 1e-4 nat where the LLM computes in float32
-    (unquantised or NF4), 0.25 nat in bfloat16, and 0.5 nat in int8, whose layers round activations to 8 bits. Measured
-    on 211 hypotheses: 1.3e-5, 0.12 and 0.27 (docs/rewards.md).
+    (unquantised or NF4), 0.1 nat per token in bfloat16, and the same in int8, whose layers round activations to 8 bits
+    (measured: docs/rewards.md).
 
     It is not an ``nn.Module`` on purpose: assigned to a model it enters neither the state dict nor the optimizer.
 

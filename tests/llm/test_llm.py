@@ -14,7 +14,7 @@ from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm, train_tiny_llm
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm import load_llm, open_llm
 from nemo_llm_feedback.llm import scorer as scorer_module
 
 SHARED_LM = Path(__file__).parents[3] / "shared" / "checkpoints" / "lm"
@@ -112,6 +112,28 @@ def test_a_cpu_with_bfloat16_instructions_computes_in_the_dtype_that_was_asked_f
         assert not layer.support_avx512bf16_for_cpu
 
 
+def test_auto_computes_in_bfloat16_where_the_cpu_has_it_and_says_so(trained, monkeypatch, caplog):
+    texts = [*TEXTS, "can i have an iced latte", "can i have an ice later"]
+    exact = flat(load_llm(config(trained, quantization="nf4")).score([(COFFEE, texts)]))
+    monkeypatch.setattr("nemo_llm_feedback.llm.loading._has_fast_bfloat16", lambda: True)
+    llm = load_llm(config(trained, quantization="nf4"))
+    assert ":nf4:bfloat16:" in llm.identity
+    assert "computing in torch.bfloat16, as this CPU has AVX512-BF16" in caplog.text
+    assert {m.compute_dtype for m in llm.model.modules() if type(m).__name__ == "Linear4bit"} == {torch.bfloat16}
+    assert llm.model.get_input_embeddings().weight.dtype == torch.float32
+    errors = torch.tensor(flat(llm.score([(COFFEE, texts)]))) - torch.tensor(exact)
+    assert 0 < errors.std() < 0.05 * torch.tensor(exact).std()
+    assert ":int8:float32:" in open_llm(config(trained, quantization="int8")).identity
+    assert load_llm(config(trained)).model.dtype == torch.bfloat16
+
+
+def test_layers_that_the_bfloat16_kernel_does_not_take_compute_without_it(llama):
+    """It wants multiples of 32 and 64, and failed with a raw error on others."""
+    llm = load_llm(config(llama, quantization="nf4", compute_dtype="bfloat16"))
+    expected = [naive(llm, COFFEE, text) for text in TEXTS]
+    assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx(expected, abs=0.25)
+
+
 def test_int8_on_cpu_is_packed_and_scores_equal_naive_scoring(llama):
     from bitsandbytes.nn import Linear8bitLt
 
@@ -145,7 +167,7 @@ def test_the_stated_tolerances_hold_for_a_trained_llm(trained, quantization, dty
     prompt = llm.encoder.encode_prompt(context)
     plain = [llm.engine.plain_score(prompt, llm.encoder.encode_text(text)) for group in groups for text in group]
     assert llm.engine.sharing.name == "TRIE"
-    assert llm.model.dtype == getattr(torch, dtype)
+    assert f":{quantization}:{dtype}:" in llm.identity
     assert got == pytest.approx(plain, abs=tolerance)
     assert max(got[:4]) - min(got[:4]) > 10  # a group's sums are as far apart as those of docs/rewards.md
 

@@ -115,7 +115,7 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
         if is_global_rank_zero():
             record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
         session.log.move_to(log_dir / (LOG_FILE if is_global_rank_zero() else f"log_rank{trainer.global_rank}.txt"))
-        show(plan_text(model, source=base, log_dir=log_dir, device=trainer.strategy.root_device))
+        show(plan_text(model, source=base, log_dir=log_dir))
         before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
         target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
         result = _result(model, target, log_dir, before, after, pool)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig
-from nemo_llm_feedback.llm import estimate_memory, resolve_folder
+from nemo_llm_feedback.llm import estimate_memory, pick_placement, resolve_folder
 
 _MB = 2**20
 
 
-def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) -> str:
+def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     """The plan as lines of text.
 
     Args:
         model: prepared by ``setup_feedback``.
         source: the checkpoint.
         log_dir: folder of the run.
-        device: the device of training.
     """
     setup = model.feedback_setup
     config, staged, rates = setup.config, setup.staged, setup.rates
@@ -50,9 +47,10 @@ def plan_text(model: Any, *, source: Path, log_dir: Path, device: torch.device) 
     ]
     if config.llm is not None and config.needs_llm:
         folder = resolve_folder(config.llm)
-        size = estimate_memory(folder, config.llm, compute_bytes=2 if device.type == "cuda" else 4)
+        device, dtype = pick_placement(config.llm)
         lines.append(
-            f"  LLM          {config.llm.model} ({config.llm.quantization}), about {size / _MB:.0f} MB (estimate)"
+            f"  LLM          {config.llm.model} ({config.llm.quantization}, {str(dtype)[6:]} on {device}, "
+            f"about {estimate_memory(folder, config.llm) / _MB:.0f} MB by estimate)"
         )
     lines.append(f"  run folder   {log_dir}")
     return "\n".join(lines)

@@ -185,7 +185,9 @@ class LLMConfig(Section):
         revision: branch, tag or commit of a hub id; pin a commit for a run that others shall repeat.
         quantization: ``nf4`` (4 bit, double quantisation), ``int8`` or ``none``; all three work on CPU and on CUDA.
         device: ``auto`` (this process's GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
-        compute_dtype: ``auto`` is bfloat16 on a GPU (float16 where the GPU has no bfloat16), float32 on a CPU.
+        compute_dtype: ``auto`` is what is fast on the processor at hand: bfloat16 on a GPU (float16 where it has
+            none) and, for ``nf4`` and ``none``, on a CPU with AVX512-BF16; else float32, which is exact. The plan and
+            the log name it. On a CPU only the 4-bit layers of ``nf4`` compute in it, the rest in float32.
         template: path of a prompt template file (those of the folder ``llm/templates`` are examples); null = the
             built-in one.
         correction_template: path of a template for ``correction`` rewards and proposals; null = the built-in one.
