@@ -94,14 +94,14 @@ MUTANTS = (
         LATTICE,
         f"weight = {_ZERO_WEIGHT}",
         "weight = grad.to(log_prob.dtype) + log_prob * 0",
-        f"{TEST_LATTICE}::test_impossible_hypotheses_have_zero_gradient",
+        f"{TEST_LATTICE}::test_hypothesis_too_long_for_durations_without_zero_has_zero_gradient",
     ),
     Mutant(
         "transducer: frames behind the end are read",
         LATTICE,
         "outside = (frame < 0) | (frame >= shape.frames)",
         "outside = frame < 0",
-        f"{TEST_LATTICE}::test_equals_the_sum_over_all_paths",
+        f"{TEST_LATTICE}::test_lattice_ignores_frames_behind_the_end",
     ),
     Mutant(
         "joint: the softmax is weighed by the blank's flow alone",
@@ -307,7 +307,7 @@ MUTANTS = (
         PROPOSALS,
         "    if not distinct:\n",
         "    if False:\n",
-        f"{TEST_PROPOSALS}::test_sampled_groups_keep_multiplicity_and_no_greedy",
+        f"{TEST_PROPOSALS}::test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kept",
     ),
     Mutant(
         "members: infeasible ones stay",
