@@ -426,7 +426,7 @@ MUTANTS = (
     ),
     Mutant(
         "held-out rows are trained on",
-        "data/manifests.py",
+        "data/staging.py",
         "if not row.unlabeled or row.utterance not in out]",
         "if row not in ()]",
         f"{CHOICE}::test_held_out_rows_are_not_trained_on",
