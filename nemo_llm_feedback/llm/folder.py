@@ -212,5 +212,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         if path.name != "config.json":
             return {}
         raise LLMError(f"{path.name} is missing.") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LLMError(f"{path.name} cannot be read as a JSON object ({error}).") from error

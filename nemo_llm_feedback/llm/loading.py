@@ -19,7 +19,7 @@ from nemo_llm_feedback.llm.gguf import is_gguf
 
 logger = logging.getLogger(__name__)
 
-_UNUSABLE = (ValueError, OSError, KeyError, ImportError, RuntimeError)  # what transformers raises on bad files
+_UNUSABLE = (Exception,)  # tokenizers raises it bare on bad files, transformers whatever a wrong value leads to
 
 
 def pick_placement(config: LLMConfig) -> tuple[torch.device, torch.dtype]:
@@ -82,7 +82,10 @@ def read_max_positions(folder: Path) -> int:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNUSABLE as error:
         raise LLMError(f"llm.model={folder} cannot be loaded as a causal LM ({error}).") from error
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+    if not isinstance(found, int) or found < 16:
+        raise LLMError(f"llm.model={folder}: max_position_embeddings={str(found)[:40]} is not a length.")
+    return found
 
 
 def checkpoint_name(config: LLMConfig, folder: Path) -> str:

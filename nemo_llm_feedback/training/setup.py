@@ -315,7 +315,8 @@ def _report(statistics: PoolStatistics) -> None:
         )
     if statistics.signal_fraction == 0:
         raise TrainingError(
-            "no utterance of the pool has a reward signal: all hypotheses are equal or equally rewarded. "
+            "no utterance of the pool has a reward signal: all hypotheses are equal, equally rewarded, "
+            "or one of the group cannot be judged (a warning above says why, such as a text too long for the LLM). "
             "Raise proposals.beam or proposals.boosted, add context.terms, or lower objective.min_spread."
         )
 

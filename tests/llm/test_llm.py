@@ -465,3 +465,14 @@ def test_weights_that_are_not_finite_are_refused(llama, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LLMError, match="start-up check"):
         load_llm(config(folder))
+
+
+def test_an_llm_that_turns_nan_is_counted_and_stops_the_run(llama, caplog):
+    llm = load_llm(config(llama))
+    llm.score([(COFFEE, TEXTS)])
+    llm.model.model.norm.weight.data.fill_(torch.nan)
+    assert all(math.isnan(logp) for logp in flat(llm.score([(HOME, TEXTS)])))
+    assert llm.num_broken == len(TEXTS)
+    assert "scores that are not finite" in caplog.text
+    with pytest.raises(LLMError, match="not finite: nothing judges the training any more"):
+        llm.score([(HOME, [f"order number {n}" for n in range(30)])])

@@ -343,3 +343,21 @@ def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch
         save_file(values, tmp_path / "model.safetensors")
         seen.add(folder.fingerprint(tmp_path))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}'),
+        ("tokenizer.json", "[]"),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("config.json", '{"model_type": "llama", "max_position_embeddings": "long"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+    ],
+)
+def test_a_broken_config_or_tokenizer_is_one_typed_error(tiny_llm, tmp_path, file, text):
+    folder = damaged(tiny_llm, tmp_path)
+    (folder / file).write_text(text)
+    with pytest.raises(LLMError):
+        load_llm(config(folder))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from nemo_llm_feedback.core.config.compose import conf_dir
-from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.rewards import RemoteConfig, parse_remote
+from nemo_llm_feedback.rewards.remote.client import Client, _asked_wait, _number
 
 
 def test_all_faults_of_the_settings_come_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,3 +72,35 @@ def test_the_yaml_shows_every_default() -> None:
     shown = yaml.safe_load((conf_dir() / "reward" / "remote.yaml").read_text(encoding="utf-8"))
     assert shown["name"] == "remote"
     assert shown["settings"] == {name: field.default for name, field in RemoteConfig.model_fields.items()}
+
+
+@pytest.mark.parametrize("index", [True, "0", [0], {"n": 0}, None, 0.0])
+def test_an_index_of_another_type_is_a_typed_error(index: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(parse_remote({"base_url": "http://localhost:1", "model": "someone/tiny"}))
+    monkeypatch.setattr(client, "_ask", lambda send, deadline: {"choices": [{"index": index}]})
+    with pytest.raises(RewardError, match="1 sequences were sent"):
+        client.sums((1,), [(2,)], deadline=0.0)
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), True, "x" * 1000, None, [0]])
+def test_an_impossible_log_probability_is_a_short_typed_error(value: Any) -> None:
+    with pytest.raises(RewardError, match="missing or impossible") as caught:
+        _number(value)
+    assert len(str(caught.value)) < 120
+    assert _number(-(10**400)) == -math.inf
+
+
+def test_deep_nesting_and_a_repeated_key_end_in_a_typed_error_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "tiny-secret")
+    settings = {"base_url": "http://localhost:1", "model": "someone/tiny", "api_key_env": "SECRET_KEY", "retries": 0}
+    client = Client(parse_remote(settings))
+    deadline = time.monotonic() + 60
+    with pytest.raises(RewardError, match="nested too deep"):
+        client._ask(lambda timeout: SimpleNamespace(content=b"[" * 1_000_000), deadline)
+    answer = client._ask(lambda timeout: SimpleNamespace(content=b'{"id": "tiny-secret"}'), deadline)
+    assert answer == {"id": "***"}
+
+
+@pytest.mark.parametrize("header", ["inf", "1e999", "nan", "-5", "Mon, 01 Jan 9999999 00:00:00 GMT", "", "soon"])
+def test_an_absurd_retry_after_is_no_traceback(header: str) -> None:
+    assert _asked_wait(header) in (0.0, math.inf)

@@ -83,7 +83,9 @@ class Client:
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list):
             raise RewardError(f"{self._base_url}/v1/models lists no models: is this a vLLM server?")
-        return {str(entry["id"]): entry for entry in entries if isinstance(entry, dict) and "id" in entry}
+        return {
+            entry["id"]: entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+        }
 
     def sums(self, prompt: Ids, texts: Sequence[Ids], *, deadline: float) -> list[float]:
         """Returns Σ log p(token | prompt, earlier tokens) of every text, natural log, −∞ included.
@@ -132,11 +134,11 @@ class Client:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise RewardError("the answer has no choices: is this a vLLM server?")
-        by_index = {choice.get("index"): choice for choice in choices}
+        by_index = {i: choice for choice in choices if type(i := choice.get("index")) is int}  # a bool is none
         if len(choices) != len(sequences) or by_index.keys() != set(range(len(sequences))):
             raise RewardError(
                 f"{len(sequences)} sequences were sent, the answer has {len(choices)} choices with the indices "
-                f"{[choice.get('index') for choice in choices][:20]}."
+                f"{str([choice.get('index') for choice in choices])[:100]}."
             )
         return [by_index[n] for n in range(len(sequences))]
 
@@ -149,15 +151,16 @@ class Client:
                 raise RewardError(f"{self._base_url}: no time was left of reward.settings.deadline_s.")
             attempt, asked = attempt + 1, 0.0
             try:
-                return json.loads(send(timeout=httpx2.Timeout(left, connect=min(_CONNECT, left))).content)
+                answer = send(timeout=httpx2.Timeout(left, connect=min(_CONNECT, left))).content
+                return json.loads(self._hidden(answer.decode()))  # no later message can repeat the key
             except openai.APIStatusError as error:
                 reason, asked = self._passing(error.response), _asked_wait(error.response.headers.get("Retry-After"))
             except openai.APITimeoutError:
                 reason = f"no whole answer in {left:.0f} s{_SLOW}"
             except openai.APIConnectionError as error:
                 reason = f"no whole answer ({self._hidden(str(error.__cause__ or error))})"
-            except ValueError:
-                reason = "the answer is not JSON, or cut short"
+            except (ValueError, RecursionError):
+                reason = "the answer is not JSON, nested too deep, or cut short"
             # Exponential back-off with full jitter, and no less than what the server asked for.
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** (attempt - 1))
             wait = asked + longest * self._random.random()
@@ -219,7 +222,7 @@ def _asked_wait(header: str | None) -> float:
         return 0.0
     try:
         wait = float(header) if not header[:1].isalpha() else parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     return wait if wait > 0 else 0.0
 
@@ -237,7 +240,7 @@ def _read(choice: dict[str, Any], prompt: Ids, ids: Ids) -> list[float]:
     wanted = [str(i) for i in (prompt + ids)[1:]]
     if got != wanted:
         differing = [n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b][:1]
-        where = "".join(f", and number {n} is {got[n]} instead of {wanted[n]}" for n in differing)
+        where = "".join(f", and number {n} is {str(got[n])[:40]} instead of {wanted[n]}" for n in differing)
         raise RewardError(
             f"the answer's token ids are not those that were sent: {len(got)} for {len(wanted)}{where}. The server "
             "shifts, reorders, cuts or re-tokenises its input."
@@ -251,6 +254,6 @@ def _number(value: Any) -> float:
     Raises:
         RewardError: it is missing, not a number, or above 0.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > _ROUNDING:
-        raise RewardError(f"a log-probability of the answer is missing or impossible ({value!r}).")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= _ROUNDING:  # NaN is not, either
+        raise RewardError(f"a log-probability of the answer is missing or impossible ({str(value)[:40]}).")
     return -math.inf if value <= _FLOOR else float(value)
