@@ -132,18 +132,9 @@ def test_shared_cases_have_one_bad_file(shared: Path, case: str) -> None:
     assert Path(row.audio).name == {"06-corrupt-audio-body": "u2.flac"}.get(case, Path(row.audio).name)
 
 
-@pytest.mark.slow
 def test_fuzzed_audio_is_read_or_a_typed_error(tmp_path: Path) -> None:
-    _fuzz(tmp_path, files=200)
-
-
-def test_some_fuzzed_audio_is_read_or_a_typed_error(tmp_path: Path) -> None:
-    _fuzz(tmp_path, files=40)
-
-
-def _fuzz(folder: Path, *, files: int) -> None:
     """Cut, flipped, repeated and random bytes of real files in all formats that a manifest may name."""
-    rng = np.random.default_rng(0)
+    folder, files, rng = tmp_path, 200, np.random.default_rng(0)
     samples, _ = soundfile.read(write_audio(folder / "a.wav", seconds=0.5, seed=0))
     formats = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
     formats += [("AIFF", "PCM_16"), ("W64", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("NIST", "PCM_16")]
@@ -179,3 +170,28 @@ def _fuzz(folder: Path, *, files: int) -> None:
         assert np.isfinite(found).all()
         read += 1
     assert 0 < read < files
+
+
+def test_validation_and_guard_rows_with_broken_audio_are_left_out_under_skip(tmp_path: Path) -> None:
+    from nemo_llm_feedback.training.inputs import labelled_rows
+
+    path = write_manifest(tmp_path / "m.json", ["a latte", "tea"])
+    _broken(tmp_path / "wav" / "m_1.wav", "nan")
+    with pytest.raises(ManifestError, match=r"m_1\.wav"):
+        labelled_rows(str(path))
+    assert [row.text for row in labelled_rows(str(path), skip=True)["m"]] == ["a latte"]
+
+
+def test_score_leaves_rows_with_broken_audio_out(nemo_file: Any, tmp_path: Path) -> None:
+    from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe
+    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
+
+    path = write_manifest(tmp_path / "m.json", [None] * 3)
+    judge = JudgeOptions(overrides=("reward=rules",))
+    options = ProbeOptions(str(nemo_file("ctc_char")), manifest=str(path), judge=judge)
+    for number in range(3):
+        if number:
+            assert len(NBestProbe(options).rows) == 3 - number
+        _broken(tmp_path / "wav" / f"m_{number}.wav", "half")
+    with pytest.raises(ManifestError, match="3 row"):
+        NBestProbe(options)

@@ -74,3 +74,30 @@ def test_stereo_audio_is_mixed_to_one_channel_by_the_validation_loader(
     set_validation(model, settings, rows, tmp_path)
     signal, signal_len = next(iter(model._validation_dl))[:2]
     torch.testing.assert_close(signal[signal_len.argsort()], mixed.signal, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lhotse", [False, True])
+def test_stereo_audio_is_mixed_to_one_channel_where_the_pool_is_measured(
+    nemo_file: Any, manifests: tuple[Path, Path], tmp_path: Path, lhotse: bool
+) -> None:
+    """The pool has a loader of its own, whose batches of stereo files alone ended in "Input shape mismatch"."""
+    from nemo_llm_feedback.training.models import restore
+
+    mixed = load_audio(read_manifest(manifests[1]), sample_rate=16000, device=CPU)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    cfg = config(manifests[0], feedback={"use_text": False}, objective={"name": "self_training"})
+    cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False}
+    model.setup_feedback(cfg, work_dir=tmp_path)
+    (batch,) = model.pool_batches()
+    torch.testing.assert_close(batch[0][batch[1].argsort()], mixed.signal, atol=1e-6, rtol=0)
+
+
+def test_stereo_audio_is_evaluated_as_the_same_audio_mixed_to_one_channel(
+    nemo_file: Any, manifests: tuple[Path, Path], shared: Path
+) -> None:
+    from nemo_llm_feedback.cli.jobs.evaluate import evaluate
+
+    texts = [evaluate(nemo_file("ctc_char"), path).comparison.systems[0].texts for path in manifests]
+    assert texts[0] == texts[1]
+    case = evaluate(nemo_file("ctc_char"), shared / "cases" / "01-stereo" / "labelled.json")
+    assert (len(case.comparison.rows), case.left_out) == (4, ())

@@ -306,3 +306,13 @@ def test_dpo_reads_references_of_any_depth() -> None:
     found = dpo(groups, beta=0.1, min_spread=0.0)
     assert float(found.metrics["margin"]) == pytest.approx(20.0)
     assert float(found.loss) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
+
+
+def test_members_remember_the_log_p_of_their_first_use() -> None:
+    members = (Hypothesis("x", (1,), "beam"), Hypothesis("y", (2,), "beam"))
+    ones = {"ctc": torch.ones(1, 2)}
+    first = NBestBatch(("a",), (Context(),), (members,), ones, ones).with_old_logp(
+        {"ctc": torch.tensor([[-1.0, -2.0]])}
+    )
+    again = first.with_old_logp({"ctc": torch.tensor([[-5.0, -6.0]])})
+    assert again.old_logp["ctc"].tolist() == [[-1.0, -2.0]]

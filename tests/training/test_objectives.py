@@ -80,12 +80,12 @@ REWARDS = torch.tensor([[0.0, 2.0, 4.0]], dtype=torch.float64)
 
 
 def test_distill_by_hand():
-    rewards = torch.log(torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64))
+    rewards = torch.log(torch.tensor([[0.125, 0.125, 0.75]], dtype=torch.float64))
     out = run("distill", LOGP, rewards, LOGP, temperature=1.0)
-    # ¼ ln(¼/½) + ¼ ln(¼/¼) + ½ ln(½/¼) = ¼ ln 2
-    assert out.loss.item() == pytest.approx(math.log(2) / 4)
-    assert out.metrics["target_entropy"].item() == pytest.approx(1.5 * math.log(2))
-    assert out.metrics["target_policy_mass"].item() == pytest.approx(0.125 + 0.0625 + 0.125)
+    # ⅛ ln(⅛/½) + ⅛ ln(⅛/¼) + ¾ ln(¾/¼) = ¾ ln 3 − ⅜ ln 2; not symmetric on purpose
+    assert out.loss.item() == pytest.approx(0.75 * math.log(3) - 0.375 * math.log(2))
+    assert out.metrics["target_entropy"].item() == pytest.approx(2.25 * math.log(2) - 0.75 * math.log(3))
+    assert out.metrics["target_policy_mass"].item() == pytest.approx(0.0625 + 0.03125 + 0.1875)
 
 
 def test_mwer_by_hand():
