@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ SUPPORTED = (
     "EncDecHybridRNNTCTCModel",
     "EncDecHybridRNNTCTCBPEModel",
 )
+_TEMPORARY = ".{stem}.{process}.tmp{suffix}"
 _NEMO = "nemo.collections.asr.models."
 _REFUSED = {
     "MultiTask": "an attention encoder-decoder (Canary) has no frame-synchronous lattice, on which "
@@ -231,9 +233,22 @@ def atomic_path(path: str | Path) -> Iterator[str]:
     """Yields a temporary name beside ``path`` and moves it there on success, so a failed save leaves the old file."""
     final = Path(path).expanduser().absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}.tmp{final.suffix}")
+    temporary = final.with_name(_TEMPORARY.format(stem=final.stem, process=os.getpid(), suffix=final.suffix))
     try:
         yield str(temporary)
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Removes the temporary files that a kill inside :func:`atomic_path` has left beside ``path``."""
+    final = Path(path).expanduser().absolute()
+    pattern = _TEMPORARY.format(stem=glob.escape(final.stem), process="*", suffix=final.suffix)
+    for left in final.parent.glob(pattern):
+        try:
+            os.kill(int(left.name.split(".")[-3]), 0)  # only asks whether that process lives
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue

@@ -103,6 +103,7 @@ class Session:
         verbose: see above.
         console: rich's console on the standard error that was there, for lines of a caller's own.
         bars: whether progress is shown as a bar; on no terminal it is lines.
+        in_training: whether the run takes steps, behind which it can be stopped.
         stop: number of the signal by which the run was asked to stop; 0 = none.
     """
 
@@ -114,7 +115,7 @@ class Session:
         self.log = _LogFile(sys.stderr if verbose else None)
         self.console = Console(file=shown, highlight=False, soft_wrap=True)
         self.bars = self.console.is_terminal and not verbose
-        self.stop = 0
+        self.in_training, self.stop = False, 0
         self._progress: Progress | None = None
         self._redirected: list[tuple[Any, Any]] = []
         self._warnings = _Warnings(self)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shlex
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,23 @@ from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.asr.checkpoints import supported_class
+from nemo_llm_feedback.asr.checkpoints import remove_leftovers, supported_class
 from nemo_llm_feedback.asr.nemo_file import read_config
+from nemo_llm_feedback.cli.jobs.inputs import input_digests
 from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, make_folder, make_trainer, record_start, source
+from nemo_llm_feedback.cli.jobs.run_choice import own_command, record_start, run_folder
+from nemo_llm_feedback.cli.jobs.start import (
+    check_room,
+    make_folder,
+    make_trainer,
+    result_folders,
+    room,
+    source,
+    stopping_by_signals,
+    typed_if_full,
+)
 from nemo_llm_feedback.core.console import Session, progress, quiet, show
-from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
-from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, RUN_FILE, FolderLock, collect, newest, write_json
+from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, write_json
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
@@ -55,6 +65,7 @@ class AdaptResult:
         kept_step: the step whose weights are exported; 0 = the start.
         gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
         ended: why training ended before its last step; empty if it did not.
+        steps: optimizer steps that were taken.
         share: share of the update that is exported; 1 = the adapted weights.
         general: how general speech was held or watched.
         guard_wer: the guard set's WER in % before and after; empty without one.
@@ -73,6 +84,7 @@ class AdaptResult:
     kept_step: int
     gain: float
     ended: str = ""
+    steps: int = 0
     share: float = 1.0
     general: str = ""
     guard_wer: tuple[float, ...] = ()
@@ -89,42 +101,56 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    with quiet(verbose=bool(cfg.get("verbose"))) as session:
-        return _adapt(cfg, session, reward=reward)
+    with quiet(verbose=bool(cfg.get("verbose"))) as session, stopping_by_signals(session):
+        try:
+            return _adapt(cfg, session, reward=reward)
+        except SystemExit:
+            if session.stop == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
     tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    check_settings(tree, reward)
+    config, first = check_settings(tree, reward).config, is_global_rank_zero()
     base = source(cfg)
     supported_class(read_config(base), origin=base)
-    manager = experiment(cfg)
-    folders = {"run": Path(manager.get("explicit_log_dir") or manager.get("exp_dir") or "nemo_experiments")}
-    if cfg.output:
-        folders["output"] = Path(cfg.output).expanduser().absolute().parent
-    check_room(folders, model_bytes=base.stat().st_size)
+    folders = result_folders(cfg)
+    inputs = input_digests(tree, base=base, llm=config.needs_llm) if first else {}
     pl.seed_everything(int(cfg.seed), workers=True)
 
     model = restore(base, map_location="cpu")
     trainer = make_trainer(cfg)
-    log_dir = make_folder(trainer, manager)
-    model.set_trainer(trainer)
-    with _locked(log_dir):
-        with _nothing_left_if_refused(log_dir):
-            model.setup_feedback(tree, work_dir=log_dir, reward=reward)
-        if is_global_rank_zero():
-            record_start(cfg, log_dir, checkpoint=Path(trainer.ckpt_path).name if trainer.ckpt_path else None)
-        session.log.move_to(log_dir / (LOG_FILE if is_global_rank_zero() else f"log_rank{trainer.global_rank}.txt"))
+    with run_folder(cfg, inputs) as manager, typed_if_full(folders):
+        log_dir = make_folder(trainer, manager)
+        target = Path(cfg.output).expanduser() if cfg.output else log_dir / f"{cfg.name}.nemo"
+        model.set_trainer(trainer)
+        model.setup_feedback(tree, work_dir=log_dir, reward=reward)
+        check_room(folders, room(model, cfg, log_dir=log_dir, folders=folders))
+        if first:
+            checkpoint = Path(trainer.ckpt_path).name if trainer.ckpt_path else None
+            record_start(cfg, log_dir, checkpoint=checkpoint, inputs=inputs)
+            remove_leftovers(target)
+        session.log.move_to(log_dir / (LOG_FILE if first else f"log_rank{trainer.global_rank}.txt"))
         show(plan_text(model, source=base, log_dir=log_dir))
-        before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
-        target = Path(cfg.output) if cfg.output else log_dir / f"{cfg.name}.nemo"
+        try:
+            before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
+        except SystemExit:
+            show(_how_to_go_on(log_dir))
+            raise
         result = _result(model, target, log_dir, before, after, pool)
         model._adaptation_facts = _facts(model, base, result) | {"base_model": cfg.init_from_pretrained_model}
         model.save_to(str(target))
-        if is_global_rank_zero():
+        if first:
             _write_reports(result, model, tree, pool)
             write_json(log_dir / RESULT_FILE, _result_json(result))
     return result
+
+
+def _how_to_go_on(log_dir: Path) -> str:
+    saved = any(log_dir.glob("checkpoints/*.ckpt"))
+    what = "goes on from its last checkpoint" if saved else "starts again (no step was saved yet)"
+    return f"stopped. The same command {what}:\n  {shlex.join(own_command())}"
 
 
 Changed = tuple[Sequence[Row], Decoded, Decoded]
@@ -173,6 +199,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         kept_step=stopping.kept_step,
         gain=stopping.best_gain,
         ended=stopping.reason,
+        steps=int(model.trainer.global_step),
         share=stopping.share,
         general=model.feedback_setup.general_speech(),
         guard_wer=stopping.guard_wer,
@@ -192,14 +219,20 @@ def summary(result: AdaptResult) -> str:
     if not result.before:
         lines.append(f"\nno validation manifest; {len(result.changed)} of the sampled pool transcripts changed, e.g.")
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
-    if result.ended:
-        lines.append(f"\ntraining ended early: {result.ended}")
-    lines.append(f"\ngeneral speech: {result.general}")
-    if result.guard_wer:
-        lines.append("its WER: {:.1f} → {:.1f} %".format(*result.guard_wer))
-    if result.share < 1:
-        lines.append(f"exported: {100 * result.share:.0f} % of the update")
-    lines.append(f"\nadapted checkpoint: {result.nemo}\nreport:             {result.log_dir / 'report.html'}")
+    lines.append("")
+    weights = "" if result.alpha is None else f", alpha {result.alpha:g}, beta {result.beta:g}"
+    gain = "" if result.gain != result.gain else f", held-out gain {result.gain:+.2f}"
+    kept = f"step {result.kept_step} of {result.steps}" if result.kept_step else "the start: no step gained"
+    moved = f", {100 * result.share:.0f} % of the update" if result.share < 1 else ""
+    wer = "; its WER {:.1f} → {:.1f} %".format(*result.guard_wer) if result.guard_wer else ""
+    lines += [
+        f"settings    learning rate {result.learning_rate:g}{weights}, boosting weight {result.boosting_weight:g}",
+        f"kept        {kept}{gain}{moved}",
+        f"ended       {result.ended or 'all steps were taken'}",
+        f"general     {result.general}{wer}",
+        f"checkpoint  {result.nemo}",
+        f"report      {result.log_dir / 'report.html'}",
+    ]
     return "\n".join(lines)
 
 
@@ -233,31 +266,6 @@ def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any],
     )
 
 
-@contextmanager
-def _locked(log_dir: Path) -> Iterator[None]:
-    """Marks the run folder as rank 0's while inside."""
-    if not is_global_rank_zero():
-        yield
-        return
-    with FolderLock(log_dir) as lock:
-        if not lock.held:
-            raise ConfigError(f"another process is training in {log_dir}: wait for it, or choose another run folder.")
-        collect(log_dir)
-        yield
-
-
-@contextmanager
-def _nothing_left_if_refused(log_dir: Path) -> Iterator[None]:
-    """Removes the folder of a run that is refused before it begins; one that holds an earlier attempt stays."""
-    fresh = newest(log_dir, RUN_FILE) is None
-    try:
-        yield
-    except FeedbackError:
-        if fresh and is_global_rank_zero():
-            shutil.rmtree(log_dir, ignore_errors=True)
-        raise
-
-
 def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:
     config, scores = model.feedback_setup.config, {}
     for name, rows in validation.items():
@@ -284,7 +292,7 @@ def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
         "reward": reward_line(config.reward) if config.needs_reward else None,
         "pool_rows": staged.num_unlabeled,
         "pool_hours": round(staged.hours(unlabeled=True), 3),
-        "steps": int(model.trainer.global_step),
+        "steps": result.steps,
         **{name: getattr(result, name) for name in taken},
         "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
@@ -305,7 +313,7 @@ def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
-    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "ended", "share", "guard_wer")
+    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "ended", "share", "guard_wer")
     return {
         "nemo": str(result.nemo),
         **{name: getattr(result, name) for name in kept},

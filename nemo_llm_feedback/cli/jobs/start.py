@@ -1,49 +1,33 @@
-"""What a run checks and finds before it starts: checkpoint, trainer settings, disk space, a run to go on with."""
+"""What a run checks before it starts: checkpoint, trainer settings, output, disk space; and how it may be stopped."""
 
 from __future__ import annotations
 
-import json
-import os
+import errno
 import shutil
-import sys
+import signal
+import sqlite3
 import tempfile
-from collections.abc import Mapping
-from datetime import datetime, timezone
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from nemo.constants import NEMO_ENV_VARNAME_VERSION
-from nemo.utils import logging
-from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.exceptions import NeMoBaseException
 from nemo.utils.exp_manager import exp_manager
-from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.core.config.faults import refuse
-from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
-from nemo_llm_feedback.core.run_folder import (
-    RESULT_FILE,
-    RUN_FILE,
-    SETTINGS_FILE,
-    collect,
-    in_use,
-    newest,
-    package_versions,
-    write_json,
-    write_text,
-)
-from nemo_llm_feedback.core.secrets import masked, masked_command
+from nemo_llm_feedback.core.console import Session
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, TrainingError
 from nemo_llm_feedback.training.models import locate
 
 _REFUSALS = (MisconfigurationException, NeMoBaseException)
-# Rank 0's choice, for the ranks that Lightning starts as copies of this process.
-_CHOICE = "NEMO_LLM_FEEDBACK_RUN"
-# A checkpoint holds the weights, AdamW's two moments and the best weights; two are there while one is written.
-_COPIES_RUN, _COPIES_OUTPUT, _COPIES_TEMPORARY = 2 * 4, 2, 4
+_SETTINGS = {"run": "exp_manager.exp_dir", "output": "output", "temporary files": "the environment's TMPDIR"}
+_LITTLE = 2**20  # bytes
 
 
 def source(cfg: DictConfig) -> Path:
@@ -111,135 +95,134 @@ def make_folder(trainer: pl.Trainer, manager: DictConfig) -> Path:
         raise ConfigError(f"NeMo refuses the section exp_manager: {' '.join(str(error).split())}") from None
 
 
-def check_room(folders: Mapping[str, Path], *, model_bytes: int) -> None:
-    """Sees to it that results can be written.
-
-    Args:
-        folders: ``run`` and ``output``; they and their parents need not exist.
-        model_bytes: size of the starting checkpoint.
+def result_folders(cfg: DictConfig) -> dict[str, Path]:
+    """Where a run writes: ``run``, ``temporary files`` and, where one is given, ``output``.
 
     Raises:
-        ConfigError: folders that cannot be written to or have too little room; all are listed.
+        ConfigError: ``output`` is a folder, or folders cannot be written to; all are listed.
     """
-    copies = {"run": _COPIES_RUN, "output": _COPIES_OUTPUT, "temporary files": _COPIES_TEMPORARY}
-    setting = {"run": "exp_manager.exp_dir", "output": "output", "temporary files": "the environment's TMPDIR"}
-    needed: dict[int, list[Any]] = {}
-    faults = []
+    manager = cfg.exp_manager
+    folders = {"run": Path(manager.get("explicit_log_dir") or manager.get("exp_dir") or "nemo_experiments")}
     # Lightning writes a checkpoint to the folder of temporary files before it moves it.
-    for what, folder in {**folders, "temporary files": Path(tempfile.gettempdir())}.items():
+    folders["temporary files"] = Path(tempfile.gettempdir())
+    faults = []
+    if cfg.output:
+        output = Path(cfg.output).expanduser().absolute()
+        folders["output"] = output.parent
+        if output.is_dir():
+            faults.append(f"output={cfg.output} is a folder: name the file, e.g. output={output / 'adapted.nemo'}.")
+    for what, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            faults.append(f"the folder of the {what}, {folder}, cannot be written to ({error}): set {setting[what]}.")
-            continue
-        device = needed.setdefault(folder.stat().st_dev, [0, folder, []])
-        device[0] += copies[what] * model_bytes
-        device[2].append(what)
-    for size, folder, uses in needed.values():
-        free = shutil.disk_usage(folder).free
+            faults.append(
+                f"the folder of the {what}, {folder}, cannot be written to ({error}): set {_SETTINGS[what]}."
+            )
+    refuse("the results could not be written;", faults)
+    return folders
+
+
+def check_room(folders: Mapping[str, Path], needed: Mapping[str, int]) -> None:
+    """Refuses a run whose results the disks have no room for.
+
+    Args:
+        folders: what :func:`result_folders` gave.
+        needed: bytes that will be written to each at most (:func:`room`).
+
+    Raises:
+        ConfigError: all disks with too little room.
+    """
+    disks: dict[int, list[str]] = {}
+    for what, folder in folders.items():
+        disks.setdefault(folder.stat().st_dev, []).append(what)
+    faults = []
+    for uses in disks.values():
+        free, size = shutil.disk_usage(folders[uses[0]]).free, sum(needed[use] for use in uses)
         if free < size:
             faults.append(
-                f"{folder} has {free / 2**20:.0f} MB left and {' and '.join(uses)} need about {size / 2**20:.0f} MB: "
-                f"free some, or set {' or '.join(setting[use] for use in uses)}."
+                f"{folders[uses[0]]} has {free / 2**20:.0f} MB left and {' and '.join(uses)} need about "
+                f"{size / 2**20:.0f} MB: free some, or set {' or '.join(_SETTINGS[use] for use in uses)}."
             )
     refuse("the results could not be written;", faults)
 
 
-def experiment(cfg: DictConfig) -> DictConfig:
-    """The settings of NeMo's ``exp_manager`` for this run, with the run to go on with where there is one.
+def room(model: Any, cfg: DictConfig, *, log_dir: Path, folders: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes that a run writes to each of its folders at most, beside logs.
 
-    A run that was killed goes on when the same command is given again (``resume=auto``): its folder holds the same
-    settings, no result, and no living process. ``exp_manager.resume_if_exists=true`` keeps NeMo's meaning.
-
-    Args:
-        cfg: the composed configuration.
-    """
-    manager: Any = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
-    if is_global_rank_zero():
-        # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
-        os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
-    base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
-    explicit = manager.get("explicit_log_dir") or manager.get("version")
-    if not manager.get("resume_if_exists") and not explicit and cfg.get("resume", "auto") == "auto":
-        found = _unfinished(base, settings_text(cfg))
-        if found is not None:
-            manager.version, manager.resume_if_exists = found.name, True
-            logging.info(f"going on with the unfinished run in {found} (resume=never starts anew).")
-    if manager.get("resume_if_exists"):
-        folder = Path(manager.get("explicit_log_dir") or base / str(manager.get("version") or ""))
-        checkpoint = _newest_checkpoint(folder / "checkpoints")
-        if checkpoint is not None and not checkpoint.stem.endswith("last"):
-            manager.resume_from_checkpoint = str(checkpoint)
-    return manager
-
-
-def settings_text(cfg: DictConfig) -> str:
-    """The composed configuration as YAML without secrets, by which runs are known to be the same."""
-    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    for key in ("resume", "hydra", "verbose"):
-        tree.pop(key, None)
-    return OmegaConf.to_yaml(OmegaConf.create(masked(tree)))
-
-
-def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None) -> None:
-    """Writes ``settings.yaml`` and ``run.json`` (versions, command, date of every attempt; nothing about the host,
-    and no secrets).
+    A checkpoint holds the weights, AdamW's two moments, the best weights and, with ``parameters.ema_decay``, their
+    average. The best ones and the last are there while another is written: to the folder of temporary files, from
+    where another disk has to take it whole.
 
     Args:
+        model: after ``setup_feedback``.
         cfg: the composed configuration.
-        folder: the run's folder.
-        checkpoint: file name of what this attempt goes on from; None at the start.
+        log_dir: the run's folder; a resumed run has checkpoints there already.
+        folders: what :func:`result_folders` gave.
     """
-    collect(folder)
-    settings, run = folder / SETTINGS_FILE, folder / RUN_FILE
-    attempts = json.loads(run.read_text(encoding="utf-8"))["attempts"] if run.is_file() and settings.is_file() else []
-    attempts.append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": checkpoint})
-    command = masked_command([Path(sys.argv[0]).name, *sys.argv[1:]])
-    if (nemos := folder / "cmd-args.log").is_file():  # exp_manager's copy of the command
-        nemos.write_text(" ".join(command), encoding="utf-8")
-    write_json(run, {"command": command, "versions": package_versions(), "attempts": attempts})
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    write_text(settings, settings_text(cfg))
+    nemo = sum(4 * value.numel() for value in model.state_dict().values())
+    learned = sum(4 * value.numel() for value in model.parameters() if value.requires_grad)
+    checkpoint = nemo + learned * (3 + bool(cfg.parameters.ema_decay))
+    kept = 1 + max(1, int(cfg.exp_manager.checkpoint_callback_params.get("save_top_k", 1)))
+    one_disk = folders["run"].stat().st_dev == folders["temporary files"].stat().st_dev
+    there = sum(path.stat().st_size for path in log_dir.glob("checkpoints/*.ckpt"))
+    return {
+        "run": max(0, (kept + (not one_disk)) * checkpoint - there) + nemo,
+        "temporary files": max(checkpoint, 2 * nemo),
+        "output": nemo,
+    }
 
 
-def _unfinished(base: Path, settings: str) -> Path | None:
-    """The newest folder of the same settings that has no result and no living process."""
-    first = is_global_rank_zero()
-    if not first and os.environ.get(_CHOICE):
-        return base / os.environ[_CHOICE]
-    os.environ.pop(_CHOICE, None)
-    folders = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if first and in_use(folder):
-            continue
-        if first:
-            collect(folder)
-        # A rank that the launcher started reads while rank 0, which may hold the folder already, moves its files.
-        known = newest(folder, SETTINGS_FILE)
-        if known is None or newest(folder, RESULT_FILE) is not None:
-            continue
-        if known.read_text(encoding="utf-8") == settings:
-            os.environ[_CHOICE] = folder.name
-            return folder
-        logging.info(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
-    return None
+@contextmanager
+def stopping_by_signals(session: Session) -> Iterator[None]:
+    """While inside, Ctrl-C and SIGTERM stop a training run behind its step, with a checkpoint, and all else at once.
 
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, after removing what a kill has left of others.
-
-    NeMo refuses a folder with two checkpoints named ``last``, which a kill between writing one and removing the other
-    leaves, as does every second resumption; and one whose only ``last`` is unfinished.
+    The second signal stops at once. ``SystemExit`` has the status of the signal: 130 or 143.
     """
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    whole = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
-    if is_global_rank_zero():
-        lasts = [path for path in whole if path.stem.endswith("last")]
-        for path in [path for path in found if path not in whole] + lasts[:-1]:
-            path.unlink()
-        for marker in folder.glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
-            marker.unlink()
-    lasts = [path for path in whole if path.stem.endswith("last")]
-    return lasts[-1] if lasts else (whole[-1] if whole else None)
+
+    def stop(number: int, frame: Any) -> None:
+        """Notes the signal, or leaves."""
+        at_once = session.stop or not session.in_training
+        session.stop = number
+        if at_once:
+            raise SystemExit(128 + number)
+        session.show("stopping behind this step, with a checkpoint (once more: at once) …")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may answer signals
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def typed_if_full(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Turns the many errors of a full disk into one that names it.
+
+    Args:
+        folders: what :func:`result_folders` gave.
+
+    Raises:
+        TrainingError: a disk is full; what was saved before is still there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # torch and sqlite give no number.
+        if not full and (isinstance(error, OSError) or all(map(_has_room, folders.values()))):
+            raise
+        places = " or ".join(map(str, folders.values()))
+        raise TrainingError(
+            f"the disk is full ({places}): {error}. The last checkpoint is still there: free some room and give the "
+            "same command again."
+        ) from error
+
+
+def _has_room(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free > _LITTLE

@@ -37,7 +37,10 @@ class RunBar(pl.Callback):
         """Shows what was found on the pool, and opens the bar."""
         self._last_step = start = trainer.global_step
         self._shown = len(self._stopping.history)
-        if console.session() is None or not trainer.is_global_zero:
+        session = console.session()
+        if session is not None:
+            session.in_training = True
+        if session is None or not trainer.is_global_zero:
             return
         console.show(_found(pl_module))
         total = int(trainer.estimated_stepping_batches)
@@ -67,11 +70,16 @@ class RunBar(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Closes the bar."""
-        self._open.close()
+        self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Closes the bar."""
+        self._close()
+
+    def _close(self) -> None:
         self._open.close()
+        if (session := console.session()) is not None:
+            session.in_training = False
 
     def _save_and_leave(self, trainer: pl.Trainer, signal: int) -> None:
         saver: Any = trainer.checkpoint_callback

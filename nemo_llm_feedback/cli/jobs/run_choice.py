@@ -1,0 +1,205 @@
+"""The folder of a run: a new one, or that of an unfinished run of the same settings and inputs; locked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nemo.constants import NEMO_ENV_VARNAME_VERSION
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.get_rank import is_global_rank_zero
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_llm_feedback.cli.jobs.inputs import changed_inputs
+from nemo_llm_feedback.core.console import show
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.run_folder import (
+    RESULT_FILE,
+    RUN_FILE,
+    SETTINGS_FILE,
+    FolderLock,
+    collect,
+    in_use,
+    newest,
+    package_versions,
+    write_json,
+    write_text,
+)
+from nemo_llm_feedback.core.secrets import masked, masked_command
+
+# Rank 0's choice, for the ranks that Lightning starts as copies of this process.
+_CHOICE = "NEMO_LLM_FEEDBACK_RUN"
+# Keys that another start of the same run may change.
+_FREE_KEYS = ("resume", "hydra", "verbose", "output")
+
+
+@contextmanager
+def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfig]:
+    """Chooses the run's folder, and marks it as this process's while inside, before anything in it is touched.
+
+    A run that was stopped or killed goes on when the same command is given again (``resume=auto``): its folder holds
+    the same settings and digests of inputs, no result, and no living process. ``exp_manager.resume_if_exists=true``
+    keeps NeMo's meaning. A new folder is removed again if the run is refused before it begins.
+
+    Args:
+        cfg: the composed configuration.
+        inputs: what the run reads (``inputs.input_digests``).
+
+    Yields:
+        The settings of NeMo's ``exp_manager``.
+
+    Raises:
+        ConfigError: another process trains in the folder.
+    """
+    manager: Any = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
+    # NeMo's answer to SIGTERM ends a job with status 0, as if it were done.
+    manager.create_preemption_callback = False
+    first = is_global_rank_zero()
+    if first:
+        # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
+        os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
+    base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
+    explicit = manager.get("explicit_log_dir") or manager.get("version")
+    if not manager.get("resume_if_exists") and not explicit and cfg.get("resume", "auto") == "auto":
+        found = _unfinished(base, settings_text(cfg), inputs)
+        if found is not None:
+            manager.version, manager.resume_if_exists = found.name, True
+            show(f"going on with the unfinished run in {found} (resume=never starts anew).")
+    created = None
+    if first and not explicit and not manager.get("resume_if_exists"):
+        created = _new_folder(base, dated=bool(manager.get("use_datetime_version")))
+        manager.version = os.environ[NEMO_ENV_VARNAME_VERSION] = created.name
+    folder = Path(manager.get("explicit_log_dir") or base / str(manager.get("version") or ""))
+    if not first:
+        _take_up(manager, folder)
+        yield manager
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder) as lock:
+        if not lock.held:
+            raise ConfigError(f"another process is training in {folder}: wait for it, or choose another run folder.")
+        collect(folder)
+        if manager.get("resume_if_exists") and (run := folder / RUN_FILE).is_file():
+            changed = changed_inputs(_inputs_of(run) or inputs, inputs)
+            if changed:
+                show(f"warning: {', '.join(changed)} changed since this run began, and it goes on as you ask for it.")
+        _take_up(manager, folder)
+        try:
+            yield manager
+        finally:
+            if created is not None and newest(created, RUN_FILE) is None:
+                shutil.rmtree(created, ignore_errors=True)
+
+
+def settings_text(cfg: DictConfig) -> str:
+    """The composed configuration as YAML without secrets, by which runs are known to be the same."""
+    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    return OmegaConf.to_yaml(OmegaConf.create(masked({k: v for k, v in tree.items() if k not in _FREE_KEYS})))
+
+
+def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None, inputs: Mapping[str, str]) -> None:
+    """Writes ``settings.yaml`` and ``run.json`` (versions, command, date of every attempt, digests of the inputs;
+    nothing about the host, and no secrets).
+
+    Args:
+        cfg: the composed configuration.
+        folder: the run's folder.
+        checkpoint: file name of what this attempt goes on from; None at the start.
+        inputs: what the run reads (``inputs.input_digests``).
+    """
+    collect(folder)
+    settings, run = folder / SETTINGS_FILE, folder / RUN_FILE
+    attempts = json.loads(run.read_text(encoding="utf-8"))["attempts"] if run.is_file() and settings.is_file() else []
+    attempts.append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": checkpoint})
+    if (nemos := folder / "cmd-args.log").is_file():  # exp_manager's copy of the command
+        nemos.write_text(" ".join(own_command()), encoding="utf-8")
+    content = {"command": own_command(), "versions": package_versions(), "attempts": attempts, "inputs": inputs}
+    write_json(run, content)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    write_text(settings, settings_text(cfg))
+
+
+def own_command() -> list[str]:
+    """The command of this process, without secrets."""
+    return masked_command([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _new_folder(base: Path, *, dated: bool) -> Path:
+    """Makes the folder of a new run, named as NeMo names it; of two processes each gets one."""
+    base.mkdir(parents=True, exist_ok=True)
+    taken = [path.name.removeprefix("version_") for path in base.glob("version_*")]
+    number = max((int(name) for name in taken if name.isdigit()), default=-1) + 1
+    while True:
+        folder = base / (time.strftime("%Y-%m-%d_%H-%M-%S") if dated else f"version_{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            time.sleep(1.0 if dated else 0.0)
+
+
+def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | None:
+    """The newest folder of the same settings and inputs that has no result and no living process."""
+    first = is_global_rank_zero()
+    if not first and os.environ.get(_CHOICE):
+        return base / os.environ[_CHOICE]
+    if not first and os.environ.get(NEMO_ENV_VARNAME_VERSION):
+        return None  # rank 0 has made a new folder
+    os.environ.pop(_CHOICE, None)
+    folders = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        if first and in_use(folder):
+            continue
+        # A rank that the launcher started reads while rank 0, which may hold the folder already, moves its files.
+        known, run = newest(folder, SETTINGS_FILE), newest(folder, RUN_FILE)
+        if known is None or newest(folder, RESULT_FILE) is not None:
+            continue
+        if known.read_text(encoding="utf-8") != settings:
+            show(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
+        elif first and run is not None and (changed := changed_inputs(_inputs_of(run) or inputs, inputs)):
+            show(f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since.")
+        else:
+            os.environ[_CHOICE] = folder.name
+            return folder
+    return None
+
+
+def _inputs_of(run: Path) -> dict[str, str]:
+    """The digests that a run has recorded; empty where an earlier version of this package began it."""
+    found: dict[str, str] = json.loads(run.read_text(encoding="utf-8")).get("inputs", {})
+    return found
+
+
+def _take_up(manager: DictConfig, folder: Path) -> None:
+    """Names the checkpoint to go on from where NeMo would not find it."""
+    if manager.get("resume_if_exists"):
+        checkpoint = _newest_checkpoint(folder / "checkpoints")
+        if checkpoint is not None and not checkpoint.stem.endswith("last"):
+            manager.resume_from_checkpoint = str(checkpoint)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, after removing what a kill has left of others.
+
+    NeMo refuses a folder with two checkpoints named ``last``, which a kill between writing one and removing the other
+    leaves, as does every second resumption; and one whose only ``last`` is unfinished.
+    """
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    whole = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    if is_global_rank_zero():
+        lasts = [path for path in whole if path.stem.endswith("last")]
+        for path in [path for path in found if path not in whole] + lasts[:-1]:
+            path.unlink()
+        for marker in folder.glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
+            marker.unlink()
+    lasts = [path for path in whole if path.stem.endswith("last")]
+    return lasts[-1] if lasts else (whole[-1] if whole else None)
