@@ -277,8 +277,6 @@ def test_bad_input_is_refused_before_any_work(
 
 def test_a_refused_run_leaves_no_folder(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     """`runs` called it interrupted."""
-    from nemo_llm_feedback.cli.jobs.adapt import _nothing_left_if_refused
-
     manifest = write_manifest(tmp_path / "m.json", ["a latte", "mocha"])
     runs = tmp_path / "runs"
     with pytest.raises(ManifestError, match=r"feedback\.use_text=false"):
@@ -287,12 +285,12 @@ def test_a_refused_run_leaves_no_folder(nemo_file: Any, tiny_llm: Path, tmp_path
         run(nemo_file("ctc_bpe"), write_manifest(tmp_path / "n.json", [None]), tiny_llm, runs, "feedback.heads=both")
     assert not [path for path in runs.rglob("*") if not path.is_dir()]
     assert not list(runs.rglob("version_*"))
-    # What an earlier attempt has left is not thrown away.
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "run.json").write_text("{}")
-    with pytest.raises(ConfigError), _nothing_left_if_refused(tmp_path / "old"):
-        raise ConfigError("refused")
-    assert (tmp_path / "old" / "run.json").is_file()
+    # A folder that was there before is not thrown away.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(ManifestError):
+        run(nemo_file("ctc_bpe"), manifest, tiny_llm, runs, f"exp_manager.explicit_log_dir={tmp_path / 'mine'}")
+    assert list((tmp_path / "mine").rglob("notes.txt"))
 
 
 def test_before_and_after_are_transcribed_on_the_trainers_device_which_the_plan_counts_for(

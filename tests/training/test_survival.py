@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nemo_llm_feedback.asr.nemo_file import read_config
-from nemo_llm_feedback.cli.jobs.start import check_room, experiment, record_start, settings_text
+from nemo_llm_feedback.cli.jobs.run_choice import record_start, run_folder, settings_text
+from nemo_llm_feedback.cli.jobs.start import check_room, result_folders
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import FolderLock, in_use, read_steps
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
@@ -64,6 +65,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of ten steps that nothing disturbs."""
     return run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path_factory.mktemp("whole"), *SETTINGS)
+
+
+def experiment(cfg: Any) -> Any:
+    """The settings of ``exp_manager`` for a start of this configuration."""
+    with run_folder(cfg, {}) as manager:
+        return manager
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
@@ -195,13 +202,14 @@ def test_the_same_command_starts_anew_after_a_finished_run(tmp_path: Path) -> No
     folder.mkdir(parents=True)
     (folder / "settings.yaml").write_text(settings_text(cfg))
     assert experiment(cfg).version == "version_4"
-    assert experiment(OmegaConf.merge(cfg, {"resume": "never"})).get("version") is None
-    assert experiment(OmegaConf.merge(cfg, {"seed": 2})).get("version") is None
+    assert experiment(OmegaConf.merge(cfg, {"resume": "never"})).version == "version_5"
+    assert experiment(OmegaConf.merge(cfg, {"seed": 2})).version == "version_5"
     lock = FolderLock(folder)
-    assert experiment(cfg).get("version") is None  # another process is in it
+    assert experiment(cfg).version == "version_5"  # another process is in the other
     lock.release()
     (folder / "result.json").write_text("{}")
-    assert experiment(cfg).get("version") is None
+    assert experiment(cfg).version == "version_5"
+    assert [path.name for path in folder.parent.iterdir()] == ["version_4"]  # no run began
 
 
 def test_a_run_folder_holds_no_secrets_and_its_run_still_goes_on(
@@ -213,7 +221,7 @@ def test_a_run_folder_holds_no_secrets_and_its_run_still_goes_on(
     folder.mkdir(parents=True)
     (folder / "cmd-args.log").write_text("adapt reward.settings.api_key=sk-123")  # as exp_manager writes it
     monkeypatch.setattr("sys.argv", ["adapt", "reward.settings.api_key=sk-123", "reward.settings={api_key: sk-123}"])
-    record_start(cfg, folder, checkpoint=None)
+    record_start(cfg, folder, checkpoint=None, inputs={})
     for path in folder.iterdir():
         assert "sk-123" not in path.read_text(), path.name
     assert json.loads((folder / "run.json").read_text())["command"][1] == "reward.settings.api_key=(hidden)"
@@ -240,15 +248,19 @@ def test_no_room_and_no_permission_are_one_typed_error_before_any_work(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
+    manager = {"exp_dir": str(tmp_path / "file" / "x")}
+    cfg = OmegaConf.create({"exp_manager": manager, "output": str(tmp_path / "file" / "y" / "a.nemo")})
     with pytest.raises(ConfigError) as error:
-        check_room({"run": tmp_path / "file" / "x", "output": tmp_path / "file" / "y"}, model_bytes=1)
+        result_folders(cfg)
     assert "2 faults" in str(error.value)
     assert "set exp_manager.exp_dir" in str(error.value)
-    check_room({"run": tmp_path / "new"}, model_bytes=1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(ConfigError, match=r"has 1 MB left .* need about"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    with pytest.raises(ConfigError, match=r"has 0 MB left .* need about"):
         run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", f"output={tmp_path / 'o' / 'a.nemo'}")
     assert not list(tmp_path.rglob("*.ckpt"))
+    check_room({"run": tmp_path, "output": tmp_path}, {"run": 512, "output": 512})
+    with pytest.raises(ConfigError, match="run and output need"):
+        check_room({"run": tmp_path, "output": tmp_path}, {"run": 512, "output": 513})
 
 
 class _Numbers(Dataset[int]):

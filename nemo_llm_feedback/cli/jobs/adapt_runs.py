@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, adapt
 from nemo_llm_feedback.cli.jobs.export import export
+from nemo_llm_feedback.cli.jobs.inputs import changed_inputs, input_digests
+from nemo_llm_feedback.cli.jobs.run_choice import inputs_of, settings_text
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
-from nemo_llm_feedback.cli.jobs.start import settings_text, source
+from nemo_llm_feedback.cli.jobs.start import source
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.console import quiet, show
 from nemo_llm_feedback.core.errors import ConfigError
@@ -71,9 +73,10 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
+    inputs = input_digests(_plain(cfg), base=base, llm=config.needs_llm)
     files = []
     for number, part in enumerate(parts, 1):
-        finished = _finished(part)
+        finished = _finished(part, inputs)
         with quiet():
             state = "has finished and is taken as it is" if finished else "begins"
             show(f"\nrun {number} of {cfg.runs}, with the seed {part.seed}, {state}")
@@ -114,14 +117,16 @@ def _one(cfg: DictConfig, seed: int) -> DictConfig:
     return part
 
 
-def _finished(cfg: DictConfig) -> Path | None:
-    """The ``.nemo`` of a finished run of these settings, unless ``resume=never``."""
+def _finished(cfg: DictConfig, inputs: dict[str, str]) -> Path | None:
+    """The ``.nemo`` of a finished run of these settings and inputs, unless ``resume=never``."""
     folder = Path(cfg.exp_manager.get("exp_dir") or "nemo_experiments") / cfg.exp_manager.name
     explicit = cfg.exp_manager.get("explicit_log_dir")
     places = [Path(explicit)] if explicit else sorted(folder.glob("*"))
     for place in places if cfg.get("resume", "auto") == "auto" else ():
         settings, result = newest(place, SETTINGS_FILE), newest(place, RESULT_FILE)
         if settings and result and settings.read_text(encoding="utf-8") == settings_text(cfg):
+            if changed_inputs(inputs_of(place) or inputs, inputs):
+                continue
             nemo = Path(json.loads(result.read_text(encoding="utf-8"))["nemo"])
             if nemo.is_file():
                 return nemo

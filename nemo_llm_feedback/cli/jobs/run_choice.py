@@ -67,6 +67,8 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
         # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
         os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
     base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
+    if manager.get("explicit_log_dir"):
+        manager.exp_dir = None  # NeMo calls both an error
     explicit = manager.get("explicit_log_dir") or manager.get("version")
     if not manager.get("resume_if_exists") and not explicit and cfg.get("resume", "auto") == "auto":
         found = _unfinished(base, settings_text(cfg), inputs)
@@ -87,8 +89,8 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
         if not lock.held:
             raise ConfigError(f"another process is training in {folder}: wait for it, or choose another run folder.")
         collect(folder)
-        if manager.get("resume_if_exists") and (run := folder / RUN_FILE).is_file():
-            changed = changed_inputs(_inputs_of(run) or inputs, inputs)
+        if manager.get("resume_if_exists"):
+            changed = changed_inputs(inputs_of(folder) or inputs, inputs)
             if changed:
                 show(f"warning: {', '.join(changed)} changed since this run began, and it goes on as you ask for it.")
         _take_up(manager, folder)
@@ -127,6 +129,13 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None, input
     write_text(settings, settings_text(cfg))
 
 
+def inputs_of(folder: Path) -> dict[str, str]:
+    """The digests that a run has recorded; empty where it has none, as an earlier version of this package began it."""
+    run = newest(folder, RUN_FILE)
+    found: dict[str, str] = json.loads(run.read_text(encoding="utf-8")).get("inputs", {}) if run else {}
+    return found
+
+
 def own_command() -> list[str]:
     """The command of this process, without secrets."""
     return masked_command([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -160,23 +169,17 @@ def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | 
         if first and in_use(folder):
             continue
         # A rank that the launcher started reads while rank 0, which may hold the folder already, moves its files.
-        known, run = newest(folder, SETTINGS_FILE), newest(folder, RUN_FILE)
+        known = newest(folder, SETTINGS_FILE)
         if known is None or newest(folder, RESULT_FILE) is not None:
             continue
         if known.read_text(encoding="utf-8") != settings:
             show(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
-        elif first and run is not None and (changed := changed_inputs(_inputs_of(run) or inputs, inputs)):
+        elif first and (changed := changed_inputs(inputs_of(folder) or inputs, inputs)):
             show(f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since.")
         else:
             os.environ[_CHOICE] = folder.name
             return folder
     return None
-
-
-def _inputs_of(run: Path) -> dict[str, str]:
-    """The digests that a run has recorded; empty where an earlier version of this package began it."""
-    found: dict[str, str] = json.loads(run.read_text(encoding="utf-8")).get("inputs", {})
-    return found
 
 
 def _take_up(manager: DictConfig, folder: Path) -> None:
