@@ -293,15 +293,14 @@ def test_a_refused_run_leaves_no_folder(nemo_file: Any, tiny_llm: Path, tmp_path
     assert list((tmp_path / "mine").rglob("notes.txt"))
 
 
-def test_before_and_after_are_transcribed_on_the_trainers_device_which_the_plan_counts_for(
+def test_before_and_after_are_transcribed_on_the_trainers_device(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning moves the model only for training: before it, and after it, the model was left on the CPU."""
     from nemo_llm_feedback.cli.jobs import adapt as job
 
     events: list[str] = []
-    planned: list[torch.device] = []
-    move, cpu, transcribe, plan = torch.nn.Module.to, torch.nn.Module.cpu, job.decode_rows, job.plan_text
+    move, cpu, transcribe = torch.nn.Module.to, torch.nn.Module.cpu, job.decode_rows
 
     def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer if hasattr(self, "setup_feedback") else None
@@ -313,10 +312,6 @@ def test_before_and_after_are_transcribed_on_the_trainers_device_which_the_plan_
         events.append("transcribed")
         return transcribe(*args, **kwargs)
 
-    def told(*args: Any, device: torch.device, **kwargs: Any) -> str:
-        planned.append(device)
-        return plan(*args, device=device, **kwargs)
-
     def taken_back(self: Any) -> Any:
         events.append("cpu")
         return cpu(self)
@@ -324,9 +319,7 @@ def test_before_and_after_are_transcribed_on_the_trainers_device_which_the_plan_
     monkeypatch.setattr(torch.nn.Module, "to", moved)
     monkeypatch.setattr(torch.nn.Module, "cpu", taken_back)
     monkeypatch.setattr(job, "decode_rows", transcribed)
-    monkeypatch.setattr(job, "plan_text", told)
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "run", "trainer.max_steps=1")
     # Lightning places it for training itself, and takes it back to the CPU at the end.
     assert events == ["placed", "transcribed", "placed", "cpu", "placed", "transcribed"]
-    assert planned == [torch.device("cpu")]

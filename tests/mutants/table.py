@@ -532,7 +532,7 @@ MUTANTS = (
     ),
     Mutant(
         "a resumed run takes the oldest checkpoint",
-        "cli/jobs/start.py",
+        "cli/jobs/run_choice.py",
         "(whole[-1] if whole else None)",
         "(whole[0] if whole else None)",
         f"{CHOICE}::test_a_resumed_run_goes_on_from_the_newest_checkpoint",

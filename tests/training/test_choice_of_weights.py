@@ -16,7 +16,7 @@ from helpers.fits import begin, config, label_reward
 from helpers.tiny import write_manifest
 from omegaconf import OmegaConf, open_dict
 
-from nemo_llm_feedback.cli.jobs.start import experiment
+from nemo_llm_feedback.cli.jobs.run_choice import run_folder
 from nemo_llm_feedback.core.config import GuardConfig, ObjectiveConfig, RunConfig
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, RewardOutput
 from nemo_llm_feedback.data.staging import stage
@@ -116,7 +116,8 @@ def test_a_resumed_run_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> Non
         (checkpoints / name).write_text(name)
         os.utime(checkpoints / name, (age, age))
     manager = {"exp_dir": str(tmp_path), "name": "n", "resume_if_exists": True}
-    assert experiment(OmegaConf.create({"exp_manager": manager})).resume_from_checkpoint == str(checkpoints / names[1])
+    with run_folder(OmegaConf.create({"exp_manager": manager}), {}) as chosen:
+        assert chosen.resume_from_checkpoint == str(checkpoints / names[1])
 
 
 def test_a_resumed_run_goes_on_with_the_hypotheses_that_it_had(nemo_file: Any, tmp_path: Path) -> None:
