@@ -11,6 +11,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, bootstrap, find_metric, paired_difference
 from nemo_llm_feedback.evaluation.records import Table, to_plain
 
+_WIDTH = 100  # characters of a terminal's line
 _SIGNIFICANT = 0.05
 # Below this value of the base (in the metric's unit), or below a quarter of the other value, a relative change tells
 # nothing: the difference is shown.
@@ -89,8 +90,12 @@ class ScoreTable:
         return Table(["system", *map(column_title, self.metrics)], rows, self.caption)
 
     def to_text(self) -> str:
-        """The table for a terminal."""
-        return self.table.to_text()
+        """The table for a terminal; a row per metric where that is narrower and the other way is too wide."""
+        text = self.table.to_text()
+        if len(self.rows) >= len(self.metrics) or len(text.splitlines()[0]) <= _WIDTH:
+            return text
+        columns = [map(column_title, self.metrics), *([str(cell) for cell in row] for row in self.rows.values())]
+        return Table(["", *self.rows], list(zip(*columns, strict=True)), self.caption).to_text()
 
     @property
     def systems(self) -> dict[str, dict[str, Any]]:

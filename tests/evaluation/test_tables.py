@@ -51,7 +51,7 @@ def test_near_zero_the_change_is_in_points():
 
 
 def test_text_form():
-    lines = table().to_text().splitlines()
+    lines = table().table.to_text().splitlines()
     assert lines[0].split("  ")[0] == "system"
     assert "WER ↓ (%)" in lines[0]
     assert "entity recall ↑ (%)" in lines[0]
@@ -148,3 +148,11 @@ def test_score_rows_reads_entities_in_every_form_of_the_manifest() -> None:
     assert scores.value("entity_recall") == 60.0
     with pytest.raises(ManifestError, match="m:1: `entities`: 7 is neither a string nor a span"):
         score_rows([Row("a.wav", 1.0, 0.0, "a", Context(), "m:1", {"entities": 7})], ["a"], run_context=Context())
+
+
+def test_a_table_too_wide_for_a_terminal_has_a_row_per_metric():
+    lines = table(metrics=["wer", "cer", "ewer", "entity_recall", "false_alarms"]).to_text().splitlines()
+    assert lines[0].split() == ["base", "ours"]
+    assert [line.split(" ")[0] for line in lines[2:5]] == ["WER", "CER", "EWER"]
+    assert lines[2].count("[") == 2
+    assert max(map(len, lines[:7])) <= 100

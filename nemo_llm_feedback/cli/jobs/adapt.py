@@ -40,7 +40,7 @@ from nemo_llm_feedback.evaluation.model_card import public_name, write_model_car
 from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, write_report
 from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.tables import build_table
+from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
@@ -211,10 +211,8 @@ def summary(result: AdaptResult) -> str:
     """Before and after as text: tables where there were references, else changed transcripts; and the paths."""
     lines = []
     for name, before in result.before.items():
-        metrics = ["wer", "cer"] + (["ewer", "entity_recall"] if before.column("entity_words").sum() else [])
-        metrics += ["false_alarms"] if before.column("term_utterances").sum() else []
         systems = {"before": before, "after": result.after[name]}
-        table = build_table(systems, metrics=metrics, base="before", samples=2000, seed=0)
+        table = build_table(systems, metrics=table_metrics(before), base="before")
         lines += [f"\n{name} ({len(before.references)} utterances):", table.to_text()]
     if not result.before:
         lines.append(f"\nno validation manifest; {len(result.changed)} of the sampled pool transcripts changed, e.g.")
