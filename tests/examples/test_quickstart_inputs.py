@@ -33,8 +33,8 @@ def test_every_recording_can_be_read(learned: list[Row], measured: list[Row]) ->
 
 
 def test_nothing_that_is_learned_from_has_a_text(learned: list[Row]) -> None:
-    assert len(learned) == 360
-    assert sum(row.replay == "kl" for row in learned) == 240
+    assert len(learned) == 240
+    assert sum(row.replay == "kl" for row in learned) == 120
     assert [row for row in learned if {"text", "entities"} & set(row.data)] == []
 
 

@@ -80,7 +80,7 @@ def test_files_are_read_and_checked(tmp_path):
     file = tmp_path / "template.txt"
     file.write_bytes("Gespräch über {description}.\r\n{hypothesis}\r\n".encode())
     assert read_template(str(file), chat=False).render(Context("Kaffee")) == "Gespräch über Kaffee.\n"
-    file.write_bytes(b"\xff\xfe{hypothesis}")
+    file.write_bytes(b"Gespr\xe4ch {hypothesis}")
     with pytest.raises(LLMError, match="UTF-8"):
         read_template(str(file), chat=False)
     file.write_text("{description} {hypothesis}")
