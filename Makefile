@@ -2,6 +2,8 @@
 # make test:       creates .venv, installs, runs the tests but the slow ones
 # make lint:       ruff and mypy
 # make coverage:   all tests, the slow ones too, with the share of the package that they run
+# make gpu-check:  on a machine with an NVIDIA card, in an environment with this package (README: Install), or with the
+#                  wheels of examples/benchmarks/offline_wheels.py: make gpu-check WHEELS=FOLDER
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 
-.PHONY: quickstart test coverage lint install clean
+.PHONY: quickstart test coverage lint gpu-check install clean
 
 install: $(STAMP)
 
@@ -49,5 +51,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+gpu-check:
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl)
+	PYTHONPATH=$(CURDIR)/.wheels:$(CURDIR) $(PYTHON) examples/benchmarks/gpu_check.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .wheels gpu_check build dist *.egg-info

@@ -52,10 +52,11 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "42m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-VOCABULARIES = {"tiny": 500, "42m": 32_000, "1b": 128_256, "8b": 128_256}
-KEY_VALUE_HEADS = {"1b": 8, "8b": 8}
+VOCABULARIES = {"tiny": 500, "42m": 32_000, "1b": 128_256, "7b": 152_064, "8b": 128_256}
+KEY_VALUE_HEADS = {"1b": 8, "7b": 4, "8b": 8}
 WAYS = {"prompt": Sharing.PROMPT, "trie": Sharing.TRIE}
 
 
@@ -157,7 +158,7 @@ def make_llama(size: str, device: torch.device) -> Any:
         vocab_size=VOCABULARIES[size],
         num_key_value_heads=KEY_VALUE_HEADS.get(size, settings["num_attention_heads"]),
         max_position_embeddings=2048,
-        tie_word_embeddings=size != "8b",
+        tie_word_embeddings=size not in ("7b", "8b"),
     )
     torch.manual_seed(0)
     with device:
@@ -167,11 +168,11 @@ def make_llama(size: str, device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def to_nf4(model: Any) -> Any:
+def to_nf4(model: Any, *, in_place: bool = False) -> Any:
     """A copy whose blocks' matrices are stored in 4 bit with double quantisation, as ``llm.quantization=nf4`` does."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    stored = copy.deepcopy(model)
+    stored = model if in_place else copy.deepcopy(model)
     for layer in stored.model.layers:
         for name, module in list(layer.named_modules()):
             if not isinstance(module, nn.Linear):

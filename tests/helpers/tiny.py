@@ -54,16 +54,16 @@ KINDS = (
 )
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A SentencePiece BPE tokenizer of 48 pieces in NeMo's layout."""
+def make_tokenizer(folder: Path, *, words: Sequence[str] = WORDS, size: int = 48) -> Path:
+    """A SentencePiece BPE tokenizer of at most ``size`` pieces in NeMo's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     rng = np.random.default_rng(0)
-    text.write_text("\n".join(" ".join(rng.choice(WORDS, 6)) for _ in range(300)), encoding="utf-8")
+    text.write_text("\n".join(" ".join(rng.choice(words, 6)) for _ in range(300)), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=48,
+        vocab_size=size,
         model_type="bpe",
         bos_id=-1,
         eos_id=-1,

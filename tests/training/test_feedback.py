@@ -75,21 +75,6 @@ def test_feedback_gradient_reaches_every_adapted_part(kind: str, nemo_file: Any,
     assert model.encoder.training
 
 
-@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_bpe", "tdt_bpe"])
-def test_under_autocast_every_parameter_gets_a_gradient(kind: str, nemo_file: Any, tmp_path: Path) -> None:
-    """torch below 2.11 kept weights that were cast without gradient, here by the pass that proposes, for the next."""
-    model = restore(nemo_file(kind), map_location="cpu")
-    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
-    given = config(manifest, feedback={"augment": True}, objective={"mass_weight": 1.0})
-    model.setup_feedback(given, work_dir=tmp_path / "run", reward=label_reward)
-    feedback = begin(model)
-    audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
-    with torch.autocast("cpu", torch.bfloat16), torch.backends.mkldnn.flags(enabled=False):  # oneDNN: no bf16 LSTM
-        model.feedback_loss(audio).total().backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-    assert not missing
-
-
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_constructed_preference_is_learned_and_its_shuffle_is_not(
     shuffled: bool, nemo_file: Any, tmp_path: Path

@@ -1,0 +1,56 @@
+"""``make gpu-check`` on a CPU, and the list of wheels for a machine without a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples" / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a card: make gpu-check")
+def test_the_check_runs_on_a_cpu_and_writes_its_numbers(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPTS / "gpu_check.py", "--out", tmp_path, "--skip", "tests"]  # these run by themselves
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["failures"] == []
+    assert {len(curve) for curves in found["curve"]["curves"].values() for curve in curves.values()} == {30}
+    for steps in found["profile"].values():
+        refresh, kept = steps["refresh"], steps["kept"]
+        assert refresh["seconds"] > kept["seconds"] > 0
+        assert refresh["launches"] > 2 * kept["launches"] > 0
+        assert refresh["syncs"] > kept["syncs"] > 0
+        assert min(kept["peak_mb"], kept["real_time_factor"]) > 0
+        assert kept["members"] > 4  # the random model writes something
+    assert "| TDT of 0.6 B | kept |" in (tmp_path / "gpu_check.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_failure_ends_with_1_and_is_written_down(tmp_path: Path) -> None:
+    broken = "import sys, gpu_check; gpu_check.TOLERANCE = -1; sys.exit(gpu_check.main())"
+    command = [sys.executable, "-c", broken, "--out", tmp_path, "--skip", "tests", "profile"]
+    run = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "the curves differ" in json.loads((tmp_path / "gpu_check.json").read_text())["failures"][0]
+
+
+def test_wheels_are_those_that_the_other_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from offline_wheels import needed
+
+    metadata = {
+        "": {"requires_dist": ["a[x]>=1", "torch", "b>=2", "c; python_version < '3'"]},
+        "a": {"version": "1.5", "requires_dist": ["d", "e; extra == 'x'", "f; extra == 'y'", "wandb"]},
+        "b": {"version": "2.1"},
+        **{name: {"version": "3"} for name in ("c", "d", "e", "f", "torch", "wandb")},
+    }
+    assert set(needed(metadata, {})) == {"a==1.5", "b==2.1", "d==3", "e==3"}
+    assert set(needed(metadata, {"b": "1.9", "d": "0.1"})) == {"a==1.5", "b==2.1", "e==3"}  # b is too old there
