@@ -36,13 +36,15 @@ def main() -> int:
     parser.add_argument("--have", type=Path, help="output of pip list --format=freeze on that machine")
     parser.add_argument("--python-version", default="3.12", help="of that machine")
     parser.add_argument("--limit-mb", type=float, default=60, help="largest size of all wheels")
+    parser.add_argument("--without", nargs="+", default=[], help="leave these out: silero-vad serves prepare alone")
     parser.add_argument("--dry-run", action="store_true", help="list the wheels and fetch none")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     pip("wheel", "--no-deps", "--wheel-dir", options.folder, SOURCE_ONLY)
     lines = options.have.read_text(encoding="utf-8").split() if options.have else []
     have = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
-    wheels = list(needed(resolved(options.folder, options.python_version), have))
+    metadata = resolved(options.folder, options.python_version)
+    wheels = list(needed({name: metadata[name] for name in metadata.keys() - set(options.without)}, have))
     print("\n".join(wheels))
     if options.dry_run:
         return 0

@@ -17,7 +17,14 @@ SCRIPTS = ROOT / "examples" / "benchmarks"
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a card: make gpu-check")
 def test_the_check_runs_on_a_cpu_and_writes_its_numbers(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPTS / "gpu_check.py", "--out", tmp_path, "--skip", "tests"]  # these run by themselves
+    command = [
+        sys.executable,
+        SCRIPTS / "gpu_check.py",
+        "--out",
+        tmp_path,
+        "--skip",
+        "tests",
+    ]  # these run by themselves
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     found = json.loads((tmp_path / "gpu_check.json").read_text())
