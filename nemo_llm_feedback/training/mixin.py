@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.checkpoints import atomic_path, stock_config
 from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.asr.look_ahead import draw_look_ahead, looking_ahead
 from nemo_llm_feedback.asr.lora import merged
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode, frozen_statistics, recomputed_layers
 from nemo_llm_feedback.core.errors import TrainingError
@@ -130,7 +131,8 @@ class LLMFeedbackMixin(_Base):
     # --------------------------------------------------------------------------------------------- parts of the path
 
     def _encode(self, audio: Audio, *, gradient: bool = True, augment: bool = False) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient):
+        gradient = torch.is_grad_enabled() and gradient
+        with torch.set_grad_enabled(gradient), looking_ahead(self.look_ahead(), self.encoder):
             return encode(self, audio.signal, audio.signal_len, augment=augment)
 
     def _pseudo_label_loss(self, audio: Audio, nbest: Any, batch_nb: int, *, zero: Tensor) -> LossSum:
@@ -249,6 +251,15 @@ class LLMFeedbackMixin(_Base):
         with torch.random.fork_rng(), evaluation_mode(self), torch.no_grad():
             torch.manual_seed(refresh)
             fill_cache(feedback, self.encoded_pool(), refresh=refresh)
+
+    def look_ahead(self) -> list[int] | None:
+        """The attention context of this step, of a streaming checkpoint that has several; None for others.
+
+        Drawn per step; per refresh where the loss compares log p with that of the step that proposed.
+        """
+        config = self.feedback_setup.config
+        on_policy = config.wants_samples or config.objective.name == "grpo"
+        return draw_look_ahead(self.encoder, self._refresh() if on_policy else int(self.trainer.global_step))
 
     def _refresh(self) -> int:
         """Index of the refresh of hypotheses that this step belongs to."""

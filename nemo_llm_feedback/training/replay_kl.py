@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_llm_feedback.asr.look_ahead import looking_ahead
 from nemo_llm_feedback.asr.reference import encode_both, evaluation_mode, recomputed_layers
 from nemo_llm_feedback.training.losses import LossSum
 from nemo_llm_feedback.training.state import Feedback
@@ -30,7 +31,10 @@ def replay_kl(model: Any, feedback: Feedback, batch: Any) -> LossSum:
     signal, signal_len, tokens, tokens_len = batch
     settings, loss = feedback.config, LossSum()
     with evaluation_mode(model):
-        with recomputed_layers(model.encoder, active=settings.parameters.recompute_encoder):
+        with (
+            recomputed_layers(model.encoder, active=settings.parameters.recompute_encoder),
+            looking_ahead(model.look_ahead(), model.encoder, feedback.reference.encoder),
+        ):
             encoded, ref_encoded, lengths = encode_both(
                 model, feedback.reference, signal, signal_len, augment=bool(settings.feedback.replay_augment)
             )

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_llm_feedback.asr.heads import Head, Vocabulary, heads_of
 from nemo_llm_feedback.asr.likelihood import Band
+from nemo_llm_feedback.asr.look_ahead import keep_look_ahead
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
@@ -78,6 +79,8 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     train_ds = tree["model"].get("train_ds") or {}
     train_ds = {**train_ds, "sample_rate": train_ds.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)}
     local_lengths(model)
+    if config.feedback.look_ahead is not None:
+        keep_look_ahead(model.encoder, config.feedback.look_ahead)
     limits: dict[str, Any] = {
         "which": config.feedback.heads,
         "memory_budget_mb": config.feedback.memory_budget_mb,

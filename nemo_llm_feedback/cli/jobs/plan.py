@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_llm_feedback.asr.look_ahead import look_aheads
 from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig
 from nemo_llm_feedback.llm import estimate_memory, pick_placement, resolve_folder
 
@@ -26,6 +27,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sources = ", ".join(f"{n} {name}" for name in SOURCE_NAMES if (n := getattr(config.proposals, name)))
     context = config.context.load()
+    several = look_aheads(model.encoder)
     lines = [
         "plan",
         f"  checkpoint   {source.name}: {model.stock().__name__}, {parameters / 1e6:.1f} M parameters, "
@@ -35,6 +37,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         f"  left out     {', '.join(f'{len(n)} {why}' for why, n in staged.left_out.items()) or 'no row'}",
         f"  general      {setup.general_speech()}",
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
+        *([f"  look-aheads  {', '.join(map(str, several))}: all are learned and guarded"] if several else []),
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
         f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "

@@ -60,6 +60,8 @@ class FeedbackConfig(Section):
             domain, somewhat more on others unless those are replayed (docs/results/barista.md).
         replay_augment: compare the two models on replay rows under the checkpoint's SpecAugment, the same for both,
             so that they are held on more than the audio as it is; null: where the checkpoint has SpecAugment.
+        look_ahead: of a streaming checkpoint with several attention contexts the one, such as ``[70, 13]``, that is
+            learned and guarded; null: all of them, drawn as NeMo's training draws them. The export has all.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
             out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
@@ -78,6 +80,7 @@ class FeedbackConfig(Section):
     log_hypotheses_every: NonNegativeInt = 50
     augment: bool | None = None
     replay_augment: bool | None = None
+    look_ahead: tuple[int, ...] | None = None
     memory_budget_mb: PositiveInt = 512
     band_tolerance: NonNegativeFloat = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels
+from nemo_llm_feedback.asr.look_ahead import look_aheads, looking_ahead
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis
@@ -67,6 +69,8 @@ class HeldOutEvaluator:
             load_audio([rows[i] for i in batch], sample_rate=rate, device=model.device, run_context=context)
             for batch in by_duration(rows, _BATCH)
         ]
+        # A streaming checkpoint is watched in all its look-aheads, which count the same.
+        self._look_aheads: list[list[int] | None] = [*look_aheads(model.encoder)] or [None]
         self._start = self._transcribe(feedback.reference, feedback.reference.heads[0])
         self.start_wer: float | None = None
         self.rewarded = config.needs_reward
@@ -98,9 +102,14 @@ class HeldOutEvaluator:
         rows = self._feedback.guard_rows
         if not rows:
             return float("nan")
-        texts = transcribe_rows(model, rows, head=self._feedback.heads[0].name)
+        texts: list[str] = []
+        for context in self._look_aheads:
+            with looking_ahead(context, model.encoder):
+                texts += transcribe_rows(model, rows, head=self._feedback.heads[0].name)
         normalizer = self._feedback.config.feedback.normalizer
-        return score_rows(rows, texts, run_context=Context(), normalizer=normalizer).value("wer")
+        return score_rows([*rows] * len(self._look_aheads), texts, run_context=Context(), normalizer=normalizer).value(
+            "wer"
+        )
 
     def wer_rise(self, model: Any) -> float:
         """Rise of the guard set's WER over the starting model's, relative to that; NaN without a guard set."""
@@ -122,14 +131,15 @@ class HeldOutEvaluator:
         labels: list[Labels] = []
         logp: list[float] = []
         frozen: list[float] = []
-        for audio in self.audio:
-            encoded, lengths = encode(model, audio.signal, audio.signal_len)
-            found = head.greedy(encoded, lengths, max_symbols=self._max_symbols)
-            labels += found
-            logp += _scores(head, encoded, lengths, found)
-            if model is not reference:
-                encoded, lengths = reference.encode(audio.signal, audio.signal_len)
-                frozen += _scores(reference.heads[0], encoded, lengths, found)
+        for context, audio in itertools.product(self._look_aheads, self.audio):
+            with looking_ahead(context, model.encoder, reference.encoder):
+                encoded, lengths = encode(model, audio.signal, audio.signal_len)
+                found = head.greedy(encoded, lengths, max_symbols=self._max_symbols)
+                labels += found
+                logp += _scores(head, encoded, lengths, found)
+                if model is not reference:
+                    encoded, lengths = reference.encode(audio.signal, audio.signal_len)
+                    frozen += _scores(reference.heads[0], encoded, lengths, found)
         return _Transcripts([head.vocabulary.ids_to_text(y) for y in labels], labels, logp, frozen or logp)
 
     def _gain(self, now: _Transcripts) -> float:
@@ -140,8 +150,8 @@ class HeldOutEvaluator:
         reward = self._feedback.maker.reward
         if reward is None:
             return float("nan")
-        names = [u for audio in self.audio for u in audio.utterances]
-        contexts = [c for audio in self.audio for c in audio.contexts]
+        names = [u for audio in self.audio for u in audio.utterances] * len(self._look_aheads)
+        contexts = [c for audio in self.audio for c in audio.contexts] * len(self._look_aheads)
         texts = [
             (self._normalize(new), self._normalize(old)) for new, old in zip(now.texts, self._start.texts, strict=True)
         ]

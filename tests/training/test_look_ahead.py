@@ -1,0 +1,77 @@
+"""Streaming checkpoints with several look-aheads: all are learned and guarded, or the one that a setting names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fits import begin, config, fit, label_reward
+from helpers.tiny import build_nemo, write_manifest
+
+from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
+from nemo_llm_feedback.training.models import restore
+
+CONTEXTS = [[4, 1], [4, 0]]
+
+
+@pytest.fixture
+def base(tokenizer_dir: Path, tmp_path: Path) -> Path:
+    encoder = {"att_context_size": CONTEXTS, "att_context_style": "chunked_limited", "conv_context_size": "causal"}
+    encoder |= {"causal_downsampling": True, "conv_norm_type": "layer_norm"}
+    settings = {f"encoder__{key}": value for key, value in encoder.items()}
+    return build_nemo("ctc_bpe", tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, **settings)
+
+
+def prepared(base: Path, folder: Path, texts: Any = (None,) * 4, **feedback: Any) -> Any:
+    model = restore(base, map_location="cpu")
+    given = config(write_manifest(folder / "m.json", texts), feedback=feedback)
+    model.setup_feedback(given, work_dir=folder / "run", reward=label_reward)
+    return model
+
+
+def seen_by(encoder: Any) -> list[tuple[bool, list[int]]]:
+    """(gradient, context) of every pass of an encoder from now on."""
+    seen: list[tuple[bool, list[int]]] = []
+    honest = encoder._create_masks
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        seen.append((torch.is_grad_enabled(), list(settings["att_context_size"])))
+        return honest(*args, **settings)
+
+    encoder._create_masks = watched
+    return seen
+
+
+def test_all_are_learned_and_the_encoder_is_left_as_it_was(base: Path, tmp_path: Path) -> None:
+    model = prepared(base, tmp_path)
+    seen = seen_by(model.encoder)
+    fit(model, steps=8)
+    learned = [context for gradient, context in seen if gradient]
+    assert len(learned) == 8
+    assert {tuple(context) for context in learned} == {tuple(context) for context in CONTEXTS}
+    assert model.encoder.att_context_size == CONTEXTS[0]
+
+
+def test_all_are_guarded(base: Path, tmp_path: Path) -> None:
+    model = prepared(base, tmp_path)
+    evaluator = HeldOutEvaluator(model, begin(model))
+    seen = seen_by(model.encoder)
+    metrics = evaluator.measure(model, step=0)
+    assert [context for _, context in seen] == CONTEXTS
+    assert (metrics.kl, metrics.changed) == (pytest.approx(0, abs=1e-5), 0)
+
+
+def test_the_one_that_is_named_is_learned_and_guarded_and_the_export_has_all(base: Path, tmp_path: Path) -> None:
+    model = prepared(base, tmp_path, look_ahead=[4, 0])
+    seen = seen_by(model.encoder)
+    fit(model, steps=3)
+    HeldOutEvaluator(model, model.feedback).measure(model, step=3)
+    assert {tuple(context) for _, context in seen} == {(4, 0)}
+    model.save_to(tmp_path / "out.nemo")
+    assert read_config(tmp_path / "out.nemo").encoder == read_config(base).encoder
+    with pytest.raises(ConfigError, match=r"look_ahead=\[4, 2\], but the checkpoint has \[4, 1\], \[4, 0\]"):
+        prepared(base, tmp_path, look_ahead=[4, 2])
