@@ -171,7 +171,7 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
 )
 def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gain: float) -> None:
     evaluator = HeldOutEvaluator.__new__(HeldOutEvaluator)
-    evaluator._normalize = str.strip
+    evaluator._normalize, evaluator._look_aheads = str.strip, [None]
     reward = lambda groups: RewardOutput(torch.tensor(rewards), {})  # noqa: E731
     evaluator._feedback = SimpleNamespace(maker=SimpleNamespace(reward=reward))  # type: ignore[assignment]
     names = ("a", "b", "c")
