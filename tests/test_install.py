@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = re.findall(r"`pip (install [^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+LINES = re.findall(r"^pip (install .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
 
 
 def pins(name: str) -> dict[str, str]:
