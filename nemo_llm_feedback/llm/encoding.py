@@ -56,7 +56,8 @@ class PromptEncoder:
         self._template = read_template(config.template, chat=self.chat)
         self.max_tokens = min(config.max_context_tokens, max_positions - min(256, max_positions // 4))
         self.uses_context = self._template.uses_context
-        chat = [tokenizer.chat_template, self._chat_kwargs] if self.chat else None
+        # Its text as rendered, too: a template may write what nobody gave it, such as today's date.
+        chat = [tokenizer.chat_template, self._chat_kwargs, self._chat_text(_PROBE)] if self.chat else None
         limit = config.max_context_tokens
         self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": limit}
         self._control = _control_tokens(tokenizer)
@@ -190,15 +191,21 @@ class PromptEncoder:
         turns = zip(("user", "assistant"), (prompt.strip(), *answer), strict=False)
         messages = [{"role": role, "content": content} for role, content in turns]
         settings = {**self._chat_kwargs, "tokenize": False, "add_generation_prompt": not answer}
-        return self._tokenizer.apply_chat_template(messages, **settings)
+        if not self._tokenizer.chat_template:
+            raise LLMError("llm.chat=on, but the tokenizer has no chat template: set llm.chat=off.")
+        try:
+            return self._tokenizer.apply_chat_template(messages, **settings)
+        except Exception as error:  # a template is a program from outside
+            raise LLMError(
+                f"The chat template cannot be rendered ({type(error).__name__}: {error}): set llm.chat=off, or use the "
+                "template of the model's publisher."
+            ) from error
 
     def _find_end_id(self) -> int:
         if not self.chat:
             if self._tokenizer.eos_token_id is None:
                 raise LLMError("The tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json.")
             return self._tokenizer.eos_token_id
-        if not self._tokenizer.chat_template:
-            raise LLMError("llm.chat=on, but the tokenizer has no chat template: set llm.chat=off.")
         prompt = self._template.render(Context(description="a recording"))
         question, whole = self._chat_text(prompt), self._chat_text(prompt, _PROBE)
         if not whole.startswith(question + _PROBE):

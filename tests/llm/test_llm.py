@@ -318,6 +318,40 @@ def test_chat_template_that_rewrites_answers_is_refused(tmp_path):
     assert load_llm(config(folder, chat="off")).encoder.end_id == 1
 
 
+def test_a_date_that_the_chat_template_writes_is_part_of_the_identity(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+    from transformers.utils import chat_template_utils
+
+    folder = make_tiny_llm(tmp_path, chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    today = load_llm(config(folder)).identity
+
+    class Later(chat_template_utils.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2099, 1, 1)
+
+    assert load_llm(config(folder)).identity == today
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert load_llm(config(folder)).identity != today
+
+
+@pytest.mark.parametrize(
+    "broken", ["{{ raise_exception('no') }}", "{% for i in range(10**9) %}x{% endfor %}", "{% if %}"]
+)
+def test_a_chat_template_that_cannot_be_rendered_is_an_error_of_the_llm(tmp_path, broken):
+    from transformers import AutoTokenizer
+
+    folder = make_tiny_llm(tmp_path, chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = broken
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(LLMError, match=r"chat template cannot be rendered.*llm\.chat=off"):
+        load_llm(config(folder))
+
+
 def test_chat_on_without_a_chat_template_is_refused(llama):
     with pytest.raises(LLMError, match="chat=off"):
         load_llm(config(llama, chat="on"))
