@@ -197,8 +197,8 @@ class PromptEncoder:
             return self._tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # a template is a program from outside
             raise LLMError(
-                f"The chat template cannot be rendered ({type(error).__name__}: {error}): set llm.chat=off, or use the "
-                "template of the model's publisher."
+                f"The chat template cannot be rendered ({type(error).__name__}: {error}): set llm.chat=off, or use "
+                "the template of the model's publisher."
             ) from error
 
     def _find_end_id(self) -> int:
