@@ -49,7 +49,7 @@ def test_the_story_is_told_to_its_end(
     monkeypatch.setattr(sys, "argv", arguments)
     quickstart.main()
     shown = capsys.readouterr().out
-    for part in ("said", "heard", "LLM", "base", "self-training", "LLM feedback", "report.html", "restore_from"):
+    for part in ("said", "heard", "LLM", "base", "LLM feedback", "report.html", "restore_from"):
         assert part in shown
     found = json.loads(numbers.read_text())
     assert found["orders"]["systems"]["base"]["wer"] == pytest.approx(79.07, abs=0.5)

@@ -116,14 +116,14 @@ def test_the_update_goes_back_to_what_everyday_speech_bears(
         assert math.isclose(float(moved / max(ends)), share, rel_tol=1e-4)
         assert result.guard_wer == pytest.approx((start, start + 2.5 * share), abs=0.01)
     told = summary(result)
-    assert "general speech: watched on 2 English sentences that ship with the package" in told
+    assert "general     watched on 2 English sentences that ship with the package" in told
     assert ("its WER" in told) == (share < 1)
 
 
 def test_a_run_that_nothing_watches_has_it_in_its_summary(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     pool = write_manifest(tmp_path / "pool.json", [None] * 6)
     result = run(nemo_file("ctc_bpe"), pool, tiny_llm, tmp_path)
-    assert "general speech: neither held nor watched: give replay rows" in summary(result)
+    assert "general     neither held nor watched: give replay rows" in summary(result)
 
 
 def test_replay_rows_have_the_recommended_weight() -> None:
