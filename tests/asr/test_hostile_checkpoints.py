@@ -87,7 +87,7 @@ def test_old_archives_that_do_not_name_the_files_of_their_tokenizer_are_restored
     plain = {("./" + n.split("_", 1)[1] if "tokenizer." in n or "vocab" in n else n): c for n, c in files.items()}
 
     def forget(config: dict[str, Any]) -> None:
-        config["tokenizer"] = {"dir": "/home/someone/tokenizer", "type": "bpe"}
+        config["tokenizer"] = {"dir": "/another/machine/tokenizer", "type": "bpe"}
 
     old = pack(tmp_path / "old.nemo", with_config(plain, forget), mode="w:gz")
     restore(old, map_location="cpu").save_to(str(tmp_path / "new.nemo"))

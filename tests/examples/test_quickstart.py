@@ -9,18 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-RUN = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.py"
+from helpers.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_run", RUN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/quickstart/run.py")
 
 
 def test_wrong_words_are_red_and_missing_ones_leave_a_gap(quickstart: ModuleType) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scripts import load_script
 from helpers.tiny import write_audio
-
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "transcribe_rescored.py"
 
 
 def test_the_example_prints_both_transcripts_and_the_parts_of_the_scores(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("transcribe_rescored", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = load_script("examples/transcribe_rescored.py")
     audio = str(write_audio(tmp_path / "a.wav", seconds=1.0, seed=0))
     example.main(str(nemo_file("ctc_bpe")), str(tiny_llm), "an order at a coffee shop", audio)
     lines = capsys.readouterr().out.splitlines()

@@ -110,6 +110,24 @@ def _deflated(files: Files) -> Files:
     return files | {WEIGHTS: buffer.getvalue()}
 
 
+def _hostile_weights(files: Files, marker: Path) -> dict[str, tuple[Files, str]]:
+    """Name → archive with damaged or hostile weights, and a part of the message that it must give."""
+    weights = files[WEIGHTS]
+    return {
+        "weights cut": (files | {WEIGHTS: weights[: len(weights) // 2]}, "cannot be restored"),
+        "weights empty": (files | {WEIGHTS: b""}, "cannot be restored"),
+        "weights are text": (files | {WEIGHTS: b"hello"}, "cannot be restored"),
+        "weights run code": (files | {WEIGHTS: pickle.dumps(Code(marker))}, "cannot be restored"),
+        "weights by torch run code": (with_weights(files, lambda _: {"a": Code(marker)}), "cannot be restored"),
+        "weights are a list": (with_weights(files, lambda _: [1, 2]), "cannot be restored"),
+        "weights compressed": (_deflated(files), "compressed"),
+        "wrong shapes": (with_weights(files, _reshape), "size mismatch"),
+        "a weight is missing": (with_weights(files, lambda w: dict(list(w.items())[1:])), "Missing key"),
+        "NaN weight": (with_weights(files, _spoil(float("nan"))), "NaN or infinite"),
+        "infinite weight": (with_weights(files, _spoil(float("inf"))), "NaN or infinite"),
+    }
+
+
 def hostile_files(good: Path, folder: Path, marker: Path) -> dict[str, tuple[Path, str]]:
     """Name → file and a part of the message that it must give.
 
@@ -122,7 +140,7 @@ def hostile_files(good: Path, folder: Path, marker: Path) -> dict[str, tuple[Pat
     model_path = next(name for name in files if name.endswith("tokenizer.model"))
     outside = folder / "secret.txt"
     outside.write_text("a secret\n")
-    text, weights = files[CONFIG].decode(), files[WEIGHTS]
+    text = files[CONFIG].decode()
     lost = {name: {k: v for k, v in files.items() if k != name} for name in (CONFIG, WEIGHTS, model_path)}
     parts = with_config(files, lambda c: c.update({"a": "$", "b": "{oc.env:NEMO_SECRET}", "c": "${a}${b}"}))
     code = f"a: !!python/object/apply:os.system ['touch {marker}']".encode()
@@ -165,22 +183,14 @@ def hostile_files(good: Path, folder: Path, marker: Path) -> dict[str, tuple[Pat
             with_value(files, "decoding.greedy.ngram_lm_model", "/dev/zero"),
             "no regular",
         ),
-        "weights cut": (files | {WEIGHTS: weights[: len(weights) // 2]}, "cannot be restored"),
-        "weights empty": (files | {WEIGHTS: b""}, "cannot be restored"),
-        "weights are text": (files | {WEIGHTS: b"hello"}, "cannot be restored"),
-        "weights run code": (files | {WEIGHTS: pickle.dumps(Code(marker))}, "cannot be restored"),
-        "weights by torch run code": (with_weights(files, lambda _: {"a": Code(marker)}), "cannot be restored"),
-        "weights are a list": (with_weights(files, lambda _: [1, 2]), "cannot be restored"),
-        "weights compressed": (_deflated(files), "compressed"),
-        "wrong shapes": (with_weights(files, _reshape), "size mismatch"),
-        "a weight is missing": (with_weights(files, lambda w: dict(list(w.items())[1:])), "Missing key"),
-        "NaN weight": (with_weights(files, _spoil(float("nan"))), "NaN or infinite"),
-        "infinite weight": (with_weights(files, _spoil(float("inf"))), "NaN or infinite"),
         "name outside": (files | {"../outside": b"x"}, "unsafe"),
-        "absolute name": (files | {"/tmp/outside": b"x"}, "unsafe"),
+        "absolute name": (files | {"/absolute/outside": b"x"}, "unsafe"),
         "one name twice": (files | {"model_config.yaml": b"x"}, "two files of one name"),
     }
-    found = {name: (pack(folder / f"{name}.nemo", content), words) for name, (content, words) in made.items()}
+    found = {
+        name: (pack(folder / f"{name}.nemo", content), words)
+        for name, (content, words) in (made | _hostile_weights(files, marker)).items()
+    }
     whole = good.read_bytes()
     raw = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "cut gzip": gzip.compress(whole)[:-900]}
     for name, content in raw.items():
