@@ -2,6 +2,7 @@
 # make test:       creates .venv, installs, runs the tests but the slow ones
 # make lint:       ruff and mypy
 # make coverage:   all tests, the slow ones too, with the share of the package that they run
+# make docs:       the site, into site/ (open site/index.html; it needs no server and no network)
 # make gpu-check:  on a machine with an NVIDIA card, in an environment with this package (README: Install), or with the
 #                  wheels of examples/benchmarks/offline_wheels.py: make gpu-check WHEELS=FOLDER
 PYTHON ?= python3
@@ -13,8 +14,9 @@ LLM_STAMP := $(VENV)/.$(subst ==,-,$(LLM))
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
+DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: quickstart test coverage lint gpu-check install clean
+.PHONY: quickstart test coverage lint docs gpu-check install clean
 
 install: $(STAMP)
 
@@ -51,9 +53,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	PYTHONPATH=$(CURDIR) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 gpu-check:
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl)
 	PYTHONPATH=$(CURDIR)/.wheels:$(CURDIR) $(PYTHON) examples/benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) .wheels gpu_check build dist *.egg-info
+	rm -rf $(VENV) .wheels gpu_check site build dist *.egg-info

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "nemo_llm_feedback/core/version.py").read_text())[1]
 REMOTE = ["openai>=3.50", "httpx2>=2.16"]  # the client of a scoring server, and its HTTP transport
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"]
 CUDA = ["numba-cuda[cu13]>=0.30", "cuda-python>=13,<14"]  # NeMo's RNN-T and TDT loss, and CUDA graphs in its decoders
 
 setup(
@@ -17,6 +18,23 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="nemo_llm_feedback developers",
+    project_urls={"Paper": "https://arxiv.org/abs/2506.11091"},
+    keywords="speech recognition, ASR, NeMo, reinforcement learning, LLM, domain adaptation, rescoring",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["nemo_llm_feedback*"]), "nemo_llm_feedback.conf"],
     package_dir={"nemo_llm_feedback.conf": "conf"},
@@ -67,7 +85,11 @@ setup(
     extras_require={
         "remote": REMOTE,
         "cuda": CUDA,
-        "dev": [*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "psutil", "ruff", "mypy"],
+        "docs": DOCS,
+        "dev": [
+            *[*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "psutil", "ruff", "mypy"],
+            *["build", "nbclient", "nbformat", "ipykernel"],  # the wheel, and the notebooks
+        ],
     },
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
 )

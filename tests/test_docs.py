@@ -5,11 +5,13 @@ A block that cannot run here stands behind a comment ``<!-- not run: reason -->`
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from nemo_llm_feedback.core.config.renames import RENAMED
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n+)?```(?P<kind>bash|python|yaml)\n(?P<code>.*?)^```", re.M | re.S
+    r"^(?:[ ]*<!-- not run: (?P<reason>[^>]+) -->\n+)?"
+    r"(?P<margin>[ ]*)```(?P<kind>bash|python|yaml)\n(?P<code>.*?)^(?P=margin)```",
+    re.M | re.S,
 )
+FENCE = re.compile(r"^ *```.*?^ *```", re.M | re.S)
 
 # What a text says → what is run in its place, so that it takes seconds and needs no GPU.
 QUICK = ("trainer=cpu", "trainer.max_steps=2", "model.optim.lr=1e-4", "proposals.max_symbols=3", "guards.every=0")
@@ -46,7 +51,7 @@ def _blocks() -> list[Any]:
             marks = [] if match["kind"] == "yaml" else [pytest.mark.slow]
             if match["reason"]:
                 marks.append(pytest.mark.skip(reason=match["reason"]))
-            found.append(pytest.param(match["kind"], match["code"], id=name, marks=marks))
+            found.append(pytest.param(match["kind"], textwrap.dedent(match["code"]), id=name, marks=marks))
     return found
 
 
@@ -86,20 +91,34 @@ def test_code_in_the_docs_runs(kind: str, code: str, place: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
 
 
-def test_every_page_is_linked_from_readme_or_results() -> None:
-    linked = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
-    assert [page.name for page in PAGES if page.name != "README.md" and page.name not in linked] == []
-
-
-def test_links_inside_the_docs_lead_somewhere() -> None:
+def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
+    """Those inside the site are checked by ``make docs``, which makes some of their targets."""
     lost = []
-    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("README.md")]
-    for page in pages:
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+    for page in [*pages, *(ROOT / "examples").rglob("README.md")]:
         for name, heading in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
             target = page.parent / name if name else page
             if not target.exists() or (heading and heading not in _headings(target)):
                 lost.append(f"{page.relative_to(ROOT)}: {name}#{heading}")
     assert lost == []
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    """`examples/…`, `docs/…` and `tests/…` in the text."""
+    named = re.compile(r"(?<![\w/.])((?:examples|docs|tests|conf|nemo_llm_feedback)/[\w/.-]*\w)")
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.sh")]
+    lost = {f"{page.relative_to(ROOT)}: {path}" for page in pages for path in named.findall(page.read_text("utf-8"))}
+    elsewhere = ("examples/experiments/invented_names/", "name.yaml")  # made on demand; a stand-in
+    missing = [line for line in sorted(lost) if not (ROOT / line.partition(": ")[2]).exists()]
+    assert [line for line in missing if not any(name in line for name in elsewhere)] == []
+
+
+def test_the_site_leads_to_no_other_hosts_than_these() -> None:
+    """Nothing checks from here whether they answer."""
+    found = {
+        host for page in PAGES for host in re.findall(r"https?://([\w.-]+)", FENCE.sub("", page.read_text("utf-8")))
+    }
+    assert found <= {"arxiv.org", "gpu-host", "host"}
 
 
 def _headings(page: Path) -> set[str]:
@@ -109,7 +128,52 @@ def _headings(page: Path) -> set[str]:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", text))
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 900
+    assert len(re.findall(r"(?<![\w.\-])\d+(?:[.,]\d+)*", prose)) <= 25
+
+
+def test_results_are_short_and_each_table_stands_beside_them() -> None:
+    folder = ROOT / "docs" / "results"
+    pages = {page.name: page.read_text(encoding="utf-8") for page in folder.glob("*.md")}
+    assert len((ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert {name: n for name, text in pages.items() if (n := len(text.splitlines())) > 100} == {}
+    linked = {name for text in pages.values() for name in re.findall(r"\]\(([\w.]+\.(?:csv|sh))\)", text)}
+    assert linked == {path.name for path in folder.iterdir() if path.suffix in (".csv", ".sh")}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "docs" / "results").glob("*.sh")), ids=lambda path: path.name)
+def test_the_commands_of_the_results_are_shell_and_name_settings_that_exist(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert _lost_settings(script.read_text(encoding="utf-8")) == []
+
+
+def test_troubleshooting_quotes_messages_of_the_product() -> None:
+    quoted = re.findall(r"^`([^`]+)`\n:   ", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    said = _messages()
+    assert len(quoted) >= 20
+    assert [quote for quote in quoted if not any(_within(quote, text) for text in said)] == []
+
+
+def _messages() -> list[str]:
+    """Every string of the package, with ``…`` where a value is put in."""
+    found = []
+    for path in (ROOT / "nemo_llm_feedback").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%\.?\d*[dsfg]", "…", node.value).replace("%%", "%"))
+    return found
+
+
+def _within(quote: str, text: str) -> bool:
+    """Whether the parts of the quotation between ``…`` stand in the text, in their order."""
+    return re.search(".*".join(map(re.escape, quote.split("…"))), text, re.S) is not None
 
 
 def test_no_page_says_an_old_name() -> None:
@@ -125,12 +189,17 @@ def _says(page: Path, name: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w])", page.read_text(encoding="utf-8")) is not None
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/rewards.md"])
-def test_settings_that_the_pages_name_exist(name: str) -> None:
-    """`section.key=value` in the text is a key of the command's configuration."""
+def test_settings_that_the_pages_name_exist() -> None:
+    """`section.key` in the text is a key of the command's configuration."""
+    pages = [*PAGES, *(ROOT / "examples").rglob("README.md")]
+    assert {str(page): lost for page in pages if (lost := _lost_settings(page.read_text(encoding="utf-8")))} == {}
+
+
+def _lost_settings(text: str) -> list[str]:
     cfg = compose_config([])
-    text = (ROOT / name).read_text(encoding="utf-8")
-    named = set(re.findall(r"\b((?:feedback|proposals|parameters|guards|context|objective)\.[a-z_]+)\b(?!\.)", text))
+    named = set(
+        re.findall(r"\b((?:feedback|proposals|parameters|guards|context|objective)\.(?!py\b)[a-z_]+)\b(?!\.)", text)
+    )
     forms = {key for path in (ROOT / "conf" / "objective").glob("*.yaml") for key in yaml.safe_load(path.read_text())}
     lost = [key for key in sorted(named) if OmegaConf.select(cfg, key, default="?") == "?"]
-    assert [key for key in lost if key.removeprefix("objective.") not in forms] == []
+    return [key for key in lost if key.removeprefix("objective.") not in forms]
