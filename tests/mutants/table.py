@@ -413,14 +413,14 @@ MUTANTS = (
     Mutant(
         "held-out gain: sign",
         HELD_OUT,
-        "(values[:, 0] - values[:, 1])",
-        "(values[:, 1] - values[:, 0])",
+        "values[:, 0] - values[:, 1]",
+        "values[:, 1] - values[:, 0]",
         f"{CHOICE}::test_the_gain_is_new_minus_old_over_what_can_be_judged",
     ),
     Mutant(
         "held-out gain: 0 where nothing could be judged",
         HELD_OUT,
-        "if changed and not judged:",
+        "if gains[changed].isnan().all():",
         "if not texts:",
         f"{CHOICE}::test_the_gain_is_new_minus_old_over_what_can_be_judged",
     ),
@@ -462,9 +462,16 @@ MUTANTS = (
     Mutant(
         "the worst weights are kept",
         STOPPING,
-        "elif found.gain > self._best_gain or",
-        "elif found.gain < self._best_gain or",
+        "best = max(self.history",
+        "best = min(self.history",
         f"{CHOICE}::test_the_best_measurement_is_kept_and_patience_stops_the_run",
+    ),
+    Mutant(
+        "what chance may turn around is not kept",
+        STOPPING,
+        "errors = self._evaluator.rewarded, self._limits.standard_errors",
+        "errors = self._evaluator.rewarded, 0.0",
+        f"{CHOICE}::test_of_gains_that_chance_may_turn_around_the_latest_weights_are_kept",
     ),
     Mutant(
         "the start is exported",
@@ -476,15 +483,15 @@ MUTANTS = (
     Mutant(
         "patience never stops a run",
         STOPPING,
-        "                self._since += 1\n",
-        "                self._since += 0\n",
+        "else self._since + 1",
+        "else 0",
         f"{CHOICE}::test_the_best_measurement_is_kept_and_patience_stops_the_run",
     ),
     Mutant(
         "a rise does not start patience anew",
         STOPPING,
-        "                self._since = 0\n",
-        "                pass\n",
+        "self._since = 0 if rises or not rewarded",
+        "self._since = 0 if not rewarded",
         f"{CHOICE}::test_a_rise_starts_patience_anew",
     ),
     Mutant(
@@ -505,15 +512,15 @@ MUTANTS = (
     Mutant(
         "a resumed run forgets the best gain",
         STOPPING,
-        'self._best_gain, self.kept_step = state_dict["best_gain"], state_dict["best_step"]',
-        'self.kept_step = state_dict["best_step"]',
+        'self.history = [HeldOutMetrics(**found) for found in state_dict["history"]]',
+        "self.history = []",
         f"{CHOICE}::test_a_resumed_run_remembers_the_best_gain_its_weights_and_its_patience",
     ),
     Mutant(
         "a resumed run forgets its patience",
         STOPPING,
-        'self._since = state_dict["since"]',
-        "self._since = 0",
+        'self._since = state_dict["best_step"], state_dict["since"]',
+        'self._since = state_dict["best_step"], 0',
         f"{CHOICE}::test_a_resumed_run_remembers_the_best_gain_its_weights_and_its_patience",
     ),
     Mutant(

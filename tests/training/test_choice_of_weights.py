@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.cache import ScoreCache
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
-from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, violations
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator, _Transcripts
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss
 from nemo_llm_feedback.training.group_math import Groups
@@ -37,8 +38,15 @@ NAN = math.nan
 FINE = HeldOutMetrics(1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, NAN)
 
 
-def stopping(model: Any, gains: list[float], **guards: Any) -> HeldOutEarlyStopping:
-    """Early stopping whose measurements find these gains, in order."""
+def measured(step: int, *gains: float) -> HeldOutMetrics:
+    """A measurement with these gains of its utterances; of one value alone it is the mean of utterances unknown."""
+    judged = [gain for gain in gains if gain == gain]
+    mean = sum(judged) / len(judged) if judged else NAN
+    return HeldOutMetrics(**{**vars(FINE), "step": step, "gain": mean, "gains": gains if len(gains) > 1 else ()})
+
+
+def stopping(model: Any, gains: Sequence[float | tuple[float, ...]], **guards: Any) -> HeldOutEarlyStopping:
+    """Early stopping whose measurements find these gains, means or those of each utterance, in order."""
     setup: Any = SimpleNamespace(
         config=RunConfig(guards=GuardConfig(**guards)),
         held_out_rows=tuple,
@@ -46,11 +54,11 @@ def stopping(model: Any, gains: list[float], **guards: Any) -> HeldOutEarlyStopp
         start=snapshot(model),
     )
     found = HeldOutEarlyStopping(setup)
-    script = iter(gains)
+    script = iter([gain if isinstance(gain, tuple) else (gain,) for gain in gains])
     evaluator: Any = SimpleNamespace(
         rewarded=True,
         start_wer=None,
-        measure=lambda model, step: HeldOutMetrics(**{**vars(FINE), "step": step, "gain": next(script)}),
+        measure=lambda model, step: measured(step, *next(script)),
     )
     found._evaluator = evaluator
     return found
@@ -73,11 +81,57 @@ def test_the_best_measurement_is_kept_and_patience_stops_the_run() -> None:
     callback = stopping(model, [1.0, 3.0, 2.0, NAN, 3.0], patience=3)
     assert measure(callback, model, range(1, 6)) == [False, False, False, False, True]
     assert "has not risen for 3 measurements" in callback.reason
-    assert (callback.kept_step, callback.best_gain) == (2, 3.0)
+    assert (callback.kept_step, callback.kept_gain) == (2, 3.0)
     callback.finish(SimpleNamespace(global_step=5, is_global_zero=True), model)  # type: ignore[arg-type]
     assert float(model.weight) == 2, "not the last weights, and not the start's"
     patient = stopping(model, [1.0] * 9, patience=0)
     assert not any(measure(patient, model, range(1, 10)))
+
+
+def test_of_gains_that_chance_may_turn_around_the_latest_weights_are_kept() -> None:
+    model = torch.nn.Linear(1, 1)
+    script = [(2.0, 1.0, 3.0), (9.0, 3.0, 6.0), (3.0, 6.0, 7.0), (6.0, 0.0, 3.0)]
+    callback = stopping(model, script, patience=3)
+    assert not any(measure(callback, model, range(1, 5)))
+    assert (callback.kept_step, callback.kept_gain) == (3, pytest.approx(16 / 3))
+    callback.finish(SimpleNamespace(global_step=4, is_global_zero=True), model)  # type: ignore[arg-type]
+    assert float(model.weight) == 3, "step 4 lies below step 2 by 3 in every utterance, step 3 in one of three"
+    strict = stopping(model, script, standard_errors=0.0)
+    measure(strict, model, range(1, 5))
+    assert strict.kept_step == 2
+
+
+def test_weights_that_are_kept_for_being_as_good_do_not_start_patience_anew() -> None:
+    callback = stopping(torch.nn.Linear(1, 1), [(9.0, 3.0), (3.0, 6.0), (3.0, 6.0)], patience=2)
+    assert measure(callback, torch.nn.Linear(1, 1), range(1, 4)) == [False, False, True]
+    assert callback.kept_step == 3
+
+
+@pytest.mark.parametrize(
+    ("gains", "errors", "good"),
+    [
+        ((4.0, 4.0, 1.0), 1.0, True),  # drops 0, 0, 3: mean 1, standard deviation √3, standard error 1
+        ((4.0, 4.0, 1.0), 0.99, False),
+        ((4.0, NAN, 1.0), 1.001, True),  # drops 0, 3: mean 1.5, standard error 1.5
+        ((4.0, NAN, NAN), 9.0, False),  # one drop has no spread
+        ((4.0, -8.0, 4.0), 9.0, False),  # no gain
+        ((NAN, NAN, NAN), 9.0, False),
+    ],
+)
+def test_as_good_is_within_standard_errors_of_the_paired_difference(
+    gains: tuple[float, ...], errors: float, good: bool
+) -> None:
+    assert as_good(measured(2, *gains), measured(1, 4.0, 4.0, 4.0), standard_errors=errors) is good
+
+
+def test_a_resumed_run_compares_with_the_utterances_of_the_best_measurement() -> None:
+    model = torch.nn.Linear(1, 1)
+    first = stopping(model, [(9.0, 3.0, 6.0), (6.0, 0.0, 3.0)])
+    measure(first, model, range(1, 3))
+    resumed = stopping(model, [(3.0, 6.0, 7.0)])
+    resumed.load_state_dict(first.state_dict())
+    measure(resumed, model, range(3, 4))
+    assert (first.kept_step, resumed.kept_step) == (1, 3)
 
 
 def test_a_rise_starts_patience_anew() -> None:
@@ -103,7 +157,7 @@ def test_a_resumed_run_remembers_the_best_gain_its_weights_and_its_patience() ->
     resumed.load_state_dict(first.state_dict())
     assert measure(resumed, model, range(3, 4)) == [True], "the second measurement in a row without a rise"
     assert [found.gain for found in resumed.history] == [2.0, 1.0, 1.5]
-    assert (resumed.kept_step, resumed.best_gain) == (1, 2.0)
+    assert (resumed.kept_step, resumed.kept_gain) == (1, 2.0)
     resumed.finish(SimpleNamespace(global_step=3, is_global_zero=True), model)  # type: ignore[arg-type]
     assert float(model.weight) == 1
 
@@ -162,14 +216,14 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "gain"),
+    ("rewards", "gains"),
     [
-        ([[3.0, 1.0], [0.0, 5.0]], (2 - 5 + 0) / 3),  # two changed, the third did not
-        ([[3.0, 1.0], [NAN, 5.0]], (2 + 0) / 2),
-        ([[NAN, 1.0], [0.0, NAN]], NAN),
+        ([[3.0, 1.0], [0.0, 5.0]], (2, -5, 0)),  # two changed, the third did not
+        ([[3.0, 1.0], [NAN, 5.0]], (2, NAN, 0)),
+        ([[NAN, 1.0], [0.0, NAN]], (NAN, NAN, NAN)),
     ],
 )
-def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gain: float) -> None:
+def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gains: tuple[float, ...]) -> None:
     evaluator = HeldOutEvaluator.__new__(HeldOutEvaluator)
     evaluator._normalize, evaluator._look_aheads = str.strip, [None]
     reward = lambda groups: RewardOutput(torch.tensor(rewards), {})  # noqa: E731
@@ -178,8 +232,8 @@ def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gain: f
     evaluator.audio = [Audio(torch.zeros(3, 1), torch.ones(3), names, (Context(),) * 3)]
     scores = [-1.0, -2.0, -3.0]
     evaluator._start = _Transcripts(["tea", "latte", "mocha"], [], scores, scores)
-    found = evaluator._gain(_Transcripts(["a tea", "late", "mocha"], [], scores, scores))
-    assert found == pytest.approx(gain, nan_ok=True)
+    found = evaluator._gains(_Transcripts(["a tea", "late", "mocha"], [], scores, scores))
+    assert found == pytest.approx(gains, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         beta=beta,
         boosting_weight=config.proposals.boosting_weight,
         kept_step=stopping.kept_step,
-        gain=stopping.best_gain,
+        gain=stopping.kept_gain,
         ended=stopping.reason,
         steps=int(model.trainer.global_step),
         share=stopping.share,

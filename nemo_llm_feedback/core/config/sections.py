@@ -271,6 +271,8 @@ class GuardConfig(Section):
         held_out: share of the unlabeled rows that is kept from training for the measurements.
         held_out_utterances: largest number of them.
         patience: measurements without a rise of the held-out reward after which training stops; 0 = never.
+        standard_errors: of the weights whose held-out reward lies at most so many standard errors, of the difference
+            over the utterances, below the highest, the latest are kept; 0 = those with the highest.
         max_length_ratio: largest r for which the greedy transcripts' length ÷ the starting model's may be in
             [1/r, r].
         max_empty_rise: largest rise of the share of empty transcripts.
@@ -297,6 +299,7 @@ class GuardConfig(Section):
     held_out: ShareBelowOne = 0.1
     held_out_utterances: PositiveInt = 24
     patience: NonNegativeInt = 6
+    standard_errors: NonNegativeFloat = 1.0
     max_length_ratio: Annotated[float, Field(gt=1)] = 1.5
     max_empty_rise: NonNegativeFloat = 0.2
     max_repetition_rise: NonNegativeFloat = 0.1

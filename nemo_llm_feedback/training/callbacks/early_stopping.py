@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from nemo.utils import logging
 
-from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, violations
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.callbacks.step_log import log_values
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather
@@ -19,8 +19,9 @@ from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, 
 class HeldOutEarlyStopping(pl.Callback):
     """Measures held-out utterances every few steps and decides, without a label, when to stop and what to keep.
 
-    The weights with the highest held-out reward are what the run gives; where there is no reward (plain
-    self-training), those of the last measurement that passed. With ``parameters.ema_decay`` measurements, choice and
+    What the run gives are the latest weights whose held-out reward is the highest, or below it by less than chance
+    explains (``guards.standard_errors``): the rate falls to 0, so of equals the later ones have the less noise. Where
+    there is no reward (plain self-training), they are those of the last measurement that passed. With ``parameters.ema_decay`` measurements, choice and
     export use the moving average. Every decision is rank 0's.
 
     Args:
@@ -43,17 +44,18 @@ class HeldOutEarlyStopping(pl.Callback):
         self._average: MovingAverage | None = None
         self._best: Weights | None = None
         self._restored: dict[str, Any] = {}
-        self._best_gain, self._since, self._last_step = 0.0, 0, -1
+        self._since, self._last_step = 0, -1
         self._violated, self._every = False, 0
         self.history: list[HeldOutMetrics] = []
         self.reason, self.share, self.kept_step, self.done = "", 1.0, 0, False
         self.guard_wer: tuple[float, ...] = ()
 
     @property
-    def best_gain(self) -> float:
+    def kept_gain(self) -> float:
         """Held-out gain of the kept weights, in the reward's unit; NaN without a reward."""
-        rewarded = self._evaluator is not None and self._evaluator.rewarded
-        return self._best_gain if rewarded else math.nan
+        if self._evaluator is None or not self._evaluator.rewarded:
+            return math.nan
+        return next((found.gain for found in self.history if found.step == self.kept_step), 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Prepares the measurements; a resumed run takes its best weights back."""
@@ -99,7 +101,7 @@ class HeldOutEarlyStopping(pl.Callback):
         if self._evaluator is not None:
             put_back(pl_module, self._best or self._start)
             what = f"step {self.kept_step}" if self._best else "the start: no measurement passed with a gain"
-            logging.info(f"the weights of {what} are kept (held-out gain {self._best_gain:+.2f}).")
+            logging.info(f"the weights of {what} are kept (held-out gain {self.kept_gain:+.2f}).")
         else:
             self.kept_step = step
             if self._average is not None:
@@ -121,15 +123,23 @@ class HeldOutEarlyStopping(pl.Callback):
             beyond = violations(found, self._limits)
             if beyond:
                 self._stop(trainer, "; ".join(beyond))
-            elif found.gain > self._best_gain or not self._evaluator.rewarded:
-                self._best, self._best_gain, self.kept_step = snapshot(pl_module), found.gain, step
-                self._since = 0
             else:
-                self._since += 1
-                if self._limits.patience and self._since >= self._limits.patience:
-                    self.reason = f"the held-out reward has not risen for {self._since} measurements"
-                    logging.info(f"stopped at step {step}: {self.reason}.")
-                    trainer.should_stop = True
+                self._choose(trainer, pl_module, found)
+
+    def _choose(self, trainer: pl.Trainer, pl_module: Any, found: HeldOutMetrics) -> None:
+        """Keeps the weights of a measurement that passed if none is better beyond chance; counts those without a
+        rise."""
+        assert self._evaluator is not None
+        rewarded, errors = self._evaluator.rewarded, self._limits.standard_errors
+        best = max(self.history, key=lambda known: max(0.0, known.gain))  # the first of equals; NaN counts as 0
+        rises = best is found and found.gain > 0
+        if rises or not rewarded or as_good(found, best, standard_errors=errors):
+            self._best, self.kept_step = snapshot(pl_module), found.step
+        self._since = 0 if rises or not rewarded else self._since + 1
+        if self._limits.patience and self._since >= self._limits.patience:
+            self.reason = f"the held-out reward has not risen for {self._since} measurements"
+            logging.info(f"stopped at step {found.step}: {self.reason}.")
+            trainer.should_stop = True
 
     def _stop(self, trainer: pl.Trainer, why: str) -> None:
         back = "; going back to the best weights that passed" if self._limits.on_violation == "rollback" else ""
@@ -179,7 +189,6 @@ class HeldOutEarlyStopping(pl.Callback):
         average = self._average
         return {
             "best": self._best,
-            "best_gain": self._best_gain,
             "best_step": self.kept_step,
             "since": self._since,
             "start_wer": self._evaluator.start_wer if self._evaluator is not None else None,
@@ -192,6 +201,5 @@ class HeldOutEarlyStopping(pl.Callback):
         """Takes back what :meth:`state_dict` gave."""
         self._restored = state_dict
         self._best = state_dict["best"]
-        self._best_gain, self.kept_step = state_dict["best_gain"], state_dict["best_step"]
-        self._since = state_dict["since"]
+        self.kept_step, self._since = state_dict["best_step"], state_dict["since"]
         self.history = [HeldOutMetrics(**found) for found in state_dict["history"]]

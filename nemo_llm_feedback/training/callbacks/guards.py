@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ class HeldOutMetrics:
         changed: share of transcripts that differ from the starting model's.
         wer_rise: relative rise of the guard set's WER; NaN without one.
         unknown_rise: share of transcripts with the sign of the unknown label (⁇) − the starting model's.
+        gains: ``gain`` of each utterance; NaN = cannot be judged. Empty without a reward.
     """
 
     step: int
@@ -40,10 +43,29 @@ class HeldOutMetrics:
     changed: float
     wer_rise: float
     unknown_rise: float = 0.0
+    gains: tuple[float, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Name → value for logs, those that were measured."""
-        return {f"held_out/{k}": float(v) for k, v in asdict(self).items() if k != "step" and v == v}
+        named = asdict(self).items()
+        return {f"held_out/{k}": float(v) for k, v in named if k not in ("step", "gains") and v == v}
+
+
+def as_good(found: HeldOutMetrics, best: HeldOutMetrics, *, standard_errors: float) -> bool:
+    """Whether a gain lies so little below the best one that utterances drawn anew might turn the two around.
+
+    The one-standard-error rule (Breiman et al. 1984), on differences of the same utterances: their mean is at most
+    ``standard_errors`` · s / √n, with s their standard deviation over the n utterances that both can judge.
+
+    Args:
+        found: a measurement; one without a gain above 0 is never as good.
+        best: the one with the highest gain.
+        standard_errors: how many of them.
+    """
+    drops = [b - a for a, b in zip(found.gains, best.gains, strict=True) if a == a and b == b]
+    if not found.gain > 0 or len(drops) < 2:
+        return False
+    return statistics.fmean(drops) <= standard_errors * statistics.stdev(drops) / math.sqrt(len(drops))
 
 
 def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:

@@ -85,13 +85,16 @@ class HeldOutEvaluator:
         """
         with evaluation_mode(model):
             now = self._transcribe(model, self._feedback.heads[0])
+        gains = self._gains(now)
+        judged = [gain for gain in gains if gain == gain]
         pairs = zip(now.labels, now.logp, now.frozen, strict=True)
         ratios = [
             (p - f) / max(1, len(y)) for y, p, f in pairs if p == p and f == f and abs(p) + abs(f) < float("inf")
         ]
         return HeldOutMetrics(
             step=step,
-            gain=self._gain(now),
+            gain=sum(judged) / len(judged) if judged else float("nan"),
+            gains=gains,
             kl=sum(ratios) / len(ratios) if ratios else float("inf"),
             wer_rise=float("nan") if self._feedback.everyday else self.wer_rise(model),
             **text_drift(now.texts, self._start.texts),
@@ -142,31 +145,30 @@ class HeldOutEvaluator:
                     frozen += _scores(reference.heads[0], encoded, lengths, found)
         return _Transcripts([head.vocabulary.ids_to_text(y) for y in labels], labels, logp, frozen or logp)
 
-    def _gain(self, now: _Transcripts) -> float:
-        """Mean gain of reward over the utterances that it can judge; both texts stand in one group, so that rewards
-        that compare members work too, and greedy is the starting model's. NaN without a reward, or where it can judge
-        none of the texts that changed.
+    def _gains(self, now: _Transcripts) -> tuple[float, ...]:
+        """Gain of reward of each utterance: 0 where the text is the starting model's, NaN where the reward cannot
+        judge, and for all if it can judge none of the texts that changed. Both texts stand in one group, so that
+        rewards that compare members work too, and greedy is the starting model's. Empty without a reward.
         """
         reward = self._feedback.maker.reward
         if reward is None:
-            return float("nan")
+            return ()
         names = [u for audio in self.audio for u in audio.utterances] * len(self._look_aheads)
         contexts = [c for audio in self.audio for c in audio.contexts] * len(self._look_aheads)
         texts = [
             (self._normalize(new), self._normalize(old)) for new, old in zip(now.texts, self._start.texts, strict=True)
         ]
+        gains = torch.zeros(len(texts))
         changed = [b for b, (new, old) in enumerate(texts) if new != old]
-        values = torch.zeros(0, 2)
         if changed:
             members = [(Hypothesis(texts[b][0], (), "policy"), Hypothesis(texts[b][1], (), "greedy")) for b in changed]
             ref_logp = torch.tensor([[now.frozen[b], self._start.logp[b]] for b in changed])
             groups = hypothesis_groups([names[b] for b in changed], [contexts[b] for b in changed], members, ref_logp)
             values = reward(groups).values
-        gains = (values[:, 0] - values[:, 1]).tolist()
-        judged = [gain for gain in gains if gain == gain]
-        if changed and not judged:
-            return float("nan")
-        return sum(judged) / (len(judged) + len(texts) - len(changed))
+            gains[changed] = values[:, 0] - values[:, 1]
+            if gains[changed].isnan().all():
+                gains[:] = float("nan")
+        return tuple(gains.tolist())
 
 
 def _scores(head: Head, encoded: Tensor, lengths: Tensor, labels: Sequence[Labels]) -> list[float]:

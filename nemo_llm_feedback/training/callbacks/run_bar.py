@@ -64,7 +64,7 @@ class RunBar(pl.Callback):
             if not session.bars and (step % _EVERY == 0 or step == self._clock.total):
                 console.show(f"  step {step:>4}/{self._clock.total}: {note}   {left}")
             for found in measured:
-                console.show(_held_out_line(found, best=found.step == self._stopping.kept_step))
+                console.show(_held_out_line(found, kept=found.step == self._stopping.kept_step))
         if (signal := max(gather(session.stop))) and step < self._clock.total:
             self._save_and_leave(trainer, signal)
 
@@ -151,7 +151,7 @@ def _found(model: Any) -> str:
     return "\n".join(["found", *lines])
 
 
-def _held_out_line(found: HeldOutMetrics, *, best: bool) -> str:
+def _held_out_line(found: HeldOutMetrics, *, kept: bool) -> str:
     """One measurement for readers of the terminal."""
     parts = {
         "gain": _signed(found.gain),
@@ -161,7 +161,7 @@ def _held_out_line(found: HeldOutMetrics, *, best: bool) -> str:
         "guard WER": f"{100 * found.wer_rise:+.1f} %" if found.wer_rise == found.wer_rise else "",
     }
     shown = "   ".join(f"{name} {value}" for name, value in parts.items() if value)
-    return f"  step {found.step:>4} held out: {shown}{'   (best so far)' if best else ''}"
+    return f"  step {found.step:>4} held out: {shown}{'   (kept so far)' if kept else ''}"
 
 
 def _signed(value: Any) -> str:
