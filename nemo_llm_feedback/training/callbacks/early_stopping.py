@@ -21,8 +21,8 @@ class HeldOutEarlyStopping(pl.Callback):
 
     What the run gives are the latest weights whose held-out reward is the highest, or below it by less than chance
     explains (``guards.standard_errors``): the rate falls to 0, so of equals the later ones have the less noise. Where
-    there is no reward (plain self-training), they are those of the last measurement that passed. With ``parameters.ema_decay`` measurements, choice and
-    export use the moving average. Every decision is rank 0's.
+    there is no reward (plain self-training), they are those of the last measurement that passed. With
+    ``parameters.ema_decay`` measurements, choice and export use the moving average. Every decision is rank 0's.
 
     Args:
         setup: the run's set-up.
