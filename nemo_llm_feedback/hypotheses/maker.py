@@ -95,6 +95,10 @@ class NBestMaker:
         ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
         return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward)
 
+    def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
+        """The same members with this maker's rewards."""
+        return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward)
+
     def _add_corrections(
         self,
         contexts: Sequence[Context],

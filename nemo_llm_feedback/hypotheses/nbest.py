@@ -78,6 +78,10 @@ class NBestBatch:
             old[head] = torch.where(before.isnan() & self.mask, now.detach().float().cpu(), before)
         return dataclasses.replace(self, old_logp=old)
 
+    def by_the_start(self) -> NBestBatch:
+        """Members that the starting model has proposed, which is the frozen reference, remember its log p."""
+        return self.with_old_logp(self.ref_logp)
+
     def select(self, rows: Sequence[int]) -> NBestBatch:
         """The utterances at these positions, padded to the largest of them."""
         hypotheses = tuple(self.hypotheses[b] for b in rows)

@@ -14,7 +14,7 @@ What the mixin leaves to others: everything before the first step (``setup``, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -232,9 +232,10 @@ class LLMFeedbackMixin(_Base):
             yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
 
     @torch.no_grad()
-    def encoded_pool(self) -> Iterator[EncodedAudio]:
-        """The unlabeled rows of :meth:`pool_batches`, encoded; the caller puts the model into evaluation mode."""
-        for batch in self.pool_batches():
+    def encoded_pool(self, batches: Iterable[Any] | None = None) -> Iterator[EncodedAudio]:
+        """The unlabeled rows of batches, or of :meth:`pool_batches`, encoded; the caller puts the model into
+        evaluation mode."""
+        for batch in self.pool_batches() if batches is None else batches:
             audio = self.feedback_setup.reader.split(batch).unlabeled
             if audio is not None:
                 yield EncodedAudio(audio, *self._encode(audio))
@@ -258,8 +259,7 @@ class LLMFeedbackMixin(_Base):
         Drawn per step; per refresh where the loss compares log p with that of the step that proposed.
         """
         config = self.feedback_setup.config
-        on_policy = config.wants_samples or config.objective.name == "grpo"
-        return draw_look_ahead(self.encoder, self._refresh() if on_policy else int(self.trainer.global_step))
+        return draw_look_ahead(self.encoder, self._refresh() if config.on_policy else int(self.trainer.global_step))
 
     def _refresh(self) -> int:
         """Index of the refresh of hypotheses that this step belongs to."""

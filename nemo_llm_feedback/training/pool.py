@@ -18,7 +18,7 @@ from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
-from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, num_ranks
 from nemo_llm_feedback.training.group_math import signal
@@ -36,8 +36,35 @@ class EncodedAudio(NamedTuple):
     lengths: Tensor
 
 
+class PoolShare:
+    """A rank's rows of the pool. With a strength of boosting their groups are proposed once, and judged as asked.
+
+    Args:
+        parts: the batches.
+        build: settings → what makes N-best lists by them.
+    """
+
+    def __init__(self, parts: Sequence[EncodedAudio], build: Callable[[RunConfig], NBestMaker]) -> None:
+        self.parts, self._build = parts, build
+        self._made: dict[float, list[NBestBatch]] = {}
+
+    def groups(self, config: RunConfig, label: str, *, batches: int | None = None) -> list[NBestBatch]:
+        """The groups of the first batches, or of all, by settings that differ in what the pool sets."""
+        maker, made = self._build(config), self._made.setdefault(config.proposals.boosting_weight, [])
+        known = [maker.judged_anew(nbest) for nbest in made[:batches]]
+        missing = self.parts[len(known) : batches]
+        if missing:
+            made += [maker.make(*part) for part in console.track(missing, label)]
+        return known + made[len(known) : batches]
+
+
 def measure_pool(
-    pool: Iterable[EncodedAudio], build: Callable[[RunConfig], NBestMaker], config: RunConfig, *, head: str
+    pool: Iterable[EncodedAudio],
+    build: Callable[[RunConfig], NBestMaker],
+    config: RunConfig,
+    *,
+    head: str,
+    keep: NBestCache | None = None,
 ) -> PoolStatistics:
     """Proposes and scores hypotheses of unlabeled rows with the starting model, and finds the scales of the run.
 
@@ -49,21 +76,26 @@ def measure_pool(
         build: settings → what makes N-best lists by them.
         config: the run's settings.
         head: the head whose rewards are read.
+        keep: gets the groups by the settings that follow, for the first refresh.
 
     Raises:
         TrainingError: there is no unlabeled row.
         RewardError: no spread to set reward.alpha by.
     """
     with CollectiveBlock() as ranks:
-        share = _enough(pool, most=-(-config.feedback.pool_utterances // num_ranks()))
-        ranks.mine = sum(len(part.audio.utterances) for part in share)
+        share = PoolShare(_enough(pool, most=-(-config.feedback.pool_utterances // num_ranks())), build)
+        ranks.mine = sum(len(part.audio.utterances) for part in share.parts)
     if not sum(ranks.all):
         raise TrainingError("the training loader gave no unlabeled row; check manifests, tar files, length filters.")
     if config.reward.scaled_by_pool:
-        config = _with_scale(share, build(config), config)
-    config = _with_boosting(share, build, config, head=head)
+        config = _with_scale(share, config)
+    config = _with_boosting(share, config, head=head)
     with CollectiveBlock() as ranks:
-        ranks.mine = _summary(share, build(config), config, head=head)
+        batches = share.groups(config, "measuring the pool")
+        if keep is not None:
+            for nbest in batches:
+                keep.put(nbest.by_the_start())
+        ranks.mine = _summary(batches, config, head=head)
     found = [summary for summary in ranks.all if summary["utterances"]]
     total = {name: sum(s[name] for s in found) for name in ("utterances", "signal", "members", "best", "reference")}
     weights = config.reward.weights if config.reward.weighed else (None, None)
@@ -95,9 +127,8 @@ def _joined(deviations: Sequence[dict[str, list[float]]]) -> dict[str, list[floa
     return {name: [value for found in deviations for value in found.get(name, [])] for name in names}
 
 
-def _summary(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunConfig, *, head: str) -> dict[str, Any]:
+def _summary(batches: Sequence[NBestBatch], config: RunConfig, *, head: str) -> dict[str, Any]:
     """This rank's sums for the statistics."""
-    batches = [maker.make(*part) for part in console.track(share, "measuring the pool")]
     spread = config.objective.min_spread
     return {
         "utterances": sum(map(len, batches)),
@@ -115,13 +146,11 @@ def _best_length(nbest: NBestBatch, scores: Tensor) -> int:
     return sum(text_length(texts[n]) for texts, n in zip(nbest.texts, best, strict=True))
 
 
-def _with_scale(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunConfig) -> RunConfig:
+def _with_scale(share: PoolShare, config: RunConfig) -> RunConfig:
     """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
     settings = config.reward
     with CollectiveBlock() as ranks:
-        ranks.mine = _joined(
-            [component_deviations(maker.make(*part)) for part in console.track(share, "measuring the rewards")]
-        )
+        ranks.mine = _joined([component_deviations(b) for b in share.groups(config, "measuring the rewards")])
     spread, part = component_spread(_joined(ranks.all)), settings.weighed_part
     alpha, beta = from_spread(spread, settings)
     logging.info(
@@ -131,25 +160,23 @@ def _with_scale(share: Sequence[EncodedAudio], maker: NBestMaker, config: RunCon
     return replace(config, reward=replace(settings, alpha=alpha, beta=beta))
 
 
-def _with_boosting(
-    share: Sequence[EncodedAudio], build: Callable[[RunConfig], NBestMaker], config: RunConfig, *, head: str
-) -> RunConfig:
+def _with_boosting(share: PoolShare, config: RunConfig, *, head: str) -> RunConfig:
     """The strength of boosting whose groups have the best members by the reward; the weakest of equals.
 
     The reward holds the frozen ASR score and so turns down what is boosted against the audio.
     """
     settings, tried = config.proposals, sorted(config.proposals.boosting_weights)
     with CollectiveBlock() as ranks:
-        ranks.mine = any(context.terms for part in share for context in part.audio.contexts)
+        ranks.mine = any(context.terms for part in share.parts for context in part.audio.contexts)
     if not settings.boosted or not tried or not any(ranks.all):
         return config
-    counts = itertools.accumulate((len(part.audio.utterances) for part in share), initial=0)
-    few = [part for part, before in zip(share, counts, strict=False) if before < _BOOSTING_UTTERANCES]
+    counts = itertools.accumulate((len(part.audio.utterances) for part in share.parts), initial=0)
+    few = sum(before < _BOOSTING_UTTERANCES for before, _ in zip(counts, share.parts, strict=False))
     by_weight = [replace(config, proposals=replace(settings, boosting_weight=weight)) for weight in tried]
     with CollectiveBlock() as ranks:
         ranks.mine = [
-            _best_rewards(few, build(changed), head=head)
-            for changed in console.track(by_weight, "choosing the boosting", unit="weights")
+            _best_rewards(share.groups(changed, f"boosting by {weight}", batches=few), head=head)
+            for weight, changed in zip(tried, by_weight, strict=True)
         ]
     joined = [[value for found in ranks.all for value in found[k]] for k in range(len(tried))]
     means = [sum(values) / max(1, len(values)) for values in joined]
@@ -159,9 +186,9 @@ def _with_boosting(
     return by_weight[best]
 
 
-def _best_rewards(share: Sequence[EncodedAudio], maker: NBestMaker, *, head: str) -> list[float]:
+def _best_rewards(batches: Sequence[NBestBatch], *, head: str) -> list[float]:
     """The best reward of each utterance that has a judged member."""
-    rows = [row[~row.isnan()] for part in share for row in maker.make(*part).rewards[head]]
+    rows = [row[~row.isnan()] for nbest in batches for row in nbest.rewards[head]]
     return [float(row.max()) for row in rows if len(row)]
 
 

@@ -36,6 +36,7 @@ from nemo_llm_feedback.data.batches import BatchReader, training_config
 from nemo_llm_feedback.data.resumable_loader import run_seed
 from nemo_llm_feedback.data.staging import Staged, stage
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
+from nemo_llm_feedback.hypotheses.nbest import NBestCache
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.hypotheses.spelling import spelled, unwritable
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
@@ -248,6 +249,7 @@ def start(
         logging.warning(
             "NeMo has no TDT loss on the CPU: labelled rows use the exact log-likelihood (no sigma, no omega)."
         )
+    cache = NBestCache()
     statistics = PoolStatistics(**known["statistics"]) if known and known["statistics"] else None
     with CollectiveBlock():  # an LLM that one rank cannot load must not leave the others waiting
         build, scorer = _maker_builder(setup)
@@ -256,7 +258,8 @@ def start(
     if statistics is None and config.needs_reward:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            statistics = measure_pool(pool(), build, config, head=setup.heads[0].name)
+            keep = None if config.on_policy else cache
+            statistics = measure_pool(pool(), build, config, head=setup.heads[0].name, keep=keep)
         _report(statistics)
     if statistics is not None:
         config = statistics.applied_to(config)
@@ -266,7 +269,7 @@ def start(
         cached = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
         state = "loaded" if scorer.loaded else "not loaded until a score is not in the cache"
         logging.info(f"{cached}the LLM is {state}.")
-    extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact}
+    extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact, "cache": cache}
     return Feedback(**{**vars(setup), "config": config, **extra})
 
 

@@ -221,7 +221,7 @@ def _statistics(folder: Path) -> dict[str, Any]:
     scores = torch.tensor([[0.0, 2.0]])[:, :size]
     parts = {"llm": 3 * scores, "asr": -scores, "length": scores}
     nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
-    maker: Any = SimpleNamespace(make=lambda *args: nbest)
+    maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest: nbest)
     pool: Any = [
         EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),)), 0, 0)  # type: ignore[arg-type]
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fits import begin, config, label_reward
 from helpers.ranks import run_ranks
 from helpers.runs import MIXED, arguments, run
 from helpers.tiny import write_manifest
@@ -20,11 +21,13 @@ from nemo_llm_feedback.core.config import RewardConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import read_steps
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import from_spread
 from nemo_llm_feedback.training import setup as preparation
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss, choose_rate, smallest_good
 from nemo_llm_feedback.training.inputs import rates_to_try
+from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.state import Feedback, PoolStatistics
 
 STEP = "trainer.max_steps=1"
@@ -167,7 +170,7 @@ def test_a_rate_is_judged_by_the_loss_and_a_trial_in_which_it_never_falls_is_tol
     """On bed (c) transcripts got worse at first with every rate, and 1e-5 was taken, with which nothing was learned
     (issue 8): the gain of the held-out transcripts does not count."""
     module = "nemo_llm_feedback.training.callbacks.lr_search"
-    for name in ("snapshot", "put_back", "_train"):
+    for name in ("snapshot", "put_back", "_train", "_propose"):
         monkeypatch.setattr(f"{module}.{name}", lambda *args: None)
     monkeypatch.setattr(f"{module}.violations", lambda found, limits: [])
     warnings: list[str] = []
@@ -184,6 +187,65 @@ def test_a_rate_is_judged_by_the_loss_and_a_trial_in_which_it_never_falls_is_tol
     rate = choose_rate(model, evaluator)
     assert rate == (1e-5 if told else 1e-4)
     assert ["in 2 steps" in text and "1e-05" in text for text in warnings] == [True] * told
+
+
+@pytest.mark.parametrize(
+    ("more", "times"),
+    [
+        ((), 1),
+        (("proposals.boosting_weights=[0.5,1.0]",), 2),
+        # Ratios want the policy of the step: what the start has proposed is used for measuring only.
+        (("objective=grpo", "model.optim.lr=1e-3"), 2),
+    ],
+)
+def test_a_group_that_the_start_has_proposed_is_used_for_scale_boosting_trial_and_the_first_refresh(
+    more: tuple[str, ...],
+    times: int,
+    nemo_file: Any,
+    tiny_llm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    make, held_out = NBestMaker.make, HeldOutLoss.__init__
+
+    def counted(self: NBestMaker, audio: Any, *args: Any) -> NBestBatch:
+        made.extend(audio.utterances)
+        return make(self, audio, *args)
+
+    def not_counted(self: HeldOutLoss, *args: Any) -> None:
+        number = len(made)
+        held_out(self, *args)
+        del made[number:]
+
+    monkeypatch.setattr(NBestMaker, "make", counted)
+    monkeypatch.setattr(HeldOutLoss, "__init__", not_counted)
+    monkeypatch.setattr("nemo_llm_feedback.cli.jobs.adapt.judged_changes", lambda *args: [])  # for the report
+    pool = write_manifest(tmp_path / "pool.json", [None] * 6)
+    trial = (
+        "model.optim.lr=null",
+        "parameters.lr_candidates=[1e-4,1e-3]",
+        "guards.every=1",
+        "parameters.lr_trial_steps=2",
+    )
+    result = run(nemo_file("ctc_bpe"), pool, tiny_llm, tmp_path, "feedback.pool_utterances=6", *trial, *more)
+    assert result.steps == 2, "six rows in batches of three"
+    assert sorted(made) == sorted([*dict.fromkeys(made)] * times)
+    assert len(dict.fromkeys(made)) == 6
+
+
+def test_groups_of_the_start_remember_its_log_p(nemo_file: Any, tmp_path: Path) -> None:
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    settings = config(write_manifest(tmp_path / "m.json", [None] * 4), proposals={"samples": 0})
+    model.setup_feedback(settings, work_dir=tmp_path / "w", reward=label_reward)
+    feedback = begin(model)
+    assert len(feedback.cache) == 4
+    with torch.no_grad(), evaluation_mode(model):
+        for part in model.encoded_pool():
+            nbest = feedback.nbest(*part, refresh=0)
+            (head,) = feedback.heads
+            now = head.score(part.encoded, part.lengths, nbest.labels)
+            torch.testing.assert_close(nbest.old_logp[head.name][nbest.mask], now[nbest.mask], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

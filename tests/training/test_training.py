@@ -378,7 +378,7 @@ def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() ->
     def chosen(context: Context) -> float:
         audio = SimpleNamespace(utterances=("a", "b"), contexts=(context,))
         share: Any = [pool.EncodedAudio(audio, None, None)]  # type: ignore[arg-type]
-        return pool._with_boosting(share, build, RunConfig(), head="ctc").proposals.boosting_weight
+        return pool._with_boosting(pool.PoolShare(share, build), RunConfig(), head="ctc").proposals.boosting_weight
 
     mocha = Context(terms=("mocha",))
     assert chosen(mocha) == 1.0

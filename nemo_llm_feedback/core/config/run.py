@@ -77,6 +77,11 @@ class RunConfig:
         return weighted or self.objective.name in SAMPLED_OBJECTIVES
 
     @property
+    def on_policy(self) -> bool:
+        """Whether the loss compares log p with that of the policy that proposed: groups of another are no use."""
+        return self.wants_samples or self.objective.name == "grpo"
+
+    @property
     def needs_reward(self) -> bool:
         """Whether the objective reads rewards at all (plain self-training does not)."""
         return self.objective.name != "self_training" or self.objective.label == "reward"

@@ -50,7 +50,8 @@ def try_rates(model: Any, feedback: Feedback) -> Feedback:
         with CollectiveBlock() as ranks:
             if model.trainer.is_global_zero:
                 sampler = feedback.generator.get_state()
-                with one_rank(), model.training_with(replace(feedback, cache=NBestCache())):
+                trial = replace(feedback, cache=NBestCache()) if feedback.config.on_policy else feedback
+                with one_rank(), model.training_with(trial):
                     ranks.mine = choose_rate(model, HeldOutEvaluator(model, feedback))
                 feedback.generator.set_state(sampler)
         rate = ranks.all[0]
@@ -82,6 +83,8 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
         before = held_out(model)
         count = config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches
         batches = list(itertools.islice(model.pool_batches(), count))
+        if not config.on_policy:
+            _propose(model, batches)
         for rate in tried:
             put_back(model, start)
             _train(model, batches, rate)
@@ -116,6 +119,15 @@ def smallest_good(falls: Mapping[float, float]) -> float:
     """
     most = max((fall for fall in falls.values() if fall > 0), default=math.inf)
     return min((rate for rate, fall in falls.items() if fall >= _NEARLY * most), default=min(falls))
+
+
+@torch.no_grad()
+def _propose(model: Any, batches: Sequence[Any]) -> None:
+    """Has the groups of the batches proposed by the starting model, for all trials and the run's first refresh."""
+    feedback = model.feedback
+    with evaluation_mode(model):
+        for part in model.encoded_pool(batches):
+            feedback.cache.put(feedback.nbest(*part, refresh=0).by_the_start())
 
 
 def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
