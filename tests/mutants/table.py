@@ -469,8 +469,8 @@ MUTANTS = (
     Mutant(
         "what chance may turn around is not kept",
         STOPPING,
-        "errors = self._evaluator.rewarded, self._limits.standard_errors",
-        "errors = self._evaluator.rewarded, 0.0",
+        "standard_errors=self._limits.standard_errors",
+        "standard_errors=0.0",
         f"{CHOICE}::test_of_gains_that_chance_may_turn_around_the_latest_weights_are_kept",
     ),
     Mutant(
@@ -490,8 +490,8 @@ MUTANTS = (
     Mutant(
         "a rise does not start patience anew",
         STOPPING,
-        "self._since = 0 if rises or not rewarded",
-        "self._since = 0 if not rewarded",
+        "self._since = 0 if rises or",
+        "self._since = 0 if",
         f"{CHOICE}::test_a_rise_starts_patience_anew",
     ),
     Mutant(

@@ -236,7 +236,9 @@ def test_a_group_that_the_start_has_proposed_is_used_for_scale_boosting_trial_an
 
 def test_groups_of_the_start_remember_its_log_p(nemo_file: Any, tmp_path: Path) -> None:
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-    settings = config(write_manifest(tmp_path / "m.json", [None] * 4), proposals={"samples": 0})
+    settings = config(
+        write_manifest(tmp_path / "m.json", [None] * 4), proposals={"samples": 0}, feedback={"pool_utterances": 4}
+    )
     model.setup_feedback(settings, work_dir=tmp_path / "w", reward=label_reward)
     feedback = begin(model)
     assert len(feedback.cache) == 4

@@ -270,7 +270,8 @@ class GuardConfig(Section):
             ``patience`` bears the plateaus of a long one; 0 = none, and no guards but the one on non-finite steps.
         held_out: share of the unlabeled rows that is kept from training for the measurements.
         held_out_utterances: largest number of them.
-        patience: measurements without a rise of the held-out reward after which training stops; 0 = never.
+        patience: measurements without a rise of the held-out reward after which training stops, before the first gain
+            those below the start by more than ``standard_errors``; 0 = never.
         standard_errors: of the weights whose held-out reward lies at most so many standard errors, of the difference
             over the utterances, below the highest, the latest are kept; 0 = those with the highest.
         max_length_ratio: largest r for which the greedy transcripts' length ÷ the starting model's may be in

@@ -127,15 +127,19 @@ class HeldOutEarlyStopping(pl.Callback):
                 self._choose(trainer, pl_module, found)
 
     def _choose(self, trainer: pl.Trainer, pl_module: Any, found: HeldOutMetrics) -> None:
-        """Keeps the weights of a measurement that passed if none is better beyond chance; counts those without a
-        rise."""
+        """Keeps the weights of a measurement that passed if none is better beyond chance; counts those without a rise,
+        before the first gain only those that are worse than the start beyond chance: transcripts that are about to
+        learn the domain lose some reward first.
+        """
         assert self._evaluator is not None
-        rewarded, errors = self._evaluator.rewarded, self._limits.standard_errors
         best = max(self.history, key=lambda known: max(0.0, known.gain))  # the first of equals; NaN counts as 0
-        rises = best is found and found.gain > 0
-        if rises or not rewarded or as_good(found, best, standard_errors=errors):
+        gained = best.gain > 0
+        rises = not self._evaluator.rewarded or (gained and best is found)
+        reached = best.gains if gained else (0.0,) * len(found.gains)
+        good = as_good(found.gains, reached, standard_errors=self._limits.standard_errors)
+        if rises or (good and found.gain > 0):
             self._best, self.kept_step = snapshot(pl_module), found.step
-        self._since = 0 if rises or not rewarded else self._since + 1
+        self._since = 0 if rises or (good and not gained) else self._since + 1
         if self._limits.patience and self._since >= self._limits.patience:
             self.reason = f"the held-out reward has not risen for {self._since} measurements"
             logging.info(f"stopped at step {found.step}: {self.reason}.")

@@ -51,21 +51,21 @@ class HeldOutMetrics:
         return {f"held_out/{k}": float(v) for k, v in named if k not in ("step", "gains") and v == v}
 
 
-def as_good(found: HeldOutMetrics, best: HeldOutMetrics, *, standard_errors: float) -> bool:
-    """Whether a gain lies so little below the best one that utterances drawn anew might turn the two around.
+def as_good(found: Sequence[float], best: Sequence[float], *, standard_errors: float) -> bool:
+    """Whether gains lie so little below the best ones that utterances drawn anew might turn the two around.
 
     The one-standard-error rule (Breiman et al. 1984), on differences of the same utterances: their mean is at most
     ``standard_errors`` · s / √n, with s their standard deviation over the n utterances that both can judge.
 
     Args:
-        found: a measurement; one without a gain above 0 is never as good.
-        best: the one with the highest gain.
+        found: gain of each utterance; NaN = cannot be judged.
+        best: those of the measurement with the highest mean.
         standard_errors: how many of them.
     """
-    drops = [b - a for a, b in zip(found.gains, best.gains, strict=True) if a == a and b == b]
-    if not found.gain > 0 or len(drops) < 2:
-        return False
-    return statistics.fmean(drops) <= standard_errors * statistics.stdev(drops) / math.sqrt(len(drops))
+    drops = [b - a for a, b in zip(found, best, strict=True) if a == a and b == b]
+    return len(drops) > 1 and statistics.fmean(drops) <= standard_errors * statistics.stdev(drops) / math.sqrt(
+        len(drops)
+    )
 
 
 def text_drift(now: Sequence[str], start: Sequence[str]) -> dict[str, float]:
