@@ -108,8 +108,10 @@ class LLMFeedbackMixin(_Base):
         config = feedback.config
         augment, by_nemo = config.feedback.augment, config.learns_by_nemo
         with evaluation_mode(self), recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
-            encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
-            nbest = feedback.nbest(audio, encoded, lengths, refresh=self._refresh())  # [B, N], no gradient
+            if not augment or feedback.stale(audio, refresh=self._refresh()):
+                encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
+                feedback.nbest(audio, encoded, lengths, refresh=self._refresh())
+            nbest = feedback.cache.get(audio.utterances)  # [B, N], no gradient
             if augment:
                 encoded, lengths = self._encode(audio, augment=True)
             heads = () if by_nemo else feedback.heads

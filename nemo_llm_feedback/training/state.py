@@ -153,6 +153,11 @@ class Feedback(FeedbackSetup):
     scorer: Any = None
     exact_supervision: bool = False
 
+    def stale(self, audio: Audio, *, refresh: int) -> list[int]:
+        """Positions of the utterances for which nothing is kept from this refresh."""
+        self.cache.start(refresh)
+        return [b for b, utterance in enumerate(audio.utterances) if utterance not in self.cache]
+
     def nbest(self, audio: Audio, encoded: Tensor, lengths: Tensor, *, refresh: int) -> NBestBatch:
         """The hypotheses of a batch with their rewards: those kept from this refresh, and new ones for other rows.
 
@@ -162,9 +167,7 @@ class Feedback(FeedbackSetup):
             lengths: [B] frames.
             refresh: index of the refresh; what was proposed in another one is proposed anew.
         """
-        self.cache.start(refresh)
-        stale = [b for b, utterance in enumerate(audio.utterances) if utterance not in self.cache]
-        if stale:
+        if stale := self.stale(audio, refresh=refresh):
             self.cache.put(self.maker.make(audio.select(stale), encoded.detach()[stale], lengths[stale]))
         return self.cache.get(audio.utterances)
 

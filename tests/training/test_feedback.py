@@ -224,3 +224,18 @@ def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clea
     assert masked == [True]
     assert members[0] == members[1]
     assert losses[0] != losses[1]
+
+
+def test_augmented_learning_encodes_the_clean_audio_only_to_propose(nemo_file: Any, tmp_path: Path) -> None:
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model.setup_feedback(config(manifest, feedback={"augment": True}), work_dir=tmp_path, reward=label_reward)
+    feedback = begin(model)
+    audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
+    encoded: list[Any] = []
+    model.encoder.register_forward_hook(lambda module, args, output: encoded.append(output))
+    model.feedback_loss(audio)
+    assert len(encoded) == 1, "the pool's measurement has proposed these groups"
+    feedback.cache._rows.clear()
+    model.feedback_loss(audio)
+    assert len(encoded) == 3

@@ -22,13 +22,13 @@ from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
-from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.reward_scale import from_spread
 from nemo_llm_feedback.training import setup as preparation
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss, choose_rate, smallest_good
 from nemo_llm_feedback.training.inputs import rates_to_try
 from nemo_llm_feedback.training.models import restore
-from nemo_llm_feedback.training.state import Feedback, PoolStatistics
+from nemo_llm_feedback.training.state import PoolStatistics
 
 STEP = "trainer.max_steps=1"
 
@@ -42,13 +42,13 @@ def test_the_spread_of_the_pool_weighs_the_llm(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[NBestBatch] = []
-    nbest = Feedback.nbest
+    get = NBestCache.get
 
-    def spied(*args: Any, **kwargs: Any) -> NBestBatch:
-        seen.append(nbest(*args, **kwargs))
+    def spied(*args: Any) -> NBestBatch:
+        seen.append(get(*args))
         return seen[-1]
 
-    monkeypatch.setattr(Feedback, "nbest", spied)
+    monkeypatch.setattr(NBestCache, "get", spied)
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, STEP)
     statistics = json.loads((result.log_dir / "pool_statistics.json").read_text())
     # One boosting weight, so that the groups that are described are those that set the scale.

@@ -17,7 +17,7 @@ from nemo_llm_feedback.evaluation.report.words import changed_words
 from nemo_llm_feedback.evaluation.transcribe import Decoded
 from nemo_llm_feedback.hypotheses.nbest import hypothesis_groups
 
-MAX_NBEST = 50
+MAX_NBEST = 20
 _BATCH = 8
 
 
