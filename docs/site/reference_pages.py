@@ -17,6 +17,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from mkdocs.structure.files import File, Files
 
+from nemo_llm_feedback.cli.examples import examples_text
 from nemo_llm_feedback.cli.main import _app
 from nemo_llm_feedback.core.config.nemo_sections import NEMO_SECTIONS, TopLevel
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
@@ -33,6 +34,19 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Intervals and percentages in tables are not broken."""
+    interval = re.compile(r"\[[−+\d][^\]|]*\]")
+    return "\n".join(
+        interval.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), line).replace(
+            " %", "\N{NO-BREAK SPACE}%"
+        )
+        if line.startswith("|")
+        else line
+        for line in markdown.split("\n")
+    )
+
+
 def commands() -> str:
     """The page of all commands."""
     text = _app().generate_docs(heading_level=1).replace("adapt adapt KEY", "adapt KEY")
@@ -45,10 +59,15 @@ def commands() -> str:
         " **[required]**", " <small>needed</small>"
     )
     text = re.sub(r"(?m)^((?:  .+\n)+)", lambda block: f"```text\n{textwrap.dedent(block[1])}```\n", text)
+    text = re.sub(r"(?ms)^## (\w+)\n\n```.*?```\n", lambda head: f"{head[0]}\n{_examples(head[1])}", text)
     return (
         "# Commands\n\nMade from the commands' own `--help`. NeMo's names from its example scripts "
         f"(`pretrained_name=`, `dataset_manifest=` …) are taken, too.\n{text.replace('```console', '```text')}"
     )
+
+
+def _examples(command: str) -> str:
+    return f"```bash\n{textwrap.dedent(examples_text(command).partition(chr(10))[2])}\n```\n"
 
 
 def _fact(found: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Parameter
 
 from nemo_llm_feedback.cli.commands import COMMANDS
+from nemo_llm_feedback.cli.examples import examples_text
 from nemo_llm_feedback.cli.options import KEYS, NEMO_NAMES, in_flags
 from nemo_llm_feedback.core.console import be_verbose
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
@@ -68,7 +69,8 @@ def _app() -> App:
     )
     for command in COMMANDS:
         usage = "Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]" if command.__name__ == "adapt" else None
-        app.command(command, name=command.__name__, usage=usage)
+        name = command.__name__
+        app.command(command, name=name, usage=usage, help_epilogue=examples_text(name))
     return app
 
 

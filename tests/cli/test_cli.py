@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nemo_llm_feedback.cli.main import main
+from nemo_llm_feedback.cli.commands import COMMANDS
+from nemo_llm_feedback.cli.examples import EXAMPLES, examples_text
+from nemo_llm_feedback.cli.main import _adapt_words, _app, main
 from nemo_llm_feedback.cli.options import in_flags
 
 HEAVY = ("torch", "nemo", "transformers", "hydra", "omegaconf", "lightning", "numpy", "pydantic")
@@ -134,3 +138,14 @@ def test_an_error_names_flags_in_the_place_of_keys() -> None:
     want = "--llm is missing: set --alpha 2, or reward.alphas; xllm.model, llm.model.x and the output stay."
     assert in_flags(said, flags) == want
     assert in_flags("unknown key reward.alpah; did you mean reward.alpha?", flags).endswith("reward.alpha?")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_has_two_examples_that_it_takes(command: Callable[..., int]) -> None:
+    for words in (examples := EXAMPLES[command.__name__]):
+        given = [command.__name__, *shlex.split(words)]
+        words = [given[0], *_adapt_words(given[1:])] if given[0] == "adapt" else given
+        called, _, _ = _app().parse_args(words, exit_on_error=False, print_error=False)
+        assert called is command
+    assert len(examples) == 2
+    assert max(len(line) for line in examples_text(command.__name__).splitlines()) <= 80
