@@ -6,6 +6,7 @@ A block that cannot run here stands behind a comment ``<!-- not run: reason -->`
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -41,16 +42,16 @@ SHORTER = {
 }
 
 
-def _blocks() -> list[Any]:
+def _blocks(*kinds: str) -> list[Any]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
+            if match["kind"] not in kinds:
+                continue
             line = text[: match.start("code")].count("\n")
             name = f"{page.relative_to(ROOT)}:{line}"
-            marks = [] if match["kind"] == "yaml" else [pytest.mark.slow]
-            if match["reason"]:
-                marks.append(pytest.mark.skip(reason=match["reason"]))
+            marks = [pytest.mark.skip(reason=match["reason"])] if match["reason"] else []
             found.append(pytest.param(match["kind"], textwrap.dedent(match["code"]), id=name, marks=marks))
     return found
 
@@ -77,13 +78,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Pa
     return folder
 
 
-@pytest.mark.parametrize(("kind", "code"), _blocks())
+@pytest.mark.parametrize(("kind", "code"), _blocks("yaml"))
+def test_yaml_in_the_docs_is_yaml(kind: str, code: str) -> None:
+    assert yaml.safe_load(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "code"), _blocks("bash", "python"))
 def test_code_in_the_docs_runs(kind: str, code: str, place: Path) -> None:
     for said, run in SHORTER.items():
         code = code.replace(said, run)
-    if kind == "yaml":
-        assert yaml.safe_load(code)
-        return
     paths = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": paths, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
@@ -173,7 +177,8 @@ def _messages() -> list[str]:
 
 def _within(quote: str, text: str) -> bool:
     """Whether the parts of the quotation between ``…`` stand in the text, in their order."""
-    return re.search(".*".join(map(re.escape, quote.split("…"))), text, re.S) is not None
+    parts = quote.split("…")
+    return all(part in text for part in parts) and bool(re.search(".*".join(map(re.escape, parts)), text, re.S))
 
 
 def test_no_page_says_an_old_name() -> None:
@@ -195,11 +200,15 @@ def test_settings_that_the_pages_name_exist() -> None:
     assert {str(page): lost for page in pages if (lost := _lost_settings(page.read_text(encoding="utf-8")))} == {}
 
 
+@functools.cache
+def _settings() -> Any:
+    return compose_config([])
+
+
 def _lost_settings(text: str) -> list[str]:
-    cfg = compose_config([])
     named = set(
         re.findall(r"\b((?:feedback|proposals|parameters|guards|context|objective)\.(?!py\b)[a-z_]+)\b(?!\.)", text)
     )
     forms = {key for path in (ROOT / "conf" / "objective").glob("*.yaml") for key in yaml.safe_load(path.read_text())}
-    lost = [key for key in sorted(named) if OmegaConf.select(cfg, key, default="?") == "?"]
+    lost = [key for key in sorted(named) if OmegaConf.select(_settings(), key, default="?") == "?"]
     return [key for key in lost if key.removeprefix("objective.") not in forms]
