@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo.utils import logging
+from omegaconf import DictConfig
 from settings import SETTINGS
 
 from nemo_llm_feedback.cli.jobs.score import ScoreReport, score
-from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
+from nemo_llm_feedback.core.config.compose import compose_config
 
 COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
 
@@ -46,24 +47,25 @@ def main() -> None:
     for name, overrides in settings.items():
         key = f"{name} ({overrides})"
         if key not in found:
-            found[key] = _numbers(score(_probe(options, overrides)))
+            found[key] = _numbers(
+                score(options.checkpoint, options.manifest, _settings(options, overrides), utterances=0)
+            )
             done.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(
             f"| {name} | " + " | ".join(f"{value:.{_digits(column)}f}" for column, value in found[key].items()) + " |"
         )
 
 
-def _probe(options: argparse.Namespace, overrides: str) -> ProbeOptions:
-    """A setting's flags; what a composite or a rule lacks is given by its own overrides."""
+def _settings(options: argparse.Namespace, overrides: str) -> DictConfig:
+    """The configuration of a setting; what a composite or a rule lacks is given by its own overrides."""
     weights = (f"reward.alpha={options.alpha}", f"reward.beta={2 * options.alpha}", "proposals.boosting_weights=[]")
-    judge = JudgeOptions(
-        llm=options.llm,
-        description=options.description,
-        terms_file=options.terms_file,
-        overrides=(*weights, *shlex.split(overrides)),
+    cfg = compose_config([*weights, *shlex.split(overrides), f"reward.cache={options.out / 'llm_scores.sqlite'}"])
+    cfg.llm.model, cfg.context.description, cfg.context.terms_file = (
+        options.llm,
+        options.description,
+        options.terms_file,
     )
-    cache = str(options.out / "llm_scores.sqlite")
-    return ProbeOptions(options.checkpoint, manifest=options.manifest, utterances=0, judge=judge, cache=cache)
+    return cfg
 
 
 def _numbers(report: ScoreReport) -> dict[str, float]:

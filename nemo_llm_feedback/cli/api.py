@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_llm_feedback.cli.options import AdaptOptions, JudgeOptions, ProbeOptions
+from nemo_llm_feedback.cli.options import compose_flags, given
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.rewards import Reward, as_reward
 from nemo_llm_feedback.rewards.rules import RewardFunction
 
 with quiet():  # NeMo's telemetry writes when it is imported
     from nemo_llm_feedback.cli.jobs import score as scoring
-    from nemo_llm_feedback.cli.jobs.adapt import AdaptResult
-    from nemo_llm_feedback.cli.jobs.adapt_runs import AveragedRuns, adapt_runs
+    from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, AveragedRuns, adapt_runs
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -53,24 +52,11 @@ def adapt(
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    file = terms if isinstance(terms, (str, Path)) else None
-    judge = JudgeOptions(
-        llm=_path(llm),
-        description=description or None,
-        terms=() if isinstance(terms, (str, Path)) else tuple(terms),
-        terms_file=_path(file),
-    )
-    options = AdaptOptions(
-        base=str(base),
-        manifest=_paths(manifest),
-        validation=_paths(validation),
-        judge=judge,
-        output=_path(output),
-        objective=objective,
-        max_steps=max_steps,
-    )
-    cfg = options.compose(overrides)
-    return adapt_runs(cfg, reward=None if reward is None else as_reward(reward))
+    listed = None if isinstance(terms, (str, Path)) else tuple(terms)
+    named = terms if isinstance(terms, (str, Path)) else None
+    flags = given(base=str(base), manifest=manifest, validation=validation, output=output, max_steps=max_steps)
+    flags |= given(objective=objective, llm=llm, description=description, terms=listed, terms_file=named)
+    return adapt_runs(compose_flags(flags, overrides), reward=None if reward is None else as_reward(reward))
 
 
 def score(
@@ -97,21 +83,5 @@ def score(
     Raises:
         FeedbackError: settings, manifest, checkpoint or LLM cannot be used.
     """
-    judge = JudgeOptions(
-        llm=_path(llm),
-        description=description,
-        terms_file=_path(terms_file),
-        overrides=tuple(overrides),
-    )
-    return scoring.score(ProbeOptions(str(model), manifest=str(manifest), utterances=utterances, judge=judge))
-
-
-def _path(given: str | Path | None) -> str | None:
-    return None if given is None else str(given)
-
-
-def _paths(given: Paths | None) -> tuple[str, ...]:
-    """One path or several as strings."""
-    if given is None or isinstance(given, (str, Path)):
-        return () if given is None else (str(given),)
-    return tuple(str(path) for path in given)
+    cfg = compose_flags(given(description=description, terms_file=terms_file, llm=llm), overrides)
+    return scoring.score(model, manifest, cfg, utterances=utterances)

@@ -17,16 +17,19 @@ from nemo_llm_feedback.cli.options import (
     Device,
     HeadName,
     JsonFile,
+    JudgeOptions,
     Manifest,
     Models,
     NoAudio,
     Output,
-    ProbeOptions,
     RescoringFlags,
     ScoringFlags,
     Segmenting,
-    device_name,
+    compose_flags,
+    given,
     head_of,
+    keys_of_flags,
+    torch_device,
 )
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
@@ -65,7 +68,7 @@ def adapt(
         config_dir: folder of your configurations, searched first
         show_config: print the composed configuration and stop (Hydra's --cfg job)
     """
-    cfg = options.compose(overrides, config_name=config_name, config_dir=config_dir)
+    cfg = compose_flags(given(options), overrides, config_name=config_name, config_dir=config_dir)
     if show_config:
         from omegaconf import OmegaConf
 
@@ -74,8 +77,7 @@ def adapt(
     with quiet(verbose=cfg.verbose is True):
         from nemo.utils.get_rank import is_global_rank_zero
 
-        from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, summary
-        from nemo_llm_feedback.cli.jobs.adapt_runs import adapt_runs, averaged_text
+        from nemo_llm_feedback.cli.jobs.adapt import AdaptResult, adapt_runs, averaged_text, summary
     result = adapt_runs(cfg)
     if is_global_rank_zero():
         print(summary(result) if isinstance(result, AdaptResult) else averaged_text(result))
@@ -104,8 +106,16 @@ def prepare(
 
 
 def score(
-    options: ProbeOptions,
+    model: Annotated[str, Models],
     *,
+    manifest: Annotated[str, Manifest],
+    utterances: NonNegativeInt = 10,
+    judge: JudgeOptions = JudgeOptions(),
+    samples: NonNegativeInt | None = None,
+    head: HeadName | None = None,
+    device: Device = "auto",
+    batch_size: PositiveInt = 16,
+    cache: str | None = None,
     show: NonNegativeInt | None = None,
     members: PositiveInt = 8,
     compare_quantization: Literal["nf4", "int8", "none"] | None = None,
@@ -115,7 +125,15 @@ def score(
     """Shows N-best lists with their rewards; picks weights, compares quantisations.
 
     Args:
-        options: which N-best lists
+        model: .nemo file or pretrained name
+        manifest: NeMo manifest, with text or without
+        utterances: rows that are taken, spread evenly over the manifest; 0 = all
+        judge: what judges hypotheses
+        samples: hypotheses that are sampled from the model
+        head: head of a hybrid model
+        device: where the models run
+        batch_size: utterances per batch of the recogniser
+        cache: file or folder of LLM scores: those of earlier runs are read, new ones added
         show: utterances printed in full; default: all that are scored
         members: members printed per utterance, best first
         compare_quantization: also judge by the LLM in this quantisation, and compare
@@ -126,9 +144,13 @@ def score(
 
     if json:
         check_writable(json)
+    cfg = compose_flags(given(judge, samples=samples, head=head, device=device, cache=cache))
     with quiet():
         from nemo_llm_feedback.cli.jobs import score as job
-    report = job.score(options, compare_quantization_with=compare_quantization, tune=tune)
+    other = compare_quantization
+    report = job.score(
+        model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device, other=other, tune=tune
+    )
     print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
     if json:
         write_record(json, job.report_record(report))
@@ -172,7 +194,7 @@ def transcribe(
     tree = _rescoring(choice, nbest)
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
-    place = _device(device)
+    place = torch_device(device)
     with quiet():
         from nemo_llm_feedback.cli.jobs import transcribe as job
 
@@ -231,7 +253,7 @@ def evaluate(
 
     for path in filter(None, (json, report)):
         check_writable(path)
-    place = _device(device) if models else "cpu"
+    place = torch_device(device) if models else "cpu"
     found = job.evaluate(
         models,
         manifest,
@@ -319,67 +341,34 @@ def export(
 COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
 
 
-def _device(given: str) -> str:
-    """The device that the flag ``--device`` names, as torch has it.
-
-    Raises:
-        ConfigError: there is no such GPU.
-    """
-    name = device_name(given)
-    if name == "cpu":
-        return name
-    import torch
-
-    count = torch.cuda.device_count()
-    if name == "auto":
-        return "cuda:0" if count else "cpu"
-    number = int(name[5:] or 0)
-    if number >= count:
-        raise ConfigError(f"--device {given}: {count} GPU(s) here; give cuda:N with a smaller number, or cpu.")
-    return f"cuda:{number}"
-
-
 def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
-    """The rescoring settings that file and flags name; None = the checkpoint's decoding.
+    """The rescoring settings that the flags name; None = the checkpoint's decoding.
 
     Raises:
-        ConfigError: flags of the rescoring without ``--rescore``.
+        ConfigError: flags of the rescoring without ``--rescore``, or settings of other sections.
     """
-    given = choice.settings() | ({"context.required": False} if choice.no_context else {})
-    judged = choice.rescore or choice.rescoring is not None
-    if not judged and (choice.judge.overrides or any(key.startswith(("reward.", "llm.")) for key in given)):
+    from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS
+
+    keys, overrides = keys_of_flags(given(choice)), choice.judge.overrides
+    if not choice.rescore and (overrides or any(key.startswith(("reward.", "llm.")) for key in keys)):
         raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
-    if not judged and not nbest and not given:
+    if not (choice.rescore or choice.no_context or nbest or keys):
         return None
-    tree: dict[str, Any] = _rescoring_file(choice) if judged else {"reward": None}
-    for key, value in given.items():
-        section, _, name = key.rpartition(".")
-        tree |= {section: {**(tree.get(section) or {}), name: value}} if section else {name: value}
+    named = [override.lstrip("+~").split("=")[0].split(".")[0] for override in overrides]
+    if strange := [section for section in dict.fromkeys(named) if section not in SHARED_SECTIONS]:
+        raise ConfigError(
+            f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has to set "
+            "has other flags."
+        )
+    from omegaconf import OmegaConf
+
+    composed: Any = OmegaConf.to_container(compose_flags(given(choice)), resolve=True, throw_on_missing=False)
+    tree = {name: composed[name] for name in (*SHARED_SECTIONS, *(key for key in keys if "." not in key))}
+    tree["context"]["required"] &= not choice.no_context
+    if not choice.rescore:
+        tree["reward"] = None
     if nbest and not tree.get("nbest"):
         from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 
         tree["nbest"] = max(nbest, DEFAULT_NBEST)
     return tree
-
-
-def _rescoring_file(choice: RescoringFlags) -> dict[str, Any]:
-    """The settings of the file or of ``--set``, as plain mappings."""
-    from omegaconf import OmegaConf
-
-    from nemo_llm_feedback.core.config.compose import compose_config
-    from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS, read_yaml
-
-    overrides = choice.judge.overrides
-    if not overrides:
-        return read_yaml(choice.rescoring) if choice.rescoring else {}
-    if choice.rescoring:
-        raise ConfigError("--set and --rescoring FILE both give the settings: write them into the file, or use --set.")
-    named = list(dict.fromkeys(override.lstrip("+~").split("=")[0].split(".")[0] for override in overrides))
-    strange = [section for section in named if section not in SHARED_SECTIONS]
-    if strange:
-        raise ConfigError(
-            f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has "
-            "to set has other flags, or stands in the file of --rescoring."
-        )
-    composed: Any = OmegaConf.to_container(compose_config(overrides), resolve=True, throw_on_missing=False)
-    return {section: composed[section] for section in named}

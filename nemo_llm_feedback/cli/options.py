@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
@@ -90,6 +91,26 @@ def device_name(given: str) -> str:
     return name
 
 
+def torch_device(given: str) -> str:
+    """The device that the flag ``--device`` names, as torch has it.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    name = device_name(given)
+    if name == "cpu":
+        return name
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda:0" if count else "cpu"
+    number = int(name[5:] or 0)
+    if number >= count:
+        raise ConfigError(f"--device {given}: {count} GPU(s) here; give cuda:N with a smaller number, or cpu.")
+    return f"cuda:{number}"
+
+
 def head_of(given: str) -> str:
     """The head of the flag ``--head``, whose ``rnnt`` is NeMo's name of a transducer."""
     return "transducer" if given == "rnnt" else given
@@ -114,23 +135,70 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     return message
 
 
-class Options:
-    """A group of flags."""
+def given(*groups: Any, **flags: Any) -> dict[str, Any]:
+    """Name → value of the flags that were given: paths as texts, several values as a tuple.
 
-    def settings(self) -> dict[str, Any]:
-        """The keys of the settings that the given flags set, those of nested groups as well."""
-        found: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Options):
-                found |= value.settings()
-            elif name in KEYS and value is not None and value != ():
-                found[KEYS[name]] = list(value) if isinstance(value, tuple) else value
-        return found
+    Args:
+        groups: groups of flags, which may hold others.
+        flags: further flags.
+    """
+    found: dict[str, Any] = {}
+    for name, value in [*(item for group in groups for item in vars(group).items()), *flags.items()]:
+        if is_dataclass(value):
+            found |= given(value)
+        elif value is not None and value != () and value != "":
+            found[name] = tuple(map(str, value)) if isinstance(value, (tuple, list)) else value
+            found[name] = str(value) if isinstance(value, Path) else found[name]
+    return found
+
+
+def keys_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the settings that flags set.
+
+    Args:
+        flags: what :func:`given` gave.
+    """
+    found = {KEYS[name]: list(v) if isinstance(v, tuple) else v for name, v in flags.items() if name in KEYS}
+    for key in (KEYS["manifest"], KEYS["validation"]):
+        if len(found.get(key, ())) == 1:
+            (found[key],) = found[key]
+    if "head" in flags:
+        found[KEYS["head"]] = head_of(flags["head"])
+    if base := flags.get("base"):
+        found["init_from_nemo_model" if base.endswith(".nemo") else "init_from_pretrained_model"] = base
+    if (device := device_name(flags.get("device", "auto"))) != "auto":
+        found |= {"llm.device": device} | ({"trainer.devices": [int(device[5:])]} if ":" in device else {})
+    return found
+
+
+def compose_flags(flags: Mapping[str, Any], overrides: Sequence[str] = (), **files: Any) -> Any:
+    """The configuration that flags and settings make; the flags win.
+
+    Args:
+        flags: see :func:`keys_of_flags`.
+        overrides: further settings, ``KEY=VALUE``.
+        files: ``config_name`` and ``config_dir`` of ``compose_config``.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+    """
+    from omegaconf import OmegaConf
+
+    from nemo_llm_feedback.core.config.compose import compose_config
+
+    groups = [f"objective={flags['objective']}"] if "objective" in flags else []
+    keys = keys_of_flags(flags)
+    if "llm.device" in keys:
+        groups.append("trainer=cpu" if keys["llm.device"] == "cpu" else "trainer=gpu")
+    cfg = compose_config([*groups, *flags.get("overrides", ()), *overrides], **files)
+    for key, value in keys.items():
+        OmegaConf.update(cfg, key, value)
+    return cfg
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class JudgeOptions(Options):
+class JudgeOptions:
     """What judges hypotheses; None leaves the value of the configuration.
 
     Attributes:
@@ -157,7 +225,7 @@ class JudgeOptions(Options):
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class AdaptOptions(Options):
+class AdaptOptions:
     """The settings of `adapt` that are given most often; every other one, and these too, as KEY=VALUE.
 
     Attributes:
@@ -190,46 +258,14 @@ class AdaptOptions(Options):
     runs: int | None = None
     resume: Literal["auto", "never"] | None = None
 
-    def compose(self, overrides: Sequence[str] = (), **files: Any) -> Any:
-        """The configuration of the run: the flags win over the overrides.
-
-        Args:
-            overrides: further settings, ``KEY=VALUE``.
-            files: ``config_name`` and ``config_dir`` of ``compose_config``.
-
-        Raises:
-            ConfigError: settings that cannot be used.
-        """
-        from omegaconf import OmegaConf
-
-        from nemo_llm_feedback.core.config.compose import compose_config
-
-        flags = self.settings()
-        for key in (KEYS["manifest"], KEYS["validation"]):
-            if len(flags.get(key, ())) == 1:
-                flags[key] = flags[key][0]
-        if self.base is not None:
-            flags["init_from_nemo_model" if self.base.endswith(".nemo") else "init_from_pretrained_model"] = self.base
-        if self.head is not None:
-            flags[KEYS["head"]] = head_of(self.head)
-        groups = [f"objective={self.objective}"] if self.objective else []
-        if self.device is not None and (device := device_name(self.device)) != "auto":
-            groups.append("trainer=cpu" if device == "cpu" else "trainer=gpu")
-            flags |= {"llm.device": device} | ({"trainer.devices": [int(device[5:])]} if ":" in device else {})
-        cfg = compose_config([*groups, *self.judge.overrides, *overrides], **files)
-        for key, value in flags.items():
-            OmegaConf.update(cfg, key, value)
-        return cfg
-
 
 @Parameter(name="*", group=_RESCORING)
 @dataclass(frozen=True)
-class RescoringFlags(Options):
+class RescoringFlags:
     """What rescoring is made of beside its judge.
 
     Attributes:
         rescore: choose among the N-best with an LLM
-        rescoring: settings as YAML (conf/rescoring.yaml); flags win
         no_context: allow utterances without any context
         beam_size: hypotheses of the first pass
         boosted: more hypotheses from a beam boosted on the terms
@@ -239,7 +275,6 @@ class RescoringFlags(Options):
 
     _: KW_ONLY
     rescore: bool = False
-    rescoring: str | None = None
     no_context: bool = False
     beam_size: int | None = None
     boosted: int | None = None
@@ -274,32 +309,6 @@ class ScoringFlags:
     group_by: tuple[str, ...] = ()
     samples: Annotated[PositiveInt, Parameter(name="--resamples")] = 2000
     seed: NonNegativeInt = 0
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class ProbeOptions(Options):
-    """N-best lists with their rewards, of rows of a manifest.
-
-    Attributes:
-        model: .nemo file or pretrained name
-        manifest: NeMo manifest, with text or without
-        utterances: rows that are taken, spread evenly over the manifest; 0 = all
-        samples: hypotheses that are sampled from the model
-        batch_size: utterances per batch of the recogniser
-        cache: file or folder of LLM scores: those of earlier runs are read, new ones added
-    """
-
-    model: Annotated[str, Models]
-    _: KW_ONLY
-    manifest: Annotated[str, Manifest]
-    utterances: NonNegativeInt = 10
-    judge: JudgeOptions = field(default_factory=JudgeOptions)
-    samples: NonNegativeInt | None = None
-    head: HeadName | None = None
-    device: Device = "auto"
-    batch_size: PositiveInt = 16
-    cache: str | None = None
 
 
 @Parameter(name="*")

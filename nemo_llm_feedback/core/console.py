@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -39,11 +39,9 @@ class _LogFile(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Appends to the file at once: a killed run keeps its last lines."""
-        self._file.write(text)
-        self._file.flush()
-        if self._terminal is not None:
-            self._terminal.write(text)
-            self._terminal.flush()
+        for stream in filter(None, (self._file, self._terminal)):
+            stream.write(text)
+            stream.flush()
         return len(text)
 
     def fileno(self) -> int:
@@ -53,11 +51,10 @@ class _LogFile(io.TextIOBase):
     def move_to(self, path: Path) -> None:
         """Goes on in a named file, behind what it holds, with all lines up to now."""
         self._file.seek(0)
-        earlier = self._file.read()
-        self._file.close()
-        self._file = path.open("a", encoding="utf-8", errors="replace")
-        self._file.write(earlier)
-        self._file.flush()
+        with self._file as earlier:
+            self._file = path.open("a", encoding="utf-8", errors="replace")
+            self._file.write(earlier.read())
+            self._file.flush()
 
     def close_file(self) -> None:
         """No line comes after this."""
@@ -108,7 +105,6 @@ class Session:
     """
 
     def __init__(self, *, verbose: bool) -> None:
-        self._streams = sys.stdout, sys.stderr
         other_rank = any(os.environ.get(name, "0") not in ("", "0") for name in _RANKS)
         shown = io.StringIO() if other_rank else sys.stderr
         self.verbose = verbose
@@ -116,9 +112,16 @@ class Session:
         self.console = Console(file=shown, highlight=False, soft_wrap=True)
         self.bars = self.console.is_terminal and not verbose
         self.in_training, self.stop = False, 0
-        self._progress: Progress | None = None
-        self._redirected: list[tuple[Any, Any]] = []
-        self._warnings = _Warnings(self)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        plain: Any = {"redirect_stdout": False, "redirect_stderr": False, "disable": not self.bars}
+        self._progress = _Bars(*columns, console=self.console, transient=True, **plain)
 
     def show(self, text: str) -> None:
         """Prints a line, or several, above the bar; the log has them too."""
@@ -141,63 +144,48 @@ class Session:
         """
         if not self.bars:
             self.show(f"{label} …")
-            yield _ignore
-            return
-        if self._progress is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-            )
-            self._progress = _Bars(
-                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
-            )
-        progress = self._progress
-        progress.start()
-        task = progress.add_task(label, total=total, unit=unit, note="", left="")
+        task = self._progress.add_task(label, total=total, unit=unit, note="", left="")
+        self._progress.start()
         try:
-            yield lambda done, **fields: progress.update(task, completed=done, **fields)
+            yield lambda done, **fields: self._progress.update(task, completed=done, **fields)
         finally:
-            progress.remove_task(task)
-            if not progress.tasks:
-                progress.stop()
-                self._progress = None
+            self._progress.remove_task(task)
+            if not self._progress.tasks:
+                self._progress.stop()
 
-    def begin(self) -> None:
-        """Sends everything to the log that is written to the standard streams, also by handlers that hold them."""
-        self._redirect({id(stream) for stream in (*self._streams, sys.__stdout__, sys.__stderr__)}, self.log)
+    @contextmanager
+    def capturing(self) -> Iterator[Session]:
+        """While inside, what is written to the standard streams goes to the log, also by handlers that hold them."""
+        loggers, warnings = [logging.getLogger(name) for name in _LOGGERS], _Warnings(self)
+        level, streams = loggers[0].level, (sys.stdout, sys.stderr)
+        moved = _redirect({id(stream) for stream in (*streams, sys.__stdout__, sys.__stderr__)}, self.log)
         sys.stdout = sys.stderr = self.log
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(self._warnings)
-        self._level = logging.getLogger(_LOGGERS[0]).level
-        logging.getLogger(_LOGGERS[0]).setLevel(logging.INFO)
-
-    def end(self) -> None:
-        """Gives the streams back, to libraries too that were imported meanwhile."""
-        sys.stdout, sys.stderr = self._streams
-        for handler, stream in self._redirected:
-            handler.setStream(stream)
-        self._redirect({id(self.log)}, sys.stderr)
-        for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(self._warnings)
-        logging.getLogger(_LOGGERS[0]).setLevel(self._level)
-        self.log.close_file()
-
-    def _redirect(self, streams: set[int], target: Any) -> None:
-        """Every log handler that writes to one of the streams writes to another."""
-        loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
-        for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
-            # Handlers that look up `sys.stderr` at every line hold none.
-            if isinstance(handler, logging.StreamHandler) and id(vars(handler).get("stream")) in streams:
-                self._redirected.append((handler, handler.stream))
-                handler.setStream(target)
+        loggers[0].setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(warnings)
+        try:
+            yield self
+        finally:
+            sys.stdout, sys.stderr = streams
+            for handler, stream in moved:
+                handler.setStream(stream)
+            _redirect({id(self.log)}, sys.stderr)  # of libraries that were imported meanwhile
+            for logger in loggers:
+                logger.removeHandler(warnings)
+            loggers[0].setLevel(level)
+            self.log.close_file()
 
 
-def _ignore(done: int, **fields: str) -> None:
-    """Where no bar is shown."""
+def _redirect(streams: set[int], target: Any) -> list[tuple[Any, Any]]:
+    """Every log handler that writes to one of the streams writes to another; gives (handler, what it wrote to)."""
+    loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
+    found = []
+    for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
+        # Handlers that look up `sys.stderr` at every line hold none.
+        if isinstance(handler, logging.StreamHandler) and id(vars(handler).get("stream")) in streams:
+            found.append((handler, handler.stream))
+            handler.setStream(target)
+    return found
 
 
 _active: Session | None = None
@@ -218,13 +206,12 @@ def quiet(*, verbose: bool = False) -> Iterator[Session]:
     if _active is not None:
         yield _active
         return
-    session = _active = Session(verbose=verbose or _verbose)
-    session.begin()
+    _active = Session(verbose=verbose or _verbose)
     try:
-        yield session
+        with _active.capturing() as session:
+            yield session
     finally:
         _active = None
-        session.end()
 
 
 def be_verbose() -> None:
@@ -247,10 +234,7 @@ def show(text: str) -> None:
 @contextmanager
 def progress(label: str, total: int, *, unit: str = "utt") -> Iterator[Callable[..., None]]:
     """The bar of a job while inside (:meth:`Session.bar`); nothing in the user's own program."""
-    if _active is None:
-        yield _ignore
-        return
-    with _active.bar(label, total, unit=unit) as on_done:
+    with _active.bar(label, total, unit=unit) if _active else nullcontext(lambda done, **fields: None) as on_done:
         yield on_done
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.asr.heads import Head, Labels, heads_of
-from nemo_llm_feedback.core.config import ProposalConfig
+from nemo_llm_feedback.core.config import ProposalConfig, RunConfig
+from nemo_llm_feedback.core.console import progress
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.evaluation.metrics import CorpusScores
+from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 
 NBest = tuple[tuple[str, float], ...]
@@ -100,6 +103,27 @@ def decode_rows(
 def transcribe_rows(model: Any, rows: Sequence[Row], *, head: str = "auto", batch_size: int = 16) -> list[str]:
     """Greedy transcripts of the rows, in their order; see :func:`decode_rows`."""
     return list(decode_rows(model, rows, head=head, batch_size=batch_size).texts)
+
+
+def score_sets(
+    model: Any, sets: Mapping[str, Sequence[Row]], config: RunConfig | None = None, *, batch_size: int = 16
+) -> dict[str, CorpusScores]:
+    """Set → scores of the greedy transcripts of its rows, which have text.
+
+    Args:
+        model: a NeMo CTC, transducer or hybrid model.
+        sets: name → rows.
+        config: names head, context and text normalisation; None = the defaults.
+        batch_size: rows per batch.
+    """
+    config = config or RunConfig()
+    found, head, context = {}, config.feedback.heads, config.context.load()
+    for name, rows in sets.items():
+        with progress(f"transcribing {name}", len(rows)) as on_batch:
+            which = "auto" if head == "both" else head
+            texts = decode_rows(model, rows, head=which, batch_size=batch_size, on_batch=on_batch).texts
+        found[name] = score_rows(rows, texts, run_context=context, normalizer=config.feedback.normalizer)
+    return found
 
 
 def propose_rows(

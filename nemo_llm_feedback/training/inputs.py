@@ -35,20 +35,35 @@ def labelled_rows(manifests: Any, *, skip: bool = False) -> dict[str, list[Row]]
     sets: dict[str, list[Row]] = {}
     for path in expand_paths(manifests):
         rows = read_manifest(path)
-        bare = [row.origin for row in rows if not row.text]
-        broken = unreadable(rows)
-        bad = [reason for _, reason in broken]
-        what = "unreadable audio" if bad else "no `text`"
-        message = list_faults(f"{len(bad or bare)} row(s) of the manifest {path} have {what}:", bad or bare)
-        if bare or (bad and not skip) or len(bad) == len(rows):
-            raise ManifestError(message)
-        if bad:
-            logging.warning(f"left out: {message}")
+        if bare := [row.origin for row in rows if not row.text]:
+            raise ManifestError(list_faults(f"{len(bare)} row(s) of the manifest {path} have no `text`:", bare))
         stem = Path(path).stem
         name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
-        unread = {id(row) for row, _ in broken}
-        sets[name] = [row for row in rows if id(row) not in unread]
+        sets[name] = readable(rows, path, skip=skip)
     return sets
+
+
+def readable(rows: Sequence[Row], manifest: Any, *, skip: bool = True) -> list[Row]:
+    """The rows whose audio can be read.
+
+    Args:
+        rows: of a manifest, not tarred.
+        manifest: its path.
+        skip: leave the others out, with a warning.
+
+    Raises:
+        ManifestError: there are others and they are not skipped, or there are only such.
+    """
+    broken = unreadable(rows)
+    if not broken:
+        return list(rows)
+    reasons = [reason for _, reason in broken]
+    message = list_faults(f"{len(broken)} row(s) of the manifest {manifest} have unreadable audio:", reasons)
+    if not skip or len(broken) == len(rows):
+        raise ManifestError(message)
+    logging.warning(f"left out: {message}")
+    unread = {id(row) for row, _ in broken}
+    return [row for row in rows if id(row) not in unread]
 
 
 def everyday_rows(config: RunConfig, vocabulary: Vocabulary, *, replays: bool) -> tuple[Row, ...]:

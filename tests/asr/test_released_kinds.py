@@ -22,8 +22,8 @@ from nemo_llm_feedback.cli.jobs.evaluate import evaluate
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.score import score
 from nemo_llm_feedback.cli.jobs.transcribe import transcribe
-from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
 from nemo_llm_feedback.core.config import ParametersConfig
+from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.training.models import restore
 
@@ -59,9 +59,8 @@ def test_every_job_works_on(
     labelled, mixed = manifests[KINDS[name][1]]
     base = build_kind(name, tmp_path / "base.nemo", tokenizers)
     small = ("proposals.beam=3", "proposals.boosted=2", "proposals.max_symbols=3")
-    judge = JudgeOptions(llm=str(tiny_llm), description="an order", overrides=small)
-
-    report = score(ProbeOptions(str(base), manifest=str(labelled), judge=judge))
+    cfg = compose_config([f"llm.model={tiny_llm}", "context.description=an order", *small])
+    report = score(base, labelled, cfg)
     logp = report.nbest.ref_logp.values()
     assert all(torch.isfinite(values[report.nbest.mask]).all() for values in logp)
     assert any(len(row) > 1 for row in report.nbest.texts)

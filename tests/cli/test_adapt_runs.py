@@ -10,7 +10,7 @@ import torch
 from helpers.runs import arguments, weights
 from helpers.tiny import write_manifest
 
-from nemo_llm_feedback.cli.jobs import adapt_runs as job
+from nemo_llm_feedback.cli.jobs import adapt as job
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError

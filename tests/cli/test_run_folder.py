@@ -21,8 +21,13 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import remove_leftovers
-from nemo_llm_feedback.cli.jobs.inputs import changed_inputs, input_digests
-from nemo_llm_feedback.cli.jobs.run_choice import record_start, run_folder, settings_text
+from nemo_llm_feedback.cli.jobs.run_choice import (
+    changed_inputs,
+    input_digests,
+    record_start,
+    run_folder,
+    settings_text,
+)
 from nemo_llm_feedback.cli.jobs.start import room
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
@@ -53,7 +58,7 @@ def test_a_second_start_in_the_folder_of_a_living_run_touches_nothing(
 def test_two_new_runs_never_share_a_folder(tmp_path: Path) -> None:
     cfg = OmegaConf.create({"exp_manager": {"exp_dir": str(tmp_path), "name": "n"}, "resume": "never"})
     with run_folder(cfg, {}) as one, run_folder(cfg, {}) as two:
-        assert [one.version, two.version] == ["version_0", "version_1"]
+        assert [Path(manager.explicit_log_dir).name for manager in (one, two)] == ["version_0", "version_1"]
 
 
 def test_an_output_that_is_a_folder_is_refused_before_any_work(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
@@ -95,7 +100,7 @@ def test_case_14_a_changed_file_starts_the_run_anew_and_is_named(
     folder.mkdir(parents=True)
     record_start(cfg, folder, checkpoint=None, inputs=digests())
     with run_folder(cfg, digests()) as manager:
-        assert (manager.version, manager.resume_if_exists) == ("version_0", True)
+        assert (Path(manager.explicit_log_dir), manager.resume_if_exists) == (folder, True)
     audio = next((tmp_path / "wav").iterdir())
     os.utime(tmp_path / "menu.txt")  # not its contents
     assert changed_inputs(json.loads((folder / "run.json").read_text())["inputs"], digests()) == []
@@ -105,7 +110,7 @@ def test_case_14_a_changed_file_starts_the_run_anew_and_is_named(
         old = path.read_bytes()
         path.write_bytes(old[:-1] + bytes([old[-1] ^ 1]) if path.suffix != ".json" else old + b"\n")
         with quiet(), run_folder(cfg, digests()) as manager:
-            assert manager.version == "version_1", named
+            assert Path(manager.explicit_log_dir).name == "version_1", named
         assert named in capsys.readouterr().err, named
         # Asked for by name, it goes on, and says what it goes on without.
         asked = OmegaConf.merge(cfg, {"exp_manager": {"explicit_log_dir": str(folder), "resume_if_exists": True}})

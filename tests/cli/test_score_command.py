@@ -182,15 +182,15 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
     from nemo_llm_feedback.asr.heads import heads_of
     from nemo_llm_feedback.asr.reference import encode
     from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe
-    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
+    from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.hypotheses.maker import NBestMaker
     from nemo_llm_feedback.hypotheses.proposals import Proposer
     from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 
     manifest = write_manifest(tmp_path / "pool.json", [None] * 4)
     overrides = (*SMALL, "proposals.boosting_weights=[]", "context.terms=[latte,mocha]")
-    judge = JudgeOptions(llm=str(tiny_llm), description="an order", overrides=overrides)
-    probe = NBestProbe(ProbeOptions(str(nemo_file("ctc_bpe")), manifest=str(manifest), judge=judge))
+    cfg = compose_config([*overrides, f"llm.model={tiny_llm}", "context.description=an order"])
+    probe = NBestProbe(nemo_file("ctc_bpe"), manifest, cfg)
     (head,) = heads_of(probe.model)
 
     class Encoded:
@@ -276,7 +276,7 @@ def test_the_grid_finds_where_the_truth_wins() -> None:
     right = ["a latte", "the tea", "one mocha"]
     nbest = nbest_of(*((["wrong words", text], [-9.0, -5.0], [-1.0, -7.0]) for text in right))
     grid = {"alphas": (0.0, 1.0, 2.0, 3.0), "betas": (0.0, 2.0)}
-    found = tune_by_labels(nbest, scores_of(right, nbest), asr_weight=1.0, part="llm", **grid)
+    found = tune_by_labels(nbest, scores_of(right, nbest), RewardConfig(), **grid)
     assert {(p.alpha, p.beta): p.wer for p in found.grid} == {
         (alpha, beta): (100.0 if alpha < 1.5 else 0.0) for alpha in grid["alphas"] for beta in grid["betas"]
     }
@@ -292,7 +292,7 @@ def test_of_equal_wer_the_lower_entity_wer_decides() -> None:
     """The larger α repairs the entity at the price of another word."""
     nbest = nbest_of((["get late", "got latte"], [-9.0, -5.0], [-1.0, -2.0]))
     scores = scores_of(["get latte"], nbest, [["latte"]])
-    found = tune_by_labels(nbest, scores, asr_weight=1.0, part="llm", alphas=(0.0, 1.0), betas=(0.0,))
+    found = tune_by_labels(nbest, scores, RewardConfig(), alphas=(0.0, 1.0), betas=(0.0,))
     assert [(point.wer, point.ewer) for point in found.grid] == [(50.0, 100.0), (50.0, 0.0)]
     assert found.alpha == 1.0
 
@@ -369,14 +369,17 @@ def test_quantisations_are_compared_on_the_same_groups(flags: list[str], tmp_pat
     assert ":none:" in found["other"]
 
 
+def judged(nbest: NBestBatch, llm: list[list[float]], *, rewards: list[list[float]]) -> NBestBatch:
+    """The N-best with other scores of the LLM and other rewards."""
+    parts = {**nbest.parts, "llm": torch.tensor(llm)}
+    return dataclasses.replace(nbest, parts=parts, rewards={"ctc": torch.tensor(rewards)})
+
+
 def test_the_comparison_of_quantisations_by_hand() -> None:
     nbest = nbest_of((["a", "b"], [0.0, 0.0], [0.0, 0.0]), (["a", "b"], [0.0, 0.0], [0.0, 0.0]))
-    found = compare_scores(
-        nbest,
-        scores=(torch.tensor([[-1.0, -2.0], [-5.0, NAN]]), torch.tensor([[-1.5, -3.5], [-4.0, -1.0]])),
-        rewards=(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.5], [1.0, 0.0]])),
-        names=("q", "f"),
-    )
+    run = judged(nbest, [[-1.0, -2.0], [-5.0, NAN]], rewards=[[0.0, 1.0], [1.0, 0.0]])
+    other = judged(nbest, [[-1.5, -3.5], [-4.0, -1.0]], rewards=[[2.0, 1.5], [1.0, 0.0]])
+    found = compare_scores(run, other, part="llm", names=("q", "f"))
     assert found.members == 3
     assert found.max_difference == 1.5
     assert found.mean_difference == pytest.approx((0.5 + 1.5 + 1.0) / 3)
@@ -385,8 +388,8 @@ def test_the_comparison_of_quantisations_by_hand() -> None:
     assert found.changed == ("u0",)
     assert "1 of 2 (50.0 %)" in comparison_text(found, utterances=2)
     assert "order the hypotheses alike" in found.advice
-    swapped = (torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -2.0]]))
-    found = compare_scores(nbest.select([0]), scores=swapped, rewards=swapped, names=("q", "f"))
+    swapped = [judged(nbest.select([0]), values, rewards=values) for values in ([[-2.0, -1.0]], [[-1.0, -2.0]])]
+    found = compare_scores(*swapped, part="llm", names=("q", "f"))
     assert (found.correlation, found.ranks.spearman) == (pytest.approx(-1.0), pytest.approx(-1.0))
     assert "use llm=int8 or llm=full" in found.advice
 

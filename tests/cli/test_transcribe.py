@@ -46,15 +46,11 @@ def test_a_manifest_is_transcribed_with_n_best_and_each_row_s_context(
         context=["a desk", ["mocha"], None],
         speaker=["x", "y", "z"],
     )
-    settings = tmp_path / "r.yaml"
-    settings.write_text(
-        "reward: {name: test_transcribe_contexts, alpha: 0.5, beta: 1.0}\nboosted: 0\nterm_swap: 0\n"
-        "context: {description: a shop, terms: [tea]}\n",
-        encoding="utf-8",
-    )
+    settings = ["reward.name=test_transcribe_contexts", "--alpha", "0.5", "--beta", "1", "--boosted", "0"]
+    settings += ["--term-swap", "0", "--description", "a shop", "--terms", "tea"]
     out = tmp_path / "out" / "o.json"
     SEEN.clear()
-    arguments = ["--rescoring", str(settings), "--nbest", "3", "--batch-size", "2", "--timestamps", "--cuda", "-1"]
+    arguments = ["--rescore", "--set", *settings, "--nbest", "3", "--batch-size", "2", "--timestamps", "--cuda", "-1"]
     assert (
         main(
             [
@@ -184,10 +180,8 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         (["{wav}", "--rescore", "--llm", "x", "--description", "x", "--beam-size", "1"], "--beam-size must be ≥ 2"),
         (["{wav}", "--rescore", "--llm", "x", "--description", "x", "--boosted", "-1"], "--boosted must be ≥ 0"),
         (["{wav}", "--rescore", "--llm", "/absent", "--description", "x"], "/absent"),
-        (["{wav}", "--rescoring", "/absent.yaml"], "cannot be read as YAML"),
         (["{wav}", "--set", "reward=entity"], "without --rescore"),
         (["{wav}", "--rescore", "--set", "feedback.heads=ctc"], "--set takes reward, llm, context"),
-        (["{wav}", "--rescoring", "a.yaml", "--set", "reward=entity"], "--set and --rescoring FILE"),
         (["{wav}", "--rescore", "--set", "reward.alhpa=1"], "did you mean reward.alpha"),
         (
             [

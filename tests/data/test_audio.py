@@ -184,14 +184,13 @@ def test_validation_and_guard_rows_with_broken_audio_are_left_out_under_skip(tmp
 
 def test_score_leaves_rows_with_broken_audio_out(nemo_file: Any, tmp_path: Path) -> None:
     from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe
-    from nemo_llm_feedback.cli.options import JudgeOptions, ProbeOptions
+    from nemo_llm_feedback.core.config.compose import compose_config
 
     path = write_manifest(tmp_path / "m.json", [None] * 3)
-    judge = JudgeOptions(overrides=("reward=rules",))
-    options = ProbeOptions(str(nemo_file("ctc_char")), manifest=str(path), judge=judge)
+    cfg = compose_config(["reward=rules"])
     for number in range(3):
         if number:
-            assert len(NBestProbe(options).rows) == 3 - number
+            assert len(NBestProbe(nemo_file("ctc_char"), path, cfg).rows) == 3 - number
         _broken(tmp_path / "wav" / f"m_{number}.wav", "half")
     with pytest.raises(ManifestError, match="3 row"):
-        NBestProbe(options)
+        NBestProbe(nemo_file("ctc_char"), path, cfg)

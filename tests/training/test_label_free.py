@@ -16,7 +16,7 @@ from helpers.tiny import write_manifest
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.reference import evaluation_mode
-from nemo_llm_feedback.cli.jobs.plan import reward_line
+from nemo_llm_feedback.cli.jobs.start import reward_line
 from nemo_llm_feedback.core.config import RewardConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError

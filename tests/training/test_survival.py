@@ -201,14 +201,14 @@ def test_the_same_command_starts_anew_after_a_finished_run(tmp_path: Path) -> No
     folder = tmp_path / "n" / "version_4"
     folder.mkdir(parents=True)
     (folder / "settings.yaml").write_text(settings_text(cfg))
-    assert experiment(cfg).version == "version_4"
-    assert experiment(OmegaConf.merge(cfg, {"resume": "never"})).version == "version_5"
-    assert experiment(OmegaConf.merge(cfg, {"seed": 2})).version == "version_5"
+    assert Path(experiment(cfg).explicit_log_dir).name == "version_4"
+    assert Path(experiment(OmegaConf.merge(cfg, {"resume": "never"})).explicit_log_dir).name == "version_5"
+    assert Path(experiment(OmegaConf.merge(cfg, {"seed": 2})).explicit_log_dir).name == "version_5"
     lock = FolderLock(folder)
-    assert experiment(cfg).version == "version_5"  # another process is in the other
+    assert Path(experiment(cfg).explicit_log_dir).name == "version_5"  # another process is in the other
     lock.release()
     (folder / "result.json").write_text("{}")
-    assert experiment(cfg).version == "version_5"
+    assert Path(experiment(cfg).explicit_log_dir).name == "version_5"
     assert [path.name for path in folder.parent.iterdir()] == ["version_4"]  # no run began
 
 
@@ -225,7 +225,7 @@ def test_a_run_folder_holds_no_secrets_and_its_run_still_goes_on(
     for path in folder.iterdir():
         assert "sk-123" not in path.read_text(), path.name
     assert json.loads((folder / "run.json").read_text())["command"][1] == "reward.settings.api_key=(hidden)"
-    assert experiment(cfg).version == "version_0"
+    assert Path(experiment(cfg).explicit_log_dir).name == "version_0"
 
 
 def test_what_a_kill_leaves_of_checkpoints_is_tidied(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The adapt job: checks the settings, logs a plan, trains, writes a plain ``.nemo``, and scores before and after."""
+"""The adapt job: checks the settings, logs a plan, trains, writes a plain ``.nemo``, and scores before and after.
+
+It trains once, or several times with other seeds, and exports the mean of the weights.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +21,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import remove_leftovers, supported_class
 from nemo_llm_feedback.asr.nemo_file import read_config
-from nemo_llm_feedback.cli.jobs.inputs import input_digests
-from nemo_llm_feedback.cli.jobs.plan import plan_text, reward_line
-from nemo_llm_feedback.cli.jobs.run_choice import own_command, record_start, run_folder
-from nemo_llm_feedback.cli.jobs.start import (
-    check_room,
-    make_folder,
-    make_trainer,
-    result_folders,
-    room,
-    source,
-    stopping_by_signals,
-    typed_if_full,
-)
-from nemo_llm_feedback.core.console import Session, progress, quiet, show
-from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, write_json
+from nemo_llm_feedback.cli.jobs import run_choice, start
+from nemo_llm_feedback.cli.jobs.export import export
+from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
+from nemo_llm_feedback.core.config import parse_run_config
+from nemo_llm_feedback.core.console import Session, quiet, show
+from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, SETTINGS_FILE, newest, write_json
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
+from nemo_llm_feedback.evaluation.records import facts_text, to_plain
 from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, write_report
 from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
-from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
-from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows
+from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows, score_sets
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
+from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.setup import check_settings
 
@@ -91,6 +87,22 @@ class AdaptResult:
     history: list[HeldOutMetrics] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class AveragedRuns:
+    """The mean of several runs.
+
+    Attributes:
+        nemo: path of the ``.nemo`` with the mean of their weights.
+        runs: their folders, in the order of the seeds.
+        before, after: validation set → scores of the base and of the mean; empty without a validation manifest.
+    """
+
+    nemo: Path
+    runs: tuple[Path, ...]
+    before: dict[str, CorpusScores]
+    after: dict[str, CorpusScores]
+
+
 def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     """Runs the whole job.
 
@@ -101,7 +113,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    with quiet(verbose=bool(cfg.get("verbose"))) as session, stopping_by_signals(session):
+    with quiet(verbose=bool(cfg.get("verbose"))) as session, start.stopping_by_signals(session):
         try:
             return _adapt(cfg, session, reward=reward)
         except SystemExit:
@@ -111,28 +123,28 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
 
 
 def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
-    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    tree = _plain(cfg)
     config, first = check_settings(tree, reward).config, is_global_rank_zero()
-    base = source(cfg)
+    base = start.source(cfg)
     supported_class(read_config(base), origin=base)
-    folders = result_folders(cfg)
-    inputs = input_digests(tree, base=base, llm=config.needs_llm) if first else {}
+    folders = start.result_folders(cfg)
+    inputs = run_choice.input_digests(tree, base=base, llm=config.needs_llm) if first else {}
     pl.seed_everything(int(cfg.seed), workers=True)
 
     model = restore(base, map_location="cpu")
-    trainer = make_trainer(cfg)
-    with run_folder(cfg, inputs) as manager, typed_if_full(folders):
-        log_dir = make_folder(trainer, manager)
+    trainer = start.make_trainer(cfg)
+    with run_choice.run_folder(cfg, inputs) as manager, start.typed_if_full(folders):
+        log_dir = start.make_folder(trainer, manager)
         target = Path(cfg.output).expanduser() if cfg.output else log_dir / f"{cfg.name}.nemo"
         model.set_trainer(trainer)
         model.setup_feedback(tree, work_dir=log_dir, reward=reward)
-        check_room(folders, room(model, cfg, log_dir=log_dir, folders=folders))
+        start.check_room(folders, start.room(model, cfg, log_dir=log_dir, folders=folders))
         if first:
             checkpoint = Path(trainer.ckpt_path).name if trainer.ckpt_path else None
-            record_start(cfg, log_dir, checkpoint=checkpoint, inputs=inputs)
+            run_choice.record_start(cfg, log_dir, checkpoint=checkpoint, inputs=inputs)
             remove_leftovers(target)
         session.log.move_to(log_dir / (LOG_FILE if first else f"log_rank{trainer.global_rank}.txt"))
-        show(plan_text(model, source=base, log_dir=log_dir))
+        show(start.plan_text(model, source=base, log_dir=log_dir))
         try:
             before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
         except SystemExit:
@@ -150,10 +162,12 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
 def _how_to_go_on(log_dir: Path) -> str:
     saved = any(log_dir.glob("checkpoints/*.ckpt"))
     what = "goes on from its last checkpoint" if saved else "starts again (no step was saved yet)"
-    return f"stopped. The same command {what}:\n  {shlex.join(own_command())}"
+    return f"stopped. The same command {what}:\n  {shlex.join(run_choice.own_command())}"
 
 
 Changed = tuple[Sequence[Row], Decoded, Decoded]
+# What a run took and gave, in its result and in what the exported checkpoint holds of it.
+_TAKEN = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "gain", "ended", "share")
 
 
 def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
@@ -163,7 +177,7 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
     sample = setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
     sets, pool = (setup.validation, sample) if is_global_rank_zero() else ({}, ())
     model.to(trainer.strategy.root_device)
-    before, pool_before = _evaluate(model, sets, batch_size), decode_rows(model, pool)
+    before, pool_before = score_sets(model, sets, setup.config, batch_size=batch_size), decode_rows(model, pool)
     trainer.fit(model)
     # Lightning has moved the model to the CPU when training ends.
     model.to(trainer.strategy.root_device)
@@ -175,7 +189,7 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
         stopping.finish(trainer, model)
     seen, lost = len(setup.reader.seen), len(setup.reader.left_out)
     logging.info(f"{seen} different unlabeled rows were read; {lost} rows were left out in the middle of the run.")
-    after, pool_after = _evaluate(model, sets, batch_size), decode_rows(model, pool)
+    after, pool_after = score_sets(model, sets, setup.config, batch_size=batch_size), decode_rows(model, pool)
     return before, after, (pool, pool_before, pool_after)
 
 
@@ -209,29 +223,33 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
 
 def summary(result: AdaptResult) -> str:
     """Before and after as text: tables where there were references, else changed transcripts; and the paths."""
-    lines = []
-    for name, before in result.before.items():
-        systems = {"before": before, "after": result.after[name]}
-        table = build_table(systems, metrics=table_metrics(before), base="before")
-        lines += [f"\n{name} ({len(before.references)} utterances):", table.to_text()]
+    lines = _tables(result, "before", "after")
     if not result.before:
         lines.append(f"\nno validation manifest; {len(result.changed)} of the sampled pool transcripts changed, e.g.")
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
-    lines.append("")
     weights = "" if result.alpha is None else f", alpha {result.alpha:g}, beta {result.beta:g}"
     gain = "" if result.gain != result.gain else f", held-out gain {result.gain:+.2f}"
     kept = f"step {result.kept_step} of {result.steps}" if result.kept_step else "the start: no step gained"
     moved = f", {100 * result.share:.0f} % of the update" if result.share < 1 else ""
     wer = "; its WER {:.1f} → {:.1f} %".format(*result.guard_wer) if result.guard_wer else ""
-    lines += [
-        f"settings    learning rate {result.learning_rate:g}{weights}, boosting weight {result.boosting_weight:g}",
-        f"kept        {kept}{gain}{moved}",
-        f"ended       {result.ended or 'all steps were taken'}",
-        f"general     {result.general}{wer}",
-        f"checkpoint  {result.nemo}",
-        f"report      {result.log_dir / 'report.html'}",
-    ]
-    return "\n".join(lines)
+    facts = {
+        "settings": f"learning rate {result.learning_rate:g}{weights}, boosting weight {result.boosting_weight:g}",
+        "kept": f"{kept}{gain}{moved}",
+        "ended": result.ended or "all steps were taken",
+        "general": f"{result.general}{wer}",
+        "checkpoint": result.nemo,
+        "report": result.log_dir / "report.html",
+    }
+    return "\n".join([*lines, "", facts_text(facts)])
+
+
+def _tables(result: AdaptResult | AveragedRuns, old: str, new: str) -> list[str]:
+    """A heading and a table of each validation set, under these names of the two systems."""
+    lines = []
+    for name, before in result.before.items():
+        table = build_table({old: before, new: result.after[name]}, metrics=table_metrics(before), base=old)
+        lines += [f"\n{name} ({len(before.references)} utterances):", table.to_text()]
+    return lines
 
 
 def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any], pool: Changed) -> None:
@@ -264,59 +282,126 @@ def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any],
     )
 
 
-def _evaluate(model: Any, validation: Mapping[str, list[Row]], batch_size: int) -> dict[str, CorpusScores]:
-    config, scores = model.feedback_setup.config, {}
-    for name, rows in validation.items():
-        head = config.feedback.heads if config.feedback.heads != "both" else "auto"
-        with progress(f"transcribing {name}", len(rows)) as on_batch:
-            texts = decode_rows(model, rows, head=head, batch_size=batch_size, on_batch=on_batch).texts
-        scores[name] = score_rows(
-            rows, texts, run_context=config.context.load(), normalizer=config.feedback.normalizer
-        )
-    return scores
-
-
 def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
     """Inert metadata for the exported configuration, the report and the model card; what is not known is None."""
     config, staged, context = model.feedback.config, model.feedback_setup.staged, model.feedback.config.context.load()
     digest = hashlib.sha256(json.dumps([context.description, context.terms]).encode()).hexdigest()
     rises = [found.wer_rise for found in result.history if found.step == result.kept_step]
-    taken = ("learning_rate", "alpha", "beta", "boosting_weight", "kept_step", "gain", "ended", "share")
     facts = {
         "plugin": f"nemo_llm_feedback {__version__}",
         "base": source.name,
         "llm": public_name(str(config.llm.model)) if config.llm and config.needs_llm else None,
         "objective": config.objective.name,
-        "reward": reward_line(config.reward) if config.needs_reward else None,
+        "reward": start.reward_line(config.reward) if config.needs_reward else None,
         "pool_rows": staged.num_unlabeled,
         "pool_hours": round(staged.hours(unlabeled=True), 3),
-        "steps": result.steps,
-        **{name: getattr(result, name) for name in taken},
+        **{name: getattr(result, name) for name in _TAKEN},
         "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
     }
-    return {key: None if value != value else value for key, value in facts.items()} | _plain_scores(result)
+    plain: dict[str, Any] = to_plain(facts | _plain_scores(result))
+    return plain
 
 
 def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]:
-    """``before`` and ``after`` → validation set → metric → value."""
+    """``before`` and ``after`` → validation set → metric → value, of the metrics that are defined."""
     names = ("wer", "cer", "ewer", "u_wer", "entity_recall", "false_alarms")
-
-    def values(scores: CorpusScores) -> dict[str, float]:
-        """The metrics that are defined."""
-        return {name: round(value, 3) for name in names if (value := scores.value(name)) == value}
-
     both = {"before": result.before, "after": result.after}
-    return {when: {name: values(scores) for name, scores in sets.items()} for when, sets in both.items()}
+    return {
+        when: {
+            name: {m: round(value, 3) for m in names if (value := scores.value(m)) == value}
+            for name, scores in sets.items()
+        }
+        for when, sets in both.items()
+    }
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
-    kept = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "ended", "share", "guard_wer")
-    return {
-        "nemo": str(result.nemo),
-        **{name: getattr(result, name) for name in kept},
-        "gain": result.gain if result.gain == result.gain else None,
-        "history": [asdict(found) for found in result.history],
-        **_plain_scores(result),
-        "changed": [{"before": a, "after": b} for a, b in result.changed],
-    }
+    kept = {name: getattr(result, name) for name in ("nemo", *_TAKEN, "guard_wer", "history")}
+    changed = [{"before": a, "after": b} for a, b in result.changed]
+    plain: dict[str, Any] = to_plain({**kept, **_plain_scores(result), "changed": changed})
+    return plain
+
+
+def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult | AveragedRuns:
+    """Trains once, or ``runs`` times with the seeds ``seed``, ``seed + 1`` … and averages the weights.
+
+    Each run has a folder of its own beside the others. The same command after an interruption takes finished runs as
+    they are and goes on with the unfinished one.
+
+    Args:
+        cfg: a composed configuration.
+        reward: judges hypotheses in place of what the section ``reward`` names.
+
+    Raises:
+        FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
+    """
+    config = parse_run_config(cfg if reward is None else {**_plain(cfg), "reward": {"name": "python"}})
+    if cfg.get("output") and Path(cfg.output).expanduser().is_dir():
+        raise ConfigError(f"output={cfg.output} is a folder: give the name of a file in it, e.g. adapted.nemo.")
+    if cfg.get("runs", 1) == 1:
+        return adapt(cfg, reward=reward)
+    if str(cfg.trainer.get("devices", 1)).strip("[]") not in ("0", "1") or cfg.trainer.get("num_nodes", 1) != 1:
+        raise ConfigError(
+            f"runs={cfg.runs} trains on one device, one run after the other: set trainer.devices=1, or give a command "
+            "per seed (runs=1 seed=1 …) and average them with `nemo-llm-feedback export`."
+        )
+    base = start.source(cfg)
+    target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
+    validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
+    parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
+    inputs = run_choice.input_digests(_plain(cfg), base=base, llm=config.needs_llm)
+    files = []
+    for number, part in enumerate(parts, 1):
+        finished = _finished(part, inputs)
+        with quiet():
+            state = "has finished and is taken as it is" if finished else "begins"
+            show(f"\nrun {number} of {cfg.runs}, with the seed {part.seed}, {state}")
+        files.append(finished or adapt(part, reward=reward).nemo)
+    with quiet():
+        export(files, output=target)
+        models = (restore(path, map_location="cpu") for path in (base, target) if validation)
+        size = int(cfg.evaluate_batch_size)
+        before, after = [score_sets(model, validation, config, batch_size=size) for model in models] or ({}, {})
+        facts: Any = OmegaConf.to_container(read_config(target).adaptation)
+        write_model_card(target, facts=facts, before=before, after=after, normalizer=config.feedback.normalizer)
+    return AveragedRuns(target, tuple(file.parent for file in files), before, after)
+
+
+def averaged_text(result: AveragedRuns) -> str:
+    """The runs, the scores of base and mean on each validation set, and the path, for a terminal."""
+    runs = [replace(list_runs(folder)[0], folder=f"{folder.parent.name}/{folder.name}") for folder in result.runs]
+    lines = [runs_text(runs), *_tables(result, "base", "mean")]
+    return "\n".join([*lines, f"\nmean of {len(result.runs)} runs: {result.nemo}"])
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain mappings."""
+    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    return tree
+
+
+def _one(cfg: DictConfig, seed: int) -> DictConfig:
+    """The settings of the run with this seed, in a folder of its own."""
+    part = OmegaConf.create(_plain(cfg))
+    part.seed, part.runs, part.output = seed, 1, None
+    part.exp_manager.name = f"{part.exp_manager.get('name') or part.name}_seed{seed}"
+    if part.exp_manager.get("explicit_log_dir"):
+        part.exp_manager.explicit_log_dir = f"{part.exp_manager.explicit_log_dir}_seed{seed}"
+    return part
+
+
+def _finished(cfg: DictConfig, inputs: dict[str, str]) -> Path | None:
+    """The ``.nemo`` of a finished run of these settings and inputs, unless ``resume=never``."""
+    folder = Path(cfg.exp_manager.get("exp_dir") or "nemo_experiments") / cfg.exp_manager.name
+    explicit = cfg.exp_manager.get("explicit_log_dir")
+    places = [Path(explicit)] if explicit else sorted(folder.glob("*"))
+    for place in places if cfg.get("resume", "auto") == "auto" else ():
+        settings, result = newest(place, SETTINGS_FILE), newest(place, RESULT_FILE)
+        if settings and result and settings.read_text(encoding="utf-8") == run_choice.settings_text(cfg):
+            if run_choice.changed_inputs(run_choice.inputs_of(place) or inputs, inputs):
+                continue
+            nemo = Path(json.loads(result.read_text(encoding="utf-8"))["nemo"])
+            if nemo.is_file():
+                return nemo
+    return None

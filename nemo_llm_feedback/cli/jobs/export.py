@@ -19,13 +19,9 @@ from nemo_llm_feedback.asr.lora import has_lora, inject, merged
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
-from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.core.version import __version__
-from nemo_llm_feedback.data.manifests import Row
-from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import write_model_card
-from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.evaluation.transcribe import score_sets
 from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
 from nemo_llm_feedback.training.models import locate, restore
@@ -85,9 +81,9 @@ def export(
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))
     if rows or target not in sources or not target.with_suffix(".md").is_file():
-        before = _scores(restore(str(run.base), map_location="cpu"), rows) if rows else {}
+        before = score_sets(restore(str(run.base), map_location="cpu"), rows) if rows else {}
         write_model_card(
-            target, facts=run.facts, before=before, after=_scores(run.model, rows), normalizer=_NORMALIZER
+            target, facts=run.facts, before=before, after=score_sets(run.model, rows), normalizer=_NORMALIZER
         )
     return target
 
@@ -184,14 +180,6 @@ def _move(mean: dict[str, Tensor], weights: Mapping[str, Tensor], share: float, 
 def _symbols(model: Any) -> list[str]:
     """What the outputs stand for, in order: BPE pieces or characters."""
     return list(heads_of(model)[0].vocabulary.labels)
-
-
-def _scores(model: Any, rows: dict[str, list[Row]]) -> dict[str, CorpusScores]:
-    """Set → scores of greedy transcripts."""
-    return {
-        name: score_rows(part, transcribe_rows(model, part), run_context=Context(), normalizer=_NORMALIZER)
-        for name, part in rows.items()
-    }
 
 
 def _read_lightning(path: Path) -> dict[str, Any]:

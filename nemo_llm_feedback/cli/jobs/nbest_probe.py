@@ -5,36 +5,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from nemo.utils import logging
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from nemo_llm_feedback.asr.checkpoints import supported_class
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.nemo_file import read_config
-from nemo_llm_feedback.cli.options import KEYS, ProbeOptions, device_name, head_of
-from nemo_llm_feedback.core.config import RunConfig, parse_run_config
-from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.cli.options import torch_device
+from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.console import progress
-from nemo_llm_feedback.core.errors import ManifestError, list_faults
-from nemo_llm_feedback.data.audio import unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, NBestSettings, judged_references, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
+from nemo_llm_feedback.training.inputs import readable
 from nemo_llm_feedback.training.models import locate, restore
 from nemo_llm_feedback.training.setup import check_judges, warn_of_terms
 
 
 class NBestProbe:
-    """Rows, recogniser and reward by the flags of a command; checked when it is made, loaded when it is needed.
+    """Rows, recogniser and reward; checked when it is made, loaded when it is needed.
 
     Args:
-        options: the flags.
+        model: ``.nemo`` file or pretrained name.
+        manifest: NeMo manifest, with text or without.
+        cfg: a composed configuration.
+        utterances: rows that are taken, spread evenly over the manifest; 0 = all.
+        batch_size: utterances per batch of the recogniser.
+        device: where the recogniser runs, ``auto`` = a GPU if there is one.
 
     Attributes:
         config: the plugin's sections.
@@ -48,26 +50,28 @@ class NBestProbe:
         ConfigError, LLMError, RewardError, ManifestError, CheckpointError: the message names the fix.
     """
 
-    def __init__(self, options: ProbeOptions) -> None:
-        self.config = config = _config(options)
+    def __init__(
+        self,
+        model: str | Path,
+        manifest: str | Path,
+        cfg: DictConfig,
+        *,
+        utterances: int = 10,
+        batch_size: int = 16,
+        device: str = "auto",
+    ) -> None:
+        self.config = config = parse_run_config(cfg)
         check_judges(config, None)
-        self._checkpoint, self._device = locate(options.model), device_name(options.device)
+        self._checkpoint, self._device = locate(model), torch_device(device)
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
-        all_rows = read_manifest(options.manifest)
-        self.total, self.rows = len(all_rows), spread(all_rows, options.utterances)
-        if broken := unreadable(self.rows):
-            unread = {id(row) for row, _ in broken}
-            self.rows = [row for row in self.rows if id(row) not in unread]
-            message = list_faults(f"{len(broken)} row(s) have unreadable audio:", [reason for _, reason in broken])
-            if not self.rows:
-                raise ManifestError(f"{options.manifest}: {message}")
-            logging.warning(f"left out: {message}")
+        all_rows = read_manifest(manifest)
+        self.total, self.rows = len(all_rows), readable(spread(all_rows, utterances), manifest)
         self.settings = NBestSettings(
             proposals=config.proposals,
             run_context=config.context.load(),
             head=config.feedback.heads,
             normalizer=config.feedback.normalizer,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             memory_budget_mb=config.feedback.memory_budget_mb,
         )
         self.scorer = open_llm(config.llm) if config.needs_llm and config.llm is not None else None
@@ -76,10 +80,7 @@ class NBestProbe:
     @functools.cached_property
     def model(self) -> Any:
         """The recogniser, on its device."""
-        name = self._device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        model = restore(self._checkpoint, map_location=torch.device(name)).eval()
+        model = restore(self._checkpoint, map_location=self._device).eval()
         listed = [*self.settings.run_context.terms, *(term for row in self.rows for term in row.context.terms)]
         warn_of_terms(listed, heads_of(model)[0].vocabulary)
         return model
@@ -97,10 +98,6 @@ class NBestProbe:
                 on_batch=on_batch,
             )
 
-    def references(self, nbest: NBestBatch, reward: Reward) -> list[JudgedReference | None]:
-        """The rows' texts judged beside their N-best; None for rows without."""
-        return judged_references(self.model, self.rows, nbest, settings=self.settings, reward=reward)
-
     def llm_line(self) -> str:
         """Whether the LLM was needed at all, and which share of the scores so far the cache knew."""
         if self.scorer is None:
@@ -108,9 +105,8 @@ class NBestProbe:
         loaded = f"{self.scorer.memory_bytes / 2**20:.0f} MB"
         use = loaded if self.scorer.loaded else "not loaded: every score was in the cache"
         hit_rate = float(getattr(self.reward, "hit_rate", math.nan))
-        return f"{self.scorer.identity} ({use})" + (
-            f"; cache hit rate {100 * hit_rate:.1f} %" if hit_rate == hit_rate else ""
-        )
+        hits = f"; cache hit rate {100 * hit_rate:.1f} %" if hit_rate == hit_rate else ""
+        return f"{self.scorer.identity} ({use}){hits}"
 
 
 def judged_by(reward: Reward, nbest: NBestBatch) -> NBestBatch:
@@ -131,12 +127,3 @@ def greedy_members(nbest: NBestBatch) -> list[int]:
     likeliest = ref_logp.argmax(dim=1).tolist()
     sampled = [all(member.source == "samples" for member in row) for row in nbest.hypotheses]
     return [n if only_samples else 0 for n, only_samples in zip(likeliest, sampled, strict=True)]
-
-
-def _config(options: ProbeOptions) -> RunConfig:
-    cfg = compose_config(options.judge.overrides)
-    device = device_name(options.device)
-    given = options.settings() | ({} if device == "auto" else {"llm.device": device})
-    for key, value in given.items():
-        OmegaConf.update(cfg, key, head_of(value) if key == KEYS["head"] else value)
-    return parse_run_config(cfg)

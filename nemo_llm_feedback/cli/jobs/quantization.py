@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from torch import Tensor
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
 from nemo_llm_feedback.core.config import LLMConfig, RunConfig
@@ -35,7 +32,6 @@ class QuantizationComparison:
         correlation: Pearson's, of the log-probabilities about their group's mean: an offset common to a group changes
             nothing that learns from it.
         ranks: agreement of the LLM scores within groups.
-        reward_ranks: agreement of the whole rewards, with the acoustic score and the length in them.
         changed: names of the utterances whose best-rewarded text differs.
         advice: whether the run's quantisation will do.
     """
@@ -47,7 +43,6 @@ class QuantizationComparison:
     max_difference: float
     correlation: float
     ranks: RankAgreement
-    reward_ranks: RankAgreement
     changed: tuple[str, ...]
     advice: str
 
@@ -69,7 +64,7 @@ def other_llm(config: RunConfig, quantization: Literal["nf4", "int8", "none"]) -
             "one of nf4, int8 and none."
         )
     other = dataclasses.replace(config.llm, quantization=quantization, compute_dtype="auto")
-    if faults := [*other.validate(), *check_llm_folder(other)]:
+    if faults := check_llm_folder(other):
         raise LLMError(list_faults("the LLM to compare with cannot be used:", faults))
     return other
 
@@ -86,51 +81,41 @@ def compare_quantization(
         alpha, beta: the weights by which the N-best was judged.
     """
     assert probe.scorer is not None
-    assert probe.config.llm is not None
     probe.scorer.unload()
     scorer = open_llm(other)
     reward: Any = reward_from_config(probe.config, scorer)
     again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest)
-    head, part = next(iter(nbest.rewards)), probe.config.reward.weighed_part
-    return compare_scores(
-        nbest,
-        scores=(nbest.parts[part], again.parts[part]),
-        rewards=(nbest.rewards[head], again.rewards[head]),
-        names=[
-            f"{config.model} {config.quantization} ({identity})"
-            for config, identity in ((probe.config.llm, probe.scorer.identity), (other, scorer.identity))
-        ],
-    )
+    names = (probe.scorer.identity, scorer.identity)
+    return compare_scores(nbest, again, part=probe.config.reward.weighed_part, names=names)
 
 
 def compare_scores(
-    nbest: NBestBatch, *, scores: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], names: Sequence[str]
+    nbest: NBestBatch, again: NBestBatch, *, part: str, names: tuple[str, str]
 ) -> QuantizationComparison:
     """The statistics; see :class:`QuantizationComparison`.
 
     Args:
-        nbest: the members.
-        scores: [B, N] log-probabilities of the LLMs in nats, NaN = not judged and padding; the run's and the other's.
-        rewards: [B, N] whole rewards of the two.
+        nbest: judged by the run's LLM.
+        again: the same, judged by the other.
+        part: the part of the reward that has the LLM's log-probabilities, in nats.
         names: names of the two LLMs.
     """
+    scores = nbest.parts[part], again.parts[part]
     judged = scores[0].isfinite() & scores[1].isfinite()
     run, other = (values.double().masked_fill(~judged, math.nan) for values in scores)
-    difference = (run - other).abs()[judged]
+    difference = (run - other).abs()[judged].tolist()
     run, other = ((values - values.nanmean(dim=1, keepdim=True))[judged] for values in (run, other))
     correlation = float(run @ other / (run.norm() * other.norm()))
-    ranks = rank_agreement(*scores)
-    chosen = [best_members(values, otherwise=greedy_members(nbest)) for values in rewards]
+    ranks, greedy = rank_agreement(*scores), greedy_members(nbest)
+    chosen = [best_members(next(iter(found.rewards.values())), otherwise=greedy) for found in (nbest, again)]
     choices = zip(nbest.utterances, nbest.texts, *chosen, strict=True)
     return QuantizationComparison(
-        run=names[0],
-        other=names[1],
+        *names,
         members=len(difference),
-        mean_difference=float(difference.mean()),
-        max_difference=float(difference.max()) if len(difference) else math.nan,
+        mean_difference=sum(difference) / max(1, len(difference)),
+        max_difference=max(difference, default=math.nan),
         correlation=correlation,
         ranks=ranks,
-        reward_ranks=rank_agreement(*rewards),
         changed=tuple(utterance for utterance, texts, a, b in choices if texts[a] != texts[b]),
         advice="The two order the hypotheses alike."
         if correlation >= _CORRELATION and ranks.spearman >= _RANKS
@@ -146,14 +131,12 @@ def comparison_text(found: QuantizationComparison, *, utterances: int) -> str:
         found: what :func:`compare_scores` gave.
         utterances: number of utterances compared.
     """
-    ranks, reward_ranks, changed = found.ranks, found.reward_ranks, len(found.changed)
+    share = 100 * len(found.changed) / utterances
     facts = {
         "LLM of the run": found.run,
         "compared with": found.other,
         "|Δ log p|": f"mean {found.mean_difference:.3f}, max {found.max_difference:.3f} nat of {found.members} texts",
-        "correlation": f"{found.correlation:.4f} within groups",
-        "rank agreement": f"LLM: Spearman {ranks.spearman:.4f}, Kendall {ranks.kendall:.4f}; "
-        f"whole reward: {reward_ranks.spearman:.4f}, {reward_ranks.kendall:.4f}",
-        "choice changes": f"{changed} of {utterances} ({100 * changed / utterances:.1f} %)",
+        "within groups": f"correlation {found.correlation:.4f}, Spearman {found.ranks.spearman:.4f}",
+        "choice changes": f"{len(found.changed)} of {utterances} ({share:.1f} %)",
     }
     return f"{facts_text(facts)}\n{found.advice}"

@@ -1,24 +1,26 @@
-"""The folder of a run: a new one, or that of an unfinished run of the same settings and inputs; locked before use."""
+"""The folder of a run: a new one, or that of an unfinished run of the same settings and inputs; locked before use.
+
+Inputs are known by contents: manifests with audio, terms, templates, the starting checkpoint, the LLM.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_llm_feedback.cli.jobs.inputs import changed_inputs
 from nemo_llm_feedback.core.console import show
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import (
@@ -34,11 +36,18 @@ from nemo_llm_feedback.core.run_folder import (
     write_text,
 )
 from nemo_llm_feedback.core.secrets import masked, masked_command
+from nemo_llm_feedback.data.manifests import expand_paths, read_manifest
+from nemo_llm_feedback.llm.folder import local_folder
 
-# Rank 0's choice, for the ranks that Lightning starts as copies of this process.
+# The folder that rank 0 chose, for the ranks that Lightning starts as copies of this process.
 _CHOICE = "NEMO_LLM_FEEDBACK_RUN"
 # Keys that another start of the same run may change.
 _FREE_KEYS = ("resume", "hydra", "verbose", "output")
+# Sections whose values may name files; the run writes the score cache itself.
+_SECTIONS, _WRITTEN = ("model", "context", "guards", "reward", "llm"), ("cache",)
+# Larger files are known by their size and blocks spread over them: a changed weight changes a file everywhere.
+_WHOLE, _WHOLE_AUDIO = 2**26, 2**16
+_BLOCKS, _BLOCK = 16, 2**12
 
 
 @contextmanager
@@ -51,7 +60,7 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
 
     Args:
         cfg: the composed configuration.
-        inputs: what the run reads (``inputs.input_digests``).
+        inputs: what the run reads (:func:`input_digests`).
 
     Yields:
         The settings of NeMo's ``exp_manager``.
@@ -62,28 +71,29 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
     manager: Any = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
     # NeMo's answer to SIGTERM ends a job with status 0, as if it were done.
     manager.create_preemption_callback = False
-    first = is_global_rank_zero()
-    if first:
-        # exp_manager leaves its choice of folder here for other ranks; a second run of this process must not read it.
-        os.environ.pop(NEMO_ENV_VARNAME_VERSION, None)
+    first, created = is_global_rank_zero(), None
     base = Path(manager.get("exp_dir") or "nemo_experiments") / str(manager.get("name") or "default")
-    if manager.get("explicit_log_dir"):
-        manager.exp_dir = None  # NeMo calls both an error
-    explicit = manager.get("explicit_log_dir") or manager.get("version")
-    if not manager.get("resume_if_exists") and not explicit and cfg.get("resume", "auto") == "auto":
-        found = _unfinished(base, settings_text(cfg), inputs)
-        if found is not None:
-            manager.version, manager.resume_if_exists = found.name, True
-            show(f"going on with the unfinished run in {found} (resume=never starts anew).")
-    created = None
-    if first and not explicit and not manager.get("resume_if_exists"):
-        created = _new_folder(base, dated=bool(manager.get("use_datetime_version")))
-        manager.version = os.environ[NEMO_ENV_VARNAME_VERSION] = created.name
-    folder = Path(manager.get("explicit_log_dir") or base / str(manager.get("version") or ""))
-    if not first:
-        _take_up(manager, folder)
+    folder: Path | None
+    if manager.get("explicit_log_dir") or manager.get("version") or manager.get("resume_if_exists"):
+        folder = Path(manager.get("explicit_log_dir") or base / str(manager.get("version") or ""))
+    elif not first and os.environ.get(_CHOICE):
+        folder = Path(os.environ[_CHOICE])
+        manager.resume_if_exists = any(folder.glob("checkpoints/*.ckpt"))
+    else:
+        resumes = cfg.get("resume", "auto") == "auto"
+        folder = _unfinished(base, settings_text(cfg), inputs) if resumes else None
+        if folder is not None:
+            manager.resume_if_exists = True
+            show(f"going on with the unfinished run in {folder} (resume=never starts anew).")
+        elif first:
+            folder = created = _new_folder(base, dated=bool(manager.get("use_datetime_version")))
+    if folder is not None:
+        manager.explicit_log_dir, manager.exp_dir, manager.version = str(folder), None, None  # NeMo takes one of them
+    if not first or folder is None:
+        _take_up(manager)
         yield manager
         return
+    os.environ[_CHOICE] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder) as lock:
         if not lock.held:
@@ -93,10 +103,11 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
             changed = changed_inputs(inputs_of(folder) or inputs, inputs)
             if changed:
                 show(f"warning: {', '.join(changed)} changed since this run began, and it goes on as you ask for it.")
-        _take_up(manager, folder)
+        _take_up(manager)
         try:
             yield manager
         finally:
+            os.environ.pop(_CHOICE, None)
             if created is not None and newest(created, RUN_FILE) is None:
                 shutil.rmtree(created, ignore_errors=True)
 
@@ -115,7 +126,7 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None, input
         cfg: the composed configuration.
         folder: the run's folder.
         checkpoint: file name of what this attempt goes on from; None at the start.
-        inputs: what the run reads (``inputs.input_digests``).
+        inputs: what the run reads (:func:`input_digests`).
     """
     collect(folder)
     settings, run = folder / SETTINGS_FILE, folder / RUN_FILE
@@ -134,6 +145,37 @@ def inputs_of(folder: Path) -> dict[str, str]:
     run = newest(folder, RUN_FILE)
     found: dict[str, str] = json.loads(run.read_text(encoding="utf-8")).get("inputs", {}) if run else {}
     return found
+
+
+def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str, str]:
+    """What a run reads → a digest of its contents.
+
+    Args:
+        tree: all sections of ``adapt`` as plain mappings, checked.
+        base: the starting checkpoint.
+        llm: whether the LLM of the section ``llm`` is asked.
+
+    Raises:
+        ManifestError: a manifest cannot be read.
+    """
+    named = [Path(text).expanduser() for text in _texts([tree.get(name) for name in _SECTIONS])]
+    files = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
+    if llm and not os.path.isfile(Path(tree["llm"]["model"]).expanduser()):
+        folder = local_folder(tree["llm"]["model"], tree["llm"].get("revision"), key="llm.model")
+        files["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
+    found = {name: _digest(paths, whole=_WHOLE) for name, paths in files.items()}
+    for section in (tree["model"].get("train_ds"), tree["model"].get("validation_ds"), tree.get("guards")):
+        section = section or {}
+        for manifest in expand_paths(section.get("manifest_filepath") or []):
+            tarred = bool(section.get("is_tarred") or section.get("tarred_audio_filepaths"))
+            audio = {} if tarred else {row.audio: Path(row.audio) for row in read_manifest(manifest)}
+            found[f"the audio of {manifest}"] = _digest(filter(os.path.isfile, audio.values()), whole=_WHOLE_AUDIO)
+    return found
+
+
+def changed_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of what differs, or is read only then or only now."""
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
 def own_command() -> list[str]:
@@ -159,11 +201,6 @@ def _new_folder(base: Path, *, dated: bool) -> Path:
 def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | None:
     """The newest folder of the same settings and inputs that has no result and no living process."""
     first = is_global_rank_zero()
-    if not first and os.environ.get(_CHOICE):
-        return base / os.environ[_CHOICE]
-    if not first and os.environ.get(NEMO_ENV_VARNAME_VERSION):
-        return None  # rank 0 has made a new folder
-    os.environ.pop(_CHOICE, None)
     folders = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
         if first and in_use(folder):
@@ -177,15 +214,14 @@ def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | 
         elif first and (changed := changed_inputs(inputs_of(folder) or inputs, inputs)):
             show(f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since.")
         else:
-            os.environ[_CHOICE] = folder.name
             return folder
     return None
 
 
-def _take_up(manager: DictConfig, folder: Path) -> None:
+def _take_up(manager: DictConfig) -> None:
     """Names the checkpoint to go on from where NeMo would not find it."""
-    if manager.get("resume_if_exists"):
-        checkpoint = _newest_checkpoint(folder / "checkpoints")
+    if manager.get("resume_if_exists") and manager.get("explicit_log_dir"):
+        checkpoint = _newest_checkpoint(Path(manager.explicit_log_dir) / "checkpoints")
         if checkpoint is not None and not checkpoint.stem.endswith("last"):
             manager.resume_from_checkpoint = str(checkpoint)
 
@@ -206,3 +242,35 @@ def _newest_checkpoint(folder: Path) -> Path | None:
             marker.unlink()
     lasts = [path for path in whole if path.stem.endswith("last")]
     return lasts[-1] if lasts else (whole[-1] if whole else None)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Every text of nested settings, lists in NeMo's notation spread out."""
+    if isinstance(node, Mapping):
+        yield from _texts([value for key, value in node.items() if key not in _WRITTEN])
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value)
+    elif isinstance(node, str):
+        yield from (node, *expand_paths(node))
+
+
+def _digest(paths: Iterable[Path], *, whole: int) -> str:
+    """One digest of the contents of some files.
+
+    Args:
+        paths: existing files, in a fixed order.
+        whole: largest size of a file that is read whole, in bytes.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size} ".encode())
+            if size <= whole:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]

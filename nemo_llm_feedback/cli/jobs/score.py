@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
@@ -19,7 +21,6 @@ from nemo_llm_feedback.cli.jobs.quantization import (
     other_llm,
 )
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread, tune_by_labels, tuned_text
-from nemo_llm_feedback.cli.options import ProbeOptions
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.types import pad_groups
@@ -31,7 +32,7 @@ from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread
-from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference
+from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references
 from nemo_llm_feedback.training.group_math import signal
 
 
@@ -92,26 +93,31 @@ class ScoreReport:
 
 @quiet()
 def score(
-    options: ProbeOptions,
+    model: str | Path,
+    manifest: str | Path,
+    cfg: DictConfig,
     *,
-    compare_quantization_with: Literal["nf4", "int8", "none"] | None = None,
+    utterances: int = 10,
+    batch_size: int = 16,
+    device: str = "auto",
+    other: Literal["nf4", "int8", "none"] | None = None,
     tune: bool = False,
 ) -> ScoreReport:
     """Proposes and judges the N-best of some rows and, where they have text, judges the judge.
 
     Args:
-        options: the flags.
-        compare_quantization_with: also judge by the LLM in this quantisation.
+        model, manifest, cfg, utterances, batch_size, device: see :class:`NBestProbe`.
+        other: also judge by the LLM in this quantisation.
         tune: also pick α and β.
 
     Raises:
         FeedbackError: unusable input, before any model is loaded; or a reward that cannot work.
     """
-    probe = NBestProbe(options)
+    probe = NBestProbe(model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device)
     settings = probe.config.reward
     if tune and not settings.weighed:
         raise ConfigError(f"--tune picks reward.alpha and reward.beta; reward.name={settings.name} has none.")
-    other = other_llm(probe.config, compare_quantization_with) if compare_quantization_with else None
+    compared = other_llm(probe.config, other) if other else None
     nbest, reward = probe.nbest(), probe.reward
     llm = probe.llm_line()  # its hit rate is that of the groups; they come again below
     weights = Weights(*settings.weights, "settings") if settings.weighed else None
@@ -119,21 +125,20 @@ def score(
         weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
         nbest = judged_by(reward, nbest)
-    references = probe.references(nbest, reward)
+    references = judged_references(probe.model, probe.rows, nbest, settings=probe.settings, reward=reward)
     (rewards,) = nbest.rewards.values()
-    spread = component_spread(component_deviations(replace(nbest, parts={"reward": rewards, **nbest.parts})))
     greedy = greedy_members(nbest)
     chosen = best_members(rewards, otherwise=greedy)
-    labelled = LabelledMembers(probe, nbest) if any(row.text for row in probe.rows) else None
+    labelled = LabelledMembers(probe, nbest)
     tuned = comparison = None
-    if tune and labelled is not None:
-        part = settings.weighed_part
-        tuned = tune_by_labels(nbest, labelled.scores, asr_weight=settings.asr_weight, part=part)
+    if tune and labelled.rows:
+        tuned = tune_by_labels(nbest, labelled.scores, settings)
     elif tune:
         tuned = by_spread(nbest, replace(settings, beta=None))
-    if other is not None:
+    if compared is not None:
         assert weights is not None
-        comparison = compare_quantization(probe, nbest, other, alpha=weights.alpha, beta=weights.beta)
+        comparison = compare_quantization(probe, nbest, compared, alpha=weights.alpha, beta=weights.beta)
+    with_signal = signal(rewards, nbest.mask, min_spread=probe.config.objective.min_spread)
     return ScoreReport(
         rows=probe.rows,
         total=probe.total,
@@ -141,17 +146,15 @@ def score(
         weights=weights,
         chosen=chosen,
         greedy=greedy,
-        signal_fraction=float(
-            signal(rewards, nbest.mask, min_spread=probe.config.objective.min_spread).float().mean()
-        ),
-        spread=spread,
+        signal_fraction=float(with_signal.float().mean()),
+        spread=component_spread(component_deviations(replace(nbest, parts={"reward": rewards, **nbest.parts}))),
         unjudged=int((rewards.isnan() & nbest.mask).sum()),
         references=references,
         preference=_preferences([r for r in references if r is not None]),
         llm=llm,
-        errors=labelled.errors if labelled else {},
-        systems=labelled.systems(greedy, chosen) if labelled else {},
-        agreement=labelled.agreement(rewards) if labelled else {},
+        errors=labelled.errors,
+        systems=labelled.systems(greedy, chosen),
+        agreement=labelled.agreement(rewards),
         quantization=comparison,
         tuned=tuned,
     )
@@ -161,7 +164,7 @@ class LabelledMembers:
     """The members of the rows with text, each scored against it.
 
     Attributes:
-        rows: positions of the rows with text.
+        rows: positions of the rows with text; where there are none, nothing is measured.
         errors: position of a row with text → word errors of its members.
     """
 
@@ -184,11 +187,12 @@ class LabelledMembers:
     def systems(self, greedy: Sequence[int], chosen: Sequence[int]) -> dict[str, CorpusScores]:
         """The scores of the greedy, the best-rewarded and the best members."""
         fewest = {i: errors.index(min(errors)) for i, errors in self.errors.items()}
-        return {"greedy": self.scores(greedy), "best-rewarded": self.scores(chosen), "oracle": self.scores(fewest)}
+        picks: dict[str, Any] = {"greedy": greedy, "best-rewarded": chosen, "oracle": fewest} if self.rows else {}
+        return {name: self.scores(members) for name, members in picks.items()}
 
     def agreement(self, rewards: Tensor) -> dict[str, RankAgreement]:
         """Rank correlation of the [B, N] rewards of all rows with −WER and, where there are entities, −EWER."""
-        counts = {"wer": "word_errors", "ewer": find_metric("ewer").numerator}
+        counts = {"wer": "word_errors", "ewer": find_metric("ewer").numerator} if self.rows else {}
         return {
             metric: rank_agreement(rewards[self.rows], -pad_groups(self._counts(name)))
             for metric, name in counts.items()
@@ -294,20 +298,15 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
 def report_record(report: ScoreReport) -> dict[str, Any]:
     """Everything as plain data; what is not a finite number is null."""
     metrics = ("wer", "ewer", "entity_recall", "false_alarms")
+    kept = ("llm", "weights", "signal_fraction", "spread", "unjudged", "quantization", "tuned")
     return to_plain(
         {
             "rows": len(report.rows),
             "total_rows": report.total,
-            "llm": report.llm,
-            "weights": report.weights,
-            "signal_fraction": report.signal_fraction,
-            "spread": report.spread,
-            "unjudged": report.unjudged,
+            **{name: getattr(report, name) for name in kept},
             "systems": {name: {m: scores.value(m) for m in metrics} for name, scores in report.systems.items()},
             "rank_agreement": report.agreement,
             "prefers_reference": report.preference,
-            "quantization": report.quantization,
-            "tuned": report.tuned,
             "utterances": [_row_record(report, i) for i in range(len(report.rows))],
         }
     )

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import greedy_members
 from nemo_llm_feedback.core.config import RewardConfig
@@ -88,9 +88,8 @@ def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 
 def tune_by_labels(
     nbest: NBestBatch,
     scores: Callable[[Sequence[int]], CorpusScores],
+    settings: RewardConfig,
     *,
-    asr_weight: float,
-    part: str,
     alphas: Sequence[float] = ALPHAS,
     betas: Sequence[float] = BETAS,
 ) -> Weights:
@@ -99,12 +98,13 @@ def tune_by_labels(
     Args:
         nbest: N-best with all parts of the reward.
         scores: index of a member per utterance → scores of these, over the utterances that have text.
-        asr_weight, part: see :func:`choose`.
+        settings: settings of the reward.
         alphas, betas: the grid.
     """
+    fixed: dict[str, Any] = {"asr_weight": settings.asr_weight, "part": settings.weighed_part}
     grid = []
     for alpha, beta in itertools.product(alphas, betas):
-        found = scores(choose(nbest, alpha=alpha, beta=beta, asr_weight=asr_weight, part=part))
+        found = scores(choose(nbest, alpha=alpha, beta=beta, **fixed))
         grid.append(GridPoint(alpha, beta, found.value("wer"), found.value("ewer")))
     best = min(grid, key=lambda p: (p.wer, p.ewer if math.isfinite(p.ewer) else 0.0, p.alpha, p.beta))
     return Weights(best.alpha, best.beta, "labels", tuple(grid))

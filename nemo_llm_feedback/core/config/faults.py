@@ -35,11 +35,9 @@ class Section:
     """A section of the settings; its types and ranges are checked when it is made.
 
     Attributes:
-        more_keys: further keys, whose values are not looked at.
         is_open: whether any other key may stand in it that is no misspelling of a known one.
     """
 
-    more_keys: ClassVar[tuple[str, ...]] = ()
     is_open: ClassVar[bool] = False
 
     def validate(self) -> list[str]:
@@ -80,7 +78,7 @@ def key_faults(cls: type, keys: Iterable[Any], *, where: str) -> list[str]:
     """Returns a sentence for every key that the section does not know, with its new name or the nearest known one."""
     faults = []
     is_open = getattr(cls, "is_open", False)
-    known = [*keys_of(cls), *getattr(cls, "more_keys", ())]
+    known = keys_of(cls)
     for key in sorted(set(keys) - set(known), key=str):
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=_SLIP if is_open else 0.0)
         path, *right = [f"{where}.{name}" if where else str(name) for name in (key, *near)]

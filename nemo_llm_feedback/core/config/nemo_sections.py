@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+)
 from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.faults import STRICT, Section, build, keys_of
-
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+from nemo_llm_feedback.core.config.sections import Share, ShareBelowOne
 
 
 def _endless_or_positive(value: int) -> int:
@@ -65,154 +71,84 @@ class TopLevel(Section):
     report_audio: bool = True
 
 
-@dataclass(frozen=True, config=STRICT)
-class ModelSettings(Section):
-    """The parts of ``model`` that a run reads; all else of the model is the checkpoint's."""
-
-    is_open = True
-
-    train_ds: dict[str, Any]
-    validation_ds: dict[str, Any]
-    optim: dict[str, Any]
-    optim_param_groups: dict[str, Any] | None = None
-
-    def validate(self) -> list[str]:
-        """Returns a fault where the loader would make no batches."""
-        if self.train_ds.get("batch_size", 1) is None and not self.train_ds.get("use_lhotse"):
-            return ["model.train_ds.batch_size must be set; only Lhotse's loader (use_lhotse=true) can do without."]
-        return []
+class _Closed(BaseModel):
+    model_config = STRICT
 
 
-@dataclass(frozen=True, config=STRICT)
-class DataSettings(Section):
-    """``model.train_ds`` and ``model.validation_ds``."""
-
-    # fmt: off
-    more_keys = (
-        "tarred_audio_filepaths", "use_bucketing", "pin_memory", "shuffle_n", "shuffle_seed", "max_open_streams",
-        "batch_tokens",
-    )
-    # fmt: on
-    is_open = True
-
-    manifest_filepath: Annotated[Any, AfterValidator(_paths)] = None
-    sample_rate: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
-    shuffle: bool = False
-    num_workers: NonNegativeInt = 0
-    min_duration: NonNegativeFloat | None = None
-    max_duration: PositiveFloat | None = None
-    batch_duration: PositiveFloat | None = None
-    use_lhotse: bool = False
-    is_tarred: bool = False
+class _Open(_Closed):
+    is_open: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, config=STRICT)
-class OptimSettings(Section):
-    """``model.optim``."""
-
-    is_open = True
-
-    name: str = "adamw"
-    lr: PositiveFloat | None = None
-    betas: tuple[ShareBelowOne, ...] | None = None
-    weight_decay: NonNegativeFloat = 0.0
-    sched: dict[str, Any] | None = None
+def _model(path: str, groups: list[tuple[str, Any]], *, closed: bool = False) -> type[BaseModel]:
+    """What pydantic checks a section by."""
+    kinds = {name: kind for names, kind in groups for name in names.split()}
+    fields: dict[str, Any] = {name: (kind, ... if name in _NEEDED else None) for name, kind in kinds.items()}
+    return create_model(path, __base__=_Closed if closed else _Open, **fields)
 
 
-@dataclass(frozen=True, config=STRICT)
-class GroupSettings(Section):
-    """A module's entry in ``model.optim_param_groups``."""
-
-    is_open = True
-
-    lr: NonNegativeFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class SchedulerSettings(Section):
-    """``model.optim.sched``."""
-
-    is_open = True
-
-    name: str | None = None
-    warmup_steps: NonNegativeInt | None = None
-    warmup_ratio: Share | None = None
-    min_lr: NonNegativeFloat | None = None
-    max_steps: PositiveInt | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainerSettings(Section):
-    """``trainer``: arguments of Lightning's trainer; those without a field are left to it."""
-
-    # fmt: off
-    more_keys = (
-        "strategy", "devices", "precision", "logger", "callbacks", "fast_dev_run", "max_time", "benchmark",
-        "gradient_clip_algorithm", "inference_mode", "use_distributed_sampler",
-        "profiler", "detect_anomaly", "barebones", "plugins", "sync_batchnorm", "default_root_dir",
-        "enable_checkpointing", "enable_progress_bar", "enable_model_summary",
-        "limit_val_batches", "limit_test_batches", "limit_predict_batches", "min_epochs", "num_sanity_val_steps",
-        "reload_dataloaders_every_n_epochs",
-    )
-    # fmt: on
-
-    accelerator: str = "auto"
-    num_nodes: PositiveInt = 1
-    max_steps: _Limit = -1
-    min_steps: NonNegativeInt | None = None
-    max_epochs: _Limit | None = None
-    limit_train_batches: PositiveFloat | None = None
-    overfit_batches: Annotated[float, Field(le=0)] = 0.0  # its loader would not be that of the unlabeled rows
-    deterministic: Literal[True, False, "warn"] | None = None
-    val_check_interval: PositiveFloat | None = None
-    check_val_every_n_epoch: PositiveInt | None = None
-    log_every_n_steps: NonNegativeInt | None = None
-    accumulate_grad_batches: PositiveInt = 1
-    gradient_clip_val: NonNegativeFloat | None = None
-
-    def validate(self) -> list[str]:
-        """Returns a fault where nothing ends the run."""
-        if self.max_steps == -1 and self.max_epochs in (None, -1):
-            return ["trainer.max_steps=-1 (no limit) needs trainer.max_epochs: nothing else would end the run."]
-        return []
-
-
-@dataclass(frozen=True, config=STRICT)
-class ManagerSettings(Section):
-    """``exp_manager``, of which NeMo checks the other keys; held-out rows decide when a run stops early."""
-
-    is_open = True
-
-    exp_dir: str | None = None
-    explicit_log_dir: str | None = None
-    checkpoint_callback_params: dict[str, Any] = field(default_factory=dict)
-    create_early_stopping_callback: Literal[False] = False
-
-
-@dataclass(frozen=True, config=STRICT)
-class CheckpointSettings(Section):
-    """``exp_manager.checkpoint_callback_params``."""
-
-    is_open = True
-
-    save_top_k: Annotated[int, Field(ge=-1)] = 1
-    save_last: bool = True
-    every_n_train_steps: PositiveInt | None = None
-    every_n_epochs: PositiveInt | None = None
-
-
-NEMO_SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSettings,
-    "model.train_ds": DataSettings,
-    "model.validation_ds": DataSettings,
-    "model.optim": OptimSettings,
-    "model.optim.sched": SchedulerSettings,
-    "trainer": TrainerSettings,
-    "exp_manager": ManagerSettings,
-    "exp_manager.checkpoint_callback_params": CheckpointSettings,
+_SECTION = dict[str, Any]
+_DATA: list[tuple[str, Any]] = [
+    ("manifest_filepath", Annotated[Any, AfterValidator(_paths)]),
+    ("sample_rate batch_size", PositiveInt | None),
+    ("shuffle use_lhotse is_tarred", bool),
+    ("num_workers", NonNegativeInt),
+    ("min_duration", NonNegativeFloat | None),
+    ("max_duration batch_duration", PositiveFloat | None),
+    ("tarred_audio_filepaths use_bucketing pin_memory shuffle_n shuffle_seed max_open_streams batch_tokens", Any),
+]
+# Section → keys by the type of their values; ``Any``, where they are not looked at. None has to be given, but these.
+_NEEDED = ("train_ds", "validation_ds", "optim")
+_KEYS: dict[str, list[tuple[str, Any]]] = {
+    # All else of ``model`` is the checkpoint's.
+    "model": [("train_ds validation_ds optim", _SECTION), ("optim_param_groups", _SECTION | None)],
+    "model.train_ds": _DATA,
+    "model.validation_ds": _DATA,
+    "model.optim": [
+        ("name", str),
+        ("lr", PositiveFloat | None),
+        ("betas", tuple[ShareBelowOne, ...] | None),
+        ("weight_decay", NonNegativeFloat),
+        ("sched", _SECTION | None),
+    ],
+    "model.optim.sched": [
+        ("name", str | None),
+        ("warmup_steps", NonNegativeInt | None),
+        ("warmup_ratio", Share | None),
+        ("min_lr", NonNegativeFloat | None),
+        ("max_steps", PositiveInt | None),
+    ],
+    "trainer": [
+        ("accelerator", str),
+        ("num_nodes accumulate_grad_batches", PositiveInt),
+        ("max_steps", _Limit),
+        ("max_epochs", _Limit | None),
+        ("min_steps log_every_n_steps", NonNegativeInt | None),
+        ("limit_train_batches val_check_interval", PositiveFloat | None),
+        ("check_val_every_n_epoch", PositiveInt | None),
+        ("overfit_batches", Annotated[float, Field(le=0)]),  # its loader would not be that of the unlabeled rows
+        ("deterministic", Literal[True, False, "warn"] | None),
+        ("gradient_clip_val", NonNegativeFloat | None),
+        ("strategy devices precision logger callbacks fast_dev_run max_time benchmark gradient_clip_algorithm", Any),
+        ("inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins sync_batchnorm", Any),
+        ("default_root_dir enable_checkpointing enable_progress_bar enable_model_summary limit_val_batches", Any),
+        ("limit_test_batches limit_predict_batches min_epochs num_sanity_val_steps", Any),
+        ("reload_dataloaders_every_n_epochs", Any),
+    ],
+    "exp_manager": [
+        ("exp_dir explicit_log_dir", str | None),
+        ("checkpoint_callback_params", _SECTION),
+        ("create_early_stopping_callback", Literal[False]),  # held-out rows decide when a run stops early
+    ],
+    "exp_manager.checkpoint_callback_params": [
+        ("save_top_k", Annotated[int, Field(ge=-1)]),
+        ("save_last", bool),
+        ("every_n_train_steps every_n_epochs", PositiveInt | None),
+    ],
 }
+NEMO_SECTIONS: dict[str, type[BaseModel]] = {
+    path: _model(path, groups, closed=path == "trainer") for path, groups in _KEYS.items()
+}
+_GROUP = _model("group", [("lr weight_decay", NonNegativeFloat | None)])
 
 
 def section_at(tree: Mapping[str, Any], path: str) -> Any:
@@ -229,19 +165,19 @@ def value_faults(tree: Mapping[str, Any]) -> list[str]:
     Args:
         tree: plain nested mappings of any of the sections of ``adapt``; what is absent is not looked at.
     """
-    given: list[tuple[str, type[Section], Any]] = [
-        ("", TopLevel, {key: value for key, value in tree.items() if key in keys_of(TopLevel)})
-    ]
+    given: list[tuple[str, type, Any]] = [("", TopLevel, {key: tree[key] for key in keys_of(TopLevel) if key in tree})]
     given += [
         (path, cls, found) for path, cls in NEMO_SECTIONS.items() if (found := section_at(tree, path)) is not None
     ]
     groups = section_at(tree, "model.optim_param_groups")
     if isinstance(groups, Mapping):
-        given += [(f"model.optim_param_groups.{name}", GroupSettings, group) for name, group in groups.items()]
-    faults = []
-    for path, cls, values in given:
-        section, wrong = build(cls, values, where=path)
-        faults += wrong or (section.validate() if section is not None else [])
+        given += [(f"model.optim_param_groups.{name}", _GROUP, group) for name, group in groups.items()]
+    faults = [fault for path, cls, values in given for fault in build(cls, values, where=path)[1]]
+    train, trainer = section_at(tree, "model.train_ds") or {}, section_at(tree, "trainer")
+    if train.get("batch_size", 1) is None and not train.get("use_lhotse"):
+        faults.append("model.train_ds.batch_size must be set; only Lhotse's loader (use_lhotse=true) can do without.")
+    if trainer and trainer.get("max_steps", -1) == -1 and trainer.get("max_epochs") in (None, -1):
+        faults.append("trainer.max_steps=-1 (no limit) needs trainer.max_epochs: nothing else would end the run.")
     for name in ("model", "trainer", "exp_manager"):
         faults += [
             f"{path} must be a finite number, got {value!r}." for path, value in _not_finite(tree.get(name), name)

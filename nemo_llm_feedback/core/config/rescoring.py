@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -48,7 +47,7 @@ class RescoringConfig(Section):
 
 
 def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
-    """Builds checked settings from plain nested mappings, e.g. a YAML file of the user's (see conf/rescoring.yaml).
+    """Builds checked settings from plain nested mappings, as in conf/rescoring.yaml.
 
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
@@ -66,20 +65,3 @@ def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
     refuse("the rescoring settings have", faults)
     assert config is not None
     return replace(config, reward=run.reward if judged else None, llm=run.llm, context=run.context)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file of the user's into plain mappings.
-
-    Raises:
-        ConfigError: the file is missing, no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        tree = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML ({error}).") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, as conf/rescoring.yaml does.")
-    return tree
