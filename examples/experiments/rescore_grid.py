@@ -16,14 +16,21 @@ from dataclasses import replace
 from nemo.utils import logging as nemo_logging
 
 from nemo_llm_feedback.cli.jobs.tuning import choose
-from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig, read_terms
+from nemo_llm_feedback.core.config import (
+    ContextConfig,
+    FeedbackConfig,
+    LLMConfig,
+    ProposalConfig,
+    RunConfig,
+    read_terms,
+)
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.metrics import oracle
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.rewards import LLMReward
 from nemo_llm_feedback.training.models import restore
@@ -65,9 +72,13 @@ def make_nbest(
     model: str, rows: list[Row], context: Context, proposals: ProposalConfig, *, llm: str, head: str
 ) -> NBestBatch:
     """The scored N-best of all rows under the checkpoint itself, in the rows' order."""
-    settings = NBestSettings(replace(proposals, max_members=64), context, head=head, batch_size=10)
+    config = RunConfig(
+        feedback=FeedbackConfig(heads=head),  # type: ignore[arg-type]
+        proposals=replace(proposals, max_members=64),
+        context=ContextConfig(context.description, context.terms),
+    )
     reward = LLMReward(load_llm(LLMConfig(model=llm)), alpha=1.0, beta=0.0)
-    return scored_nbest(restore(model, map_location="cpu"), rows, settings=settings, reward=reward)
+    return scored_nbest(restore(model, map_location="cpu"), rows, config=config, reward=reward, batch_size=10)
 
 
 def report(name: str, rows: list[Row], texts: list[str], context: Context) -> None:

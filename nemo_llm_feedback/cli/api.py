@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_llm_feedback.cli.options import compose_flags, given
+from nemo_llm_feedback.cli import options as flags
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.rewards import Reward, as_reward
 from nemo_llm_feedback.rewards.rules import RewardFunction
@@ -54,9 +54,9 @@ def adapt(
     """
     listed = None if isinstance(terms, (str, Path)) else tuple(terms)
     named = terms if isinstance(terms, (str, Path)) else None
-    flags = given(base=str(base), manifest=manifest, validation=validation, output=output, max_steps=max_steps)
-    flags |= given(objective=objective, llm=llm, description=description, terms=listed, terms_file=named)
-    return adapt_runs(compose_flags(flags, overrides), reward=None if reward is None else as_reward(reward))
+    found = flags.given(base=base, manifest=manifest, validation=validation, output=output, max_steps=max_steps)
+    found |= flags.given(objective=objective, llm=llm, description=description, terms=listed, terms_file=named)
+    return adapt_runs(flags.compose(found, overrides), reward=None if reward is None else as_reward(reward))
 
 
 def score(
@@ -83,5 +83,5 @@ def score(
     Raises:
         FeedbackError: settings, manifest, checkpoint or LLM cannot be used.
     """
-    cfg = compose_flags(given(description=description, terms_file=terms_file, llm=llm), overrides)
+    cfg = flags.compose(flags.given(description=description, terms_file=terms_file, llm=llm), overrides)
     return scoring.score(model, manifest, cfg, utterances=utterances)

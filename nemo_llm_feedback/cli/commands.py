@@ -12,32 +12,14 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
-from nemo_llm_feedback.cli.options import (
-    AdaptOptions,
-    Device,
-    HeadName,
-    JsonFile,
-    JudgeOptions,
-    Manifest,
-    Models,
-    NoAudio,
-    Output,
-    RescoringFlags,
-    ScoringFlags,
-    Segmenting,
-    compose_flags,
-    given,
-    head_of,
-    keys_of_flags,
-    torch_device,
-)
+from nemo_llm_feedback.cli import options as flags
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 
 
 def adapt(
     *overrides: str,
-    options: AdaptOptions = AdaptOptions(),
+    options: flags.AdaptOptions = flags.AdaptOptions(),
     config_name: str = "adapt",
     config_dir: str | None = None,
     show_config: bool = False,
@@ -68,7 +50,7 @@ def adapt(
         config_dir: folder of your configurations, searched first
         show_config: print the composed configuration and stop (Hydra's --cfg job)
     """
-    cfg = compose_flags(given(options), overrides, config_name=config_name, config_dir=config_dir)
+    cfg = flags.compose(flags.given(options), overrides, config_name=config_name, config_dir=config_dir)
     if show_config:
         from omegaconf import OmegaConf
 
@@ -87,8 +69,8 @@ def adapt(
 def prepare(
     folder: str,
     *,
-    output: Annotated[str, Output],
-    segmenting: Segmenting = Segmenting(),
+    output: Annotated[str, flags.Output],
+    segmenting: flags.Segmenting = flags.Segmenting(),
     preview: NonNegativeInt = 5,
 ) -> int:
     """Makes an unlabeled manifest of long recordings by voice activity.
@@ -106,21 +88,21 @@ def prepare(
 
 
 def score(
-    model: Annotated[str, Models],
+    model: Annotated[str, flags.Models],
     *,
-    manifest: Annotated[str, Manifest],
+    manifest: Annotated[str, flags.Manifest],
     utterances: NonNegativeInt = 10,
-    judge: JudgeOptions = JudgeOptions(),
+    judge: flags.JudgeOptions = flags.JudgeOptions(),
     samples: NonNegativeInt | None = None,
-    head: HeadName | None = None,
-    device: Device = "auto",
+    head: flags.HeadName | None = None,
+    device: flags.Device = "auto",
     batch_size: PositiveInt = 16,
     cache: str | None = None,
     show: NonNegativeInt | None = None,
     members: PositiveInt = 8,
     compare_quantization: Literal["nf4", "int8", "none"] | None = None,
     tune: bool = False,
-    json: JsonFile = None,
+    json: flags.JsonFile = None,
 ) -> int:
     """Shows N-best lists with their rewards; picks weights, compares quantisations.
 
@@ -144,7 +126,7 @@ def score(
 
     if json:
         check_writable(json)
-    cfg = compose_flags(given(judge, samples=samples, head=head, device=device, cache=cache))
+    cfg = flags.compose(flags.given(judge, samples=samples, head=head, device=device, cache=cache))
     with quiet():
         from nemo_llm_feedback.cli.jobs import score as job
     other = compare_quantization
@@ -158,18 +140,18 @@ def score(
 
 
 def transcribe(
-    model: Annotated[str, Models],
+    model: Annotated[str, flags.Models],
     audio: tuple[str, ...] = (),
     *,
-    manifest: Annotated[str | None, Manifest] = None,
+    manifest: Annotated[str | None, flags.Manifest] = None,
     audio_type: str | None = None,
-    output: Annotated[str | None, Output] = None,
+    output: Annotated[str | None, flags.Output] = None,
     batch_size: PositiveInt = 16,
-    head: HeadName = "auto",
+    head: flags.HeadName = "auto",
     timestamps: bool = False,
-    device: Device = "auto",
+    device: flags.Device = "auto",
     nbest: NonNegativeInt = 0,
-    choice: RescoringFlags = RescoringFlags(),
+    choice: flags.RescoringFlags = flags.RescoringFlags(),
 ) -> int:
     """Transcribes audio, with LLM rescoring if asked for.
 
@@ -194,7 +176,7 @@ def transcribe(
     tree = _rescoring(choice, nbest)
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
-    place = torch_device(device)
+    place = flags.torch_device(device)
     with quiet():
         from nemo_llm_feedback.cli.jobs import transcribe as job
 
@@ -204,7 +186,7 @@ def transcribe(
         manifest=manifest,
         audio_types=audio_type.split(",") if audio_type else job.AUDIO_TYPES,
         batch_size=batch_size,
-        head=head_of(head),
+        head=flags.head_of(head),
         timestamps=timestamps,
         device=place,
         rescoring=tree,
@@ -218,19 +200,19 @@ def transcribe(
 
 
 def evaluate(
-    models: Annotated[tuple[str, ...], Parameter(name=("--models", *Models.name))] = (),
+    models: Annotated[tuple[str, ...], Parameter(name=("--models", *flags.Models.name))] = (),
     *,
-    manifest: Annotated[str | None, Manifest] = None,
+    manifest: Annotated[str | None, flags.Manifest] = None,
     predictions: tuple[str, ...] = (),
-    head: HeadName = "auto",
+    head: flags.HeadName = "auto",
     batch_size: PositiveInt = 16,
-    device: Device = "auto",
+    device: flags.Device = "auto",
     oracle: NonNegativeInt = 0,
-    scoring: ScoringFlags = ScoringFlags(),
+    scoring: flags.ScoringFlags = flags.ScoringFlags(),
     b_wer: bool | str = False,
-    json: JsonFile = None,
+    json: flags.JsonFile = None,
     report: str | None = None,
-    no_audio: NoAudio = False,
+    no_audio: flags.NoAudio = False,
 ) -> int:
     """Scores checkpoints or ready transcripts on a labelled manifest.
 
@@ -253,12 +235,12 @@ def evaluate(
 
     for path in filter(None, (json, report)):
         check_writable(path)
-    place = torch_device(device) if models else "cpu"
+    place = flags.torch_device(device) if models else "cpu"
     found = job.evaluate(
         models,
         manifest,
         predictions=predictions,
-        head=head_of(head),
+        head=flags.head_of(head),
         batch_size=batch_size,
         oracle=oracle,
         device=place,
@@ -276,7 +258,9 @@ def evaluate(
     return 0
 
 
-def report(run_dir: str, *, output: Annotated[str | None, Output] = None, no_audio: NoAudio = False) -> int:
+def report(
+    run_dir: str, *, output: Annotated[str | None, flags.Output] = None, no_audio: flags.NoAudio = False
+) -> int:
     """Writes the report of a run again.
 
     Args:
@@ -310,8 +294,8 @@ def export(
     *,
     base: str | None = None,
     interpolation: float = 1.0,
-    output: Annotated[str | None, Output] = None,
-    manifest: Annotated[str | None, Manifest] = None,
+    output: Annotated[str | None, flags.Output] = None,
+    manifest: Annotated[str | None, flags.Manifest] = None,
     push_to_hub: str | None = None,
 ) -> int:
     """Turns a training checkpoint, or the average of several, into a plain .nemo.
@@ -341,7 +325,7 @@ def export(
 COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
 
 
-def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
+def _rescoring(choice: flags.RescoringFlags, nbest: int) -> dict[str, Any] | None:
     """The rescoring settings that the flags name; None = the checkpoint's decoding.
 
     Raises:
@@ -349,7 +333,7 @@ def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
     """
     from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS
 
-    keys, overrides = keys_of_flags(given(choice)), choice.judge.overrides
+    keys, overrides = flags.keys_of(flags.given(choice)), choice.judge.overrides
     if not choice.rescore and (overrides or any(key.startswith(("reward.", "llm.")) for key in keys)):
         raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
     if not (choice.rescore or choice.no_context or nbest or keys):
@@ -362,7 +346,7 @@ def _rescoring(choice: RescoringFlags, nbest: int) -> dict[str, Any] | None:
         )
     from omegaconf import OmegaConf
 
-    composed: Any = OmegaConf.to_container(compose_flags(given(choice)), resolve=True, throw_on_missing=False)
+    composed: Any = OmegaConf.to_container(flags.compose(flags.given(choice)), resolve=True, throw_on_missing=False)
     tree = {name: composed[name] for name in (*SHARED_SECTIONS, *(key for key in keys if "." not in key))}
     tree["context"]["required"] &= not choice.no_context
     if not choice.rescore:

@@ -152,7 +152,7 @@ def given(*groups: Any, **flags: Any) -> dict[str, Any]:
     return found
 
 
-def keys_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+def keys_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the settings that flags set.
 
     Args:
@@ -171,11 +171,11 @@ def keys_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def compose_flags(flags: Mapping[str, Any], overrides: Sequence[str] = (), **files: Any) -> Any:
+def compose(flags: Mapping[str, Any], overrides: Sequence[str] = (), **files: Any) -> Any:
     """The configuration that flags and settings make; the flags win.
 
     Args:
-        flags: see :func:`keys_of_flags`.
+        flags: see :func:`keys_of`.
         overrides: further settings, ``KEY=VALUE``.
         files: ``config_name`` and ``config_dir`` of ``compose_config``.
 
@@ -187,7 +187,7 @@ def compose_flags(flags: Mapping[str, Any], overrides: Sequence[str] = (), **fil
     from nemo_llm_feedback.core.config.compose import compose_config
 
     groups = [f"objective={flags['objective']}"] if "objective" in flags else []
-    keys = keys_of_flags(flags)
+    keys = keys_of(flags)
     if "llm.device" in keys:
         groups.append("trainer=cpu" if keys["llm.device"] == "cpu" else "trainer=gpu")
     cfg = compose_config([*groups, *flags.get("overrides", ()), *overrides], **files)

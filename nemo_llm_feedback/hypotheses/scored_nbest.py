@@ -12,36 +12,15 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import encoded_rows
 from nemo_llm_feedback.asr.heads import Head, heads_of
-from nemo_llm_feedback.core.config import ProposalConfig
+from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.text import get_normalizer
-from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
+from nemo_llm_feedback.core.types import Audio, Hypothesis, pad_groups
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.hypotheses.maker import Corrector, NBestMaker, judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.hypotheses.spelling import written_labels
 from nemo_llm_feedback.rewards import Reward
-
-
-@dataclass(frozen=True)
-class NBestSettings:
-    """How the N-best lists of a manifest are made.
-
-    Attributes:
-        proposals: number of members from each source, and the largest group.
-        run_context: the run's context, merged under each row's.
-        head: ``ctc``, ``transducer``, or ``auto`` = the one that ``transcribe`` would use.
-        normalizer: name of the text normalisation of the members.
-        batch_size: rows per batch.
-        memory_budget_mb: working memory of the transducer likelihood.
-    """
-
-    proposals: ProposalConfig
-    run_context: Context
-    head: str = "auto"
-    normalizer: str = "basic"
-    batch_size: int = 16
-    memory_budget_mb: int = 512
 
 
 @dataclass(frozen=True)
@@ -62,9 +41,10 @@ def scored_nbest(
     model: Any,
     rows: Sequence[Row],
     *,
-    settings: NBestSettings,
+    config: RunConfig,
     reward: Reward,
     corrector: Corrector | None = None,
+    batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> NBestBatch:
     """Proposes, scores and judges the N-best of every row; the model's train/eval state is left as it was.
@@ -72,9 +52,10 @@ def scored_nbest(
     Args:
         model: a NeMo CTC, transducer or hybrid model; it proposes and is the reference, too (``parts["asr"]``).
         rows: manifest rows, not tarred; at least one.
-        settings: settings of the N-best lists.
+        config: names proposals, context, head, text normalisation and memory budget.
         reward: judges them.
         corrector: writes one more member per utterance, see ``NBestMaker``.
+        batch_size: rows per batch.
         on_batch: receives the number of rows done.
 
     Returns:
@@ -83,17 +64,17 @@ def scored_nbest(
     Raises:
         RewardError, LLMError: the reward cannot work at all.
     """
-    itself = _Itself(model, settings)
+    itself = _Itself(model, config, batch_size)
     maker = NBestMaker(
-        Proposer(itself.heads[0], settings.proposals),
+        Proposer(itself.heads[0], config.proposals),
         itself,
-        normalize=get_normalizer(settings.normalizer),
+        normalize=get_normalizer(config.feedback.normalizer),
         reward=reward,
         corrector=corrector,
     )
     order: list[int] = []
     found: list[NBestBatch] = []
-    for indices, audio, encoded, lengths in itself.batches(rows, settings):
+    for indices, audio, encoded, lengths in itself.batches(rows):
         found.append(maker.make(audio, encoded, lengths))
         order += indices
         on_batch(len(order))
@@ -102,23 +83,23 @@ def scored_nbest(
 
 @torch.no_grad()
 def judged_references(
-    model: Any, rows: Sequence[Row], nbest: NBestBatch, *, settings: NBestSettings, reward: Reward
+    model: Any, rows: Sequence[Row], nbest: NBestBatch, *, config: RunConfig, reward: Reward, batch_size: int = 16
 ) -> list[JudgedReference | None]:
     """Judges the rows' reference texts beside the members of their N-best: does the reward prefer the truth?
 
     Args:
-        model, rows, settings, reward: see :func:`scored_nbest`.
+        model, rows, config, reward, batch_size: see :func:`scored_nbest`.
         nbest: the N-best that it returned for these rows.
 
     Returns:
         One entry per row, None where it has no text or one that the checkpoint cannot write. The reference's acoustic
         score is that of the better of its spellings as given and as normalised.
     """
-    itself = _Itself(model, settings)
-    head, normalize = itself.heads[0], get_normalizer(settings.normalizer)
+    itself = _Itself(model, config, batch_size)
+    head, normalize = itself.heads[0], get_normalizer(config.feedback.normalizer)
     found: list[JudgedReference | None] = [None] * len(rows)
     labelled = [i for i, row in enumerate(rows) if row.text]
-    for positions, audio, encoded, lengths in itself.batches([rows[i] for i in labelled], settings):
+    for positions, audio, encoded, lengths in itself.batches([rows[i] for i in labelled]):
         indices = [labelled[p] for p in positions]
         texts = [rows[i].text for i in indices]
         written = [[written_labels(t, head.vocabulary) for t in (text, normalize(text))] for text in texts]
@@ -141,9 +122,11 @@ def judged_references(
 class _Itself:
     """A model in place of the frozen reference: nothing is copied, and audio is encoded once."""
 
-    def __init__(self, model: Any, settings: NBestSettings) -> None:
-        self._model = model
-        self.heads: list[Head] = heads_of(model, which=settings.head, memory_budget_mb=settings.memory_budget_mb)[:1]
+    def __init__(self, model: Any, config: RunConfig, batch_size: int) -> None:
+        self._model, self._batch_size, self._context = model, batch_size, config.context.load()
+        feedback = config.feedback
+        found = heads_of(model, which=feedback.heads, memory_budget_mb=feedback.memory_budget_mb)
+        self.heads: list[Head] = found[:1]
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def encode(self, signal: Tensor, signal_len: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,12 +134,10 @@ class _Itself:
         assert self._encoded is not None
         return self._encoded
 
-    def batches(
-        self, rows: Sequence[Row], settings: NBestSettings
-    ) -> Iterator[tuple[tuple[int, ...], Audio, Tensor, Tensor]]:
+    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[tuple[int, ...], Audio, Tensor, Tensor]]:
         """Yields positions among the rows, their audio, [B, D, T] encoder output and [B] frames."""
         for indices, audio, encoded, lengths in encoded_rows(
-            self._model, rows, batch_size=settings.batch_size, run_context=settings.run_context
+            self._model, rows, batch_size=self._batch_size, run_context=self._context
         ):
             self._encoded = encoded, lengths
             yield indices, audio, encoded, lengths

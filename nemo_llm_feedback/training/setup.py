@@ -45,11 +45,11 @@ from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, loca
 from nemo_llm_feedback.training.inputs import (
     everyday_rows,
     labelled_rows,
+    nemo_faults,
     rates_to_try,
     set_optimizer,
     set_validation,
 )
-from nemo_llm_feedback.training.nemo_settings import nemo_faults
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics, Settings
 from nemo_llm_feedback.training.weights import snapshot

@@ -211,7 +211,7 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
             reward=reward.with_weights(alpha=alpha, beta=beta),
         )
 
-    batches = encoded_rows(probe.model, probe.rows, run_context=probe.settings.run_context)
+    batches = encoded_rows(probe.model, probe.rows, run_context=probe.config.context.load())
     pool = [EncodedAudio(audio, encoded, lengths) for _, audio, encoded, lengths in batches]
     measured = measure_pool(pool, build, probe.config, head=head.name)
 

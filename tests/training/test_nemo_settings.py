@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.training.nemo_settings import nemo_faults
+from nemo_llm_feedback.training.inputs import nemo_faults
 
 NEEDED = ["llm.model=a/b", "context.description=x", "model.train_ds.manifest_filepath=a.json"]
 

@@ -19,7 +19,7 @@ from nemo_llm_feedback.core.console import progress
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.inputs import readable
@@ -42,7 +42,6 @@ class NBestProbe:
         config: the plugin's sections.
         rows: those that are taken.
         total: rows of the manifest.
-        settings: settings of the N-best lists.
         scorer: the LLM, whose weights wait for the first score that the cache lacks; None where none is needed.
         reward: the reward that the configuration names.
 
@@ -66,14 +65,7 @@ class NBestProbe:
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
         all_rows = read_manifest(manifest)
         self.total, self.rows = len(all_rows), readable(spread(all_rows, utterances), manifest)
-        self.settings = NBestSettings(
-            proposals=config.proposals,
-            run_context=config.context.load(),
-            head=config.feedback.heads,
-            normalizer=config.feedback.normalizer,
-            batch_size=batch_size,
-            memory_budget_mb=config.feedback.memory_budget_mb,
-        )
+        self.batch_size = batch_size
         self.scorer = open_llm(config.llm) if config.needs_llm and config.llm is not None else None
         self.reward: Reward = reward_from_config(config, self.scorer)
 
@@ -81,7 +73,7 @@ class NBestProbe:
     def model(self) -> Any:
         """The recogniser, on its device."""
         model = restore(self._checkpoint, map_location=self._device).eval()
-        listed = [*self.settings.run_context.terms, *(term for row in self.rows for term in row.context.terms)]
+        listed = [*self.config.context.load().terms, *(term for row in self.rows for term in row.context.terms)]
         warn_of_terms(listed, heads_of(model)[0].vocabulary)
         return model
 
@@ -92,9 +84,10 @@ class NBestProbe:
             return scored_nbest(
                 self.model,
                 self.rows,
-                settings=self.settings,
+                config=self.config,
                 reward=self.reward,
                 corrector=corrector,
+                batch_size=self.batch_size,
                 on_batch=on_batch,
             )
 

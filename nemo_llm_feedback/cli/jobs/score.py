@@ -114,10 +114,10 @@ def score(
         FeedbackError: unusable input, before any model is loaded; or a reward that cannot work.
     """
     probe = NBestProbe(model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device)
-    settings = probe.config.reward
+    config, settings = probe.config, probe.config.reward
     if tune and not settings.weighed:
         raise ConfigError(f"--tune picks reward.alpha and reward.beta; reward.name={settings.name} has none.")
-    compared = other_llm(probe.config, other) if other else None
+    compared = other_llm(config, other) if other else None
     nbest, reward = probe.nbest(), probe.reward
     llm = probe.llm_line()  # its hit rate is that of the groups; they come again below
     weights = Weights(*settings.weights, "settings") if settings.weighed else None
@@ -125,7 +125,7 @@ def score(
         weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
         nbest = judged_by(reward, nbest)
-    references = judged_references(probe.model, probe.rows, nbest, settings=probe.settings, reward=reward)
+    references = judged_references(probe.model, probe.rows, nbest, config=config, reward=reward, batch_size=batch_size)
     (rewards,) = nbest.rewards.values()
     greedy = greedy_members(nbest)
     chosen = best_members(rewards, otherwise=greedy)
@@ -138,7 +138,7 @@ def score(
     if compared is not None:
         assert weights is not None
         comparison = compare_quantization(probe, nbest, compared, alpha=weights.alpha, beta=weights.beta)
-    with_signal = signal(rewards, nbest.mask, min_spread=probe.config.objective.min_spread)
+    with_signal = signal(rewards, nbest.mask, min_spread=config.objective.min_spread)
     return ScoreReport(
         rows=probe.rows,
         total=probe.total,
@@ -174,8 +174,8 @@ class LabelledMembers:
         self._scores = score_rows(
             [probe.rows[i] for i in self.rows for _ in nbest.texts[i]],
             [text for i in self.rows for text in nbest.texts[i]],
-            run_context=probe.settings.run_context,
-            normalizer=probe.settings.normalizer,
+            run_context=probe.config.context.load(),
+            normalizer=probe.config.feedback.normalizer,
         )
         self.errors = dict(zip(self.rows, self._counts("word_errors"), strict=True))
 

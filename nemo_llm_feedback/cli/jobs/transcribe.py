@@ -21,7 +21,7 @@ from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.cli.jobs.nbest_probe import spread
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
-from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig
+from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, RewardError, list_faults
@@ -29,7 +29,7 @@ from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.audio import load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 from nemo_llm_feedback.training.models import locate
@@ -89,21 +89,20 @@ def find_rows(
     if manifest:
         return read_manifest(manifest)
     suffixes = {f".{kind.lower().lstrip('.')}" for kind in audio_types}
-    files: list[Path] = []
+    files: dict[Path, None] = {}
     faults = []
     for name in audio:
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-            files += found
-            faults += [] if found else [f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))})."]
-        elif path.is_file():
-            files.append(path)
-        else:
+        within = path.rglob("*") if path.is_dir() else ()
+        found = [path] if path.is_file() else sorted(p for p in within if p.suffix.lower() in suffixes and p.is_file())
+        files |= dict.fromkeys(found)
+        if not found and path.is_dir():
+            faults.append(f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))}).")
+        elif not found:
             faults.append(f"{name}: no such file or folder.")
     if faults:
         raise ManifestError(" ".join(faults))
-    return [_row_of(path) for path in dict.fromkeys(files)]
+    return [_row_of(path) for path in files]
 
 
 @quiet()
@@ -246,10 +245,13 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
             beam=settings.nbest or DEFAULT_NBEST,
             **{name: getattr(settings, name) for name in ("boosted", "term_swap", "boosting_weight")},
         )
-        how = NBestSettings(
-            proposals, rescorer.context, head, settings.normalizer, batch_size, settings.memory_budget_mb
+        feedback = FeedbackConfig(
+            heads=head,  # type: ignore[arg-type]
+            normalizer=settings.normalizer,
+            memory_budget_mb=settings.memory_budget_mb,
         )
-        nbest = scored_nbest(model, few, settings=how, reward=reward)
+        config = RunConfig(feedback=feedback, proposals=proposals, context=settings.context)
+        nbest = scored_nbest(model, few, config=config, reward=reward, batch_size=batch_size)
         try:
             weights = by_spread(nbest, settings.reward)
         except RewardError:

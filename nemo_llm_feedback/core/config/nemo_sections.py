@@ -2,7 +2,7 @@
 
 These sections take every key that NeMo and Lightning take; a key that is nearly one of theirs is a slip, and a value
 that cannot be meant is refused before anything is loaded. What only NeMo and Lightning can judge (the arguments of an
-optimizer) is tried by ``training.nemo_settings``.
+optimizer) is tried by ``training.inputs``.
 """
 
 from __future__ import annotations
