@@ -92,7 +92,8 @@ def configuration() -> str:
         "What is listed is checked before anything is loaded.\n"
     )
     parts += [f"### {name}\n\n{_keys(cls, f'{name}.')}" for name, cls in NEMO_SECTIONS.items()]
-    parts.append(f"## Rescoring\n\n{_summary(RescoringConfig)} A YAML file for `transcribe --rescoring FILE`.\n\n")
+    how = "Python takes it as `transcribe(…, rescoring={…})`; the command has flags for it."
+    parts.append(f"## Rescoring\n\n{_summary(RescoringConfig)} {how}\n\n")
     parts.append(_keys(RescoringConfig, ""))
     return "\n\n".join(parts)
 
@@ -120,7 +121,11 @@ def _keys(cls: type, prefix: str) -> str:
     meanings, hints = _meanings(cls), get_type_hints(cls, include_extras=True)
     out = []
     for item in dataclasses.fields(cls):
+        if hints[item.name] is Any:
+            continue  # known to NeMo or Lightning, and not looked at
         facts = [f"default `{_shown(_default(item))}`"] if _default(item) is not dataclasses.MISSING else ["needed"]
+        if cls in NEMO_SECTIONS.values():  # their defaults are NeMo's and Lightning's
+            facts = []
         facts.append(_type(hints[item.name]))
         meaning = meanings.get(item.name, "")
         out.append(f"`{prefix}{item.name}` {{ #{prefix}{item.name} }}")

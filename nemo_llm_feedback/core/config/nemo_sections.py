@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import field, make_dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    create_model,
 )
 from pydantic.dataclasses import dataclass
 
@@ -71,19 +70,12 @@ class TopLevel(Section):
     report_audio: bool = True
 
 
-class _Closed(BaseModel):
-    model_config = STRICT
-
-
-class _Open(_Closed):
-    is_open: ClassVar[bool] = True
-
-
-def _model(path: str, groups: list[tuple[str, Any]], *, closed: bool = False) -> type[BaseModel]:
-    """What pydantic checks a section by."""
+def _section(path: str, groups: list[tuple[str, Any]]) -> type:
+    """What pydantic checks a section by; Lightning's takes no other keys, NeMo's take any."""
     kinds = {name: kind for names, kind in groups for name in names.split()}
-    fields: dict[str, Any] = {name: (kind, ... if name in _NEEDED else None) for name, kind in kinds.items()}
-    return create_model(path, __base__=_Closed if closed else _Open, **fields)
+    fields = [(name, kind, *([] if name in _NEEDED else [field(default=None)])) for name, kind in kinds.items()]
+    made = make_dataclass(path.replace(".", "_"), fields, kw_only=True, namespace={"is_open": path != "trainer"})
+    return dataclass(made, config=STRICT)
 
 
 _SECTION = dict[str, Any]
@@ -145,10 +137,8 @@ _KEYS: dict[str, list[tuple[str, Any]]] = {
         ("every_n_train_steps every_n_epochs", PositiveInt | None),
     ],
 }
-NEMO_SECTIONS: dict[str, type[BaseModel]] = {
-    path: _model(path, groups, closed=path == "trainer") for path, groups in _KEYS.items()
-}
-_GROUP = _model("group", [("lr weight_decay", NonNegativeFloat | None)])
+NEMO_SECTIONS: dict[str, type] = {path: _section(path, groups) for path, groups in _KEYS.items()}
+_GROUP = _section("group", [("lr weight_decay", NonNegativeFloat | None)])
 
 
 def section_at(tree: Mapping[str, Any], path: str) -> Any:

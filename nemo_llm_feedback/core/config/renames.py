@@ -16,6 +16,7 @@ RENAMED = {
     "replay=anchor": '"replay": "kl"',
     "--base-share": "--interpolation (the share of the run: 1 − the base's)",
     "--samples": "--resamples in evaluate (--samples of adapt and score are hypotheses)",
+    "--rescoring": "--rescore with flags and --set (in Python transcribe(…, rescoring={…}))",
     "calibrate": "score --compare-quantization none",
     "tune": "score --tune",
 }
