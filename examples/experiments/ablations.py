@@ -19,7 +19,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig
 from settings import SETTINGS
 
-from nemo_llm_feedback.cli.jobs.score import ScoreReport, score
+from nemo_llm_feedback.cli.jobs.score import NBestProbe, ScoreReport, score
 from nemo_llm_feedback.core.config.compose import compose_config
 
 COLUMNS = ("N", "WER", "EWER", "false alarms", "oracle WER", "oracle EWER", "rank corr. EWER", "prefers reference")
@@ -47,9 +47,8 @@ def main() -> None:
     for name, overrides in settings.items():
         key = f"{name} ({overrides})"
         if key not in found:
-            found[key] = _numbers(
-                score(options.checkpoint, options.manifest, _settings(options, overrides), utterances=0)
-            )
+            cfg = _settings(options, overrides)
+            found[key] = _numbers(score(NBestProbe(options.checkpoint, options.manifest, cfg, utterances=0)))
             done.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(
             f"| {name} | " + " | ".join(f"{value:.{_digits(column)}f}" for column, value in found[key].items()) + " |"

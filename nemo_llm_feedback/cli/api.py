@@ -84,4 +84,4 @@ def score(
         FeedbackError: settings, manifest, checkpoint or LLM cannot be used.
     """
     cfg = flags.compose(flags.given(description=description, terms_file=terms_file, llm=llm), overrides)
-    return scoring.score(model, manifest, cfg, utterances=utterances)
+    return scoring.score(scoring.NBestProbe(model, manifest, cfg, utterances=utterances))

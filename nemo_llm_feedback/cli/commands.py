@@ -129,10 +129,8 @@ def score(
     cfg = flags.compose(flags.given(judge, samples=samples, head=head, device=device, cache=cache))
     with quiet():
         from nemo_llm_feedback.cli.jobs import score as job
-    other = compare_quantization
-    report = job.score(
-        model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device, other=other, tune=tune
-    )
+    probe = job.NBestProbe(model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device)
+    report = job.score(probe, other=compare_quantization, tune=tune)
     print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
     if json:
         write_record(json, job.report_record(report))

@@ -20,7 +20,7 @@ from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode, recomputed_layers
 from nemo_llm_feedback.cli.jobs.evaluate import evaluate
 from nemo_llm_feedback.cli.jobs.export import export
-from nemo_llm_feedback.cli.jobs.score import score
+from nemo_llm_feedback.cli.jobs.score import NBestProbe, score
 from nemo_llm_feedback.cli.jobs.transcribe import transcribe
 from nemo_llm_feedback.core.config import ParametersConfig
 from nemo_llm_feedback.core.config.compose import compose_config
@@ -60,7 +60,7 @@ def test_every_job_works_on(
     base = build_kind(name, tmp_path / "base.nemo", tokenizers)
     small = ("proposals.beam=3", "proposals.boosted=2", "proposals.max_symbols=3")
     cfg = compose_config([f"llm.model={tiny_llm}", "context.description=an order", *small])
-    report = score(base, labelled, cfg)
+    report = score(NBestProbe(base, labelled, cfg))
     logp = report.nbest.ref_logp.values()
     assert all(torch.isfinite(values[report.nbest.mask]).all() for values in logp)
     assert any(len(row) > 1 for row in report.nbest.texts)

@@ -15,7 +15,7 @@ from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.options import torch_device
 from nemo_llm_feedback.core.config import parse_run_config
-from nemo_llm_feedback.core.console import progress
+from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
@@ -44,11 +44,13 @@ class NBestProbe:
         total: rows of the manifest.
         scorer: the LLM, whose weights wait for the first score that the cache lacks; None where none is needed.
         reward: the reward that the configuration names.
+        batch_size: utterances per batch of the recogniser.
 
     Raises:
         ConfigError, LLMError, RewardError, ManifestError, CheckpointError: the message names the fix.
     """
 
+    @quiet()
     def __init__(
         self,
         model: str | Path,

@@ -6,11 +6,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
@@ -93,27 +91,18 @@ class ScoreReport:
 
 @quiet()
 def score(
-    model: str | Path,
-    manifest: str | Path,
-    cfg: DictConfig,
-    *,
-    utterances: int = 10,
-    batch_size: int = 16,
-    device: str = "auto",
-    other: Literal["nf4", "int8", "none"] | None = None,
-    tune: bool = False,
+    probe: NBestProbe, *, other: Literal["nf4", "int8", "none"] | None = None, tune: bool = False
 ) -> ScoreReport:
     """Proposes and judges the N-best of some rows and, where they have text, judges the judge.
 
     Args:
-        model, manifest, cfg, utterances, batch_size, device: see :class:`NBestProbe`.
+        probe: the rows, the recogniser and the reward.
         other: also judge by the LLM in this quantisation.
         tune: also pick α and β.
 
     Raises:
         FeedbackError: unusable input, before any model is loaded; or a reward that cannot work.
     """
-    probe = NBestProbe(model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device)
     config, settings = probe.config, probe.config.reward
     if tune and not settings.weighed:
         raise ConfigError(f"--tune picks reward.alpha and reward.beta; reward.name={settings.name} has none.")
@@ -125,7 +114,9 @@ def score(
         weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
         nbest = judged_by(reward, nbest)
-    references = judged_references(probe.model, probe.rows, nbest, config=config, reward=reward, batch_size=batch_size)
+    references = judged_references(
+        probe.model, probe.rows, nbest, config=config, reward=reward, batch_size=probe.batch_size
+    )
     (rewards,) = nbest.rewards.values()
     greedy = greedy_members(nbest)
     chosen = best_members(rewards, otherwise=greedy)
