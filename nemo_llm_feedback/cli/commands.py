@@ -283,7 +283,7 @@ def runs(folder: str, *, json: bool = False) -> int:
     from nemo_llm_feedback.evaluation.records import to_json
 
     found = job.list_runs(folder)
-    print(to_json(found) if json else job.runs_text(found))
+    print(to_json([run.record() for run in found]) if json else job.runs_text(found))
     return 0
 
 

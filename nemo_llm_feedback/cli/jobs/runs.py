@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +27,29 @@ class Run:
         folder: relative to the folder asked for.
         state: ``finished``, ``running`` or ``interrupted``.
         objective: name of the objective.
-        learning_rate: peak of the run; so far where it has not finished.
-        alpha: weight of the LLM; None where it is not known or there is none.
-        gain: held-out gain in reward of the kept weights, so far the largest; None where none was measured.
-        kept_step: the step whose weights were exported.
         steps: optimizer steps taken.
         max_steps: asked for.
         attempts: number of starts.
         started: time of the first start, UTC.
         settings: key → value of those that differ between the runs.
-        before, after: validation set → score → per cent.
-        ended: why it ended early; empty if it did not.
-        nemo: the adapted checkpoint; None without.
+        result: what ``result.json`` has of it: ``learning_rate`` (the peak), ``alpha``, ``gain`` (held-out, of the
+            kept weights), ``kept_step``, ``before`` and ``after`` (validation set → score → per cent), ``ended`` (why
+            it ended early) and ``nemo``. Of a run that has not finished the rate and the largest gain so far.
     """
 
     folder: str
     state: str
     objective: str
-    learning_rate: float | None
-    alpha: float | None
-    gain: float | None
-    kept_step: int | None
     steps: int
     max_steps: int | None
     attempts: int
     started: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    before: dict[str, dict[str, float]] = field(default_factory=dict)
-    after: dict[str, dict[str, float]] = field(default_factory=dict)
-    ended: str = ""
-    nemo: str | None = None
+    settings: dict[str, Any]
+    result: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The run as plain data, with the result's values beside the others."""
+        return {name: value for name, value in vars(self).items() if name != "result"} | self.result
 
 
 def list_runs(folder: str | Path) -> list[Run]:
@@ -85,23 +78,22 @@ def list_runs(folder: str | Path) -> list[Run]:
 
 def runs_text(runs: list[Run]) -> str:
     """The runs as text of 80 columns: a line per run, and below it scores and the settings that differ."""
-    rows = [
-        [
-            _short(run.folder, 22),
-            run.objective,
-            *(None if value is None else f"{value:.3g}" for value in (run.learning_rate, run.alpha)),
-            None if run.gain is None else f"{run.gain:+.2f}",
-            _kept(run),
-            run.state,
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        rate, alpha, gain = (run.result[name] for name in ("learning_rate", "alpha", "gain"))
+        numbers = [None if value is None else f"{value:.3g}" for value in (rate, alpha)]
+        shown = None if gain is None else f"{gain:+.2f}"
+        rows.append([_short(run.folder, 22), run.objective, *numbers, shown, _kept(run), run.state])
     lines = [Table(["run", "objective", "rate", "alpha", "gain", "kept step", "state"], rows).to_text()]
     for run in runs:
-        facts = [f"{name} {score} {_change(run, name, score)}" for name in run.before for score in _SCORES]
-        facts = [fact for fact in facts if not fact.endswith(" ")]
+        facts = [
+            f"{name} {score} {before[score]:.2f} → {after[score]:.2f}"
+            for name, before in run.result["before"].items()
+            for score in _SCORES
+            if score in before and score in (after := run.result["after"].get(name, {}))
+        ]
         facts += [f"{key}={_short(value, 40)}" for key, value in run.settings.items()]
-        facts += [f"ended early: {run.ended}"] if run.ended else []
+        facts += [f"ended early: {run.result['ended']}"] if run.result["ended"] else []
         lines += textwrap.wrap(f"{run.folder}: {', '.join(facts)}", 80, subsequent_indent="  ") if facts else []
     if any(run.state == "interrupted" for run in runs):
         lines.append("an interrupted run goes on when its command is given again")
@@ -109,39 +101,31 @@ def runs_text(runs: list[Run]) -> str:
 
 
 def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) -> Run:
-    steps = read_steps(path / STEPS_FILE)
-    result = _read_json(path / RESULT_FILE)
+    steps, found = read_steps(path / STEPS_FILE), _read_json(path / RESULT_FILE)
     attempts = _read_json(path / RUN_FILE).get("attempts", [])
-    gains = [line["held_out/gain"] for line in steps if "held_out/gain" in line]
     rates = [settings.get("model.optim.lr"), *(line.get("lr") for line in steps)]
+    so_far: dict[str, Any] = {
+        "learning_rate": max((rate for rate in rates if rate is not None), default=None),
+        "alpha": settings.get("reward.alpha"),
+        "gain": max((line["held_out/gain"] for line in steps if "held_out/gain" in line), default=None),
+    } | {"kept_step": None, "before": {}, "after": {}, "ended": "", "nemo": None}
     return Run(
         folder=str(path.relative_to(top)),
-        state="finished" if result else ("running" if in_use(path) else "interrupted"),
+        state="finished" if found else ("running" if in_use(path) else "interrupted"),
         objective=str(settings.get("objective.name", "")),
-        learning_rate=result.get("learning_rate", max((rate for rate in rates if rate is not None), default=None)),
-        alpha=result.get("alpha", settings.get("reward.alpha")),
-        gain=result.get("gain", max(gains, default=None)),
-        kept_step=result.get("kept_step"),
         steps=max((int(line["step"]) for line in steps), default=0),
         max_steps=settings.get("trainer.max_steps"),
         attempts=len(attempts),
         started=attempts[0]["started"] if attempts else "",
         settings={key: settings.get(key) for key in differing},
-        before=result.get("before", {}),
-        after=result.get("after", {}),
-        ended=result.get("ended", ""),
-        nemo=result.get("nemo"),
+        result={name: found.get(name, value) for name, value in so_far.items()},
     )
-
-
-def _change(run: Run, name: str, score: str) -> str:
-    before, after = run.before.get(name, {}).get(score), run.after.get(name, {}).get(score)
-    return "" if before is None or after is None else f"{before:.2f} → {after:.2f}"
 
 
 def _kept(run: Run) -> str:
     """The kept step of all steps, or the last one so far."""
-    step = run.steps if run.kept_step is None else run.kept_step
+    kept = run.result["kept_step"]
+    step = run.steps if kept is None else kept
     return f"{step}/{run.max_steps}" if run.max_steps else str(step)
 
 
