@@ -71,7 +71,8 @@ def test_the_address_may_end_in_v1_as_openai_clients_want_it() -> None:
 def test_the_yaml_shows_every_default() -> None:
     shown = yaml.safe_load((conf_dir() / "reward" / "remote.yaml").read_text(encoding="utf-8"))
     assert shown["name"] == "remote"
-    assert shown["settings"] == {name: field.default for name, field in RemoteConfig.model_fields.items()}
+    fields = RemoteConfig.__pydantic_fields__
+    assert shown["settings"] == {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
 
 @pytest.mark.parametrize("index", [True, "0", [0], {"n": 0}, None, 0.0])

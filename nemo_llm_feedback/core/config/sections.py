@@ -177,8 +177,20 @@ class ProposalConfig(Section):
         return []
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class PromptConfig(Section):
+    """What an LLM reads, on this machine or on a server; :class:`LLMConfig` explains the keys."""
+
+    template: str | None = None
+    chat: Literal["auto", "on", "off"] = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
+    max_terms: PositiveInt = 200
+    truecasing: Literal["none", "sentence", "english"] = "none"
+
+
 @dataclass(frozen=True, config=STRICT)
-class LLMConfig(Section):
+class LLMConfig(PromptConfig):
     """Which LLM scores, how it is stored, and how it is prompted.
 
     Attributes:
@@ -212,13 +224,7 @@ class LLMConfig(Section):
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     device: Annotated[str, AfterValidator(_device)] = "auto"
     compute_dtype: ComputeDtype = "auto"
-    template: str | None = None
     correction_template: str | None = None
-    chat: Literal["auto", "on", "off"] = "auto"
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
-    max_terms: PositiveInt = 200
-    truecasing: Literal["none", "sentence", "english"] = "none"
     phase: Literal["inline", "cached"] = "inline"
     token_budget: PositiveInt = 8192
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo
+from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config import LLMConfig
-from nemo_llm_feedback.core.config.faults import make
+from nemo_llm_feedback.core.config.faults import STRICT, make
+from nemo_llm_feedback.core.config.sections import PromptConfig
 from nemo_llm_feedback.llm.folder import check_llm_folder, is_hub_id
 from nemo_llm_feedback.llm.gguf import is_gguf
 
 SETTINGS_KEY = "reward.settings"
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _address(value: str) -> str:
@@ -73,7 +75,8 @@ def _folder(value: str | None) -> str | None:
     return value
 
 
-class RemoteConfig(BaseModel):
+@dataclass(frozen=True, config=ConfigDict(**STRICT, validate_default=True), kw_only=True)
+class RemoteConfig(PromptConfig):
     """A scoring server, under ``reward.settings`` of ``reward=remote``.
 
     Attributes:
@@ -96,27 +99,19 @@ class RemoteConfig(BaseModel):
             texts too, and is dropped. null = the server is only checked against itself.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, validate_default=True)
-
     base_url: Annotated[str, AfterValidator(_address)] = ""
     model: Annotated[str, AfterValidator(_named)] = ""
     tokenizer: Annotated[str | None, AfterValidator(_tokenizer)] = None
     revision: str | None = None
     version: str = ""
     api_key_env: Annotated[str | None, AfterValidator(_key_variable)] = None
-    timeout_s: _Positive = 60.0
-    deadline_s: _Positive = 300.0
+    timeout_s: PositiveFloat = 60.0
+    deadline_s: PositiveFloat = 300.0
     retries: NonNegativeInt = 5
     max_in_flight: PositiveInt = 8
     batch_size: PositiveInt = 16
     max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.2
     max_model_len: Annotated[int, Field(ge=16)] | None = None
-    template: str | None = None
-    chat: Literal["auto", "on", "off"] = "auto"
-    chat_template_kwargs: dict[str, Any] = {}
-    max_context_tokens: Annotated[int, Field(ge=8)] = 1024
-    max_terms: PositiveInt = 200
-    truecasing: Literal["none", "sentence", "english"] = "none"
     check_against: Annotated[str | None, AfterValidator(_folder)] = None
 
     @property
@@ -132,12 +127,8 @@ class RemoteConfig(BaseModel):
     @property
     def prompting(self) -> LLMConfig:
         """The prompt's settings as those of a local LLM: ``check_against`` or, where there is none, a name only."""
-        shared = ("template", "chat", "chat_template_kwargs", "max_context_tokens", "max_terms", "truecasing")
-        return LLMConfig(
-            model=self.check_against or self.tokenizer_source,
-            quantization="none",
-            **{name: getattr(self, name) for name in shared},
-        )
+        shared = {key.name: getattr(self, key.name) for key in fields(PromptConfig)}
+        return LLMConfig(self.check_against or self.tokenizer_source, quantization="none", **shared)
 
 
 def parse_remote(settings: Mapping[str, Any]) -> RemoteConfig:
