@@ -139,7 +139,7 @@ def score(
 
 def transcribe(
     model: Annotated[str, flags.Models],
-    audio: tuple[str, ...] = (),
+    audio: Annotated[tuple[str, ...], Parameter(name=("--audio", "--audio-dir"))] = (),
     *,
     manifest: Annotated[str | None, flags.Manifest] = None,
     audio_type: str | None = None,

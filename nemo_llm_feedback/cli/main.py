@@ -104,14 +104,14 @@ def _adapt_words(words: Sequence[str]) -> list[str]:
 
 
 def _flag_words(words: Sequence[str]) -> list[str]:
-    """The arguments of another command, with NeMo's ``model_path=FILE`` as ``--model=FILE``."""
+    """The arguments of another command, with NeMo's ``model_path=FILE`` as ``--model-path=FILE``."""
     found: list[str] = []
     flag = ""
     for word in words:
         flag = word.partition("=")[0] if word.startswith("-") else flag
         name, equals, value = word.partition("=")
         known = equals and name in NEMO_NAMES and flag != "--set"
-        found.append(f"--{NEMO_NAMES[name]}={value}" if known else word)
+        found.append(f"--{name.replace('_', '-')}={value}" if known else word)
     return found
 
 

@@ -47,19 +47,10 @@ KEYS = {
     "boosting_weight": "boosting_weight",
     "term_swap": "term_swap",
 }
-# NeMo's name → our flag; of ``adapt`` the key that ``compose_config`` takes it for.
-NEMO_NAMES = {
-    "model_path": "model",
-    "pretrained_name": "model",
-    "audio_dir": "audio",
-    "dataset_manifest": "manifest",
-    "output_filename": "output",
-    "decoder_type": "head",
-    "cuda": "device",
-    "batch_size": "batch-size",
-    "timestamps": "timestamps",
-    "audio_type": "audio-type",
-}
+# Arguments of NeMo's example scripts, each an alias of a flag (``adapt`` takes them as keys, see ``compose_config``).
+_NEMO_INPUTS = "model_path pretrained_name audio_dir audio_type dataset_manifest"
+_NEMO_OTHERS = "output_filename decoder_type cuda batch_size timestamps"
+NEMO_NAMES = frozenset(f"{_NEMO_INPUTS} {_NEMO_OTHERS}".split(" "))
 HeadName = Annotated[
     Literal["auto", "ctc", "transducer", "rnnt"],
     Parameter(name=("--head", "--decoder-type"), help="head of a hybrid model; rnnt = transducer"),
