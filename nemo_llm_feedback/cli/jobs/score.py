@@ -120,9 +120,9 @@ def score(
     (rewards,) = nbest.rewards.values()
     greedy = greedy_members(nbest)
     chosen = best_members(rewards, otherwise=greedy)
-    labelled = LabelledMembers(probe, nbest)
+    labelled = LabelledMembers(probe, nbest) if any(row.text for row in probe.rows) else None
     tuned = comparison = None
-    if tune and labelled.rows:
+    if tune and labelled is not None:
         tuned = tune_by_labels(nbest, labelled.scores, settings)
     elif tune:
         tuned = by_spread(nbest, replace(settings, beta=None))
@@ -143,9 +143,9 @@ def score(
         references=references,
         preference=_preferences([r for r in references if r is not None]),
         llm=llm,
-        errors=labelled.errors,
-        systems=labelled.systems(greedy, chosen),
-        agreement=labelled.agreement(rewards),
+        errors=labelled.errors if labelled else {},
+        systems=labelled.systems(greedy, chosen) if labelled else {},
+        agreement=labelled.agreement(rewards) if labelled else {},
         quantization=comparison,
         tuned=tuned,
     )
@@ -155,7 +155,7 @@ class LabelledMembers:
     """The members of the rows with text, each scored against it.
 
     Attributes:
-        rows: positions of the rows with text; where there are none, nothing is measured.
+        rows: positions of the rows with text, at least one.
         errors: position of a row with text → word errors of its members.
     """
 
@@ -178,12 +178,12 @@ class LabelledMembers:
     def systems(self, greedy: Sequence[int], chosen: Sequence[int]) -> dict[str, CorpusScores]:
         """The scores of the greedy, the best-rewarded and the best members."""
         fewest = {i: errors.index(min(errors)) for i, errors in self.errors.items()}
-        picks: dict[str, Any] = {"greedy": greedy, "best-rewarded": chosen, "oracle": fewest} if self.rows else {}
+        picks: dict[str, Any] = {"greedy": greedy, "best-rewarded": chosen, "oracle": fewest}
         return {name: self.scores(members) for name, members in picks.items()}
 
     def agreement(self, rewards: Tensor) -> dict[str, RankAgreement]:
         """Rank correlation of the [B, N] rewards of all rows with −WER and, where there are entities, −EWER."""
-        counts = {"wer": "word_errors", "ewer": find_metric("ewer").numerator} if self.rows else {}
+        counts = {"wer": "word_errors", "ewer": find_metric("ewer").numerator}
         return {
             metric: rank_agreement(rewards[self.rows], -pad_groups(self._counts(name)))
             for metric, name in counts.items()
