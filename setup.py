@@ -54,6 +54,7 @@ setup(
         "accelerate>=1.0",
         "jellyfish>=1.1",
         "jiwer>=4.0",
+        "num2words>=0.5.14",
         "kaldialign>=0.9",
         "rapidfuzz>=3.0",
         "hydra-core>=1.3",

@@ -70,17 +70,28 @@ def prepare(
     folder: str,
     *,
     output: Annotated[str, flags.Output],
+    hypotheses: str | None = None,
+    source: str | None = None,
     segmenting: flags.Segmenting = flags.Segmenting(),
     preview: NonNegativeInt = 5,
 ) -> int:
-    """Makes an unlabeled manifest of long recordings by voice activity.
+    """Makes an unlabeled manifest of long recordings by voice activity, or joins other systems' transcripts onto one.
 
     Args:
-        folder: folder of recordings, searched with its sub-folders, or one file
+        folder: folder of recordings, searched with its sub-folders, or one file; with --hypotheses a manifest
         output: the manifest to write
+        hypotheses: what another recogniser wrote: NeMo manifest, JSON, text lines or folder of .txt, joined by path
+        source: name of that recogniser; default: of its file
         segmenting: how recordings are cut
         preview: segments to show
     """
+    if hypotheses is not None:
+        from nemo_llm_feedback.cli.jobs.hypotheses import join
+
+        print(join(folder, hypotheses, out=output, source=source))
+        return 0
+    if source is not None:
+        raise ConfigError("--source names the recogniser of --hypotheses FILE; add it.")
     from nemo_llm_feedback.cli.jobs import prepare as job
 
     print(job.summary(job.prepare(folder, out=output, settings=segmenting), preview=preview))
@@ -149,6 +160,8 @@ def transcribe(
     timestamps: bool = False,
     device: flags.Device = "auto",
     nbest: NonNegativeInt = 0,
+    add_to: str | None = None,
+    source: str | None = None,
     choice: flags.RescoringFlags = flags.RescoringFlags(),
 ) -> int:
     """Transcribes audio, with LLM rescoring if asked for.
@@ -164,14 +177,26 @@ def transcribe(
         timestamps: word and segment times, in seconds
         device: where the recogniser runs
         nbest: hypotheses to write per utterance, with all score parts
+        add_to: manifest whose rows are transcribed, and get the N-best as `hypotheses`, in place or into --output
+        source: name of the model in them; default: of its file
         choice: rescoring
     """
+    from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, named_source
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
     from nemo_llm_feedback.evaluation.records import check_writable
 
-    if output:
-        check_writable(output)
+    if target := output or add_to:
+        check_writable(target)
+    name = named_source(source, model) if add_to else ""
+    if (source and not add_to) or (add_to and (audio or manifest)):
+        raise ConfigError(
+            "--add-to MANIFEST takes its rows, without AUDIO and --manifest, and --source names the model."
+        )
+    if add_to:
+        nbest = nbest or _ADDED
     tree = _rescoring(choice, nbest)
+    if add_to and tree is not None:  # the model's own texts, as it writes them
+        tree = {**tree, "external": 0, "normalizer": "none"}
     if tree is not None:
         parse_rescoring_config(tree)  # refuses faults before NeMo is imported
     place = flags.torch_device(device)
@@ -181,7 +206,7 @@ def transcribe(
     found = job.transcribe(
         model,
         audio,
-        manifest=manifest,
+        manifest=add_to or manifest,
         audio_types=audio_type.split(",") if audio_type else job.AUDIO_TYPES,
         batch_size=batch_size,
         head=flags.head_of(head),
@@ -189,11 +214,14 @@ def transcribe(
         device=place,
         rescoring=tree,
     )
-    if output:
+    if add_to:
+        texts = job.nbest_texts(found, source=name, nbest=nbest)
+        print(add_hypotheses(add_to, texts, out=output or add_to))
+    elif output:
         job.write_manifest(output, found, nbest=nbest)
     else:
         print(job.transcripts_text(found, nbest=nbest))
-    print(job.summary(found, written=f"; written to {output}" if output else ""), file=sys.stderr)
+    print(job.summary(found, written=f"; written to {target}" if target else ""), file=sys.stderr)
     return 1 if found.failures else 0
 
 
@@ -319,6 +347,7 @@ def export(
     return 0
 
 
+_ADDED = 8  # hypotheses of another model per utterance
 # In the order in which a user meets them.
 COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
 

@@ -24,18 +24,40 @@ class Context:
 
 
 @dataclass(frozen=True)
+class ExternalText:
+    """What another recogniser wrote for an utterance: an entry of the manifest key ``hypotheses``.
+
+    Attributes:
+        text: the transcript as it was written.
+        source: the recogniser's name.
+        score: its score of the text, higher is better; None where there is none.
+    """
+
+    text: str
+    source: str = "external"
+    score: float | None = None
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """One candidate transcript of one utterance.
 
     Attributes:
         text: the transcript after the run's text normalisation; what rewards see.
         tokens: label ids of the ASR vocabulary, without blank; what the likelihood scores.
-        source: the proposer that supplied it: ``greedy``, ``beam``, ``boosted`` or ``samples``.
+        source: the proposer that supplied it first: ``greedy``, ``beam``, ``boosted``, … or another recogniser's name.
+        also: the others that supplied it.
     """
 
     text: str
     tokens: tuple[int, ...]
     source: str = "beam"
+    also: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that supplied it, each once."""
+        return (self.source, *self.also)
 
 
 @dataclass(frozen=True)
@@ -112,12 +134,14 @@ class Audio:
         signal_len: [B] samples.
         utterances: B names.
         contexts: B contexts, merged over the run's.
+        external: B rows of other recognisers' texts; empty where there are none at all.
     """
 
     signal: Tensor
     signal_len: Tensor
     utterances: tuple[str, ...]
     contexts: tuple[Context, ...]
+    external: tuple[tuple[ExternalText, ...], ...] = ()
 
     def select(self, rows: Sequence[int]) -> Audio:
         """The utterances at these positions, with the padding that they have."""
@@ -127,4 +151,5 @@ class Audio:
             self.signal_len[chosen],
             tuple(self.utterances[b] for b in chosen),
             tuple(self.contexts[b] for b in chosen),
+            tuple(self.external[b] for b in chosen if self.external),
         )

@@ -110,6 +110,7 @@ def load_audio(
         torch.tensor([len(s) for s in samples], device=device),
         tuple(row.utterance for row in rows),
         tuple(merge_context(run_context or Context(), row.context) for row in rows),
+        tuple(row.external for row in rows),
     )
 
 

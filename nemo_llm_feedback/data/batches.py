@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError
 from nemo_llm_feedback.core.text_files import to_number
-from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.core.types import Audio, Context, ExternalText
 from nemo_llm_feedback.data.audio import guard_readers, is_augmented, select_channels
+from nemo_llm_feedback.data.external import KEY, parse_hypotheses
 from nemo_llm_feedback.data.manifests import Row, merge_context, parse_context
 
 Batch = Sequence[Any]
@@ -37,6 +38,15 @@ class Parts(NamedTuple):
     def all_labelled(self) -> bool:
         """Whether the text of every row is learned."""
         return self.labelled is not None and self.replay is None and self.unlabeled is None
+
+
+class _About(NamedTuple):
+    """Of a row its name, its context, the manifest key ``replay`` ("" where missing), and other recognisers' texts."""
+
+    name: str
+    context: Context
+    replay: str
+    external: tuple[ExternalText, ...]
 
 
 class BatchReader:
@@ -109,7 +119,7 @@ class BatchReader:
         replayed = torch.zeros_like(labelled)
         if self.replays:
             unnamed = [self._of_labelled if has_text else "" for has_text in labelled.tolist()]
-            uses = [self._about(ids, b)[2] or use for b, use in enumerate(unnamed)]
+            uses = [self._about(ids, b).replay or use for b, use in enumerate(unnamed)]
             replayed = torch.tensor([use == "kl" for use in uses], device=labelled.device)
         learned = labelled & ~replayed & good
         if bool(learned.all()):
@@ -120,16 +130,16 @@ class BatchReader:
         if (part := _rows(four, chosen)) is not None:
             places = chosen.nonzero().flatten().tolist()
             rows = [self._about(ids, b) for b in places]
-            names = tuple(name for name, _, _ in rows)
+            names = tuple(row.name for row in rows)
             self._compare(names, [energy[b] for b in places])
             self.seen.update(names)
-            contexts = tuple(merge_context(self._run_context, context) for _, context, _ in rows)
-            unlabeled = Audio(part[0], part[1], names, contexts)
+            contexts = tuple(merge_context(self._run_context, row.context) for row in rows)
+            unlabeled = Audio(part[0], part[1], names, contexts, tuple(row.external for row in rows))
         return Parts(_rows(four, learned), _rows(four, replayed), unlabeled)
 
     def names(self, ids: Any) -> list[str]:
         """The names of all rows of a batch, from its last part."""
-        return [self._about(ids, b)[0] for b in range(len(ids))]
+        return [self._about(ids, b).name for b in range(len(ids))]
 
     def _energies(self, signal: torch.Tensor, signal_len: torch.Tensor, ids: Any) -> list[float]:
         """The energy of each row of a [B, S] signal, by which recordings are told apart; NaN of rows to leave out."""
@@ -139,7 +149,7 @@ class BatchReader:
             )
         found: list[float] = signal.double().square().sum(dim=1).tolist()
         energy = [e if n and math.isfinite(e) else math.nan for e, n in zip(found, signal_len.tolist(), strict=True)]
-        bad = [self._about(ids, b)[0] for b, value in enumerate(energy) if value != value]
+        bad = [self._about(ids, b).name for b, value in enumerate(energy) if value != value]
         if bad and not self._skip:
             raise DecodingError(
                 f"{', '.join(bad)}: samples that are no numbers, or none (feedback.on_bad_audio=skip)."
@@ -157,16 +167,17 @@ class BatchReader:
                     f"two different recordings are called {name}: give their rows different paths or offsets."
                 )
 
-    def _about(self, ids: Any, b: int) -> tuple[str, Context, str]:
-        """Name, context and manifest key ``replay`` ("" where missing) of a row of the batch."""
+    def _about(self, ids: Any, b: int) -> _About:
+        """What the manifest says of a row of the batch."""
         if isinstance(ids, torch.Tensor):
             index = int(ids[b])
             row = self._rows[self._collection[index].id if self._collection is not None else index]
-            return row.utterance, row.context, row.replay
+            return _About(row.utterance, row.context, row.replay, row.external)
         # Shorter rows of a batch come as the recording with padding appended.
         cut = getattr(ids[b], "first_non_padding_cut", ids[b])
         custom = cut.custom or {}
-        return _cut_name(cut), parse_context(custom.get("context")), str(custom.get("replay") or "")
+        context, external = parse_context(custom.get("context")), parse_hypotheses(custom.get(KEY))
+        return _About(_cut_name(cut), context, str(custom.get("replay") or ""), external)
 
 
 def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:

@@ -13,7 +13,8 @@ from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.config.sections import REPLAY_VALUES
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines, to_number
-from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.types import Context, ExternalText
+from nemo_llm_feedback.data.external import KEY, parse_hypotheses
 
 # Seconds; a longer one is milliseconds or samples.
 _LONGEST = 24 * 3600.0
@@ -35,6 +36,7 @@ class Row:
         data: all keys of the line.
         replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
             ``feedback.labelled`` where the row has text. A row with ``kl`` needs no text.
+        external: the manifest key ``hypotheses``: what other recognisers wrote.
     """
 
     audio: str
@@ -45,6 +47,7 @@ class Row:
     origin: str
     data: Mapping[str, Any] = field(repr=False, default_factory=dict)
     replay: str = ""
+    external: tuple[ExternalText, ...] = ()
 
     @property
     def utterance(self) -> str:
@@ -190,7 +193,7 @@ def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: boo
     context = parse_context(data.get("context"))
     text = (text or "").strip() if use_text else ""
     path = audio if tarred else resolve(audio, Path(origin.rsplit(":", 1)[0]).parent)
-    return Row(path, duration, offset, text, context, origin, data, replay)
+    return Row(path, duration, offset, text, context, origin, data, replay, parse_hypotheses(data.get(KEY)))
 
 
 def resolve(audio: str, folder: Path) -> str:

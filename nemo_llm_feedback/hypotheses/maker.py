@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head
-from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
+from nemo_llm_feedback.core.types import Audio, Context, ExternalText, Hypothesis, pad_groups
+from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, hypothesis_groups
 from nemo_llm_feedback.hypotheses.proposals import (
     Candidate,
     Proposer,
     best_first,
     build_members,
+    distinct,
     to_hypothesis,
 )
 from nemo_llm_feedback.hypotheses.spelling import written_labels
@@ -61,6 +63,7 @@ class NBestMaker:
     ) -> None:
         self.proposer, self.reward = proposer, reward
         self._reference, self._corrector = reference, corrector
+        self.external = ExternalTexts(reference.heads[0].vocabulary, normalize, proposer.config)
         self._normalize = normalize
 
     @torch.no_grad()
@@ -73,6 +76,11 @@ class NBestMaker:
             lengths: [B] frames.
         """
         candidates = self.proposer.propose(encoded, lengths, audio.contexts)
+        if audio.external and not self.proposer.sampled_only:
+            frames = lengths.tolist()
+            candidates = [
+                self._with_external(*of_row) for of_row in zip(candidates, audio.external, frames, strict=True)
+            ]
         reference = self._reference.encode(audio.signal, audio.signal_len)
         scores = {head.name: _score(head, *reference, candidates) for head in self._reference.heads}
         if self._corrector is not None:
@@ -89,7 +97,9 @@ class NBestMaker:
                 max_members=self.proposer.config.max_members,
                 distinct=not self.proposer.sampled_only,
             )
-            members.append(tuple(to_hypothesis(row[i], first.vocabulary, self._normalize) for i in keep))
+            members.append(
+                tuple(to_hypothesis(row[i], names, first.vocabulary, self._normalize) for i, names in keep.items())
+            )
             for name, logp in scores.items():
                 kept[name].append([logp[b][i] for i in keep])
         ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
@@ -98,6 +108,13 @@ class NBestMaker:
     def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
         """The same members with this maker's rewards."""
         return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward)
+
+    def _with_external(
+        self, candidates: Sequence[Candidate], texts: Sequence[ExternalText], frames: int
+    ) -> list[Candidate]:
+        """Other recognisers' texts behind greedy, so that a full group does not lose them."""
+        found = [Candidate(*new) for new in self.external.labels(texts, frames=frames)]
+        return distinct([*candidates[:1], *found, *candidates[1:]])
 
     def _add_corrections(
         self,

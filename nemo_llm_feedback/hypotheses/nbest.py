@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Labels
-from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup, pad_groups
 
 # Score tensors by what stands on their padding.
 _FILL = {"ref_logp": -math.inf, "old_logp": math.nan, "rewards": math.nan, "parts": math.nan}
@@ -60,6 +60,15 @@ class NBestBatch:
     def texts(self) -> list[tuple[str, ...]]:
         """The members' texts per utterance."""
         return [tuple(h.text for h in row) for row in self.hypotheses]
+
+    @property
+    def sources(self) -> list[tuple[tuple[str, ...], ...]]:
+        """Per utterance and member the names of all that supplied it."""
+        return [tuple(h.sources for h in row) for row in self.hypotheses]
+
+    def supplied_by(self, source: str) -> Tensor:
+        """[B, N] bool, True for the members that this source supplied."""
+        return pad_groups([[source in names for names in row] for row in self.sources], fill=False, dtype=torch.bool)
 
     @property
     def labels(self) -> list[list[Labels]]:
@@ -117,14 +126,17 @@ class NBestBatch:
             **plain,
             "utterances": list(self.utterances),
             "contexts": [dataclasses.asdict(context) for context in self.contexts],
-            "hypotheses": [[(h.text, list(h.tokens), h.source) for h in row] for row in self.hypotheses],
+            "hypotheses": [[(h.text, list(h.tokens), *h.sources) for h in row] for row in self.hypotheses],
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> NBestBatch:
         """The inverse of :meth:`to_plain`."""
         contexts = (Context(c["description"], tuple(c["terms"]), tuple(c["previous"])) for c in plain["contexts"])
-        rows = (tuple(Hypothesis(text, tuple(y), source) for text, y, source in row) for row in plain["hypotheses"])
+        rows = (
+            tuple(Hypothesis(text, tuple(y), source, tuple(also)) for text, y, source, *also in row)
+            for row in plain["hypotheses"]
+        )
         scores = {name: plain[name] for name in _FILL}
         return cls(tuple(plain["utterances"]), tuple(contexts), tuple(rows), **scores)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ _MAX_TREES = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A label sequence with the source that first proposed it."""
+    """A label sequence with the source that first proposed it, and the others that did."""
 
     labels: Labels
     source: str
+    also: tuple[str, ...] = ()
 
 
 class Proposer:
@@ -82,7 +84,7 @@ class Proposer:
         if config.samples:
             add("samples", rows, self._head.sample(encoded, lengths, size=config.samples, generator=self._generator))
         if not self.sampled_only:
-            return [_distinct(candidates) for candidates in found]
+            return [distinct(candidates) for candidates in found]
         bare = [b for b in rows if not found[b]]
         if bare:  # no sample of a transducer has ended: one member alone gives no gradient
             add("greedy", bare, [[y] for y in self._greedy(encoded[bare], lengths[bare])])
@@ -96,11 +98,11 @@ class Proposer:
     ) -> None:
         """Adds the term swaps of each row's most probable candidates; a second round swaps a second term."""
         wanted = self.config.term_swap
-        seeds = [_distinct(row) for row in found]
+        seeds = [distinct(row) for row in found]
         for _ in range(_SWAP_ROUNDS):
             top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
             swapped = [
-                _distinct([new for seed in row for new in self._swaps(seed, context)])
+                distinct([new for seed in row for new in self._swaps(seed, context)])
                 for row, context in zip(top, contexts, strict=True)
             ]
             seeds = self._best(swapped, encoded, lengths, keep=wanted)
@@ -176,11 +178,12 @@ def build_members(
     normalize: Callable[[str], str],
     max_members: int,
     distinct: bool,
-) -> list[int]:
+) -> dict[int, tuple[str, ...]]:
     """Chooses which candidates become members of a group.
 
-    Two candidates whose texts are equal after normalisation are one member, the better-scored spelling; case and
-    punctuation do not fill a group. Infeasible candidates (score −inf) are left out unless nothing else is there.
+    Two candidates whose texts are equal after normalisation are one member, the better-scored spelling, which all
+    their sources have supplied; case and punctuation do not fill a group. Infeasible candidates (score −inf) are left
+    out unless nothing else is there.
 
     Args:
         candidates: greedy first.
@@ -191,27 +194,34 @@ def build_members(
         distinct: False keeps repetitions (samples).
 
     Returns:
-        Indices into ``candidates`` in their order, at least one.
+        Index into ``candidates`` → names of its sources, the first to propose it first; at least one.
     """
     feasible = [i for i, score in enumerate(scores) if score > float("-inf")] or [0]
     if not distinct:
-        return feasible[:max_members]
+        return {i: (candidates[i].source,) for i in feasible[:max_members]}
     best: dict[str, int] = {}  # keeps the order in which the texts were seen first
+    sources: dict[str, dict[str, None]] = {}
     for i in feasible:
         text = normalize(vocabulary.ids_to_text(candidates[i].labels))
         if scores[i] > scores[best.setdefault(text, i)]:
             best[text] = i
-    return list(best.values())[:max_members]
+        sources.setdefault(text, {}).update(dict.fromkeys((candidates[i].source, *candidates[i].also)))
+    return {i: tuple(sources[text]) for text, i in itertools.islice(best.items(), max_members)}
 
 
-def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Hypothesis:
-    """The member of a group that a candidate becomes."""
+def to_hypothesis(
+    candidate: Candidate, sources: Sequence[str], vocabulary: Vocabulary, normalize: Callable[[str], str]
+) -> Hypothesis:
+    """The member of a group that a candidate becomes; ``sources`` are those that :func:`build_members` gave for it."""
     text = normalize(vocabulary.ids_to_text(candidate.labels))
-    return Hypothesis(text=text, tokens=candidate.labels, source=candidate.source)
+    return Hypothesis(text, candidate.labels, sources[0], tuple(sources[1:]))
 
 
-def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates without repeated label sequences; each has the sources of all its repetitions."""
     first: dict[Labels, Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(candidate.labels, candidate)
+    for new in candidates:
+        known = first.setdefault(new.labels, new)
+        names = dict.fromkeys((known.source, *known.also, new.source, *new.also))
+        first[new.labels] = replace(known, also=tuple(names)[1:])
     return list(first.values())

@@ -24,7 +24,7 @@ from nemo_llm_feedback.asr.likelihood.autograd import modes_of
 from nemo_llm_feedback.core.config.faults import make
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.types import Context, ExternalText
 from nemo_llm_feedback.data.manifests import merge_context
 from nemo_llm_feedback.rescoring.decoding import adopt
 from nemo_llm_feedback.rescoring.scoring import Rescorer
@@ -104,13 +104,19 @@ def disable_rescoring(model: Any) -> None:
 
 
 @contextmanager
-def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Context]) -> Iterator[None]:
+def utterance_contexts(
+    model: Any,
+    names: Sequence[str],
+    contexts: Sequence[Context],
+    external: Sequence[Sequence[ExternalText]] = (),
+) -> Iterator[None]:
     """Inside, the rows of each decoded batch are these utterances, which NeMo's decoders do not know.
 
     Args:
         model: a model with rescoring on.
         names: a name per row, stable over runs.
         contexts: a context per row, merged over the model's.
+        external: per row what other recognisers wrote, which is chosen among, too; () = nothing.
 
     Raises:
         ConfigError: rescoring is off.
@@ -119,7 +125,8 @@ def utterance_contexts(model: Any, names: Sequence[str], contexts: Sequence[Cont
         raise ConfigError("rescoring is off: call enable_rescoring(model, …) first.")
     rescorer: Rescorer = model._rescorer
     before = rescorer.batch
-    rescorer.batch = tuple(names), tuple(merge_context(rescorer.context, context) for context in contexts)
+    merged = tuple(merge_context(rescorer.context, context) for context in contexts)
+    rescorer.batch = tuple(names), merged, tuple(map(tuple, external)) or ((),) * len(merged)
     try:
         yield
     finally:

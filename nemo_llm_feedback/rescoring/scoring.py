@@ -15,7 +15,8 @@ from nemo_llm_feedback.core.config import ProposalConfig, RewardConfig, RunConfi
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
-from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput
+from nemo_llm_feedback.core.types import Context, ExternalText, HypothesisGroup, RewardOutput
+from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
@@ -31,7 +32,7 @@ class ScoredHypothesis:
         text: the text that the reward judged, i.e. after normalisation.
         score: the value by which the N-best is ordered; NaN where the reward could not judge the member.
         parts: ``asr`` = exact log p(y|x) in nats, ``length``, and the reward's parts, unweighted.
-        source: ``beam``, or ``greedy``, ``boosted``, ``term_swap`` where those were asked for.
+        source: ``beam``, or ``greedy``, ``boosted``, ``term_swap`` where those were asked for, or another recogniser.
     """
 
     labels: Labels
@@ -55,7 +56,7 @@ class Rescorer:
             and for others those of ``settings.reward`` or its defaults (β = 0 without a reward).
         context: the context of all utterances; that of each utterance is merged over it.
         settings: beam size, further hypotheses, text normalisation and memory budget.
-        batch: names and contexts of the rows that are decoded next, where they are known.
+        batch: names, contexts and other recognisers' texts of the rows that are decoded next, where they are known.
     """
 
     reward: Reward | None
@@ -63,7 +64,7 @@ class Rescorer:
     beta: float | None = None
     context: Context = field(default_factory=Context)
     settings: RescoringConfig = field(default_factory=lambda: RescoringConfig(reward=None))
-    batch: tuple[tuple[str, ...], tuple[Context, ...]] | None = None
+    batch: tuple[tuple[str, ...], tuple[Context, ...], tuple[tuple[ExternalText, ...], ...]] | None = None
 
     def __post_init__(self) -> None:
         self._normalize = get_normalizer(self.settings.normalizer)
@@ -98,11 +99,14 @@ class Rescorer:
 
     def proposer(self, head: Head) -> Proposer | None:
         """What adds boosted hypotheses and term swaps to a head's N-best, or None where neither is asked for."""
-        s = self.settings
-        config = ProposalConfig(
-            beam=0, boosted=s.boosted, term_swap=s.term_swap, samples=0, boosting_weight=s.boosting_weight
-        )
-        return Proposer(head, config) if s.boosted or s.term_swap else None
+        config = self.proposals
+        return Proposer(head, config) if config.boosted or config.term_swap else None
+
+    @property
+    def proposals(self) -> ProposalConfig:
+        """What is added to the first pass."""
+        names = ("boosted", "term_swap", "boosting_weight", "external", "language")
+        return ProposalConfig(beam=0, samples=0, **{name: getattr(self.settings, name) for name in names})
 
     @torch.no_grad()
     def rescore(
@@ -126,26 +130,29 @@ class Rescorer:
             ConfigError: the number of announced utterances is not that of the rows, or alpha or beta have no use.
             RewardError: the reward cannot work at all.
         """
-        names, contexts = self._rows(len(nbest))
+        names, contexts, external = self._rows(len(nbest))
         candidates = [[Candidate(tuple(y), "beam") for y in row] or [Candidate((), "beam")] for row in nbest]
         with_terms = [b for b, context in enumerate(contexts) if context.terms]
         if proposer is not None and with_terms:
             more = proposer.propose(encoded[with_terms], lengths[with_terms], [contexts[b] for b in with_terms])
             for b, found in zip(with_terms, more, strict=True):
                 candidates[b] += found
+        texts = ExternalTexts(head.vocabulary, self._normalize, self.proposals)
+        for row, given, frames in zip(candidates, external, lengths.tolist(), strict=True):
+            row += [Candidate(*new) for new in texts.labels(given, frames=frames)]
         scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
         groups = []
         for name, context, row, logp in zip(names, contexts, candidates, scores, strict=True):
             spelled: Any = {"vocabulary": head.vocabulary, "normalize": self._normalize}
             keep = build_members(row, logp[: len(row)], **spelled, max_members=len(row), distinct=True)
-            members = tuple(to_hypothesis(row[i], **spelled) for i in keep)
+            members = tuple(to_hypothesis(row[i], sources, **spelled) for i, sources in keep.items())
             groups.append(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep)))
         return self._ordered(groups)
 
-    def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...]]:
-        """Names and contexts of the rows that are decoded."""
+    def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...], tuple[tuple[ExternalText, ...], ...]]:
+        """Names, contexts and other recognisers' texts of the rows that are decoded."""
         if self.batch is None:
-            return tuple(f"row {b}" for b in range(count)), (self.context,) * count
+            return tuple(f"row {b}" for b in range(count)), (self.context,) * count, ((),) * count
         if len(self.batch[0]) != count:
             raise ConfigError(
                 f"{len(self.batch[0])} utterances were announced but {count} rows are decoded: call "

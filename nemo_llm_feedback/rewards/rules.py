@@ -99,7 +99,7 @@ def best_transcript(group: HypothesisGroup) -> str:
     where there are no such scores.
     """
     for member in group.hypotheses:
-        if member.source == "greedy":
+        if "greedy" in member.sources:
             return member.text
     scored = len(group.ref_logp) == len(group)
     return max(zip(group.ref_logp, group.texts, strict=True))[1] if scored else group.texts[0]

@@ -134,7 +134,13 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
     tensors = (nbest.rewards[head], nbest.ref_logp[head], nbest.mask, nbest.old_logp[head])
     groups = Groups(logp, *(values.to(logp.device) for values in tensors))
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
-    output = OBJECTIVES[config.name](groups, **chosen)
+    taught = groups
+    if config.source:
+        taught, chosen["label"] = (
+            groups._replace(mask=groups.mask & nbest.supplied_by(config.source).to(logp.device)),
+            "reference",
+        )
+    output = OBJECTIVES[config.name](taught, **chosen)
     count = float(output.metrics["groups"])
     loss = LossSum()
     loss.add("objective", output.loss, count=count)
@@ -168,7 +174,8 @@ def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, fl
         ``empty_fraction`` = groups whose most probable member is empty; ``length_ratio`` = expected length under the
         policy ÷ under the reference; ``reward_length_correlation`` within groups; ``reward_gap`` = best reward −
         reward of the policy's favourite, nats; ``reward_gain`` = expected reward under the policy − under the
-        reference; ``best_from_<source>`` = share of groups whose best member it gave.
+        reference; ``best_from_<source>`` = share of groups whose best member it gave (several sources
+        may have given one).
     """
     sizes, texts = nbest.sizes, nbest.texts
     policy = torch.softmax(logp.detach().float().cpu().nan_to_num(nan=-1e4, neginf=-1e4), dim=1)
@@ -193,8 +200,9 @@ def nbest_metrics(nbest: NBestBatch, logp: Tensor, *, head: str) -> dict[str, fl
         out["reward_length_correlation"] = _within_group_correlation(
             [rewards[b, : sizes[b]] for b in judged], [lengths[b, : sizes[b]] for b in judged]
         )
-        for source in ("greedy", *SOURCE_NAMES):
-            share = sum(nbest.hypotheses[b][n].source == source for b, n in best.items()) / len(judged)
+        given = (name for row in nbest.sources for names in row for name in names)
+        for source in dict.fromkeys(("greedy", *SOURCE_NAMES, *given)):
+            share = sum(source in nbest.sources[b][n] for b, n in best.items()) / len(judged)
             out[f"best_from_{source}"] = share
     return out
 

@@ -18,7 +18,7 @@ from nemo_llm_feedback.asr.likelihood import Band
 from nemo_llm_feedback.asr.look_ahead import keep_look_ahead
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
-from nemo_llm_feedback.core.config import RunConfig, parse_run_config
+from nemo_llm_feedback.core.config import ProposalConfig, RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import with_defaults
 from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.config.sections import AUGMENTED_OBJECTIVES
@@ -33,8 +33,10 @@ from nemo_llm_feedback.core.errors import (
 )
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.data.batches import BatchReader, training_config
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.data.resumable_loader import run_seed
 from nemo_llm_feedback.data.staging import Staged, stage
+from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestCache
 from nemo_llm_feedback.hypotheses.proposals import Proposer
@@ -106,6 +108,9 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     )
     _check_rows(staged, config)
     warn_of_terms([*config.context.load().terms, *(t for row in staged.rows for t in row.context.terms)], vocabulary)
+    warn_of_external(
+        [row for row in staged.rows if row.unlabeled], vocabulary, config.proposals, config.feedback.normalizer
+    )
     set_optimizer(model, tree["model"], rates=rates)
     set_validation(model, tree["model"], settings.validation, Path(work_dir) / "validation")
     reference = FrozenReference(model, **limits)
@@ -290,12 +295,14 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
 
     def build(config: RunConfig) -> NBestMaker:
         """The maker by these settings."""
-        reward = base
+        reward, proposals = base, config.proposals
+        if config.objective.source:  # what is learned is the source's best text
+            proposals = replace(proposals, external=1)
         if config.reward.weights != given.reward.weights:
             alpha, beta = config.reward.weights
             reward = base.with_weights(alpha=alpha, beta=beta)
         return NBestMaker(
-            Proposer(setup.heads[0], config.proposals, generator=setup.generator),
+            Proposer(setup.heads[0], proposals, generator=setup.generator),
             setup.reference,
             normalize=normalize,
             reward=reward,
@@ -335,6 +342,12 @@ def _check_rows(staged: Staged, config: RunConfig) -> None:
             "is unlabeled. Set feedback.use_text=false to learn from the audio of rows with text alone, or add rows "
             "without."
         )
+    known = {text.source for row in staged.rows if row.unlabeled for text in row.external}
+    if config.objective.source and config.objective.source not in known:
+        raise ConfigError(
+            f"objective.label={config.objective.source}: no unlabeled row has `hypotheses` of this source "
+            f"(there are {', '.join(sorted(known)) or 'none at all'}); known are also reference and reward."
+        )
     if config.needs_context:
         bare = [r for r in staged.rows if r.unlabeled and not (config.context.load() or r.context)]
         if bare:
@@ -350,6 +363,13 @@ def warn_of_terms(terms: Iterable[str], vocabulary: Vocabulary) -> None:
     if lost := unwritable(terms, vocabulary):
         head = f"{len(lost)} term(s) have characters that the checkpoint cannot write; list them as they are spoken:"
         logging.warning(list_faults(head, lost))
+
+
+def warn_of_external(rows: Iterable[Row], vocabulary: Vocabulary, proposals: ProposalConfig, normalizer: str) -> None:
+    """Names what other recognisers wrote and the checkpoint cannot write, in one warning."""
+    given = [text for row in rows for text in row.external]
+    if fault := ExternalTexts(vocabulary, get_normalizer(normalizer), proposals).fault(given):
+        logging.warning(fault)
 
 
 def _head_weights(model: Any, heads: Sequence[Head]) -> dict[str, float]:

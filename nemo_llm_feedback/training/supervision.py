@@ -22,7 +22,8 @@ def pseudo_labelled_batch(
     """The utterances of a batch with one pseudo-label each, as NeMo's loaders would give them.
 
     Args:
-        config: ``label`` chooses by frozen model or by reward, ``min_confidence`` filters.
+        config: ``label`` chooses by frozen model, by reward, or names the source whose transcripts are learned;
+            ``min_confidence`` filters.
         audio: B utterances.
         nbest: their hypotheses.
         head: the head whose scores choose.
@@ -34,12 +35,13 @@ def pseudo_labelled_batch(
     scores = (nbest.rewards if config.label == "reward" else nbest.ref_logp)[head]
     kept, labels, confidences = [], [], []
     for b, members in enumerate(nbest.hypotheses):
-        row = scores[b, : len(members)]
-        if not torch.isfinite(row).all():
+        allowed = [n for n, member in enumerate(members) if not config.source or config.source in member.sources]
+        row = scores[b, allowed]
+        if not allowed or not torch.isfinite(row).all():
             continue
         share = torch.softmax(row, dim=0)
-        best = int(share.argmax())
-        confidences.append(float(share[best]))
+        best = allowed[int(share.argmax())]
+        confidences.append(float(share.max()))
         if confidences[-1] >= config.min_confidence and members[best].tokens:
             kept.append(b)
             labels.append(torch.tensor(members[best].tokens))

@@ -74,7 +74,7 @@ def test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kep
 
     def members(scores: list[float], **kwargs: Any) -> list[int]:
         settings = {"vocabulary": vocabulary, "normalize": normalize, "max_members": 9, "distinct": True} | kwargs
-        return build_members(candidates, scores, **settings)
+        return list(build_members(candidates, scores, **settings))
 
     assert members([-2.0, -1.0, -3.0, -4.0]) == [1, 2, 3]
     assert members([-1.0, -2.0, -3.0, -4.0]) == [0, 2, 3]

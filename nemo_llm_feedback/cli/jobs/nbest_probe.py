@@ -24,7 +24,7 @@ from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.inputs import readable
 from nemo_llm_feedback.training.models import locate, restore
-from nemo_llm_feedback.training.setup import check_judges, warn_of_terms
+from nemo_llm_feedback.training.setup import check_judges, warn_of_external, warn_of_terms
 
 
 class NBestProbe:
@@ -75,8 +75,10 @@ class NBestProbe:
     def model(self) -> Any:
         """The recogniser, on its device."""
         model = restore(self._checkpoint, map_location=self._device).eval()
+        vocabulary = heads_of(model)[0].vocabulary
         listed = [*self.config.context.load().terms, *(term for row in self.rows for term in row.context.terms)]
-        warn_of_terms(listed, heads_of(model)[0].vocabulary)
+        warn_of_terms(listed, vocabulary)
+        warn_of_external(self.rows, vocabulary, self.config.proposals, self.config.feedback.normalizer)
         return model
 
     def nbest(self) -> NBestBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -232,11 +233,14 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         lines += [_row_text(report, i, members), ""]
     texts, sizes = report.nbest.texts, report.nbest.sizes
     changed = sum(row[a] != row[b] for row, a, b in zip(texts, report.chosen, report.greedy, strict=True))
+    pairs = zip(report.nbest.sources, report.chosen, strict=True)
+    suppliers = Counter(name for members, n in pairs for name in members[n])
     facts = {
         "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members per group",
         "LLM": report.llm,
         "groups with signal": f"{100 * report.signal_fraction:.1f} %",
         "choice ≠ greedy": f"{100 * changed / len(sizes):.1f} %",
+        "choice supplied by": ", ".join(f"{name} {100 * n / len(sizes):.1f} %" for name, n in suppliers.most_common()),
         "not judged": f"{report.unjudged} of {sum(sizes)} members",
         "spread in a group": ", ".join(f"{name} {value:.2f}" for name, value in report.spread.items()),
     }
@@ -308,6 +312,7 @@ def _row_record(report: ScoreReport, i: int) -> dict[str, Any]:
     columns: dict[str, Sequence[Any]] = {
         "text": texts,
         "source": [hypothesis.source for hypothesis in report.nbest.hypotheses[i]],
+        "sources": report.nbest.sources[i],
         **_values(report.nbest, i),
     }
     if i in report.errors:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
+from nemo_llm_feedback.cli.jobs.hypotheses import relocated
 from nemo_llm_feedback.cli.jobs.nbest_probe import spread
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
-from nemo_llm_feedback.core.config import FeedbackConfig, ProposalConfig, RunConfig
+from nemo_llm_feedback.core.config import FeedbackConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, RewardError, list_faults
-from nemo_llm_feedback.core.types import Audio, Context
+from nemo_llm_feedback.core.types import Audio, Context, ExternalText
 from nemo_llm_feedback.data.audio import load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
@@ -37,7 +38,7 @@ from nemo_llm_feedback.training.models import locate
 AUDIO_TYPES = ("wav", "flac", "ogg", "opus", "mp3")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Transcripts:
     """Transcripts of rows.
 
@@ -207,6 +208,14 @@ def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
+def nbest_texts(transcripts: Transcripts, *, source: str, nbest: int) -> dict[str, list[ExternalText]]:
+    """Utterance → its best hypotheses with their log p, for other models' manifests; empty texts are left out."""
+    return {
+        row.utterance: [ExternalText(m.text, source, float(m.score)) for m in hyp.n_best[:nbest] if m.text.strip()]
+        for row, hyp in transcripts.worked
+    }
+
+
 def _row_of(path: Path) -> Row:
     try:
         duration = float(soundfile.info(str(path)).duration)
@@ -241,10 +250,7 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
     weights = Weights(*settings.reward.weights, "settings")
     few = spread(rows, FeedbackConfig.pool_utterances) if settings.reward.scaled_by_pool else []
     if few := [row for row in few if _loads(row)]:
-        proposals = ProposalConfig(
-            beam=settings.nbest or DEFAULT_NBEST,
-            **{name: getattr(settings, name) for name in ("boosted", "term_swap", "boosting_weight")},
-        )
+        proposals = dataclasses.replace(rescorer.proposals, beam=settings.nbest or DEFAULT_NBEST)
         feedback = FeedbackConfig(
             heads=head,  # type: ignore[arg-type]
             normalizer=settings.normalizer,
@@ -271,7 +277,8 @@ def _loads(row: Row) -> bool:
 def _decode(model: Any, timestamps: bool, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
     """The best hypothesis of every row; [B, D, T] encoder output, [B] frames."""
     rescoring = isinstance(model, RescoringMixin)
-    with utterance_contexts(model, audio.utterances, audio.contexts) if rescoring else nullcontext():
+    about = (audio.utterances, audio.contexts, audio.external)
+    with utterance_contexts(model, *about) if rescoring else nullcontext():
         found = _hypotheses(model, encoded, lengths)
     best = [hyps[0] if isinstance(hyps, list) else hyps for hyps in found]
     if timestamps:
@@ -291,11 +298,7 @@ def _hypotheses(model: Any, encoded: torch.Tensor, lengths: torch.Tensor) -> lis
 
 
 def _line(row: Row, hyp: Any, *, folder: Path, nbest: int) -> dict[str, Any]:
-    line = dict(row.data)
-    name = "audio_filepath" if "audio_filepath" in line else "audio_filename"
-    if not Path(line[name]).is_absolute() and not (folder / line[name]).exists():
-        line[name] = row.audio  # relative to the other manifest, which this one is not beside
-    line["pred_text"] = hyp.text
+    line = relocated(row, folder) | {"pred_text": hyp.text}
     for key in ("word", "segment"):
         if isinstance(hyp.timestamp, dict) and key in hyp.timestamp:
             line[key] = [{k: _plain(v) for k, v in item.items()} for item in hyp.timestamp[key]]

@@ -13,7 +13,7 @@ from nemo_llm_feedback.core.config.context import ContextConfig
 from nemo_llm_feedback.core.config.faults import STRICT, Section, build, refuse
 from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.run import parse_run_config
-from nemo_llm_feedback.core.config.sections import LLMConfig, NormalizerName, ProposalConfig
+from nemo_llm_feedback.core.config.sections import LLMConfig, NormalizerName, ProposalConfig, language_faults
 from nemo_llm_feedback.core.errors import ConfigError
 
 SHARED_SECTIONS = ("reward", "llm", "context")
@@ -28,6 +28,7 @@ class RescoringConfig(Section):
             greedy, which has no N-best (it is replaced by the family's batched beam).
         boosted, term_swap, boosting_weight: further hypotheses of utterances whose context has terms, as in the groups
             of ``adapt`` (``ProposalConfig``): a rescored transcript is then what training would prefer; 0 = none.
+        external, language: texts under the manifest key ``hypotheses``, as in the groups of ``adapt``; 0 = none.
         normalizer: text normalisation under which hypotheses count as one, and in which the reward sees them.
         memory_budget_mb: most MiB for the joint while the exact log p is computed.
         reward: the section ``reward`` as in ``adapt``; null = the exact log p(y|x) alone.
@@ -39,11 +40,17 @@ class RescoringConfig(Section):
     boosted: NonNegativeInt = ProposalConfig.boosted
     term_swap: NonNegativeInt = ProposalConfig.term_swap
     boosting_weight: NonNegativeFloat = ProposalConfig.boosting_weight
+    external: NonNegativeInt = ProposalConfig.external
+    language: str = ProposalConfig.language
     normalizer: NormalizerName = "basic"
     memory_budget_mb: PositiveInt = 512
     reward: RewardConfig | None = field(default_factory=RewardConfig)
     llm: LLMConfig | None = None
     context: ContextConfig = field(default_factory=ContextConfig)
+
+    def validate(self) -> list[str]:
+        """Returns what the values contradict each other in, as sentences."""
+        return language_faults("language", self.language)
 
 
 def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
@@ -56,6 +63,7 @@ def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
         raise ConfigError(f"the rescoring settings must be a mapping of keys, got {type(tree).__name__}.")
     simple = {key: value for key, value in tree.items() if key not in SHARED_SECTIONS}
     config, faults = build(RescoringConfig, simple, where="")
+    faults += config.validate() if config is not None else []
     judged = tree.get("reward", {}) is not None
     shared = {key: tree.get(key) for key in SHARED_SECTIONS} if judged else {"reward": {"name": "length"}}
     try:

@@ -22,10 +22,23 @@ AUGMENTED_OBJECTIVES = ("distill", "mwer")
 SAMPLED_OBJECTIVES = ("reinforce",)
 REPLAY_VALUES = ("supervised", "kl")
 SOURCE_NAMES = ("beam", "boosted", "term_swap", "llm_correction", "samples")
+LABELS = ("reference", "reward")
+RESERVED_SOURCES = ("greedy", *SOURCE_NAMES, *LABELS, "policy")
+"""What another recogniser cannot be called: our own sources, and what else names a member or a pseudo-label."""
 NO_MODEL = "llm.model is missing: give a folder, hub id or GGUF file of a causal LM, e.g. Qwen/Qwen2.5-7B-Instruct."
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Held-out measurements of a run that names no interval: their number, and the fewest steps between two.
 _MEASUREMENTS, _SHORTEST_INTERVAL = 16, 10
+
+
+def language_faults(key: str, language: str) -> list[str]:
+    """A sentence where num2words cannot read numbers in the language."""
+    if language == ProposalConfig.language:
+        return []  # without the import
+    from num2words import CONVERTER_CLASSES
+
+    known = ", ".join(sorted(CONVERTER_CLASSES))
+    return [] if language in CONVERTER_CLASSES else [f"{key} must be one of {known}, got {language!r}."]
 
 
 def _device(value: str) -> str:
@@ -107,7 +120,9 @@ class ObjectiveConfig(Section):
         standardize: ``grpo``: divide advantages by the group's standard deviation.
         std_floor: ``grpo``: smallest such divisor, nats.
         beta: ``dpo``: strength of the implied KL to the reference, per nat.
-        label: ``self_training``: the frozen model's best (``reference``) or the best-rewarded (``reward``).
+        label: ``self_training``: the frozen model's best (``reference``), the best-rewarded (``reward``), or what the
+            source of that name wrote under the manifest key ``hypotheses`` (of several readings of its numbers the one
+            that the frozen model prefers).
         min_confidence: ``self_training``: smallest share of the pseudo-label in its group, 0 to 1.
         augment: ``self_training``: through NeMo's training step (SpecAugment, dropout); False: exact likelihood in
             eval mode.
@@ -127,12 +142,17 @@ class ObjectiveConfig(Section):
     standardize: bool = True
     std_floor: PositiveFloat = 0.1
     beta: PositiveFloat = 0.1
-    label: Literal["reference", "reward"] = "reference"
+    label: str = "reference"
     min_confidence: Share = 0.0
     augment: bool = True
     pseudo_label_weight: NonNegativeFloat = 0.0
     mass_weight: NonNegativeFloat = 0.0
     reference_kl_weight: NonNegativeFloat = 0.0
+
+    @property
+    def source(self) -> str:
+        """The other recogniser whose transcripts are learned; "" where none is."""
+        return self.label if self.name == "self_training" and self.label not in LABELS else ""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -147,6 +167,9 @@ class ProposalConfig(Section):
             each of two rounds (0 = none).
         llm_correction: 1 adds the LLM's rewrite of the group's best members, for instruct models (0 = none).
         samples: members sampled from the model (0 = none).
+        external: texts of each source under the manifest key ``hypotheses``, as listed; with their readings they are
+            at most half of ``max_members`` (0 = none; a group of samples alone takes none).
+        language: num2words' code of the language in which their numbers are read where the checkpoint has no digits.
         max_members: largest group after removing duplicates; the plain beam's members are kept first.
         boosting_weight: weight of the boosting tree in the beam.
         boosting_weights: weights of which training takes, before its first step, the one whose groups have the best
@@ -162,6 +185,8 @@ class ProposalConfig(Section):
     term_swap: Members = 4
     llm_correction: Annotated[int, Field(ge=0, le=1)] = 0
     samples: Members = 0
+    external: Members = 8
+    language: str = "en"
     max_members: Annotated[int, Field(ge=2)] = 24
     boosting_weight: NonNegativeFloat = 1.0
     boosting_weights: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
@@ -174,7 +199,7 @@ class ProposalConfig(Section):
         """Returns what the values contradict each other in, as sentences."""
         if self.beam + self.boosted + self.samples < 2:
             return ["proposals.beam + boosted + samples must be at least 2: a group of one has nothing to prefer."]
-        return []
+        return language_faults("proposals.language", self.language)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -1,0 +1,269 @@
+"""Puts what other recognisers wrote under the manifest key ``hypotheses``: files of tools, N-bests of models."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
+from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines, to_number
+from nemo_llm_feedback.core.types import ExternalText
+from nemo_llm_feedback.data.external import KEY, parse_hypotheses, source_name
+from nemo_llm_feedback.data.manifests import Row, json_lines, read_manifest, resolve
+
+_NAMES = ("audio_filepath", "audio_filename", "audio", "path", "file")
+_UNFIT = ("fit no row", "are of whole recordings whose rows are segments", "have no text")
+_SAME_PLACE = 0.0015  # seconds; manifests have milliseconds
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What was written.
+
+    Attributes:
+        path: the manifest.
+        rows: its rows.
+        texts: texts that were added, by source.
+        rows_with: rows that have got one.
+        left_out: why → the entries of the other file that went to no row.
+    """
+
+    path: Path
+    rows: int
+    texts: Mapping[str, int]
+    rows_with: int
+    left_out: Mapping[str, Sequence[str]]
+
+    def __str__(self) -> str:
+        added = ", ".join(f"{count} of {source}" for source, count in self.texts.items())
+        head = f"{self.path}: {self.rows_with} of {self.rows} rows have got `{KEY}` ({added})"
+        return "\n".join(
+            [
+                head,
+                *(
+                    list_faults(f"entries that {why}: {len(unfit)}", unfit)
+                    for why, unfit in self.left_out.items()
+                    if unfit
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file of another tool says of one recording; ``offset`` of a segment, seconds, where it has one."""
+
+    name: str
+    offset: float | None
+    texts: tuple[ExternalText, ...]
+
+
+def named_source(given: str | None, origin: str | Path) -> str:
+    """The source's name: as given, or that of the model or file that the texts come from.
+
+    Raises:
+        ConfigError: it cannot be called so.
+    """
+    stem = Path(origin).name.removesuffix(".gz")
+    stem = re.sub(r"\.(nemo|jsonl?|txt)$", "", stem)
+    try:
+        return source_name(given or re.sub(r"[\s,=]+", "_", stem))
+    except ValueError as error:
+        raise ConfigError(f"--source: {error}") from None
+
+
+def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: str | None = None) -> Joined:
+    """Writes a manifest with the transcripts of another tool under ``hypotheses``.
+
+    Args:
+        manifest: the rows; may be ``out``, too.
+        other: a NeMo manifest with ``pred_text``, JSON Lines with ``text``, a JSON object of file names, plain text
+            with a file name and its transcript per line, or a folder of a ``.txt`` per recording.
+        out: the manifest to write.
+        source: the tool's name; the other file's name if None. What it gave before is replaced.
+
+    Raises:
+        ConfigError, ManifestError: a file that cannot be read, a name that fits several recordings, or no entry that
+            fits any; nothing is written.
+    """
+    name = named_source(source, other)
+    rows = read_manifest(manifest)
+    faults: list[str] = []
+    rows_of, folder = _Places(rows), Path(other).expanduser()
+    found: dict[str, tuple[ExternalText, ...]] = {}
+    unfit: tuple[list[str], ...] = ([], [], [])
+    entries = list(_items(folder, faults))
+    for origin, item in entries:
+        try:
+            entry = _entry(item, name)
+            places = rows_of(entry, folder.parent)
+        except ValueError as error:
+            faults.append(f"{origin}: {error}")
+            continue
+        if len(places) == 1 and entry.texts:
+            found[places[0]] = found.get(places[0], ()) + entry.texts
+        else:
+            unfit[0 if not places else 1 if len(places) > 1 else 2].append(f"{origin}: {entry.name}")
+    if faults:
+        raise ManifestError(list_faults(f"{len(faults)} fault(s) in {other}:", faults))
+    if not found:
+        unfitting = next(filter(None, unfit), ["no entry"])[0]
+        raise ManifestError(
+            f"{other}: none of its {len(entries)} entries fits a row of {manifest}, which has {rows[0].audio}; the "
+            f"other file has {unfitting}."
+        )
+    return add_hypotheses(manifest, found, out=out, left_out=dict(zip(_UNFIT, unfit, strict=True)))
+
+
+def add_hypotheses(
+    manifest: str | Path,
+    found: Mapping[str, Sequence[ExternalText]],
+    *,
+    out: str | Path,
+    left_out: Mapping[str, Sequence[str]] | None = None,
+) -> Joined:
+    """Writes the manifest with further hypotheses: it is read now, and replaced in one move once all is written.
+
+    Of a row that gets texts of a source, those that it had of this source go; all else stays as it is.
+
+    Args:
+        manifest: one file.
+        found: utterance → texts, of each source the best first.
+        out: the manifest to write, which may be the same.
+        left_out: for the summary.
+
+    Raises:
+        ManifestError: a row would have more texts than can be read; nothing is written.
+    """
+    target = Path(os.path.realpath(Path(out).expanduser()))
+    rows = read_manifest(manifest)
+    lines, faults = [], []
+    for row in rows:
+        line, new = relocated(row, target.parent), found.get(row.utterance, ())
+        if new:
+            sources = {text.source for text in new}
+            known = zip(line.get(KEY) or (), row.external, strict=True)
+            line[KEY] = [given for given, text in known if text.source not in sources] + [_plain(text) for text in new]
+        try:
+            parse_hypotheses(line.get(KEY))
+        except ValueError as error:
+            faults.append(f"{row.origin}: {error}")
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    if faults:
+        raise ManifestError(list_faults(f"{len(faults)} row(s) cannot take the texts:", faults))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        content = "".join(lines).encode()
+        temporary.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    given = [text for row in rows for text in found.get(row.utterance, ())]
+    with_texts = sum(bool(found.get(row.utterance)) for row in rows)
+    return Joined(Path(out), len(rows), Counter(text.source for text in given), with_texts, left_out or {})
+
+
+def relocated(row: Row, folder: Path) -> dict[str, Any]:
+    """The row's line for a manifest in that folder: a path relative to another one becomes absolute."""
+    line = dict(row.data)
+    name = "audio_filepath" if "audio_filepath" in line else "audio_filename"
+    if not Path(line[name]).is_absolute() and not (folder / line[name]).exists():
+        line[name] = row.audio
+    return line
+
+
+def _plain(text: ExternalText) -> dict[str, Any]:
+    score = {} if text.score is None else {"score": round(text.score, 4)}
+    return {"text": text.text, "source": text.source, **score}
+
+
+class _Places:
+    """Finds the utterances that an entry of another file is about: by path, else by the file's name."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows: dict[str, list[Row]] = defaultdict(list)
+        self._paths: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            self._rows[row.audio].append(row)
+            for key in (Path(row.audio).name, Path(row.audio).stem):
+                self._paths[key].add(row.audio)
+
+    def __call__(self, entry: _Entry, folder: Path) -> list[str]:
+        """Names of the utterances, several where the entry is about all of a recording that was cut.
+
+        Raises:
+            ValueError: several recordings have the name.
+        """
+        path, name = resolve(entry.name, folder), Path(entry.name).name
+        paths = {path} if path in self._rows else self._paths.get(name) or self._paths.get(Path(name).stem) or set()
+        if len(paths) > 1:
+            raise ValueError(f"{entry.name!r} is the name of {len(paths)} recordings: give their paths.")
+        rows = [row for found in paths for row in self._rows[found]]
+        if entry.offset is not None:
+            rows = [row for row in rows if abs(row.offset - entry.offset) < _SAME_PLACE]
+        return list(dict.fromkeys(row.utterance for row in rows))
+
+
+def _items(path: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    """``origin`` and object with a name and a text of everything that a file or folder of another tool holds."""
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        faults += [] if files else [f"{path}: there is no .txt in this folder."]
+        for file in files:
+            yield str(file), {"audio": str(file.relative_to(path).with_suffix("")), "text": _text(file, faults)}
+        return
+    text = _text(path, faults).strip()
+    if text[:1] not in ("{", "["):
+        for number, line in enumerate(text_lines(text), 1):
+            name, _, said = line.strip().partition("\t" if "\t" in line else " ")
+            if name:
+                yield f"{path}:{number}", {"audio": name, "text": said}
+        return
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        yield from json_lines(path, faults)
+        return
+    if isinstance(whole, list):
+        yield from ((f"{path}: entry {number}", item) for number, item in enumerate(whole, 1))
+    elif any(name in whole for name in _NAMES):
+        yield f"{path}:1", whole
+    else:
+        yield from ((f"{path}: {name}", {"audio": name, "text": said}) for name, said in whole.items())
+
+
+def _entry(item: Any, source: str) -> _Entry:
+    """The entry of an object: its texts stand under ``hypotheses``, ``nbest``, ``pred_text`` or ``text``.
+
+    Raises:
+        ValueError: it names no recording, or its texts are none.
+    """
+    name = next((item[key] for key in _NAMES if item.get(key)), None) if isinstance(item, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"must be an object with the recording's path under one of {', '.join(_NAMES)}.")
+    said = next((item[key] for key in (KEY, "nbest", "pred_text", "text") if item.get(key) is not None), None)
+    if said is None:
+        raise ValueError("has no transcript: neither `pred_text` nor `text`.")
+    listed = said if isinstance(said, list) else [said]
+    given = [{"text": text} if isinstance(text, str) else text for text in listed]
+    if not all(isinstance(text, dict) and isinstance(text.get("text"), str) for text in given):
+        raise ValueError("its transcript must be a text, or a list of texts or of objects with `text`.")
+    known = [{key: text[key] for key in ("text", "source", "score") if text.get(key) is not None} for text in given]
+    texts = parse_hypotheses([{"source": source, **text} for text in known if text["text"].strip()])
+    return _Entry(name, to_number(item.get("offset")), texts)
+
+
+def _text(path: Path, faults: list[str]) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        faults.append(f"{path}: cannot be read ({error}).")
+        return ""
