@@ -68,6 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Pa
     shutil.copytree(tiny_llm, folder / "Qwen" / "Qwen2.5-7B-Instruct")
     write_manifest(folder / "calls_unlabeled.json", [None] * 12)
     write_manifest(folder / "dev.json", ["a latte", "one mocha", "soy milk"], entities=[["latte"], ["mocha"], []])
+    write_manifest(folder / "transcribed.json", ["a latte", "one mocha", "soy milk"] * 4)
     for i in range(2):
         write_audio(folder / "audio" / f"{i}.wav", seconds=1.0, seed=i)
     (folder / "menu.json").write_text('["latte", "mocha", "soy milk"]', encoding="utf-8")

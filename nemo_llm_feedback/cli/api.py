@@ -42,7 +42,7 @@ def adapt(
         output: the adapted ``.nemo``; in the run's folder if None.
         max_steps: optimizer steps; the configuration's if None.
         validation: labelled manifest or manifests; the result has their scores before and after.
-        objective: ``distill``, ``mwer``, ``grpo``, ``dpo``, ``reinforce`` or ``self_training``.
+        objective: ``distill``, ``mwer``, ``grpo``, ``gspo``, ``dpo``, ``reinforce`` or ``self_training``.
         reward: judges hypotheses in place of the LLM: a ``Reward``, or a function of texts (docs/rewards.md).
         overrides: any other setting as the command takes it, e.g. ``["trainer=gpu", "guards.patience=3"]``.
 

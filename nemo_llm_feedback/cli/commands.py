@@ -36,7 +36,7 @@ def adapt(
     Often used:
 
       model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
-      objective=distill|mwer|grpo|dpo|reinforce|self_training
+      objective=distill|mwer|grpo|gspo|dpo|reinforce|self_training
       llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
       model.optim.lr=1e-5    model.train_ds.use_lhotse=true
       feedback.use_text=false    output=adapted.nemo    runs=3

@@ -224,7 +224,7 @@ class AdaptOptions:
         manifest: NeMo manifests; rows without text are learned from feedback
         validation: labelled manifests, scored before and after
         output: the adapted .nemo; default: in the run's folder
-        objective: distill, mwer, grpo, dpo, reinforce or self_training
+        objective: distill, mwer, grpo, gspo, dpo, reinforce or self_training
         max_steps: optimizer steps
         samples: hypotheses that are sampled from the model
         head: head of a hybrid that learns

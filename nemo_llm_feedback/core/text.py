@@ -94,6 +94,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
+    """All spans of ``words`` that equal ``phrase``, overlapping ones too; none for an empty phrase."""
+    n = len(phrase)
+    return [(i, i + n) for i in range(len(words) - n + 1) if n and words[i : i + n] == phrase]
+
+
 def join_words(parts: Sequence[str]) -> str:
     """Words as a text: spaces between them, but not between two characters of scripts without spaces."""
     text = ""

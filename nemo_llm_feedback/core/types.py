@@ -70,12 +70,14 @@ class HypothesisGroup:
         context: the utterance's context merged over the run's.
         ref_logp: log p(member | audio) under the frozen reference ASR model, natural log, one value per member
             (−inf where the audio is too short for it); empty when no reference was asked for.
+        reference: the row's own text under the run's normalisation; "" where it has none, or is not learned by it.
     """
 
     utterance: str
     hypotheses: tuple[Hypothesis, ...]
     context: Context = field(default_factory=Context)
     ref_logp: tuple[float, ...] = ()
+    reference: str = ""
 
     def __len__(self) -> int:
         return len(self.hypotheses)
@@ -127,7 +129,7 @@ def pad_groups(
 
 @dataclass(frozen=True)
 class Audio:
-    """The audio of a batch's unlabeled rows.
+    """The audio of a batch's rows that are learned from feedback.
 
     Attributes:
         signal: [B, S] waveform samples.
@@ -135,6 +137,7 @@ class Audio:
         utterances: B names.
         contexts: B contexts, merged over the run's.
         external: B rows of other recognisers' texts; empty where there are none at all.
+        texts: B transcripts, "" where a row has none; empty where none has.
     """
 
     signal: Tensor
@@ -142,6 +145,7 @@ class Audio:
     utterances: tuple[str, ...]
     contexts: tuple[Context, ...]
     external: tuple[tuple[ExternalText, ...], ...] = ()
+    texts: tuple[str, ...] = ()
 
     def select(self, rows: Sequence[int]) -> Audio:
         """The utterances at these positions, with the padding that they have."""
@@ -152,4 +156,5 @@ class Audio:
             tuple(self.utterances[b] for b in chosen),
             tuple(self.contexts[b] for b in chosen),
             tuple(self.external[b] for b in chosen if self.external),
+            texts=tuple(self.texts[b] for b in chosen if self.texts),
         )

@@ -96,7 +96,7 @@ def load_audio(
         run_context: merged under each row's context.
 
     Returns:
-        Signals [B, S] padded to the longest, in the rows' order, with names and contexts.
+        Signals [B, S] padded to the longest, in the rows' order, with names, contexts and texts.
 
     Raises:
         DecodingError: see :func:`read_audio`.
@@ -111,6 +111,7 @@ def load_audio(
         tuple(row.utterance for row in rows),
         tuple(merge_context(run_context or Context(), row.context) for row in rows),
         tuple(row.external for row in rows),
+        texts=tuple(row.text for row in rows),
     )
 
 

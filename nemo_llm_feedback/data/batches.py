@@ -27,7 +27,7 @@ class Parts(NamedTuple):
         labelled: rows whose text is learned, as signal [B, S], signal_len [B] samples, tokens [B, U], tokens_len [B];
             bit-equal to the input where these are all rows.
         replay: rows on which the model should stay as it is, in the same form; a text may be empty.
-        unlabeled: rows that are learned from feedback.
+        unlabeled: rows that are learned from feedback, with ``feedback.labelled=reward`` also rows with text.
     """
 
     labelled: Batch | None
@@ -41,12 +41,14 @@ class Parts(NamedTuple):
 
 
 class _About(NamedTuple):
-    """Of a row its name, its context, the manifest key ``replay`` ("" where missing), and other recognisers' texts."""
+    """Of a row its name, its context, what it is for ("" where the manifest names nothing), other recognisers' texts,
+    and its own."""
 
     name: str
     context: Context
     replay: str
     external: tuple[ExternalText, ...]
+    text: str
 
 
 class BatchReader:
@@ -55,7 +57,7 @@ class BatchReader:
     Args:
         run_context: merged under each row's context.
         use_text: False = every row is unlabeled.
-        labelled: ``supervised`` or ``replay``: what rows with text are for, unless their manifest line names it.
+        labelled: ``supervised``, ``replay`` or ``reward``: what rows with text are for, unless their line names it.
         rows: rows of the staged manifests, for the classic loader, whose batches hold only indices.
         skip_bad_audio: leave rows out whose audio cannot be read, also in mid-run; otherwise they are an error.
         train_ds: NeMo's section of the loader: where it changes samples, equal names are not compared.
@@ -116,12 +118,14 @@ class BatchReader:
         energy = self._energies(signal, signal_len, ids)
         good = torch.tensor([math.isfinite(value) for value in energy], device=signal.device)
         labelled = tokens_len > self._marks if self._use_text else torch.zeros_like(tokens_len, dtype=torch.bool)
-        replayed = torch.zeros_like(labelled)
-        if self.replays:
+        replayed, judged = torch.zeros_like(labelled), torch.zeros_like(labelled)
+        if self.replays or self._of_labelled == "reward":
             unnamed = [self._of_labelled if has_text else "" for has_text in labelled.tolist()]
             uses = [self._about(ids, b).replay or use for b, use in enumerate(unnamed)]
-            replayed = torch.tensor([use == "kl" for use in uses], device=labelled.device)
-        learned = labelled & ~replayed & good
+            replayed, judged = (
+                torch.tensor([use == wanted for use in uses], device=labelled.device) for wanted in ("kl", "reward")
+            )
+        learned = labelled & ~(replayed | judged) & good
         if bool(learned.all()):
             return Parts((signal, signal_len, tokens, tokens_len), None, None)
         four = (signal, signal_len, tokens, torch.where(labelled, tokens_len, torch.zeros_like(tokens_len)))
@@ -134,7 +138,8 @@ class BatchReader:
             self._compare(names, [energy[b] for b in places])
             self.seen.update(names)
             contexts = tuple(merge_context(self._run_context, row.context) for row in rows)
-            unlabeled = Audio(part[0], part[1], names, contexts, tuple(row.external for row in rows))
+            texts = tuple(row.text if bool(judged[b]) else "" for b, row in zip(places, rows, strict=True))
+            unlabeled = Audio(part[0], part[1], names, contexts, tuple(row.external for row in rows), texts)
         return Parts(_rows(four, learned), _rows(four, replayed), unlabeled)
 
     def names(self, ids: Any) -> list[str]:
@@ -172,12 +177,13 @@ class BatchReader:
         if isinstance(ids, torch.Tensor):
             index = int(ids[b])
             row = self._rows[self._collection[index].id if self._collection is not None else index]
-            return _About(row.utterance, row.context, row.replay, row.external)
+            return _About(row.utterance, row.context, row.replay, row.external, row.text)
         # Shorter rows of a batch come as the recording with padding appended.
         cut = getattr(ids[b], "first_non_padding_cut", ids[b])
         custom = cut.custom or {}
         context, external = parse_context(custom.get("context")), parse_hypotheses(custom.get(KEY))
-        return _About(_cut_name(cut), context, str(custom.get("replay") or ""), external)
+        text = " ".join(part.text for part in cut.supervisions if part.text)
+        return _About(_cut_name(cut), context, str(custom.get("replay") or ""), external, text)
 
 
 def _rows(four: Batch, mask: torch.Tensor) -> Batch | None:

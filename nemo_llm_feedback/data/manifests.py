@@ -35,7 +35,8 @@ class Row:
         origin: ``manifest:line``, for messages.
         data: all keys of the line.
         replay: the manifest key of that name: what the row is for, ``supervised`` or ``kl``; "" = as
-            ``feedback.labelled`` where the row has text. A row with ``kl`` needs no text.
+            ``feedback.labelled`` where the row has text. A row with ``kl`` needs no text. ``reward`` stands for rows
+            that this setting has learned by a reward against their text; no manifest says so.
         external: the manifest key ``hypotheses``: what other recognisers wrote.
     """
 
@@ -58,8 +59,8 @@ class Row:
 
     @property
     def unlabeled(self) -> bool:
-        """Whether the row is learned from feedback: it has no text and is not a replay row."""
-        return not self.text and self.replay != "kl"
+        """Whether the row is learned from feedback: it has no text and is not a replay row, or a reward reads it."""
+        return self.replay == "reward" or (not self.text and self.replay != "kl")
 
 
 def parse_context(value: Any) -> Context:

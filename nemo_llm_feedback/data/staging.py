@@ -64,6 +64,7 @@ def stage(
     *,
     use_text: bool,
     on_bad_audio: str,
+    labelled: str = "supervised",
     held_out: int = 0,
     held_out_share: float = 0.0,
     spell: Callable[[str], str | None] = lambda text: text,
@@ -77,6 +78,7 @@ def stage(
         folder: an existing folder of the run.
         use_text: False = every row is unlabeled, whatever its text.
         on_bad_audio: ``error`` or ``skip``.
+        labelled: what rows with text are for, see ``feedback.labelled``.
         held_out: the most unlabeled rows that are kept from training.
         held_out_share: the share of the unlabeled rows that is kept from training; none of tarred audio, whose rows
             cannot be read one by one, and none where it would be fewer than ``MIN_HELD_OUT``.
@@ -92,6 +94,8 @@ def stage(
     tar_paths = config.get("tarred_audio_filepaths")
     tarred = bool(config.get("is_tarred") or tar_paths)
     rows = read_manifest(manifest_filepath, use_text=use_text, tarred=tarred)
+    if labelled == "reward":
+        rows = [replace(row, replay="reward") if row.text and not row.replay else row for row in rows]
     longest, shortest = config.get("max_duration"), config.get("min_duration")
     left_out = {
         "over max_duration": [row for row in rows if longest is not None and row.duration > longest],

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
-from nemo_llm_feedback.core.text import word_spans, words
+from nemo_llm_feedback.core.text import occurrences, word_spans, words
 from nemo_llm_feedback.data.manifests import Row
-from nemo_llm_feedback.evaluation.error_counts import occurrences
 
 Entity = str | Sequence[int]
 """An entity string, or the half-open span [start, end) of its words in the reference, counted from 0."""

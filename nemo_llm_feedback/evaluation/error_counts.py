@@ -13,18 +13,12 @@ import kaldialign
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.core.text import join_words, words
+from nemo_llm_feedback.core.text import join_words, occurrences, words
 
 
 def align_words(refs: list[list[str]], hyps: list[list[str]]) -> list[list[jiwer.AlignmentChunk]]:
     """jiwer's minimum edit alignment of each pair of word lists."""
     return jiwer.process_words([" ".join(ref) for ref in refs], [" ".join(hyp) for hyp in hyps]).alignments
-
-
-def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
-    """All spans of ``words`` that equal ``phrase``, overlapping ones too; none for an empty phrase."""
-    n = len(phrase)
-    return [(i, i + n) for i in range(len(words) - n + 1) if n and words[i : i + n] == phrase]
 
 
 def chunk_errors(chunk: jiwer.AlignmentChunk) -> int:

@@ -103,7 +103,8 @@ class NBestMaker:
             for name, logp in scores.items():
                 kept[name].append([logp[b][i] for i in keep])
         ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
-        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward)
+        texts = [self._normalize(text) for text in audio.texts]
+        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, texts=texts)
 
     def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
         """The same members with this maker's rewards."""
@@ -149,6 +150,8 @@ def judged(
     hypotheses: tuple[tuple[Hypothesis, ...], ...],
     ref_logp: dict[str, Tensor],
     reward: Reward | None,
+    *,
+    texts: Sequence[str] = (),
 ) -> NBestBatch:
     """The N-best with the reward's judgement; the reward is asked once, also for a model with two heads.
 
@@ -156,6 +159,7 @@ def judged(
         utterances, contexts, hypotheses: B names, contexts and member tuples.
         ref_logp: head → [B, N] log p under the frozen reference, the first head first.
         reward: None = zeros.
+        texts: B normalised transcripts, "" where there is none; for rewards that read them.
     """
     first = next(iter(ref_logp))
     parts: dict[str, Tensor] = {}
@@ -163,7 +167,7 @@ def judged(
         zeros = pad_groups([[0.0] * len(row) for row in hypotheses])
         rewards = dict.fromkeys(ref_logp, zeros)
     else:
-        output = reward(hypothesis_groups(utterances, contexts, hypotheses, ref_logp[first]))
+        output = reward(hypothesis_groups(utterances, contexts, hypotheses, ref_logp[first], texts=texts))
         parts = output.parts
         rewards = {name: output.values if name == first else output.with_reference(v) for name, v in ref_logp.items()}
     return NBestBatch(tuple(utterances), tuple(contexts), hypotheses, ref_logp, rewards, parts=parts)

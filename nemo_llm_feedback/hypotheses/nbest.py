@@ -146,10 +146,12 @@ def hypothesis_groups(
     contexts: Sequence[Context],
     hypotheses: Sequence[tuple[Hypothesis, ...]],
     ref_logp: Tensor,
+    *,
+    texts: Sequence[str] = (),
 ) -> list[HypothesisGroup]:
-    """What a reward is given, from B names, contexts and members and [B, N] reference scores."""
-    rows = zip(utterances, contexts, hypotheses, ref_logp.tolist(), strict=True)
-    return [HypothesisGroup(u, members, c, tuple(logp[: len(members)])) for u, c, members, logp in rows]
+    """What a reward is given, from B names, contexts, members and normalised transcripts, [B, N] reference scores."""
+    rows = zip(utterances, contexts, hypotheses, ref_logp.tolist(), texts or [""] * len(utterances), strict=True)
+    return [HypothesisGroup(u, members, c, tuple(logp[: len(members)]), text) for u, c, members, logp, text in rows]
 
 
 class NBestCache:

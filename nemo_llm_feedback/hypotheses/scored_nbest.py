@@ -112,7 +112,8 @@ def judged_references(
             hypotheses.append((*members, reference))
             ref_logp.append([*nbest.ref_logp[head.name][i, : len(members)].tolist(), float(scores[b])])
         padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
-        extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward)
+        normal = [normalize(text) for text in texts]
+        extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward, texts=normal)
         for b, i in enumerate(indices):
             if any(spellings[b]):
                 found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))

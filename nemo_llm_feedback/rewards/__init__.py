@@ -13,3 +13,4 @@ from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.config import RemoteConfig, parse_remote
 from nemo_llm_feedback.rewards.remote.reward import RemoteReward, RemoteScorer
 from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, as_reward
+from nemo_llm_feedback.rewards.wer import WerReward

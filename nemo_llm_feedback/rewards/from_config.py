@@ -1,8 +1,8 @@
 """Builds the reward that the section ``reward`` of the settings describes, and lists the faults of that section.
 
 ``llm`` and ``remote`` contain the ASR and the length term. ``judge``, ``correction``, ``entity`` and ``rules`` get
-these terms here: R(h) = alpha·(their value) + asr_weight·log p_ref(h | audio) + beta·length(h). Single rules, Python
-functions and rewards by path are taken as they are, and so is ``composite``, whose components are the whole reward.
+these terms here: R(h) = alpha·(their value) + asr_weight·log p_ref(h | audio) + beta·length(h). ``wer``, single rules,
+Python functions and rewards by path are taken as they are; so is ``composite``, whose components are the whole reward.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _GIVEN = {
     "judge": ("scorer", "view", *_ASKING),
     "entity": ("scorer", "view", *_ASKING),
     "correction": ("corrector", "normalizer", *_ASKING),
+    "wer": ("normalizer",),
 }
 
 

@@ -152,8 +152,9 @@ class CallableReward:
     ``function(texts, **columns)`` is called once for all groups. So is TRL's, known by an argument ``completions``:
     ``function(prompts=…, completions=…, **columns)``, where a prompt is the context in the words of the built-in
     template and a completion is a transcript; ``prompts`` is given if the function takes it. The columns are
-    ``descriptions``, ``terms``, ``utterances``, ``sources``, ``ref_logp`` and ``completion_ids`` (labels of the ASR
-    vocabulary), as far as the signature takes them: lists with one entry per text.
+    ``descriptions``, ``terms``, ``utterances``, ``sources``, ``ref_logp``, ``completion_ids`` (labels of the ASR
+    vocabulary) and ``references`` (the row's own text with ``feedback.labelled=reward``, else ""), as far as the
+    signature takes them: lists with one entry per text.
 
     Args:
         function: returns one number per text, None (or NaN) where it cannot judge.
@@ -241,4 +242,5 @@ _COLUMNS: dict[str, Callable[[HypothesisGroup, int], Any]] = {
     "sources": lambda group, n: group.hypotheses[n].source,
     "ref_logp": lambda group, n: group.ref_logp[n] if group.ref_logp else math.nan,
     "completion_ids": lambda group, n: list(group.hypotheses[n].tokens),
+    "references": lambda group, n: group.reference,
 }

@@ -27,7 +27,9 @@ class Groups(NamedTuple):
             ±inf: the reward could not judge the member.
         ref_logp: log p(h|x) under the frozen starting model, no gradient.
         mask: bool, True for members, False for padding. What the padding holds does not matter, NaN included.
-        old_logp: log-probability under the distribution that the members were *sampled* from, no gradient; or None.
+        old_logp: log-probability under the policy that made the group, no gradient; or None. Where the members were
+            *sampled*, that is the sampler.
+        lengths: labels of the member, ≥ 0; or None where nothing asks for them.
     """
 
     logp: Tensor
@@ -35,6 +37,7 @@ class Groups(NamedTuple):
     ref_logp: Tensor
     mask: Tensor
     old_logp: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def feasible(self) -> Tensor:

@@ -132,7 +132,8 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
         The term ``objective`` and the regularisers, with their metrics.
     """
     tensors = (nbest.rewards[head], nbest.ref_logp[head], nbest.mask, nbest.old_logp[head])
-    groups = Groups(logp, *(values.to(logp.device) for values in tensors))
+    lengths = pad_groups([[float(len(y)) for y in row] for row in nbest.labels], fill=0.0)
+    groups = Groups(logp, *(values.to(logp.device) for values in (*tensors, lengths)))
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
     taught = groups
     if config.source:

@@ -34,6 +34,7 @@ from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.run_folder import STATISTICS_FILE, write_json
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader, resumable
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, callbacks_of, try_rates
 from nemo_llm_feedback.training.distributed import gather, local_metrics, num_ranks, zero_grad_for_unused
@@ -108,14 +109,17 @@ class LLMFeedbackMixin(_Base):
         config = feedback.config
         augment, by_nemo = config.feedback.augment, config.learns_by_nemo
         with evaluation_mode(self), recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
-            if not augment or feedback.stale(audio, refresh=self._refresh()):
+            if not augment or config.on_policy or feedback.stale(audio, refresh=self._refresh()):
                 encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
                 feedback.nbest(audio, encoded, lengths, refresh=self._refresh())
+                clean = encoded, lengths
             nbest = feedback.cache.get(audio.utterances)  # [B, N], no gradient
             if augment:
                 encoded, lengths = self._encode(audio, augment=True)
             heads = () if by_nemo else feedback.heads
             logp = {head.name: head.score(encoded, lengths, nbest.labels) for head in heads}  # [B, N], gradient on
+            if augment and config.on_policy:
+                logp = self._with_clean_values(logp, clean, nbest)
         if by_nemo:
             return self._pseudo_label_loss(audio, nbest, batch_nb, zero=encoded.sum() * 0)
         nbest = nbest.with_old_logp(logp)
@@ -136,6 +140,16 @@ class LLMFeedbackMixin(_Base):
         gradient = torch.is_grad_enabled() and gradient
         with torch.set_grad_enabled(gradient), looking_ahead(self.look_ahead(), self.encoder):
             return encode(self, audio.signal, audio.signal_len, augment=augment)
+
+    def _with_clean_values(
+        self, logp: dict[str, Tensor], clean: tuple[Tensor, Tensor], nbest: NBestBatch
+    ) -> dict[str, Tensor]:
+        """[B, N] log p under the masked audio with the values of the clean audio: ratios to the policy that made the
+        group compare the two policies, not two masks; the gradient is that of the masked audio."""
+        with torch.no_grad():
+            values = {head.name: head.score(clean[0], clean[1], nbest.labels) for head in self.feedback.heads}
+        gradient = {name: masked - masked.detach() for name, masked in logp.items()}  # NaN where log p is −inf
+        return {n: torch.where(values[n].isneginf(), values[n], values[n] + gradient[n]) for n in logp}
 
     def _pseudo_label_loss(self, audio: Audio, nbest: Any, batch_nb: int, *, zero: Tensor) -> LossSum:
         """NeMo's step on one pseudo-label per utterance; ``zero`` stands for it where no label passed the filter."""

@@ -1,6 +1,6 @@
 """Objectives: pure functions of padded tensors, one group of hypotheses per row; none knows a model or trainer.
 
-**Tensors.** All objectives take five tensors of one shape [B, N] (B groups, N the largest group) as `Groups`.
+**Tensors.** All objectives take tensors of one shape [B, N] (B groups, N the largest group) as `Groups`.
 
 **Rules that all share.** A member of −inf in any of the log-probabilities is infeasible and counts as padding; a NaN
 in ``logp`` of a member is a numerical failure and is passed on to the loss, where the trainer's guard sees it. A group
@@ -9,15 +9,15 @@ read. Groups without signal (`signal`) are dropped; the loss is the mean over th
 connected to ``logp`` when none is left. Rewards, reference and old log-probabilities are constants: no gradient
 reaches them. P̂ = softmax(logp) over a group's members is the *renormalised policy*.
 
-**Members that the policy did not propose** (boosted beams, swapped terms, an LLM's rewrite) have a tiny P̂:
+**Members that nothing sampled.** A group is as a rule an enumeration, not a sample: the best of a beam, boosted beams,
+swapped terms, an LLM's rewrite, each once, many of them with a tiny P̂. A mean over its members would be an estimate
+over nothing; what stands for it are weights that are known exactly (`member_weights`):
 
 - `distill`: right for any member. Its gradient P̂ − q is −q for such a member: bounded, and zero only once P̂ = q.
-- `dpo`: right for any member, since a preference pair need not be sampled from the policy.
+- `dpo`: right for any member, since a preference pair need not be sampled from the policy; which pair is taken decides
+  what is learned (see there).
 - `self_training`: right for any member that the reward puts first.
-- `mwer`: with ``correction="kl_optimum"``; the bare form cannot raise such a member (see there).
-- `grpo`: the ratio starts at 1 for any member, so each gets gradient. With ``old_logp`` kept from the making of the
-  group, the clip bounds what one group can do in either direction: a good member far below the policy's needs many
-  refreshes. Without it nothing is clipped and a bad member is pushed down without end, improbable as it is.
+- `mwer`, `grpo`, `gspo`: with ``correction="kl_optimum"``, the default; ``proposal`` is for samples.
 - `reinforce`: never; it estimates over samples.
 """
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,24 +88,58 @@ def distill(groups: Groups, *, temperature: float, min_spread: float) -> Objecti
     return _output(g, group_kl(g.rewards / temperature, g.logp, g.valid), parts)
 
 
+def member_weights(
+    g: Members, logp: Tensor, *, correction: str, temperature: float, mixture: float
+) -> tuple[Tensor, Tensor]:
+    """How much each member of a group counts, and its advantage: [B, N] w with Σ w = 1, and R_i − Σ_j w_j R_j.
+
+    ``proposal``: w = 1/N, for members that were *sampled* from ``logp``, repetitions kept: the Monte Carlo mean.
+
+    ``none``: w = P̂, the self-normalised importance weights of an enumerated group: exact for the expected reward where
+    the group holds all that the policy can produce. A member that another proposer supplied has P̂_i ≈ 0 and hence no
+    gradient, however good it is. That is not an estimation error: the expected reward itself is flat there. All that
+    remains is pressure among the policy's few probable members, which moves probability out of the group.
+
+    ``kl_optimum``: w = (1 − ε)·P̂ + ε·q, the mixture of the policy and the KL-regularised optimum
+    q = softmax(reward / τ) (see `distill`). Take P̂ ≈ 1 on the policy's favourite f and q ≈ 1 on a better foreign
+    member b: then w_b (R_b − Σ w R) = ε(1 − ε)(R_b − R_f), however small P̂_b, and f gets the opposite. Members that
+    are bad *and* improbable have w ≈ 0: pushing them further down gains nothing and takes probability out of the
+    group. Where policy and optimum agree on one member the advantages that count are 0. ε = 0 is ``none``; ε = 1
+    forgets the policy, and with it the difference between f and b.
+
+    The baseline is the mean under the same weights, so Σ w_i A_i = 0: as much is pushed up as down.
+
+    Args:
+        g: the members that count.
+        logp: [B, N] log-probability that P̂ is made of: now, or when the group was made.
+        correction: ``none``, ``kl_optimum`` or ``proposal``.
+        temperature: τ > 0 of q, in reward units; used by ``kl_optimum`` only.
+        mixture: ε in [0, 1]; used by ``kl_optimum`` only.
+
+    Raises:
+        ValueError: unknown ``correction``.
+    """
+    if correction not in ("none", "kl_optimum", "proposal"):
+        raise ValueError(f"unknown correction '{correction}': choose none, kl_optimum or proposal")
+    if correction == "proposal":
+        weights = g.valid / g.valid.sum(dim=1, keepdim=True).clamp(min=1)
+    else:
+        share = mixture if correction == "kl_optimum" else 0.0
+        q = probabilities(log_softmax_over(g.rewards / temperature, g.valid), g.valid)
+        policy = probabilities(log_softmax_over(constant(logp, g.logp, g.valid), g.valid), g.valid)
+        weights = (1 - share) * policy + share * q
+    rewards = centred(g.rewards, g.valid)  # of the order of their differences: float32 keeps these
+    return weights, (rewards - (weights * rewards).sum(dim=1, keepdim=True)).masked_fill(~g.valid, 0.0)
+
+
 def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float, min_spread: float) -> ObjectiveOutput:
     """Expected reward over the N-best, after Prabhavalkar et al. 2018 with word errors → −R.
 
-    Loss of a group: −Σ w_i (R_i − R̄), R̄ the plain group mean (it changes no gradient, since Σ w = 1). The weights w:
+    ``none``: −Σ P̂_i (R_i − R̄), R̄ the plain group mean (it changes no gradient, since Σ P̂ = 1). Gradient
+    −P̂_i (R_i − E_P̂[R]).
 
-    ``none``: w = P̂. Gradient −P̂_i (R_i − E_P̂[R]): exact for the expected reward when the group holds all that the
-    policy can produce. A member that another proposer supplied has P̂_i ≈ 0 and hence no gradient, however good it is.
-    Importance weights cannot mend that: it is not an estimation error, the expected reward itself is flat there. All
-    that remains is pressure among the policy's few probable members, which moves probability out of the group.
-
-    ``kl_optimum``: members are weighted by the mixture w = (1 − ε)·P̂ + ε·q of the policy and the KL-regularised
-    optimum q = softmax(reward / τ) (see `distill`), both held constant; the gradient is −w_i (R_i − E_w[R]), the
-    policy gradient with w as the distribution that the members come from. Take P̂ ≈ 1 on the policy's favourite f and
-    q ≈ 1 on a better foreign member b: then ∂loss/∂s_b = −ε(1 − ε)(R_b − R_f), however small P̂_b, and s_f gets the
-    opposite.
-    Members that are bad *and* improbable have w ≈ 0, so nothing is wasted on pushing them further down, as a uniform
-    mixture would; and where policy and optimum agree on one member the gradient is 0. ε = 0 is ``none``; ε = 1 forgets
-    the policy, and with it the difference between f and b. The reported loss is the expected reward under w.
+    ``kl_optimum``: the gradient is −w_i A_i with the weights and advantages of `member_weights`, both held constant:
+    the policy gradient with w as the distribution that the members come from. The reported loss is −Σ w_i (R_i − R̄).
 
     ``proposal``: w ∝ exp(logp − old_logp), self-normalised importance sampling, for members that were *sampled* from
     old_logp, multiplicity kept. Bare P̂ would count the policy's probability twice there, once in how often a member
@@ -112,33 +147,27 @@ def mwer(groups: Groups, *, correction: str, temperature: float, mixture: float,
 
     Args:
         groups: see `Groups`; ``proposal`` needs ``old_logp``, the log-probability under the sampler.
-        correction: ``none``, ``kl_optimum`` or ``proposal``.
-        temperature: τ > 0 of q, in reward units; used by ``kl_optimum`` only.
-        mixture: ε in [0, 1]; used by ``kl_optimum`` only.
+        correction, temperature, mixture: see `member_weights`.
         min_spread: see `signal`.
 
     Raises:
         ValueError: unknown ``correction``, or ``proposal`` without ``old_logp``.
     """
     g = usable_members(groups, min_spread, proposed=True)
-    advantage = centred(g.rewards, g.valid)
+    reward = centred(g.rewards, g.valid)
     if correction == "none":
-        return _output(g, -(g.policy_grad * advantage).sum(dim=1), {})
+        return _output(g, -(g.policy_grad * reward).sum(dim=1), {})
     if correction == "proposal":
         if groups.old_logp is None:
             raise ValueError("mwer with correction='proposal' needs old_logp, the log-probability under the sampler")
         ratio = g.logp - constant(groups.old_logp, g.logp, g.valid)
         weights = probabilities(log_softmax_over(ratio, g.valid), g.valid)
-        return _output(g, -(weights * advantage).sum(dim=1), {"effective_members": effective_members(weights)})
-    if correction == "kl_optimum":
-        q = probabilities(log_softmax_over(g.rewards / temperature, g.valid), g.valid)
-        weights = (1 - mixture) * g.policy + mixture * q
-        expected = (weights * advantage).sum(dim=1, keepdim=True)
-        coefficient = weights * (advantage - expected)
-        # The value is the expected reward under w; the bracket adds its gradient and exactly nothing to the value.
-        surrogate = (coefficient * (g.logp - g.logp.detach())).sum(dim=1)
-        return _output(g, -(expected.squeeze(1) + surrogate), {"effective_members": effective_members(weights)})
-    raise ValueError(f"unknown correction '{correction}' of mwer: choose none, kl_optimum or proposal")
+        return _output(g, -(weights * reward).sum(dim=1), {"effective_members": effective_members(weights)})
+    weights, advantage = member_weights(g, g.logp, correction=correction, temperature=temperature, mixture=mixture)
+    # The value is the expected reward under w; the bracket adds its gradient and exactly nothing to the value.
+    surrogate = (weights * advantage * (g.logp - g.logp.detach())).sum(dim=1)
+    parts = {"effective_members": effective_members(weights)}
+    return _output(g, -((weights * reward).sum(dim=1) + surrogate), parts)
 
 
 def reinforce(groups: Groups, *, min_spread: float) -> ObjectiveOutput:
@@ -161,60 +190,144 @@ def reinforce(groups: Groups, *, min_spread: float) -> ObjectiveOutput:
 
 
 def grpo(
-    groups: Groups, *, clip: float, kl_weight: float, standardize: bool, std_floor: float, min_spread: float
+    groups: Groups,
+    *,
+    correction: str,
+    temperature: float,
+    mixture: float,
+    clip: float,
+    kl_weight: float,
+    standardize: bool,
+    std_floor: float,
+    min_spread: float,
 ) -> ObjectiveOutput:
     """Group-relative policy optimisation (Shao et al. 2024) on whole sequences.
 
-    Loss of a group: −(1/N) Σ min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i) + β·k3, with ρ_i = exp(logp − old_logp),
-    A_i = R_i − mean R, divided by the group's standard deviation if asked for (without it: Dr. GRPO, Liu et al. 2025),
-    and k3 as in `sequence_k3`. The ratio is that of the sequence, so ε bounds the change of a whole transcript.
+    Loss of a group: −Σ w_i min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i) + β·k3, with ρ_i = exp(logp − old_logp), w and A of
+    `member_weights` with the policy that made the group, A divided by its standard deviation under w if asked for
+    (without it: Dr. GRPO, Liu et al. 2025), and k3 as in `sequence_k3`. With ``proposal``, w = 1/N, it is the
+    published form, for samples. On an enumerated group that form spends most of its gradient on pushing improbable
+    members further down. The ratio is that of the sequence, so ε bounds the change of a whole transcript: with 0.2 one
+    update may use a group up, and more updates on it do nothing until it is made anew (``feedback.refresh_every``).
 
     Args:
         groups: see `Groups`; ``old_logp`` is ``logp`` when the group was made, None = the first update on it (ρ = 1).
+        correction, temperature, mixture: see `member_weights`.
         clip: ε in (0, 1).
         kl_weight: β ≥ 0.
-        standardize: divide by the population standard deviation of the group's rewards.
+        standardize: divide by the standard deviation of the group's rewards under w.
         std_floor: reward units, > 0; smallest divisor, against blow-up where rewards are nearly equal.
         min_spread: see `signal`.
 
     Returns:
-        Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members whose gradient the clip removed) and ``k3``.
+        Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members, by weight, whose gradient the clip removed),
+        ``effective_members`` and ``k3``.
     """
-    g = usable_members(groups, min_spread, proposed=True)
-    advantage = centred(g.rewards, g.valid)
-    if standardize:
-        std = member_mean(advantage.square(), g.valid).sqrt().clamp(min=std_floor)
-        advantage = advantage / std.unsqueeze(1)
+    return _clipped(groups, locals(), per_label=False)
+
+
+def gspo(
+    groups: Groups,
+    *,
+    correction: str,
+    temperature: float,
+    mixture: float,
+    clip: float,
+    kl_weight: float,
+    standardize: bool,
+    std_floor: float,
+    min_spread: float,
+) -> ObjectiveOutput:
+    """Group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071): `grpo` with a ratio per label.
+
+    ρ_i = exp((logp − old_logp) / |y_i|), |y| labels: ε bounds the mean change of a label, whatever the length, so that
+    one group bears several updates. Two things are ours: the weights of an enumerated group (see `grpo`), and that the
+    loss is multiplied by the mean length under w, Σ w_j |y_j|, a constant of the group: at ρ = 1 the gradient of a
+    member of mean length is then −w_i A_i as in `grpo`, and beside replay the terms keep their weights. Published
+    clips (3e-4) are for texts of thousands of tokens that one policy samples thousands of times; ours is larger.
+
+    Args:
+        groups: see `Groups`; needs ``lengths``.
+        correction, temperature, mixture, clip, kl_weight, standardize, std_floor, min_spread: see `grpo`.
+
+    Returns:
+        The metrics of `grpo`.
+
+    Raises:
+        ValueError: ``groups.lengths`` is missing.
+    """
+    if groups.lengths is None:
+        raise ValueError("gspo needs lengths, the number of labels of each member")
+    return _clipped(groups, locals(), per_label=True)
+
+
+def _clipped(groups: Groups, settings: dict[str, Any], *, per_label: bool) -> ObjectiveOutput:
+    """`grpo`, or with ``per_label`` `gspo`; ``settings`` are their arguments by name."""
+    g = usable_members(groups, settings["min_spread"], proposed=True)
     old = g.logp.detach() if groups.old_logp is None else constant(groups.old_logp, g.logp, g.valid)
-    ratio = bounded_exp(g.logp - old)
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
-    gain = torch.minimum(ratio * advantage, clipped)
+    weights, advantage = member_weights(
+        g, old, **{name: settings[name] for name in ("correction", "temperature", "mixture")}
+    )
+    if settings["standardize"]:
+        std = (weights * advantage.square()).sum(dim=1).sqrt().clamp(min=settings["std_floor"])
+        advantage = advantage / std.unsqueeze(1)
+    lengths = torch.ones_like(g.logp)
+    if per_label and groups.lengths is not None:
+        lengths = constant(groups.lengths, g.logp, g.valid).clamp(min=1)  # the empty text has a log p, too
+    ratio = bounded_exp((g.logp - old) / lengths)
+    clipped = ratio.clamp(1 - settings["clip"], 1 + settings["clip"]) * advantage
+    gain = (weights * torch.minimum(ratio * advantage, clipped)).sum(dim=1)
     k3 = k3_penalty(g.logp, g.ref_logp, g.valid)
-    loss = kl_weight * k3 - member_mean(gain, g.valid)
+    loss = settings["kl_weight"] * k3 - (weights * lengths).sum(dim=1) * gain
     removed = (clipped < ratio * advantage).to(g.logp)
-    parts = {"ratio_mean": member_mean(ratio, g.valid), "clip_fraction": member_mean(removed, g.valid), "k3": k3}
+    parts = {
+        "ratio_mean": (weights * ratio).sum(dim=1),
+        "clip_fraction": (weights * removed).sum(dim=1),
+        "effective_members": effective_members(weights),
+        "k3": k3,
+    }
     return _output(g, loss, parts)
 
 
-def dpo(groups: Groups, *, beta: float, min_spread: float) -> ObjectiveOutput:
-    """Direct preference optimisation (Rafailov et al. 2023): the best member by reward against the worst.
+def dpo(groups: Groups, *, beta: float, rejected: str, reference_free: bool, min_spread: float) -> ObjectiveOutput:
+    """Direct preference optimisation (Rafailov et al. 2023): the best member by reward against another.
 
-    Loss of a group: −log σ(β[(s⁺ − s⁺_ref) − (s⁻ − s⁻_ref)]).
+    Loss of a group: −log σ(β·margin) with margin = (s⁺ − s⁺_ref) − (s⁻ − s⁻_ref), or s⁺ − s⁻ with ``reference_free``;
+    the gradient is ∓βσ(−β·margin) on the two.
+
+    Which member is rejected decides what is learned. DPO's pairs are two answers of the reference, so ``probable``
+    takes what the reference would say: its most probable member among those that are worse than the best by more than
+    ``min_spread``. ``worst`` takes the lowest reward; of an enumerated group that is a text that nobody would have
+    written, the margin grows by pushing it further down, and the transcript that is to be replaced is not touched.
+
+    The loss is flat beyond a margin of a few 1/β nats. A better member that nothing sampled may stand far more than
+    that below the reference's favourite; against the reference it then stops short of overtaking it.
+    ``reference_free`` goes on until the policy itself prefers the better member by a few 1/β nats; what holds it then
+    are replay and the guards.
 
     Args:
         groups: see `Groups`; ``old_logp`` is not used.
-        beta: strength of the implied KL penalty, > 0, per nat.
+        beta: per nat, > 0; with the reference, the strength of the implied KL penalty.
+        rejected: ``probable`` or ``worst``.
+        reference_free: leave the reference out of the margin.
         min_spread: the margin filter: pairs with R⁺ − R⁻ ≤ ``min_spread`` are dropped (see `signal`).
 
     Returns:
         Adds the metrics ``preference_accuracy`` (implied reward ranks the pair as the reward does) and ``margin``, the
         implied reward difference in nats.
+
+    Raises:
+        ValueError: unknown ``rejected``.
     """
+    if rejected not in ("probable", "worst"):
+        raise ValueError(f"unknown rejected '{rejected}' of dpo: choose probable or worst")
     g = usable_members(groups, min_spread)
-    shift = g.logp - g.ref_logp
-    best = g.rewards.masked_fill(~g.valid, -torch.inf).argmax(dim=1, keepdim=True)
-    worst = g.rewards.masked_fill(~g.valid, torch.inf).argmin(dim=1, keepdim=True)
-    margin = (shift.gather(1, best) - shift.gather(1, worst)).squeeze(1)
+    shift = g.logp if reference_free else g.logp - g.ref_logp
+    top, best = g.rewards.masked_fill(~g.valid, -torch.inf).max(dim=1, keepdim=True)
+    worse = g.valid & (top - g.rewards > min_spread)
+    score = g.ref_logp if rejected == "probable" else -g.rewards
+    other = score.masked_fill(~worse, -torch.inf).argmax(dim=1, keepdim=True)
+    margin = (shift.gather(1, best) - shift.gather(1, other)).squeeze(1)
     parts = {"preference_accuracy": (margin > 0).to(margin), "margin": margin}
     return _output(g, F.softplus(-beta * margin), parts)
 
@@ -296,6 +409,7 @@ OBJECTIVES: dict[str, Callable[..., ObjectiveOutput]] = {
     "mwer": mwer,
     "reinforce": reinforce,
     "grpo": grpo,
+    "gspo": gspo,
     "dpo": dpo,
     "self_training": self_training,
 }

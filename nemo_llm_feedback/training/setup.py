@@ -101,6 +101,7 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
         Path(work_dir) / "manifests",
         use_text=config.feedback.use_text,
         on_bad_audio=config.feedback.on_bad_audio,
+        labelled=config.labelled,
         held_out=config.guards.held_out_utterances if config.guards.measures else 0,
         held_out_share=config.guards.held_out,
         spell=lambda text: spelled(text, vocabulary),
@@ -185,7 +186,7 @@ def _training_data(
     reader = BatchReader(
         config.context.load(),
         use_text=config.feedback.use_text,
-        labelled=config.feedback.labelled,
+        labelled=config.labelled,
         rows=staged.rows,
         skip_bad_audio=config.feedback.on_bad_audio == "skip",
         train_ds=train_ds,
@@ -265,7 +266,7 @@ def start(
             torch.manual_seed(0)
             keep = None if config.on_policy else cache
             statistics = measure_pool(pool(), build, config, head=setup.heads[0].name, keep=keep)
-        _report(statistics)
+        _report(statistics, config)
     if statistics is not None:
         config = statistics.applied_to(config)
     maker = build(config)
@@ -312,14 +313,14 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
     return build, scorer
 
 
-def _report(statistics: PoolStatistics) -> None:
+def _report(statistics: PoolStatistics, config: RunConfig) -> None:
     """Logs what was measured, and what it warns of.
 
     Raises:
         TrainingError: no group has a reward signal.
     """
     logging.info(f"statistics of the pool: {statistics}")
-    if not 1 / _LENGTH_TOLERANCE <= statistics.length_ratio <= _LENGTH_TOLERANCE:
+    if not (1 / _LENGTH_TOLERANCE <= statistics.length_ratio <= _LENGTH_TOLERANCE or config.reward.needs_text):
         way = "lower" if statistics.length_ratio > 1 else "raise"
         now = "" if statistics.beta is None else f" (now {statistics.beta:g})"
         logging.warning(
@@ -336,6 +337,17 @@ def _report(statistics: PoolStatistics) -> None:
 
 def _check_rows(staged: Staged, config: RunConfig) -> None:
     """Refuses a training set that has nothing to learn from, and lists what was left out."""
+    if config.needs_reward and config.reward.needs_text:
+        without = [r.origin for r in staged.rows if r.unlabeled and not r.text]
+        if without:
+            raise ManifestError(
+                list_faults(
+                    f"{len(without)} row(s) have no text, which reward={config.reward.name} compares with: take them "
+                    'out, give them "replay": "kl" to hold the model there, or learn from them in a run of their own '
+                    "with an LLM's reward:",
+                    without,
+                )
+            )
     if staged.num_unlabeled == 0 and config.feedback.weight > 0:
         raise ManifestError(
             f"all {len(staged.rows)} rows of the training manifest have text or hold the model where it was, so none "

@@ -227,7 +227,7 @@ def test_all_labelled_without_the_flag_is_refused_and_with_it_text_is_never_read
 
 
 @pytest.mark.parametrize(
-    "name", ["mwer", "grpo", "dpo", "self_training", pytest.param("reinforce", marks=pytest.mark.slow)]
+    "name", ["mwer", "grpo", "gspo", "dpo", "self_training", pytest.param("reinforce", marks=pytest.mark.slow)]
 )
 def test_every_objective_trains(name: str, nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)

@@ -19,6 +19,7 @@ from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.training.objectives import OBJECTIVES, hyperparameters
 
 NEEDED = ["llm.model=a/b", "context.description=an order", "model.train_ds.manifest_filepath=a.json"]
+ONLY_SAMPLES = {"beam": 0, "boosted": 0, "term_swap": 0, "samples": 8}
 GOOD: dict[str, Any] = {"llm": {"model": "some/llm"}, "context": {"description": "an order"}}
 
 
@@ -135,8 +136,8 @@ def test_whole_numbers_are_numbers_and_lists_of_yaml_are_read() -> None:
 
 
 def test_the_proposal_correction_works_on_samples() -> None:
-    samples = {"beam": 0, "boosted": 0, "term_swap": 0, "samples": 8}
-    config = parse_run_config({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}, "proposals": samples})
+    objective = {"name": "mwer", "correction": "proposal"}
+    config = parse_run_config({**GOOD, "objective": objective, "proposals": ONLY_SAMPLES})
     assert config.objective.correction == "proposal"
 
 
@@ -148,7 +149,13 @@ def test_the_proposal_correction_works_on_samples() -> None:
         ({**GOOD, "objective": {"name": "reinforce"}}, "unbiased only for samples"),
         ({**GOOD, "objective": {"name": "mwer", "correction": "proposal"}}, "correction=proposal is unbiased only"),
         ({**GOOD, "feedback": {"weight": 0, "supervised_weight": 0}}, "both 0"),
-        ({**GOOD, "feedback": {"augment": True}, "objective": {"name": "grpo"}}, "for distill and mwer"),
+        ({**GOOD, "feedback": {"augment": True}, "objective": {"name": "self_training"}}, "is not for"),
+        ({**GOOD, "proposals": ONLY_SAMPLES, "objective": {"name": "gspo"}}, "set objective.correction=proposal"),
+        ({**GOOD, "objective": {"name": "grpo", "correction": "proposal"}}, "unbiased only for samples"),
+        (
+            {**GOOD, "proposals": ONLY_SAMPLES, "objective": {"name": "reinforce", "mass_weight": 1.0}},
+            "for distinct members",
+        ),
         ({**GOOD, "feedback": {"refresh_every": "often"}}, "must be int"),
         ({**GOOD, "reward": "llm"}, "section of keys"),
         ({**GOOD, "feedback": {"refresh_every": True}}, r"refresh_every must be int, got True"),

@@ -157,15 +157,15 @@ MUTANTS = (
     Mutant(
         "mwer: sign",
         OBJECTIVES,
-        "return _output(g, -(g.policy_grad * advantage).sum(dim=1), {})",
-        "return _output(g, (g.policy_grad * advantage).sum(dim=1), {})",
+        "return _output(g, -(g.policy_grad * reward).sum(dim=1), {})",
+        "return _output(g, (g.policy_grad * reward).sum(dim=1), {})",
         f"{TEST_OBJECTIVES}::test_mwer_by_hand",
     ),
     Mutant(
         "mwer: the baseline is not the mean under the weights",
         OBJECTIVES,
-        "coefficient = weights * (advantage - expected)",
-        "coefficient = weights * advantage",
+        "(rewards - (weights * rewards).sum(dim=1, keepdim=True))",
+        "rewards",
         f"{TEST_OBJECTIVES}::test_mwer_kl_optimum_by_hand",
     ),
     Mutant(
@@ -178,8 +178,8 @@ MUTANTS = (
     Mutant(
         "grpo: the larger of the clipped and the bare gain",
         OBJECTIVES,
-        "gain = torch.minimum(ratio * advantage, clipped)",
-        "gain = torch.maximum(ratio * advantage, clipped)",
+        "torch.minimum(ratio * advantage, clipped)",
+        "torch.maximum(ratio * advantage, clipped)",
         f"{TEST_OBJECTIVES}::test_grpo_clips_only_moves_that_went_far_enough",
     ),
     Mutant(
@@ -192,8 +192,8 @@ MUTANTS = (
     Mutant(
         "dpo: the reference is clamped at −50 nat",
         OBJECTIVES,
-        "shift = g.logp - g.ref_logp",
-        "shift = g.logp - g.ref_logp.clamp(min=-50)",
+        "else g.logp - g.ref_logp\n",
+        "else g.logp - g.ref_logp.clamp(min=-50)\n",
         f"{CHOICE}::test_dpo_reads_references_of_any_depth",
     ),
     Mutant(

@@ -286,6 +286,18 @@ def test_one_utterance_that_cannot_be_scored_does_not_make_the_held_out_loss_nan
     assert math.isnan(HeldOutLoss(model, feedback, [broken.select([0])])(model))
 
 
+def test_the_trial_of_a_rate_does_not_go_by_a_gain_that_ends_at_the_clip(nemo_file: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    losses = {}
+    for name in ("distill", "grpo", "gspo"):
+        torch.manual_seed(0)
+        model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+        model.setup_feedback(config(manifest, objective={"name": name}), work_dir=tmp_path / name, reward=label_reward)
+        feedback = begin(model)
+        losses[name] = HeldOutLoss(model, feedback, [part.audio for part in model.encoded_pool()])(model)
+    assert losses["grpo"] == losses["gspo"] == losses["distill"] > 0
+
+
 # ------------------------------------------------------------------------------------------- steps that are not finite
 
 
@@ -368,7 +380,7 @@ def test_dpo_reads_references_of_any_depth() -> None:
     """Texts of ordinary length have log p of −100 nats and less."""
     logp = torch.tensor([[-90.0, -130.0]])
     groups = Groups(logp, torch.tensor([[1.0, 0.0]]), torch.tensor([[-100.0, -120.0]]), torch.ones(1, 2).bool())
-    found = dpo(groups, beta=0.1, min_spread=0.0)
+    found = dpo(groups, beta=0.1, rejected="probable", reference_free=False, min_spread=0.0)
     assert float(found.metrics["margin"]) == pytest.approx(20.0)
     assert float(found.loss) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
 

@@ -239,3 +239,25 @@ def test_augmented_learning_encodes_the_clean_audio_only_to_propose(nemo_file: A
     feedback.cache._rows.clear()
     model.feedback_loss(audio)
     assert len(encoded) == 3
+
+
+def test_ratios_compare_policies_and_not_masks_while_the_gradient_is_that_of_the_masked_audio(
+    nemo_file: Any, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    gradients = {}
+    for augment in (False, True):
+        torch.manual_seed(0)
+        model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+        sections: dict[str, Any] = {"feedback": {"augment": augment}, "objective": {"name": "gspo"}}
+        model.setup_feedback(config(manifest, **sections), work_dir=tmp_path / str(augment), reward=label_reward)
+        feedback = begin(model)
+        audio = feedback.reader.split(next(iter(model._train_dl))).unlabeled
+        loss = model.feedback_loss(audio)
+        assert loss.metrics["ratio_mean"].value == pytest.approx(1.0, abs=1e-6)
+        audio_again = model.feedback_loss(audio)  # other masks, the same policy
+        assert audio_again.metrics["ratio_mean"].value == pytest.approx(1.0, abs=1e-4)
+        loss.total().backward()
+        gradients[augment] = torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None])
+    assert gradients[True].abs().max() > 0
+    assert not torch.allclose(gradients[False], gradients[True])

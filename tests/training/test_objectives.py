@@ -13,6 +13,8 @@ from torch import Tensor
 from nemo_llm_feedback.training import objectives
 from nemo_llm_feedback.training.objectives import OBJECTIVES, Groups, ObjectiveOutput, hyperparameters
 
+SAMPLED = {"correction": "proposal", "temperature": 1.0, "mixture": 0.5}
+ENUMERATED = {"correction": "kl_optimum", "temperature": 2.0, "mixture": 0.3}
 SETTINGS: dict[str, list[dict]] = {
     "distill": [{"temperature": 0.7}, {"temperature": 3.0}],
     "mwer": [
@@ -22,10 +24,18 @@ SETTINGS: dict[str, list[dict]] = {
     ],
     "reinforce": [{}],
     "grpo": [
-        {"clip": 0.2, "kl_weight": 0.1, "standardize": True, "std_floor": 0.1},
-        {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 0.1},
+        {**SAMPLED, "clip": 0.2, "kl_weight": 0.1, "standardize": True, "std_floor": 0.1},
+        {**SAMPLED, "clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 0.1},
+        {**ENUMERATED, "clip": 0.2, "kl_weight": 0.1, "standardize": True, "std_floor": 0.1},
     ],
-    "dpo": [{"beta": 0.3}],
+    "gspo": [
+        {**ENUMERATED, "clip": 0.02, "kl_weight": 0.1, "standardize": True, "std_floor": 0.1},
+        {**SAMPLED, "clip": 0.02, "kl_weight": 0.0, "standardize": False, "std_floor": 0.1},
+    ],
+    "dpo": [
+        {"beta": 0.3, "rejected": "probable", "reference_free": True},
+        {"beta": 0.3, "rejected": "worst", "reference_free": False},
+    ],
     "self_training": [
         {"label": "reward", "min_confidence": 0.0},
         {"label": "reference", "min_confidence": 0.2},
@@ -37,7 +47,9 @@ CASES = [
     for i, settings in enumerate(many)
 ]
 JUDGED = [case for case in CASES if case.values[1].get("label") != "reference"]  # plain self-training asks no reward
-TRUE_LOSSES = [case for case in CASES if case.values[1].get("correction") != "kl_optimum"]  # that one is a surrogate
+TRUE_LOSSES = [
+    c for c in CASES if c.values[:1] != ("mwer",) or c.values[1]["correction"] != "kl_optimum"
+]  # a surrogate
 
 
 def regularise(
@@ -58,7 +70,7 @@ def run(name: str, logp: Tensor, rewards: Tensor, ref: Tensor, mask: Tensor | No
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     if "min_spread" in hyperparameters(name):
         settings = {"min_spread": 0.0} | settings
-    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old), **settings)
+    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old, torch.full_like(logp, 5)), **settings)
 
 
 def example(seed: int = 0, shape: tuple[int, int] = (3, 4)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +134,7 @@ def test_reinforce_by_hand():
 def test_grpo_by_hand():
     old = LOGP - torch.log(torch.tensor([[1.5, 1.0, 1.5]], dtype=torch.float64))  # ρ = 1.5, 1, 1.5
     logp = LOGP.clone().requires_grad_()
-    settings = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+    settings = {**SAMPLED, "clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
     out = run("grpo", logp, REWARDS, LOGP, old=old, **settings)
     # A = −2, 0, 2: the bad member's ratio is not clipped from above, the good one's is, at 1.2
     assert out.loss.item() == pytest.approx(-(-2 * 1.5 + 0 + 2 * 1.2) / 3)
@@ -138,7 +150,8 @@ def test_grpo_clips_only_moves_that_went_far_enough():
     rewards = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)  # mean 0
     logp = torch.full((1, 6), -5.0, dtype=torch.float64, requires_grad=True)
     old = logp.detach() - ratios.log()
-    out = run("grpo", logp, rewards, logp, old=old, clip=0.2, kl_weight=0.0, standardize=False, std_floor=1.0)
+    settings = {**SAMPLED, "clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+    out = run("grpo", logp, rewards, logp, old=old, **settings)
     # bad and below 0.8, good and above 1.2: done; all others go on with −ρA/N
     keep = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(grad(out.loss, logp), -keep * ratios * rewards / 6)
@@ -148,20 +161,48 @@ def test_grpo_clips_only_moves_that_went_far_enough():
 def test_grpo_std_floor_bounds_nearly_equal_rewards():
     rewards = torch.tensor([[0.0, 1e-6]], dtype=torch.float64)
     logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    out = run("grpo", logp, rewards, logp, clip=0.2, kl_weight=0.0, standardize=True, std_floor=0.5)
+    settings = {**SAMPLED, "clip": 0.2, "kl_weight": 0.0, "standardize": True, "std_floor": 0.5}
+    out = run("grpo", logp, rewards, logp, **settings)
     torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[5e-7, -5e-7]], dtype=torch.float64))
+
+
+WORST = {"rejected": "worst", "reference_free": False}
 
 
 def test_dpo_by_hand_and_is_the_logistic_loss():
     ref = LOGP - torch.tensor([[1.0, 7.0, 3.0]], dtype=torch.float64)  # shifts 1, 7, 3; best 3, worst 1
-    out = run("dpo", LOGP, REWARDS, ref, beta=0.5)
+    out = run("dpo", LOGP, REWARDS, ref, beta=0.5, **WORST)
     assert out.loss.item() == pytest.approx(math.log(1 + math.exp(-0.5 * 2.0)))
     assert out.metrics["margin"].item() == pytest.approx(2.0)
     assert out.metrics["preference_accuracy"].item() == 1.0
-    at_reference = run("dpo", LOGP, REWARDS, LOGP, beta=0.5)
+    at_reference = run("dpo", LOGP, REWARDS, LOGP, beta=0.5, **WORST)
     assert at_reference.loss.item() == pytest.approx(math.log(2))
-    far = run("dpo", LOGP, REWARDS, LOGP + torch.tensor([[0.0, 0.0, 4000.0]]), beta=1.0)
+    far = run("dpo", LOGP, REWARDS, LOGP + torch.tensor([[0.0, 0.0, 4000.0]]), beta=1.0, **WORST)
     assert far.loss.item() == pytest.approx(4000.0)  # no overflow
+
+
+def test_dpo_rejects_what_the_reference_would_say_and_not_what_nobody_says():
+    rewards = torch.tensor([[0.0, -90.0, 5.0, 4.9]], dtype=torch.float64)
+    logp = torch.tensor([[-1.0, -80.0, -20.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    settings = {"beta": 0.2, "reference_free": False, "min_spread": 0.5}
+    moved = {
+        kind: grad(run("dpo", logp, rewards, logp.detach(), rejected=kind, **settings).loss, logp)
+        for kind in ("probable", "worst")
+    }
+    # the fourth is more probable, but hardly worse than the best
+    torch.testing.assert_close(moved["probable"], torch.tensor([[0.1, 0.0, -0.1, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(moved["worst"], torch.tensor([[0.0, 0.1, -0.1, 0.0]], dtype=torch.float64))
+
+
+def test_dpo_without_reference_goes_on_until_the_policy_prefers_the_better_member():
+    ref = torch.tensor([[-1.0, -30.0]], dtype=torch.float64)
+    logp = torch.tensor([[-8.0, -12.0]], dtype=torch.float64, requires_grad=True)  # moved by 25, 4 are lacking
+    rewards = torch.tensor([[0.0, 5.0]], dtype=torch.float64)
+    for free, margin in ((True, -4.0), (False, 25.0)):
+        out = run("dpo", logp, rewards, ref, beta=0.5, rejected="probable", reference_free=free)
+        assert out.metrics["margin"].item() == pytest.approx(margin)
+        pull = 0.5 / (1 + math.exp(0.5 * margin))
+        torch.testing.assert_close(grad(out.loss, logp), torch.tensor([[pull, -pull]], dtype=torch.float64))
 
 
 def test_self_training_by_hand():
@@ -243,7 +284,7 @@ def test_infeasible_members_count_as_padding(name, settings):
     column = torch.zeros(3, 1, dtype=torch.float64)
     inf = column - math.inf
     cases = [(inf, inf, inf, inf), (inf, column, column, column), (column, inf, inf * 0, column)]
-    if settings.get("correction", "proposal") == "proposal" and name in ("mwer", "reinforce", "grpo"):
+    if name in ("grpo", "gspo", "reinforce") or settings.get("correction") == "proposal":
         cases.append((column, column, column, inf))
     for cells in cases:
         wide = [torch.cat([x.detach(), cell], dim=1) for x, cell in zip((logp, ref, rewards, old), cells, strict=True)]
@@ -342,7 +383,7 @@ def test_distill_tends_to_rescored_self_training():
 
 def test_grpo_at_ratio_one_is_reinforce_with_the_group_mean_as_baseline():
     logp, rewards, ref, _ = example()
-    settings = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+    settings = {**SAMPLED, "clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
     grpo = grad(run("grpo", logp, rewards, ref, **settings).loss, logp)
     again = grad(run("grpo", logp, rewards, ref, old=logp.detach(), **settings).loss, logp)
     baseline = -(rewards - rewards.mean(dim=1, keepdim=True)) / 4 / 3
@@ -354,12 +395,55 @@ def test_grpo_at_ratio_one_is_reinforce_with_the_group_mean_as_baseline():
 
 def test_grpo_kl_term_is_sequence_k3():
     logp, rewards, ref, old = example()
-    settings = {"clip": 0.2, "standardize": True, "std_floor": 0.1}
+    settings = {**SAMPLED, "clip": 0.2, "standardize": True, "std_floor": 0.1}
     without = run("grpo", logp, rewards, ref, old=old, kl_weight=0.0, **settings)
     with_kl = run("grpo", logp, rewards, ref, old=old, kl_weight=0.3, **settings)
     k3 = sequence_k3(logp, ref_logp=ref, mask=torch.ones_like(logp, dtype=torch.bool)).loss
     torch.testing.assert_close(with_kl.loss - without.loss, 0.3 * k3)
     torch.testing.assert_close(with_kl.metrics["k3"], k3.detach())
+
+
+RATIOS = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}
+
+
+def test_grpo_of_an_enumerated_group_starts_with_the_gradient_of_mwer_and_keeps_it_where_weights_are_old():
+    logp, rewards, ref, old = example()
+    mwer = grad(run("mwer", logp, rewards, ref, **ENUMERATED).loss, logp)
+    first = run("grpo", logp, rewards, ref, **ENUMERATED, **RATIOS)
+    torch.testing.assert_close(grad(first.loss, logp), mwer)
+    assert first.loss.item() == pytest.approx(0.0, abs=1e-12)  # the baseline is the mean under the same weights
+    later = grad(run("grpo", logp, rewards, ref, old=old, **ENUMERATED, **{**RATIOS, "clip": 0.999}).loss, logp)
+    w = 0.7 * torch.softmax(old, dim=1) + 0.3 * torch.softmax(rewards / 2.0, dim=1)
+    advantage = rewards - (w * rewards).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(later, -w * (logp.detach() - old).exp() * advantage / 3)
+
+
+def test_gspo_gradient_is_that_of_grpo_times_the_mean_length_over_the_members_own():
+    logp, rewards, ref, _ = example()
+    lengths = torch.tensor([[1, 2, 3, 4], [0, 1, 1, 1], [7, 7, 7, 7]])  # an empty text counts as one label
+    groups = Groups(logp, rewards, ref, torch.ones_like(lengths, dtype=torch.bool), None, lengths)
+    for weights in (SAMPLED, ENUMERATED):
+        settings = {**weights, **RATIOS, "min_spread": 0.0}
+        grpo, gspo = (grad(OBJECTIVES[name](groups, **settings).loss, logp) for name in ("grpo", "gspo"))
+        share = 0.3 * torch.softmax(rewards / 2.0, dim=1) + 0.7 * torch.softmax(logp.detach(), dim=1)
+        w = share if weights is ENUMERATED else torch.full_like(share, 0.25)
+        labels = lengths.clamp(min=1).double()
+        torch.testing.assert_close(gspo, grpo * (w * labels).sum(dim=1, keepdim=True) / labels)
+
+
+def test_gspo_clips_by_the_mean_change_of_a_label_and_grpo_by_that_of_the_sequence():
+    logp = torch.full((1, 2), -5.0, dtype=torch.float64, requires_grad=True)
+    old = logp.detach() - torch.tensor([[1.5, 0.0]], dtype=torch.float64)  # of 10 labels: 0.15 each, ratio 1.16
+    lengths, rewards = torch.tensor([[10, 10]]), torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    groups = Groups(logp, rewards, logp.detach(), lengths > 0, old, lengths)
+    settings = {**SAMPLED, **RATIOS, "min_spread": 0.0}
+    out = {name: OBJECTIVES[name](groups, **settings) for name in ("grpo", "gspo")}
+    assert {name: found.metrics["clip_fraction"].item() for name, found in out.items()} == {"grpo": 0.5, "gspo": 0.0}
+    torch.testing.assert_close(grad(out["grpo"].loss, logp), torch.tensor([[0.0, 0.5]], dtype=torch.float64))
+    expected = torch.tensor([[-math.exp(0.15) / 2, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(grad(out["gspo"].loss, logp), expected)
+    with pytest.raises(ValueError, match="gspo needs lengths"):
+        OBJECTIVES["gspo"](groups._replace(lengths=None), **settings)
 
 
 def test_mwer_corrections_meet_the_bare_form():
@@ -398,8 +482,9 @@ def test_kl_reference_metric_and_regulariser_vanish_at_the_reference():
 def test_dpo_margin_filter():
     logp, rewards, ref, _ = example()
     rewards[0] = torch.tensor([0.0, 0.1, 0.2, 0.3])
-    assert run("dpo", logp, rewards, ref, beta=1.0, min_spread=0.31).metrics["groups"] == 2
-    assert run("dpo", logp, rewards, ref, beta=1.0, min_spread=0.29).metrics["groups"] == 3
+    settings = {"beta": 1.0, "rejected": "probable", "reference_free": False}
+    assert run("dpo", logp, rewards, ref, min_spread=0.31, **settings).metrics["groups"] == 2
+    assert run("dpo", logp, rewards, ref, min_spread=0.29, **settings).metrics["groups"] == 3
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -454,3 +539,7 @@ def test_wrong_choices_are_named():
         run("mwer", logp, rewards, ref, correction="proposal", temperature=1.0, mixture=0.5)
     with pytest.raises(ValueError, match="choose reference or reward"):
         run("self_training", logp, rewards, ref, label="oracle", min_confidence=0.0)
+    with pytest.raises(ValueError, match="choose probable or worst"):
+        run("dpo", logp, rewards, ref, beta=1.0, rejected="random", reference_free=False)
+    with pytest.raises(ValueError, match="choose none, kl_optimum or proposal"):
+        run("grpo", logp, rewards, ref, **{**SETTINGS["grpo"][0], "correction": "uniform"})

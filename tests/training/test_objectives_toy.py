@@ -19,7 +19,7 @@ def run(
     if "min_spread" in hyperparameters(name):
         settings["min_spread"] = 0.0
     mask = torch.ones_like(logp, dtype=torch.bool)
-    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old), **settings)
+    return OBJECTIVES[name](Groups(logp, rewards, ref, mask, old, torch.full_like(logp, 6)), **settings)
 
 
 def grad(loss: Tensor, parameters: Tensor) -> Tensor:
@@ -123,11 +123,37 @@ def test_bare_mwer_cannot_raise_a_foreign_member():
     assert train("mwer", 300, correction="kl_optimum", temperature=1.0, mixture=1.0)["good"] < -30
 
 
+RATIOS = {
+    "temperature": 1.0,
+    "mixture": 0.5,
+    "clip": 0.2,
+    "kl_weight": 0.0,
+    "standardize": True,
+    "std_floor": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("grpo", {**RATIOS, "correction": "proposal"}),
+        ("dpo", {"beta": 0.1, "rejected": "worst", "reference_free": False}),
+    ],
+)
+def test_the_forms_for_samples_push_an_improbable_member_of_an_enumerated_group_further_down(name, settings):
+    end = train(name, 20, **settings)
+    assert end["bad"] < -57  # started at −54
+    assert end["good"] < -31  # and the good one, at −36, hardly moved
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("mwer", {"correction": "kl_optimum", "temperature": 1.0, "mixture": 0.1}),
         ("mwer", {"correction": "kl_optimum", "temperature": 1.0, "mixture": 0.9}),
+        ("grpo", {**RATIOS, "correction": "kl_optimum"}),
+        ("gspo", {**RATIOS, "correction": "kl_optimum"}),
+        ("dpo", {"beta": 0.5, "rejected": "probable", "reference_free": True}),
         ("distill", {"temperature": 1.0}),
         ("self_training", {"label": "reward", "min_confidence": 0.0}),
     ],

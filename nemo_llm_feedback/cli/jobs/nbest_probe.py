@@ -16,6 +16,7 @@ from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.options import torch_device
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.console import progress, quiet
+from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
@@ -67,6 +68,9 @@ class NBestProbe:
         supported_class(read_config(self._checkpoint), origin=self._checkpoint)
         all_rows = read_manifest(manifest)
         self.total, self.rows = len(all_rows), readable(spread(all_rows, utterances), manifest)
+        if config.reward.needs_text and not all(row.text for row in self.rows):
+            bare = [row.origin for row in self.rows if not row.text]
+            raise ManifestError(list_faults(f"reward={config.reward.name} needs the `text` of these rows:", bare))
         self.batch_size = batch_size
         self.scorer = open_llm(config.llm) if config.needs_llm and config.llm is not None else None
         self.reward: Reward = reward_from_config(config, self.scorer)

@@ -243,6 +243,8 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     setup = model.feedback_setup
     config, staged, rates = setup.config, setup.staged, setup.rates
     held = sum(row.replay == "kl" for row in staged.rows if not row.text)
+    others = sum(bool(row.text) and not row.unlabeled for row in staged.rows)
+    kind = "rows learned by the reward" if config.labelled == "reward" else "unlabeled rows"
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sources = ", ".join(f"{n} {name}" for name in SOURCE_NAMES if (n := getattr(config.proposals, name)))
@@ -252,8 +254,8 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         "plan",
         f"  checkpoint   {source.name}: {model.stock().__name__}, {parameters / 1e6:.1f} M parameters, "
         f"heads {' + '.join(h.name for h in setup.heads)}",
-        f"  pool         {staged.num_unlabeled} unlabeled rows ({staged.hours(unlabeled=True):.2f} h); others: "
-        f"{staged.num_labelled} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
+        f"  pool         {staged.num_unlabeled} {kind} ({staged.hours(unlabeled=True):.2f} h); others: "
+        f"{others} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
         f"  left out     {', '.join(f'{len(n)} {why}' for why, n in staged.left_out.items()) or 'no row'}",
         f"  general      {setup.general_speech()}",
         f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",

@@ -70,6 +70,11 @@ def parse_rescoring_config(tree: Mapping[str, Any]) -> RescoringConfig:
         run = parse_run_config({**shared, "context": tree.get("context")})
     except ConfigError as error:
         faults += [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
+    else:
+        if run.reward.needs_text:
+            faults.append(
+                "reward.name=wer compares with the row's own text, which rescoring does not have: see score."
+            )
     refuse("the rescoring settings have", faults)
     assert config is not None
     return replace(config, reward=run.reward if judged else None, llm=run.llm, context=run.context)

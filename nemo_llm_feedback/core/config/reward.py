@@ -18,6 +18,7 @@ CONTEXT_REWARDS = (*LLM_REWARDS, "remote")
 ASR_WEIGHTED_REWARDS = ("judge", "correction", "entity", "rules")
 # Those whose `alpha` can come from the pool: what it weighs is a log-probability, as what it is weighed against.
 SCALED_REWARDS = ("llm", "remote", "entity")
+TEXT_REWARD = "wer"  # compares with the row's own text
 DEFAULT_ALPHA, BETA_PER_ALPHA = 1.0, 2.0
 GroupNormalization = Literal["none", "center", "z", "rank"]
 GROUP_NORMALIZATIONS: tuple[str, ...] = get_args(GroupNormalization)
@@ -30,7 +31,7 @@ class RewardConfig(Section):
     Attributes:
         name: short name of the reward in the registry, or ``package.module:attribute`` from your YAML. ``judge``,
             ``correction``, ``entity`` and ``rules`` stand in the LLM's place in the formula; a single rule,
-            ``callable``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
+            ``callable``, ``wer``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
         alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
             ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
         beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
@@ -96,6 +97,17 @@ class RewardConfig(Section):
     def needs_llm(self) -> bool:
         """Whether the reward asks the LLM of the section ``llm``."""
         return any(name in LLM_REWARDS for name in self.names)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the reward can judge only rows with text."""
+        return TEXT_REWARD in self.names
+
+    @property
+    def may_read_text(self) -> bool:
+        """Whether the reward may read the row's own text: ``wer`` does, and the user's code can."""
+        own = any(":" in name or name in ("callable", "python") for name in self.names)
+        return self.needs_text or own
 
     @property
     def reads_context(self) -> bool:

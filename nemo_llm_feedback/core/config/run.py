@@ -13,6 +13,7 @@ from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.config.sections import (
     AUGMENTED_OBJECTIVES,
     NO_MODEL,
+    RATIO_OBJECTIVES,
     SAMPLED_OBJECTIVES,
     FeedbackConfig,
     GuardConfig,
@@ -43,6 +44,7 @@ class RunConfig:
         bare = self.needs_context and not self.context.validate() and not self.context.load()
         others = proposals.beam or proposals.boosted or proposals.term_swap or proposals.llm_correction
         sampled = f"name={objective.name}" if objective.name in SAMPLED_OBJECTIVES else "correction=proposal"
+        from_samples = not others and objective.correction != "proposal"
         hint = ", which has objective.augment" if objective.name == "self_training" else ""
         broken = {
             NO_MODEL: self.needs_llm and self.llm is None,
@@ -50,8 +52,22 @@ class RunConfig:
             "(or context.required=false when every manifest row has its own `context`).": bare,
             f"objective.{sampled} is unbiased only for samples: set proposals.beam=0 proposals.boosted=0 "
             "proposals.term_swap=0 proposals.llm_correction=0 proposals.samples=8.": self.wants_samples and others,
-            f"feedback.augment is for distill and mwer, not for objective.name={objective.name}{hint}.": (
+            f"objective.correction={objective.correction} weighs the members of an enumerated group, and these are "
+            "samples: set objective.correction=proposal.": objective.name in RATIO_OBJECTIVES and from_samples,
+            "objective.mass_weight is for distinct members, and samples repeat: set it to 0.": (
+                self.wants_samples and objective.mass_weight > 0
+            ),
+            f"feedback.augment is not for objective.name={objective.name}{hint}.": (
                 feedback.augment and objective.name not in AUGMENTED_OBJECTIVES
+            ),
+            "feedback.labelled=reward with feedback.use_text=false: no text would be read; leave one of them out.": (
+                self.labelled == "reward" and not feedback.use_text
+            ),
+            f"reward.name={self.reward.name} compares with the row's own text: leave feedback.labelled="
+            f"{feedback.labelled} out, or set it to reward.": self.reward.needs_text and self.labelled != "reward",
+            f"feedback.labelled=reward, but reward.name={self.reward.name} reads no text of a row: set reward=wer. "
+            "(feedback.use_text=false learns from the audio of rows with text by any other reward.)": (
+                self.labelled == "reward" and not self.reward.may_read_text
             ),
             "feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.": (
                 feedback.weight == feedback.supervised_weight == 0
@@ -59,6 +75,11 @@ class RunConfig:
         }
         faults = [fault for section in made for fault in section.validate()]
         return faults + [sentence for sentence, is_so in broken.items() if is_so]
+
+    @property
+    def labelled(self) -> str:
+        """What rows with text are for, with what stands for null."""
+        return self.feedback.labelled or ("reward" if self.reward.needs_text else "supervised")
 
     @property
     def scores_in_phases(self) -> bool:
@@ -73,13 +94,13 @@ class RunConfig:
     @property
     def wants_samples(self) -> bool:
         """Whether the objective is an estimate over samples of the policy, for which members of a beam are none."""
-        weighted = self.objective.name == "mwer" and self.objective.correction == "proposal"
+        weighted = self.objective.name in ("mwer", *RATIO_OBJECTIVES) and self.objective.correction == "proposal"
         return weighted or self.objective.name in SAMPLED_OBJECTIVES
 
     @property
     def on_policy(self) -> bool:
         """Whether the loss compares log p with that of the policy that proposed: groups of another are no use."""
-        return self.wants_samples or self.objective.name == "grpo"
+        return self.wants_samples or self.objective.name in RATIO_OBJECTIVES
 
     @property
     def needs_reward(self) -> bool:

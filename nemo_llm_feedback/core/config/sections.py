@@ -16,9 +16,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Members = Annotated[int, Field(ge=0, le=1000)]  # a beam of more needs memory that no machine has
 NormalizerName = Literal["none", "lower", "basic"]
-ObjectiveName = Literal["distill", "mwer", "reinforce", "grpo", "dpo", "self_training"]
+ObjectiveName = Literal["distill", "mwer", "reinforce", "grpo", "gspo", "dpo", "self_training"]
 OBJECTIVE_NAMES: tuple[str, ...] = get_args(ObjectiveName)
-AUGMENTED_OBJECTIVES = ("distill", "mwer")
+AUGMENTED_OBJECTIVES = ("distill", "mwer", "grpo", "gspo", "dpo")
+RATIO_OBJECTIVES = ("grpo", "gspo")  # they compare log p with that of the policy that made the group
 SAMPLED_OBJECTIVES = ("reinforce",)
 REPLAY_VALUES = ("supervised", "kl")
 SOURCE_NAMES = ("beam", "boosted", "term_swap", "llm_correction", "samples")
@@ -58,7 +59,9 @@ class FeedbackConfig(Section):
             outputs on them is held down (learning without forgetting, Li and Hoiem 2016, arXiv 1606.09282). A manifest
             row may choose for itself, under the key ``replay``: ``supervised`` or ``kl``; with ``kl`` it needs no
             text: CTC does not read it, and transducers are then compared along the alignments of what the starting
-            model writes.
+            model writes. ``reward``: they are learned by a reward against their text (minimum word error rate, GRPO …;
+            ``reward=wer`` or a function that takes ``references``). null: ``reward`` with ``reward=wer``, else
+            ``supervised``.
         supervised_weight: factor of NeMo's loss on the rows that are learned from their text.
         replay_weight: factor of the KL divergence on replay rows; 2 is meant for two of them per unlabeled row.
         heads: which head of the model learns: ``ctc``, ``transducer``, ``both`` (hybrids), ``auto`` = all it has.
@@ -69,8 +72,8 @@ class FeedbackConfig(Section):
         pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
-            For ``distill`` and ``mwer``; null: there, where the checkpoint has SpecAugment. Fewer errors on the target
-            domain, somewhat more on others unless those are replayed (docs/results/barista.md).
+            Not for ``reinforce`` and ``self_training``; null: where the checkpoint has SpecAugment. Fewer errors on
+            the target domain, somewhat more on others unless those are replayed (docs/results/barista.md).
         replay_augment: compare the two models on replay rows under the checkpoint's SpecAugment, the same for both,
             so that they are held on more than the audio as it is; null: where the checkpoint has SpecAugment.
         look_ahead: of a streaming checkpoint with several attention contexts the one, such as ``[70, 13]``, that is
@@ -81,7 +84,7 @@ class FeedbackConfig(Section):
     """
 
     weight: NonNegativeFloat = 1.0
-    labelled: Literal["supervised", "replay"] = "supervised"
+    labelled: Literal["supervised", "replay", "reward"] | None = None
     supervised_weight: NonNegativeFloat = 1.0
     replay_weight: NonNegativeFloat = 2.0
     heads: Literal["auto", "ctc", "transducer", "both"] = "auto"
@@ -109,17 +112,21 @@ class ObjectiveConfig(Section):
     """What is optimised over a group. Names and formulas are those of ``objectives.py``.
 
     Attributes:
-        name: one of ``distill``, ``mwer``, ``reinforce``, ``grpo``, ``dpo``, ``self_training``.
+        name: one of ``distill``, ``mwer``, ``reinforce``, ``grpo``, ``gspo``, ``dpo``, ``self_training``.
         min_spread: a group whose rewards spread less than this (max − min, nats) has no signal and is skipped; for
             ``dpo`` the smallest reward gap of a pair.
-        temperature: ``distill``, ``mwer``: softmax temperature of the reward's distribution, in nats.
-        correction: ``mwer``: ``none``, ``kl_optimum`` or ``proposal``.
-        mixture: ``mwer`` kl_optimum: share of the reward's distribution in the weights, 0 to 1.
-        clip: ``grpo``: ratio clip ε.
-        kl_weight: ``grpo``: weight of the k3 KL to the reference.
-        standardize: ``grpo``: divide advantages by the group's standard deviation.
-        std_floor: ``grpo``: smallest such divisor, nats.
-        beta: ``dpo``: strength of the implied KL to the reference, per nat.
+        temperature: all but ``dpo`` and ``reinforce``: softmax temperature of the reward's distribution, in its unit.
+        correction: ``mwer``, ``grpo``, ``gspo``: how members count that nothing sampled: ``kl_optimum``, ``none``, or
+            ``proposal`` for groups of samples.
+        mixture: with kl_optimum: share of the reward's distribution in these weights, 0 to 1.
+        clip: ``grpo``, ``gspo``: ratio clip ε, of the whole transcript or per label. A group that is clipped teaches
+            nothing until it is made anew: a smaller ``feedback.refresh_every`` goes with a smaller clip.
+        kl_weight: ``grpo``, ``gspo``: weight of the k3 KL to the reference.
+        standardize: ``grpo``, ``gspo``: divide advantages by the group's standard deviation.
+        std_floor: ``grpo``, ``gspo``: smallest such divisor, in the reward's unit.
+        beta: ``dpo``: scale of the margin, per nat; with the reference, the strength of the implied KL to it.
+        rejected: ``dpo``: the worse member of a pair: the reference's most ``probable``, or the ``worst`` by reward.
+        reference_free: ``dpo``: leave the reference out of the margin.
         label: ``self_training``: the frozen model's best (``reference``), the best-rewarded (``reward``), or what the
             source of that name wrote under the manifest key ``hypotheses`` (of several readings of its numbers the one
             that the frozen model prefers).
@@ -142,6 +149,8 @@ class ObjectiveConfig(Section):
     standardize: bool = True
     std_floor: PositiveFloat = 0.1
     beta: PositiveFloat = 0.1
+    rejected: Literal["probable", "worst"] = "probable"
+    reference_free: bool = False
     label: str = "reference"
     min_confidence: Share = 0.0
     augment: bool = True

@@ -52,7 +52,9 @@ def judged_changes(model: Any, rows: Sequence[Row], before: Decoded, after: Deco
         if feedback.maker.reward is not None:
             texts = [[normalize(head.vocabulary.ids_to_text(y)) for y in pair] for pair in pairs]
             members = [tuple(map(Hypothesis, *row, sources)) for row in zip(texts, pairs, strict=True)]
-            output = feedback.maker.reward(hypothesis_groups(audio.utterances, audio.contexts, members, logp))
+            spoken = [normalize(text) for text in audio.texts]
+            groups = hypothesis_groups(audio.utterances, audio.contexts, members, logp, texts=spoken)
+            output = feedback.maker.reward(groups)
             parts = {"reward": output.values, **output.parts}
         return [{name: tuple(values[b, :2].tolist()) for name, values in parts.items()} for b in range(len(pairs))]
 

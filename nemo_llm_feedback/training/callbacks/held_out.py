@@ -155,6 +155,7 @@ class HeldOutEvaluator:
             return ()
         names = [u for audio in self.audio for u in audio.utterances] * len(self._look_aheads)
         contexts = [c for audio in self.audio for c in audio.contexts] * len(self._look_aheads)
+        spoken = [self._normalize(text) for audio in self.audio for text in audio.texts] * len(self._look_aheads)
         texts = [
             (self._normalize(new), self._normalize(old)) for new, old in zip(now.texts, self._start.texts, strict=True)
         ]
@@ -163,7 +164,13 @@ class HeldOutEvaluator:
         if changed:
             members = [(Hypothesis(texts[b][0], (), "policy"), Hypothesis(texts[b][1], (), "greedy")) for b in changed]
             ref_logp = torch.tensor([[now.frozen[b], self._start.logp[b]] for b in changed])
-            groups = hypothesis_groups([names[b] for b in changed], [contexts[b] for b in changed], members, ref_logp)
+            groups = hypothesis_groups(
+                [names[b] for b in changed],
+                [contexts[b] for b in changed],
+                members,
+                ref_logp,
+                texts=[spoken[b] for b in changed] if spoken else (),
+            )
             values = reward(groups).values
             gains[changed] = values[:, 0] - values[:, 1]
             if gains[changed].isnan().all():

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core import console
+from nemo_llm_feedback.core.config.sections import RATIO_OBJECTIVES
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.training.callbacks.guards import violations
@@ -163,12 +164,16 @@ class HeldOutLoss:
 
     Args:
         model: the policy, in its starting weights.
-        feedback: state with proposer, reward, heads and objective.
+        feedback: state with proposer, reward, heads and objective. A clipped objective cannot be the measure: its
+            gain on a group ends at the clip, which the smallest rate reaches, too. `distill` stands in for it, since
+            its loss is the distance to where a KL-regularised objective goes.
         audio: the held-out utterances; those whose log p is NaN are left out.
     """
 
     def __init__(self, model: Any, feedback: Feedback, audio: Sequence[Audio]) -> None:
-        self._feedback = feedback
+        self._feedback, self._objective = feedback, feedback.config.objective
+        if self._objective.name in RATIO_OBJECTIVES:
+            self._objective = replace(self._objective, name="distill")
         self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
         with torch.no_grad(), evaluation_mode(model):
@@ -192,6 +197,6 @@ class HeldOutLoss:
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 for head in feedback.heads:
                     logp = head.score(encoded, lengths, nbest.labels)
-                    total = objective_loss(feedback.config.objective, logp, nbest, head=head.name).total()
+                    total = objective_loss(self._objective, logp, nbest, head=head.name).total()
                     found += feedback.head_weights[head.name] * float(total) * len(nbest)  # type: ignore[arg-type]
         return found / sum(map(len, self._nbest)) if self._nbest else math.nan
