@@ -247,7 +247,8 @@ def remove_leftovers(path: str | Path) -> None:
     pattern = _TEMPORARY.format(stem=glob.escape(final.stem), process="*", suffix=final.suffix)
     for left in final.parent.glob(pattern):
         try:
-            os.kill(int(left.name.split(".")[-3]), 0)  # only asks whether that process lives
+            process = int(left.name.removesuffix(final.suffix).split(".")[-2])
+            os.kill(process, 0)  # only asks whether it lives
         except ProcessLookupError:
             left.unlink(missing_ok=True)
         except (PermissionError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any
 MAX_MEBIBYTES = 2048
 MAX_DEPTH = 40
 """Levels of lists and objects in one JSON value; Python's own readers fail at some hundreds."""
+_SUFFIXES = (".nemo", ".ckpt", ".json", ".jsonl", ".gz")
 _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -38,6 +39,14 @@ def read_text(path: str | Path, *, max_mebibytes: int = MAX_MEBIBYTES) -> str:
         raise ValueError(f"it is not UTF-8 text, see byte {error.start}") from None
     except (OSError, EOFError, RuntimeError, zlib.error) as error:  # RuntimeError: ``~`` without a home folder
         raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def stem(path: str | Path) -> str:
+    """A file's name without the suffixes of its kind; a dot in a name (``parakeet-tdt-0.6b-v2``) begins none."""
+    name = Path(path).name
+    while cut := next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), ""):
+        name = name[: -len(cut)]
+    return name
 
 
 def text_lines(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,10 +210,12 @@ def guard_readers(loaders: Any, *, skip: bool = False) -> None:
 
     Args:
         loaders: NeMo's data loader, or a list of them.
-        skip: such a file gives no samples (Lhotse: no row) in place of an error.
+        skip: such a file gives no samples in place of an error.
     """
     for loader in loaders if isinstance(loaders, list) else [loaders]:
         while (dataset := getattr(loader, "dataset", None)) is not None:
+            for rows in _lhotse_manifests(getattr(loader, "sampler", None)):
+                rows._create_cut = functools.partial(_lhotse_cut, rows, skip)
             if hasattr(getattr(dataset, "load_audio", None), "mono_downmix"):
                 # Lhotse mixes only in batches that hold mono files as well, unless it is told to.
                 dataset.load_audio.mono_downmix, dataset.load_audio.fault_tolerant = True, False
@@ -234,8 +236,37 @@ def _samples(process: Callable[..., Any], featurizer: Any, skip: bool, file: Any
         return torch.zeros(0)
 
 
+def _lhotse_manifests(sampler: Any) -> Iterator[Any]:
+    """NeMo's readers of manifests behind a Lhotse sampler."""
+    from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
+
+    nodes, seen = [sampler], {id(sampler)}
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, LazyNeMoIterator):
+            yield node
+        elif isinstance(node, list | tuple) or type(node).__module__.startswith(("lhotse.", "nemo")):
+            parts = node if isinstance(node, list | tuple) else getattr(node, "__dict__", {}).values()
+            nodes += [part for part in parts if id(part) not in seen]
+            seen.update(map(id, parts))
+
+
+def _lhotse_cut(rows: Any, skip: bool, audio_path: str, **place: Any) -> Any:
+    """The cut of a row; under ``skip`` one that cannot be loaded if the file's header cannot be read."""
+    try:
+        return type(rows)._create_cut(rows, audio_path, **place)
+    except Exception as error:  # audio libraries raise anything
+        if not skip:
+            raise DecodingError(f"{audio_path} cannot be read ({_reason(error)}).") from None
+    rows.metadata_only = True
+    cut = type(rows)._create_cut(rows, audio_path, **place)
+    rows.metadata_only = False
+    cut.recording.sources[0].type, cut.recording.sources[0].source = "file", audio_path
+    return cut
+
+
 def _lhotse_samples(load: Callable[..., Any], skip: bool, cuts: Any) -> tuple[Any, Any, Any]:
-    """Signals [B, S], lengths [B] and the cuts that could be read; under ``skip`` one cut of no samples if none."""
+    """Signals [B, S], lengths [B] and the cuts; under ``skip`` a cut that cannot be read has no samples."""
 
     def _fails(cut: Any) -> str | None:
         try:
@@ -255,10 +286,14 @@ def _lhotse_samples(load: Callable[..., Any], skip: bool, cuts: Any) -> tuple[An
             raise
         if not skip:
             raise DecodingError(" ".join(bad)) from None
-        kept = type(cuts).from_cuts(cut for cut, reason in zip(cuts, reasons, strict=True) if not reason)
-        if len(bad) < len(reasons):
-            return (*load(kept), kept)
-        return torch.zeros(1, 0), torch.zeros(1, dtype=torch.int32), type(cuts).from_cuts(list(cuts)[:1])
+        good = torch.tensor([not reason for reason in reasons])
+        lengths = torch.zeros(len(reasons), dtype=torch.int32)
+        if not good.any():
+            return torch.zeros(len(reasons), 0), lengths, cuts
+        samples, read, *_ = load(type(cuts).from_cuts(cut for cut, kept in zip(cuts, good, strict=True) if kept))
+        signals = samples.new_zeros(len(reasons), samples.shape[1])
+        signals[good], lengths[good] = samples, read.to(lengths.dtype)
+        return signals, lengths, cuts
 
 
 def is_augmented(config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS
+from nemo_llm_feedback.core.text_files import stem
 from nemo_llm_feedback.evaluation.metrics import METRICS, CorpusScores
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 
@@ -39,7 +40,6 @@ def write_model_card(
     Returns:
         The path written.
     """
-    path = Path(nemo)
     shown = {key: value for key, value in facts.items() if key != "llm" or value is not None}
     if "llm" in shown:
         shown["llm"] = public_name(str(shown["llm"]))
@@ -54,16 +54,21 @@ def write_model_card(
     environment.filters |= {"plain": _plain, "code": _code}
     page = environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(shown, measured=[key for key in ("wer", "cer") if before or facts.get("before")]),
-        name=path.stem,
-        file=repr(path.name),
+        name=stem(nemo),
+        file=repr(Path(nemo).name),
         facts=shown,
         tables=tables,
         metrics=METRICS,
         normalization=f"{normalizer} ({NORMALIZER_WORDS[normalizer]})" if before and normalizer else None,
     )
-    target = path.with_suffix(".md")
+    target = card_path(nemo)
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def card_path(nemo: str | Path) -> Path:
+    """Where the card of a checkpoint is."""
+    return Path(nemo).with_name(f"{stem(nemo)}.md")
 
 
 def _front_matter(facts: Mapping[str, Any], *, measured: list[str]) -> str:

@@ -19,12 +19,12 @@ from typing import Any
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.llm.chat import chat_frame
 from nemo_llm_feedback.llm.packing import Ids
 from nemo_llm_feedback.llm.prompts import read_template
 
 logger = logging.getLogger(__name__)
 
-_PROBE = "transcript"  # stands in for the answer when the chat template's end-of-turn token is looked up
 _CACHED_PROMPTS = 4096
 
 
@@ -52,12 +52,13 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, config: LLMConfig, *, max_positions: int) -> None:
         self._tokenizer = tokenizer
         self.chat = config.chat == "on" or (config.chat == "auto" and bool(tokenizer.chat_template))
-        self._chat_kwargs = dict(config.chat_template_kwargs)
+        self._frame = chat_frame(tokenizer, config.chat_template_kwargs) if self.chat else None
         self._template = read_template(config.template, chat=self.chat)
         self.max_tokens = min(config.max_context_tokens, max_positions - min(256, max_positions // 4))
         self.uses_context = self._template.uses_context
         # Its text as rendered, too: a template may write what nobody gave it, such as today's date.
-        chat = [tokenizer.chat_template, self._chat_kwargs, self._chat_text(_PROBE)] if self.chat else None
+        rendered = self._frame("transcript") if self._frame else None
+        chat = [tokenizer.chat_template, config.chat_template_kwargs, rendered] if self.chat else None
         limit = config.max_context_tokens
         self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": limit}
         self._control = _control_tokens(tokenizer)
@@ -174,8 +175,8 @@ class PromptEncoder:
 
     def frame(self, prompt: str) -> tuple[Ids, str]:
         """Returns the ids that begin a prompt (a begin token or none), and its text, wrapped in the chat template."""
-        if self.chat:
-            return (), self._chat_text(prompt)
+        if self._frame:
+            return (), self._frame(prompt.strip())
         first = self._tokenizer.bos_token_id
         if first is None and not prompt:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
@@ -186,35 +187,12 @@ class PromptEncoder:
         begin, prompt = self.frame(self._template.render(context))
         return ((*begin, *self.ids(prompt)),)
 
-    def _chat_text(self, prompt: str, *answer: str) -> str:
-        """The user's message in the chat template, with the answer after it or up to where the answer begins."""
-        turns = zip(("user", "assistant"), (prompt.strip(), *answer), strict=False)
-        messages = [{"role": role, "content": content} for role, content in turns]
-        settings = {**self._chat_kwargs, "tokenize": False, "add_generation_prompt": not answer}
-        if not self._tokenizer.chat_template:
-            raise LLMError("llm.chat=on, but the tokenizer has no chat template: set llm.chat=off.")
-        try:
-            return self._tokenizer.apply_chat_template(messages, **settings)
-        except Exception as error:  # a template is a program from outside
-            raise LLMError(
-                f"The chat template cannot be rendered ({type(error).__name__}: {error}): set llm.chat=off, or use "
-                "the template of the model's publisher."
-            ) from error
-
     def _find_end_id(self) -> int:
-        if not self.chat:
+        if self._frame is None:
             if self._tokenizer.eos_token_id is None:
                 raise LLMError("The tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json.")
             return self._tokenizer.eos_token_id
-        prompt = self._template.render(Context(description="a recording"))
-        question, whole = self._chat_text(prompt), self._chat_text(prompt, _PROBE)
-        if not whole.startswith(question + _PROBE):
-            raise LLMError(
-                "The chat template writes one thing before a given answer and another before a generated one, so a "
-                "transcript cannot be scored as the answer: set llm.chat_template_kwargs={enable_thinking: false} for "
-                "a thinking model, llm.chat=off for another."
-            )
-        tail = self.ids(whole[len(question + _PROBE) :].lstrip())
+        tail = self.ids(self._frame.end.lstrip())
         if not tail or tail[0] not in self._control:
             raise LLMError("The chat template does not end an answer with a control token: set llm.chat=off.")
         return tail[0]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.text_files import parse_json, read_text
 from nemo_llm_feedback.llm.gguf import dequantize, gguf_faults, is_gguf
 from nemo_llm_feedback.llm.prompts import read_template
 
@@ -23,6 +24,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: text part of multimodal models
 _SAMPLE = 2**12  # bytes of each tensor's beginning, middle and end that enter the fingerprint …
 _WHOLE = 2**22  # … of weight files larger than this
+_LARGEST = 2**28  # bytes of a config or tokenizer; the largest vocabularies take a tenth
 
 
 def check_llm_folder(config: LLMConfig) -> list[str]:
@@ -42,7 +44,7 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
         faults.append(f"llm.device={config.device}, but no CUDA device is visible: set llm.device=cpu or auto.")
     folder = Path(config.model).expanduser()
     if folder.is_dir():
-        return faults + list(_folder_faults(folder, config))
+        return faults + _folder_faults(folder, config)
     if is_gguf(config.model):
         return faults + gguf_faults(config.model)
     if not is_hub_id(config.model):
@@ -79,7 +81,7 @@ def resolve_folder(config: LLMConfig) -> Path:
     folder = Path(config.model).expanduser()
     if not faults and not folder.is_dir():
         folder = local_folder(config.model, config.revision, key="llm.model")
-        faults = list(_folder_faults(folder, config))
+        faults = _folder_faults(folder, config)
     if faults:
         raise LLMError(" ".join(faults))
     return folder
@@ -145,8 +147,21 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:
+def _folder_faults(folder: Path, config: LLMConfig) -> list[str]:
     """Faults of the files in an LLM's folder."""
+    try:
+        return list(_faults_in(folder, config))
+    except (AttributeError, TypeError) as error:  # whatever a value of another type leads to
+        return [f"llm.model={folder}: a config has a value of another type ({error}): fetch the model's files anew."]
+
+
+def _faults_in(folder: Path, config: LLMConfig) -> Iterator[str]:
+    odd = [path for pattern in _LLM_FILES for path in folder.glob(pattern) if not path.is_file()]
+    odd += [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if _size(path) > _LARGEST]
+    if odd:  # whoever opened a pipe would wait for ever
+        names = ", ".join(sorted(path.name for path in odd))
+        yield f"llm.model={folder}: {names} is not a regular file, or has more than {_LARGEST >> 20} MiB: remove it."
+        return
     try:
         files = {name: _read_json(folder / name) for name in _SETTINGS}
     except LLMError as error:
@@ -171,6 +186,10 @@ def _folder_faults(folder: Path, config: LLMConfig) -> Iterator[str]:
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         yield f"llm.model={folder} has no tokenizer (tokenizer.json or tokenizer.model): copy it there."
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _weight_faults(folder: Path, index: dict[str, Any]) -> Iterator[str]:
@@ -204,13 +223,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Returns a file's JSON object, an empty one where a file other than config.json is missing.
 
     Raises:
-        LLMError: config.json is missing, or the file cannot be read.
+        LLMError: the file cannot be read, or config.json is missing.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        if path.name != "config.json":
+        if not path.exists() and path.name != "config.json":
             return {}
-        raise LLMError(f"{path.name} is missing.") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(read_text(path, max_mebibytes=_LARGEST >> 20)))
+    except (ValueError, TypeError) as error:
         raise LLMError(f"{path.name} cannot be read as a JSON object ({error}).") from error

@@ -44,6 +44,11 @@ class AnswerScorer:
         self._answer_ids = self._single_tokens()
         self.identity = f"judge:{hash_of([scorer.identity, template.text, self.answers])}"
 
+    @property
+    def num_broken(self) -> int:
+        """Texts so far that fit the LLM and yet got no finite score."""
+        return self._scorer.num_broken
+
     def __call__(self, requests: Sequence[tuple[Context, Sequence[str]]]) -> list[list[tuple[float, ...]]]:
         """Asks about texts behind their contexts.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,8 +29,6 @@ _PROBE_TEXTS = ("one two three", "one two four", "a", "one", "two words and then
 # and more on a trained LM; rounding costs hundredths in half precision, and int8 picks its outlier columns by batch.
 _TOLERANCE = {"float32": 1e-3, "half": 0.15, "int8": 0.25}
 _RECHECK = 1.1  # how much farther rows may reach than those that were compared with a plain forward
-_MAX_BROKEN = 0.2  # share of the last scores that may be NaN …
-_RECENT, _FEWEST = 1000, 50  # … of so many, as many counting at least
 _HOW = {Sharing.PROMPT: "hypotheses share their prompt only", Sharing.NONE: "each hypothesis runs by itself (slow)"}
 
 
@@ -87,7 +84,6 @@ class LLMScorer:
         self._tolerance = _TOLERANCE.get("int8" if config.quantization == "int8" else dtype, _TOLERANCE["half"])
         self._warned_long = False
         self._checked_reach = 0
-        self._recent: deque[bool] = deque(maxlen=_RECENT)
         self.num_broken = 0
         self._engine: Engine | None = None
 
@@ -166,7 +162,7 @@ class LLMScorer:
             One list per request, one sum (natural log) per continuation; NaN for one that is too long for the LLM.
 
         Raises:
-            LLMError: out of memory with a single continuation, or too many scores are not finite.
+            LLMError: out of memory with a single continuation.
         """
         wanted: dict[Ids, dict[Ids, float]] = {}
         for prompt, texts in requests:
@@ -185,28 +181,8 @@ class LLMScorer:
         if any(fitting.values()):
             for prompt, sums in self._checked_score(fitting).items():
                 wanted[prompt].update(sums)
-                self._count_broken(list(sums.values()))
+                self.num_broken += sum(not math.isfinite(logp) for logp in sums.values())
         return [[wanted[prompt][ids] for ids in texts] for prompt, texts in requests]
-
-    def _count_broken(self, sums: Sequence[float]) -> None:
-        """Counts scores that are not finite.
-
-        Raises:
-            LLMError: they are too many among the last ones.
-        """
-        lost = [not math.isfinite(logp) for logp in sums]
-        self._recent.extend(lost)
-        if not any(lost):
-            return
-        if not self.num_broken:
-            logger.warning("The LLM gives scores that are not finite: their groups cannot be judged.")
-        self.num_broken += sum(lost)
-        if sum(self._recent) > _MAX_BROKEN * max(len(self._recent), _FEWEST):
-            raise LLMError(
-                f"{sum(self._recent)} of the LLM's last {len(self._recent)} scores are not finite: nothing judges the "
-                "training any more. Its memory may be damaged, or its numbers overflow: resume the run, with "
-                "llm.compute_dtype=float32 if it happens again."
-            )
 
     def _checked_score(self, requests: Mapping[Ids, Sequence[Ids]]) -> dict[Ids, dict[Ids, float]]:
         """The engine's scores, compared with plain forwards where rows reach farther than any compared before.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache, score_key
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", bound=Hashable)
 Pair = tuple[Context, str]
@@ -17,10 +21,53 @@ View = Callable[[HypothesisGroup], HypothesisGroup]
 """How a group is shown to the LLM: the same members, perhaps with other terms and another spelling."""
 
 
+_RECENT = 100  # groups whose failures decide whether the run goes on
+_FEWEST = 10  # as many groups count at least, so that one early failure does not count as 100 %
+_MAX_FAILED = 0.2
+
+
+class FailedGroups:
+    """Counts the groups that got no reward though they should have, and stops a run in which they are too many.
+
+    Args:
+        judge: what gives no reward, in a sentence.
+        most: share of the recent groups above which the run stops.
+        fix: what to do then, as a sentence.
+
+    Attributes:
+        num_groups, num_failed: all groups and those without a reward so far.
+    """
+
+    def __init__(self, judge: str, *, most: float = _MAX_FAILED, fix: str) -> None:
+        self._judge, self._most, self._fix = judge, most, fix
+        self._recent: deque[bool] = deque(maxlen=_RECENT)
+        self.num_groups = self.num_failed = 0
+
+    def add(self, failed: Sequence[bool]) -> None:
+        """Counts some groups, one flag each.
+
+        Raises:
+            RewardError: too many of the last groups failed.
+        """
+        self._recent.extend(failed)
+        self.num_groups += len(failed)
+        self.num_failed += sum(failed)
+        if not any(failed):
+            return
+        counts = sum(failed), len(failed), self._judge, self.num_failed, self.num_groups
+        logger.warning("%d of %d groups got no reward from %s (%d of %d so far).", *counts)
+        if sum(self._recent) > self._most * max(len(self._recent), _FEWEST):
+            raise RewardError(
+                f"{self._judge} failed {sum(self._recent)} of the last {len(self._recent)} groups, more than "
+                f"{self._fix}"
+            )
+
+
 class AskingReward:
     """What the rewards that ask an LLM share.
 
     Args:
+        scorer: what asks the LLM; its ``num_broken``, where it has one, counts answers that are no numbers.
         reads_context: whether the LLM's prompt shows the context at all.
         cache: store of raw scores, or the path of one on disk (see ``open_cache``); in memory by default.
         view: how groups are shown to the LLM; as they are by default.
@@ -28,8 +75,21 @@ class AskingReward:
     """
 
     def __init__(
-        self, *, reads_context: bool, cache: ScoreCache | str | None, view: View | None, allow_no_context: bool
+        self,
+        scorer: Any,
+        *,
+        reads_context: bool,
+        cache: ScoreCache | str | None,
+        view: View | None,
+        allow_no_context: bool,
     ) -> None:
+        self._scorer = scorer
+        self.failed = FailedGroups(
+            "the LLM",
+            fix=f"a share of {_MAX_FAILED:g}: its scores are no numbers, so nothing judges the training any more. Its "
+            "memory may be damaged, or its numbers overflow: resume the run, with llm.compute_dtype=float32 if it "
+            "happens again.",
+        )
         self.cache = open_cache(cache)
         self._view = view
         self._needs_context = reads_context and not allow_no_context
@@ -53,6 +113,22 @@ class AskingReward:
                     "or context.terms_file, or a 'context' in the manifest row (context.required=false goes without)."
                 )
         return [self._view(group) for group in groups] if self._view else list(groups)
+
+    def _num_broken(self) -> int:
+        return int(getattr(self._scorer, "num_broken", 0))
+
+    def _count(self, rows: Sequence[Sequence[float]], *, broken: int) -> None:
+        """Counts groups; a failed one has a member without a number, though the LLM can read it.
+
+        Args:
+            rows: the LLM's value of each member.
+            broken: :meth:`_num_broken` before they were asked for.
+
+        Raises:
+            RewardError: too many of the last groups failed.
+        """
+        now = self._num_broken() > broken  # else a value is missing since a text does not fit the LLM
+        self.failed.add([now and not all(map(math.isfinite, row)) for row in rows])
 
     def _look_up(
         self, keys: Mapping[Item, Sequence[str]], ask: Callable[[list[Item]], Sequence[Sequence[TextScore]]]

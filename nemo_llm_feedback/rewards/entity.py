@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
@@ -76,8 +76,8 @@ class EntityReward(AskingReward):
     ) -> None:
         if not weight >= 0:
             raise RewardError(f"reward.settings.weight={weight} must be ≥ 0; 1 weighs all tokens alike.")
-        super().__init__(reads_context=scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
-        self._scorer = scorer
+        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
+        super().__init__(scorer, reads_context=scorer.uses_context, **shared)
         self._weight, self._relative, self._shared_price = weight, relative, shared_price
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
@@ -86,9 +86,9 @@ class EntityReward(AskingReward):
         ``entity_terms`` is T or, with a shared price, what the mentions count in place of their tokens.
 
         Raises:
-            RewardError: a group has no context.
+            RewardError: a group has no context, or too many groups get no score.
         """
-        shown = self._shown(groups)
+        shown, broken = self._shown(groups), self._num_broken()
         asked = [(group.context, text) for group in shown for text in group.texts]
         if self._shared_price:
             asked += [(group.context, term) for group in shown for term in group.context.terms]
@@ -108,6 +108,7 @@ class EntityReward(AskingReward):
                 part = [row.inside - row.baseline for row in rows]
                 values.append([row.outside + self._worth(row) for row in rows])
             terms.append(part)
+        self._count(values, broken=broken)
         padded = pad_groups(values)
         return RewardOutput(padded, {self.name: padded, "entity_terms": pad_groups(terms)})
 

@@ -54,10 +54,9 @@ class JudgeReward(AskingReward):
         view: View | None = None,
         allow_no_context: bool = False,
     ) -> None:
-        super().__init__(
-            reads_context=answer_scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context
-        )
-        self._scorer, self._mode = answer_scorer, mode
+        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
+        super().__init__(answer_scorer, reads_context=answer_scorer.uses_context, **shared)
+        self._mode = mode
         self._numbers = _numbers(answer_scorer.answers, mode)
         self._warned = False
 
@@ -66,13 +65,15 @@ class JudgeReward(AskingReward):
         LLM puts on all answers together).
 
         Raises:
-            RewardError: a group has no context.
+            RewardError: a group has no context, or too many groups get no answer.
         """
-        shown = self._shown(groups)
+        shown, broken = self._shown(groups), self._num_broken()
         pairs = [(group.context, text) for group in shown for text in group.texts]
         found = self._scores(pairs, [f"{self._scorer.identity}:{a}" for a in self._scorer.answers], self._ask)
         logps = {pair: [score.logp for score in scores] for pair, scores in found.items()}
-        values = pad_groups([[self._value(logps[g.context, text]) for text in g.texts] for g in shown])
+        rows = [[self._value(logps[g.context, text]) for text in g.texts] for g in shown]
+        self._count(rows, broken=broken)
+        values = pad_groups(rows)
         mass = pad_groups([[sum(map(math.exp, logps[g.context, text])) for text in g.texts] for g in shown])
         mass = mass.clamp(max=1.0)  # a difference of rounded sums
         little = values.isfinite().any() and float(mean := mass[values.isfinite()].mean()) < _LITTLE

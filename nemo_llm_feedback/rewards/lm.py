@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,8 +82,9 @@ class LLMReward(AskingReward):
         if normalize not in NORMALIZATIONS:
             raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
         _check_weights(alpha, beta, asr_weight)
-        super().__init__(reads_context=scorer.uses_context, cache=cache, view=view, allow_no_context=allow_no_context)
-        self._scorer, self._normalize = scorer, normalize
+        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
+        super().__init__(scorer, reads_context=scorer.uses_context, **shared)
+        self._normalize = normalize
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
 
     def with_weights(self, *, alpha: float, beta: float) -> LLMReward:
@@ -101,11 +102,11 @@ class LLMReward(AskingReward):
         """Returns values [B, N] and the unweighted parts ``llm`` (nats), ``asr`` (nats; where used) and ``length``.
 
         Raises:
-            RewardError: a group has no context or no reference scores.
+            RewardError: a group has no context or no reference scores, or too many groups get no score.
         """
         groups = self._shown(groups)
         asr = _padded([list(reference_scores(group)) for group in groups]) if self._asr_weight else None
-        llm = _padded(self._llm_part(groups))
+        llm = _padded(self._counted(groups))
         length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])
 
         def _combined(asr: Tensor) -> Tensor:
@@ -117,6 +118,13 @@ class LLMReward(AskingReward):
         values = _combined(torch.zeros_like(llm) if asr is None else asr)
         masked = {name: part.float().masked_fill(~values.isfinite(), math.nan) for name, part in parts.items()}
         return RewardOutput(values, masked, None if asr is None else _combined)
+
+    def _counted(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
+        """The LLM's part, after counting the groups that failed."""
+        broken = self._num_broken()
+        rows = self._llm_part(groups)
+        self._count(rows, broken=broken)
+        return rows
 
     def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
         pairs = [(group.context, text) for group in groups for text in group.texts]

@@ -153,9 +153,13 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
         "mass": (config.mass_weight, group_mass),
         "reference_kl": (config.reference_kl_weight, reference_kl),
     }
+    # What nothing judges is neither learned from nor held. Plain self-training has no judge.
+    judged = (groups.rewards.isfinite() | ~groups.feasible).all(dim=1, keepdim=True)
+    plain = config.name == "self_training" and config.label == "reference"
+    held = groups if plain else groups._replace(mask=groups.mask & judged)
     for name, (weight, regulariser) in regularisers.items():
         if weight > 0:
-            term = regulariser(groups)
+            term = regulariser(held)
             loss.add(name, term.loss, count=float(term.metrics["groups"]), weight=weight)
             loss.log({f"{name}_loss": term.loss.detach()}, count=len(nbest))
     loss.log({"k3_reference": sequence_k3(groups._replace(logp=logp.detach())).loss}, count=len(nbest))

@@ -187,7 +187,10 @@ class LLMFeedbackMixin(_Base):
         return output
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Skips a step with a gradient that is not finite, on all ranks (their gradients are already one)."""
+        """Skips a step with a gradient that is not finite, or with none at all as nothing could be judged.
+
+        It does so on all ranks: their gradients are already one.
+        """
         super().on_before_optimizer_step(optimizer)
         if self._feedback is None:
             return
@@ -196,13 +199,15 @@ class LLMFeedbackMixin(_Base):
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         if bool(torch.isfinite(norm)):
             self.nonfinite_steps = 0
-            return
-        self.nonfinite_steps += 1
-        names = ", ".join(name for part in ids for name in self._feedback.reader.names(part))
-        logging.warning(
-            f"step {self.trainer.global_step}: a gradient is not finite; the step is skipped. "
-            f"Its utterances: {', '.join(gather(names))}."
-        )
+            if float(norm) > 0:
+                return
+        else:
+            self.nonfinite_steps += 1
+            names = ", ".join(name for part in ids for name in self._feedback.reader.names(part))
+            logging.warning(
+                f"step {self.trainer.global_step}: a gradient is not finite; the step is skipped. "
+                f"Its utterances: {', '.join(gather(names))}."
+            )
         # No gradient rather than a zero one: Adam's momentum would still move the weights.
         for parameter in self.parameters():
             parameter.grad = None

@@ -42,6 +42,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestCache
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.hypotheses.spelling import spelled, unwritable
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
+from nemo_llm_feedback.llm.chat import dated, today
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, local_lengths, num_ranks
 from nemo_llm_feedback.training.inputs import (
@@ -257,7 +258,8 @@ def start(
         )
     cache = NBestCache()
     statistics = PoolStatistics(**known["statistics"]) if known and known["statistics"] else None
-    with CollectiveBlock():  # an LLM that one rank cannot load must not leave the others waiting
+    day = (known or {}).get("chat_date") or gather(today())[0]
+    with CollectiveBlock(), dated(day):  # an LLM that one rank cannot load must not leave the others waiting
         build, scorer = _maker_builder(setup)
         if scorer is not None and num_ranks() > 1 and (statistics is not None or not config.needs_reward):
             scorer.load()  # a rank that fails to load in mid-training would leave the others waiting
@@ -275,7 +277,8 @@ def start(
         cached = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
         state = "loaded" if scorer.loaded else "not loaded until a score is not in the cache"
         logging.info(f"{cached}the LLM is {state}.")
-    extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact, "cache": cache}
+    extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact}
+    extra |= {"cache": cache, "chat_date": day}
     return Feedback(**{**vars(setup), "config": config, **extra})
 
 

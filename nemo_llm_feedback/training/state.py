@@ -145,6 +145,7 @@ class Feedback(FeedbackSetup):
         statistics: statistics of the pool; None for a run without reward.
         scorer: the LLM, or None.
         exact_supervision: whether labelled rows need our likelihood, since NeMo has no TDT loss on a CPU.
+        chat_date: what a chat template writes as today's date, that of the run's first step.
     """
 
     maker: NBestMaker
@@ -152,6 +153,7 @@ class Feedback(FeedbackSetup):
     statistics: PoolStatistics | None = None
     scorer: Any = None
     exact_supervision: bool = False
+    chat_date: str = ""
 
     def stale(self, audio: Audio, *, refresh: int) -> list[int]:
         """Positions of the utterances for which nothing is kept from this refresh."""
@@ -178,6 +180,7 @@ class Feedback(FeedbackSetup):
             "statistics": asdict(self.statistics) if self.statistics else None,
             "nbest": [kept for kept, _ in ranks],
             "random": [states for _, states in ranks],
+            "chat_date": self.chat_date,
         }
 
     def load_nbest(self, plain: Mapping[str, Any], *, rank: int) -> None:

@@ -130,3 +130,82 @@ def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, ti
     start, half = weights(base), weights(tmp_path / "half.nemo")
     for name, value in half.items():
         torch.testing.assert_close(value, ((each[0][name].float() + start[name].float()) / 2).to(value.dtype))
+
+
+def test_an_output_with_dots_in_its_name_keeps_them_in_its_card(nemo_file: Any, tmp_path: Path) -> None:
+    """The card of ``parakeet-tdt-0.6b-v2-menu`` was ``parakeet-tdt-0.md``, which another run's would overwrite."""
+    one = _moved(nemo_file("ctc_char"), tmp_path / "run-0.5.nemo", 1)
+    for name, card in {"parakeet-tdt-0.6b-v2-menu": "parakeet-tdt-0.6b-v2-menu", "tdt-0.6b.nemo": "tdt-0.6b"}.items():
+        assert export(one, output=tmp_path / name) == tmp_path / name
+        assert (tmp_path / f"{card}.md").read_text().count(f"# {card.replace('_', '')}\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("run-0.5.nemo", "parakeet-tdt-0.6b-v2-menu", "parakeet-tdt-0.6b-v2-menu.md", "tdt-0.6b.nemo", "tdt-0.6b.md")
+    }
+    assert weights(tmp_path / "parakeet-tdt-0.6b-v2-menu").keys() == weights(one).keys()
+
+
+_LORA = "encoder.layers.0.self_attn.linear_q.lora_A.default.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "has no state_dict"),
+        ({"state_dict": [1, 2]}, "has no state_dict"),
+        ({"state_dict": {}}, "has no state_dict"),
+        ({"state_dict": {"a": "b"}}, "has no state_dict of tensors"),
+        ({"state_dict": {5: torch.zeros(1)}}, "has no state_dict of tensors"),
+        ({"state_dict": {"a": torch.zeros(())}}, "does not fit"),
+        ({"nemo_llm_feedback": {"base": "here"}, "state_dict": {"a": torch.zeros(1)}}, "does not fit"),
+        ({"lora": True, "nemo_llm_feedback": None}, "lacks the rank and alpha"),
+        ({"lora": True, "nemo_llm_feedback": {"lora": None}}, "lacks the rank and alpha"),
+        ({"lora": True, "nemo_llm_feedback": {"lora": {"rank": 2}}}, "lacks the rank and alpha"),
+        (
+            {"lora": True, "nemo_llm_feedback": {"lora": {"rank": 2, "alpha": float("inf")}}},
+            "lacks the rank and alpha",
+        ),
+        ({"lora": True, "nemo_llm_feedback": {"lora": {"rank": 2, "alpha": 0}}}, "lacks the rank and alpha"),
+        ({"lora": True, "nemo_llm_feedback": {"lora": {"rank": 10**12, "alpha": 2}}}, "lacks the rank and alpha"),
+        ({"lora": True, "nemo_llm_feedback": {"lora": {"rank": 2, "alpha": 2, "x": 1}}}, "does not fit"),
+    ],
+)
+def test_a_checkpoint_of_odd_content_is_a_typed_error(
+    content: Any, words: str, nemo_file: Any, tmp_path: Path
+) -> None:
+    base, path = nemo_file("ctc_char"), tmp_path / "odd.ckpt"
+    if isinstance(content, dict):
+        content = {"state_dict": restore(base, map_location="cpu").state_dict(), **content}
+        if content.pop("lora", False):
+            content["state_dict"] |= {_LORA: torch.zeros(2, 16)}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=words):
+        export(path, base=base, output=tmp_path / "out.nemo")
+    assert not (tmp_path / "out.nemo").exists()
+
+
+@pytest.mark.parametrize("section", [None, [], "x", 5, {}, {"base": None}, {"base": 5}, {"base": ["a"]}, {"base": {}}])
+def test_an_odd_section_of_ours_in_a_foreign_checkpoint_is_as_good_as_none(
+    section: Any, nemo_file: Any, tmp_path: Path
+) -> None:
+    base, path = nemo_file("ctc_char"), tmp_path / "odd.ckpt"
+    content = {"state_dict": restore(base, map_location="cpu").state_dict(), "global_step": "many"}
+    torch.save({**content, "nemo_llm_feedback": section, "lora": {"rank": "a"}}, path)
+    with pytest.raises(CheckpointError, match="add --base"):
+        export(path, output=tmp_path / "out.nemo")
+    export(path, base=base, output=tmp_path / "out.nemo")
+    assert dict(read_config(tmp_path / "out.nemo").adaptation)["steps"] == 0
+
+
+@pytest.mark.parametrize("name", ["nvidia/parakeet-tdt-0.6b-v2", "absent.nemo", "a\0b", "x" * 5000, "/dev/zero"])
+def test_a_base_that_a_checkpoint_names_is_never_fetched(
+    name: str, nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo.collections.asr.models import ASRModel
+
+    fetched: list[str] = []
+    monkeypatch.setattr(ASRModel, "from_pretrained", lambda *args, **kwargs: fetched.append(str(args)))
+    weights_ = restore(nemo_file("ctc_char"), map_location="cpu").state_dict()
+    torch.save({"state_dict": weights_, "nemo_llm_feedback": {"base": name}}, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError, match="add --base"):
+        export(tmp_path / "odd.ckpt")
+    assert not fetched

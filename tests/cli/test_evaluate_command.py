@@ -177,6 +177,8 @@ def test_names_are_as_short_as_they_can_be() -> None:
         "/r/two/best.nemo": "two/best",
         "/r/base.nemo": "base",
     }
+    dots = ["/r/parakeet-tdt-0.6b-v2", "/r/parakeet-tdt-0.6b-v3", "/r/a.0.5.nemo", "/r/b.jsonl.gz"]  # no suffix at 0.
+    assert list(system_names(dots).values()) == ["parakeet-tdt-0.6b-v2", "parakeet-tdt-0.6b-v3", "a.0.5", "b"]
 
 
 def test_forms_of_entities() -> None:

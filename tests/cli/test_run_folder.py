@@ -120,6 +120,30 @@ def test_case_14_a_changed_file_starts_the_run_anew_and_is_named(
         path.write_bytes(old)
 
 
+def test_a_pool_that_grew_begins_a_new_run_that_names_it_or_goes_on_as_asked(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 6)
+    rows = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(rows[:3]))
+    words = (nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs")
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"
+    first = run(*words, every)
+    (first.log_dir / "result.json").unlink()  # as if killed behind its second step
+    manifest.write_text("".join(rows))
+    capsys.readouterr()
+    second = run(*words, every)
+    said = capsys.readouterr().err
+    assert second.log_dir.name == "version_1"
+    assert f"but {manifest}, the audio of {manifest} changed since: a new run begins" in said
+    asked = [f"exp_manager.explicit_log_dir={first.log_dir}", "exp_manager.resume_if_exists=true"]
+    assert " ".join(asked) in said
+    third = run(*words, every, *asked, "trainer.max_steps=4")
+    assert f"warning: {manifest}, the audio of {manifest} changed since this run began" in capsys.readouterr().err
+    assert third.log_dir == first.log_dir
+    assert [line["step"] for line in read_steps(first.log_dir / "steps.jsonl") if "lr" in line] == [1, 2, 3, 4]
+
+
 def test_the_room_that_is_asked_for_is_what_the_checkpoints_take(nemo_file: Any, tmp_path: Path) -> None:
     """One of the best and the last are there while a third is written; it was estimated at a third of that."""
     from nemo_llm_feedback.training.models import restore

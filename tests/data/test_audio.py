@@ -57,22 +57,27 @@ def test_audio_that_breaks_in_mid_run_is_named_and_skipped(
 ) -> None:
     from nemo_llm_feedback.training.models import restore
 
-    path = write_manifest(tmp_path / "m.json", [None, None])
+    path = write_manifest(tmp_path / "m.json", [None] * 4)
     model = restore(nemo_file("ctc_char"), map_location="cpu")
     cfg = config(path, feedback={"on_bad_audio": "skip" if skip else "error"})
-    cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False}
+    cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False, "batch_size": 4}
     model.setup_feedback(cfg, work_dir=tmp_path / "run", reward=label_reward)
-    for row in model.feedback_setup.staged.rows:
-        _broken(Path(row.audio), "nan" if row.audio.endswith("0.wav") else "half")
+    for number, kind in enumerate(["nan", "half", "empty"]):
+        _broken(tmp_path / "wav" / f"m_{number}.wav", kind)
     split, loader = model.feedback_setup.reader.split, model._train_dl
     if not skip:
         with pytest.raises(DecodingError, match=r"m_\d\.wav"):
             split(next(iter(loader)))
         return
     parts = split(next(iter(loader)))
+    assert ["m_3.wav" in name for name in parts.unlabeled.utterances] == [True]
+    assert int(parts.unlabeled.signal_len[0]) == len(soundfile.read(tmp_path / "wav" / "m_3.wav")[0])
+    left_out = sorted(model.feedback_setup.reader.left_out)  # every one is named and counted, not one of its batch
+    assert [f"m_{number}.wav" in name for number, name in enumerate(left_out)] == [True] * 3
+    _broken(tmp_path / "wav" / "m_3.wav", "half")
+    parts = split(next(iter(loader)))
     assert parts.labelled is parts.replay is parts.unlabeled is None
     assert not parts.all_labelled
-    assert any("m_0.wav" in name for name in model.feedback_setup.reader.left_out)
 
 
 def test_a_step_without_readable_rows_trains_nothing(nemo_file: Any, tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def _vllm(stub: Stub, body: dict[str, Any], fault: str) -> Any:
             a["index"] = b
     if fault == "other_order":  # as a server may: the indices tell
         choices.reverse()
+    if fault.startswith("index="):
+        choices[-1]["index"] = json.loads(fault.removeprefix("index="))
     if fault == "fewer":
         choices.pop()
     return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices}
@@ -140,7 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"detail": "Not Found"})
             return
         length = {} if stub.max_model_len is None else {"max_model_len": stub.max_model_len}
-        self._send(200, {"object": "list", "data": [{**model, **length} for model in stub.models]})
+        models = [{**model, **length} if isinstance(model, dict) else model for model in stub.models]
+        self._send(200, {"object": "list", "data": models})
 
     def do_POST(self) -> None:
         stub = self.stub
@@ -172,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         sequences = body["prompt"]
         if self.path != "/v1/completions":
             self._send(404, {"detail": "Not Found"})
-        elif body["model"] not in [model["id"] for model in stub.models]:
+        elif not any(isinstance(m, dict) and m.get("id") == body["model"] for m in stub.models):
             self._send(404, {"error": {"message": "The model does not exist."}})
         elif fault.isdigit() or any(map(stub.poison, sequences)):
             status = int(fault) if fault.isdigit() else 500

@@ -304,59 +304,6 @@ def test_chat_template_puts_the_hypothesis_where_the_answer_stands(tmp_path):
     assert flat(llm.score([(COFFEE, TEXTS)])) == pytest.approx([naive(llm, COFFEE, t) for t in TEXTS], abs=1e-4)
 
 
-def test_chat_template_that_rewrites_answers_is_refused(tmp_path):
-    from transformers import AutoTokenizer
-
-    folder = make_tiny_llm(tmp_path, chat=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    think = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
-    tokenizer.chat_template += think
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(LLMError, match="enable_thinking"):
-        load_llm(config(folder))
-    assert load_llm(config(folder, chat_template_kwargs={"enable_thinking": False})).encoder.uses_context
-    assert load_llm(config(folder, chat="off")).encoder.end_id == 1
-
-
-def test_a_date_that_the_chat_template_writes_is_part_of_the_identity(tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
-    from transformers.utils import chat_template_utils
-
-    folder = make_tiny_llm(tmp_path, chat=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
-    today = load_llm(config(folder)).identity
-
-    class Later(chat_template_utils.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2099, 1, 1)
-
-    assert load_llm(config(folder)).identity == today
-    monkeypatch.setattr(chat_template_utils, "datetime", Later)
-    assert load_llm(config(folder)).identity != today
-
-
-@pytest.mark.parametrize(
-    "broken", ["{{ raise_exception('no') }}", "{% for i in range(10**9) %}x{% endfor %}", "{% if %}"]
-)
-def test_a_chat_template_that_cannot_be_rendered_is_an_error_of_the_llm(tmp_path, broken):
-    from transformers import AutoTokenizer
-
-    folder = make_tiny_llm(tmp_path, chat=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = broken
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(LLMError, match=r"chat template cannot be rendered.*llm\.chat=off"):
-        load_llm(config(folder))
-
-
-def test_chat_on_without_a_chat_template_is_refused(llama):
-    with pytest.raises(LLMError, match="chat=off"):
-        load_llm(config(llama, chat="on"))
-
-
 def test_tokenizer_without_begin_token_scores_the_empty_prompt(tmp_path):
     llm = load_llm(config(make_tiny_llm(tmp_path, bos=False)))
     assert llm.encoder.encode_prompt(Context()) == (1,)
@@ -499,14 +446,3 @@ def test_weights_that_are_not_finite_are_refused(llama, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LLMError, match="start-up check"):
         load_llm(config(folder))
-
-
-def test_an_llm_that_turns_nan_is_counted_and_stops_the_run(llama, caplog):
-    llm = load_llm(config(llama))
-    llm.score([(COFFEE, TEXTS)])
-    llm.model.model.norm.weight.data.fill_(torch.nan)
-    assert all(math.isnan(logp) for logp in flat(llm.score([(HOME, TEXTS)])))
-    assert llm.num_broken == len(TEXTS)
-    assert "scores that are not finite" in caplog.text
-    with pytest.raises(LLMError, match="not finite: nothing judges the training any more"):
-        llm.score([(HOME, [f"order number {n}" for n in range(30)])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -330,6 +331,25 @@ def test_generation_code_in_a_checkpoint_is_not_run(tiny_llm, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "extra.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "huge"])
+def test_what_is_no_regular_file_or_too_large_is_a_fault_and_never_opened(tiny_llm, tmp_path, name, kind):
+    folder = damaged(tiny_llm, tmp_path)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**34)
+    with pytest.raises(LLMError, match=rf"{name} is not a regular file, or has more than 256 MiB"):
+        load_llm(config(folder))
+
+
 def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
@@ -354,6 +374,13 @@ def test_the_fingerprint_sees_a_change_in_any_tensor(tmp_path: Path, monkeypatch
         ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
         ("config.json", '{"model_type": "llama", "max_position_embeddings": "long"}'),
         ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+        ("config.json", '{"model_type": "llama", "architectures": 3}'),
+        ("config.json", '{"model_type": "llama", "architectures": [3]}'),
+        ("config.json", '{"model_type": "llama", "quantization_config": [1]}'),
+        ("config.json", '{"model_type": "\\ud800"}'),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        ("tokenizer_config.json", "5"),
     ],
 )
 def test_a_broken_config_or_tokenizer_is_one_typed_error(tiny_llm, tmp_path, file, text):

@@ -141,7 +141,7 @@ def test_what_the_llm_cannot_read_is_nan_and_no_failure(stub: Stub, llm: Path, c
     values = reward([group("a", ["a latte", long])]).values[0]
     assert math.isfinite(values[0])
     assert math.isnan(values[1])
-    assert reward.num_failed_groups == 0
+    assert reward.failed.num_failed == 0
     assert "longer than the LLM can read" in caplog.text
 
 
@@ -238,13 +238,34 @@ def test_a_wrong_answer_fails_its_group_and_is_not_kept(stub: Stub, llm: Path, f
     assert output.values[0].isnan().all()
     assert all(part[0].isnan().all() for part in output.parts.values())
     assert output.values[1].isfinite().all()
-    assert (reward.num_groups, reward.num_failed_groups) == (2, 1)
+    assert (reward.failed.num_groups, reward.failed.num_failed) == (2, 1)
     assert "1 of 2 groups got no reward" in caplog.text
     stub.bodies.clear()
     again = reward(groups)
     assert again.values[0, :3].isfinite().all()
     assert len(stub.bodies) == 1, "only what failed is asked for again"
-    assert reward.num_failed_groups == 1
+    assert reward.failed.num_failed == 1
+
+
+@pytest.mark.parametrize("index", ["true", '"1"', "1.0", "null", "[1]", '{"1": 1}', "-1", "1" + "0" * 40, "0"])
+def test_an_index_of_another_type_or_range_fails_its_group(stub: Stub, llm: Path, index: str, caplog: Any) -> None:
+    reward = remote_reward(stub, llm, max_in_flight=1)
+    stub.faults.append(f"index={index}")
+    assert reward([group("a", TEXTS[:2])]).values.isnan().all()  # 1.0 and true equal the right one
+    assert "with the indices" in caplog.text
+    assert reward([group("a", TEXTS[:2])]).values.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [None, 5, True, 1.5, ["tiny"], {"tiny": "tiny"}, "tin", "x" * 10**6])
+def test_a_model_whose_id_is_no_text_or_another_is_not_taken_for_the_one_asked_for(
+    stub: Stub, llm: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    monkeypatch.setattr(stub, "models", [{"id": name}, "tiny", None, ["tiny"], {}])
+    with pytest.raises(RewardError, match=r"does not serve reward\.settings\.model=tiny; it serves") as error:
+        scorer(stub, llm)
+    assert len(str(error.value)) < 1000
+    monkeypatch.setattr(stub, "models", [{"id": name}, None, {"id": "tiny", "root": [name]}])
+    assert scorer(stub, llm).score([(ORDER, TEXTS[:1])])
 
 
 def test_one_failed_text_takes_its_whole_group_and_no_other(stub: Stub, llm: Path) -> None:
@@ -265,7 +286,7 @@ def test_a_failed_context_free_score_fails_the_group_under_pmi(stub: Stub, llm: 
     values = reward([group("a", TEXTS[:2]), group("b", TEXTS[2:4])]).values
     assert values[0].isnan().all()
     assert values[1].isfinite().all()
-    assert reward.num_failed_groups == 1
+    assert reward.failed.num_failed == 1
 
 
 def test_the_llm_reads_the_groups_view_of_it(stub: Stub, llm: Path, local: LLMScorer) -> None:
@@ -286,7 +307,7 @@ def test_too_many_failed_groups_stop_the_run(stub: Stub, llm: Path) -> None:
     good = [group(f"g{n}", [f"latte {n}"]) for n in range(8)]
     reward(good)
     reward([group("x", ["no answer"]), group("y", ["no answer"])])  # 2 of 10
-    assert (reward.num_groups, reward.num_failed_groups) == (10, 2)
+    assert (reward.failed.num_groups, reward.failed.num_failed) == (10, 2)
     with pytest.raises(RewardError, match=r"failed 3 of the last 11 groups.*max_failed=0\.2"):
         reward([group("z", ["no answer"])])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -16,8 +17,10 @@ import torch
 from helpers.ranks import adapt_with, run_ranks, start
 from helpers.runs import arguments, run, weights
 from helpers.tiny import write_manifest
+from helpers.tiny_llm import make_tiny_llm
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import AutoTokenizer
 
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.run_choice import record_start, run_folder, settings_text
@@ -348,3 +351,31 @@ def test_the_batch_of_the_checkpoint_counts_as_done() -> None:
     # The second epoch was ended by max_steps in its middle.
     assert loop["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
     assert place_in_data(checkpoint) == (1, 4)
+
+
+def test_a_resumed_run_keeps_the_date_that_its_chat_template_writes(
+    nemo_file: Any, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over midnight the prompt was another one, and rewards of both were mixed."""
+    from nemo_llm_feedback.llm import chat, encoding
+
+    llm = make_tiny_llm(tmp_path / "llm", chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(llm)
+    frames: list[chat.ChatFrame] = []
+
+    def framed(*args: Any) -> chat.ChatFrame:
+        frames.append(chat.chat_frame(*args))
+        return frames[-1]
+
+    monkeypatch.setattr(encoding, "chat_frame", framed)
+    clock = SimpleNamespace(date=SimpleNamespace(today=lambda: next(days)), datetime=datetime.datetime)
+    monkeypatch.setattr(chat, "datetime", clock)
+    for step, day in enumerate((29, 30), 1):
+        days = iter([datetime.date(2026, 11, day)])  # a clock that is asked once
+        steps = (f"trainer.max_steps={step}", "exp_manager.resume_if_exists=true", "guards.every=0")
+        run(nemo_file("ctc_bpe"), manifest, llm, tmp_path / "runs", *SETTINGS, *steps)
+    assert [frame.before for frame in frames] == ["29 Nov<|im_start|>user\n"] * 2
+    run(nemo_file("ctc_bpe"), manifest, llm, tmp_path / "new", *SETTINGS, "trainer.max_steps=1", "guards.every=0")
+    assert frames[2].before.startswith("30 Nov")

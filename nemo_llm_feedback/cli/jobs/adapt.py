@@ -337,8 +337,6 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
     config = parse_run_config(cfg if reward is None else {**_plain(cfg), "reward": {"name": "python"}})
-    if cfg.get("output") and Path(cfg.output).expanduser().is_dir():
-        raise ConfigError(f"output={cfg.output} is a folder: give the name of a file in it, e.g. adapted.nemo.")
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
     if str(cfg.trainer.get("devices", 1)).strip("[]") not in ("0", "1") or cfg.trainer.get("num_nodes", 1) != 1:
@@ -346,7 +344,7 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
             f"runs={cfg.runs} trains on one device, one run after the other: set trainer.devices=1, or give a command "
             "per seed (runs=1 seed=1 …) and average them with `nemo-llm-feedback export`."
         )
-    base = start.source(cfg)
+    base, _ = start.source(cfg), start.result_folders(cfg)
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]

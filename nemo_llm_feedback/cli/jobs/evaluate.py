@@ -11,6 +11,7 @@ from nemo_llm_feedback.core.config import ProposalConfig, read_terms
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
 from nemo_llm_feedback.core.text import get_normalizer
+from nemo_llm_feedback.core.text_files import stem
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.audio import unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest
@@ -160,7 +161,8 @@ def system_names(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: a file is given twice.
     """
-    parts = {str(path): Path(path).expanduser().absolute().with_suffix("").parts for path in paths}
+    files = {str(path): Path(path).expanduser().absolute() for path in paths}
+    parts = {path: (*file.parent.parts, stem(file)) for path, file in files.items()}
     if len(set(parts.values())) < len(paths):
         raise ConfigError(f"every system needs another file, got {', '.join(map(str, paths))}.")
     depth = dict.fromkeys(parts, 1)

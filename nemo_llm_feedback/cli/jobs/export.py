@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from nemo_llm_feedback.asr.lora import has_lora, inject, merged
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
+from nemo_llm_feedback.core.text_files import stem
 from nemo_llm_feedback.core.version import __version__
-from nemo_llm_feedback.evaluation.model_card import write_model_card
+from nemo_llm_feedback.evaluation.model_card import card_path, write_model_card
 from nemo_llm_feedback.evaluation.transcribe import score_sets
 from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
@@ -72,7 +72,7 @@ def export(
     mean = len(sources) > 1 or interpolation < 1
     if mean and not output:
         raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
-    target = Path(output).expanduser() if output else sources[0].with_suffix(".nemo")
+    target = Path(output).expanduser() if output else sources[0].with_name(f"{stem(sources[0])}.nemo")
     rows = labelled_rows(str(manifest)) if manifest else {}
     if (rows or interpolation < 1) and not base and any(source.suffix == ".nemo" for source in sources):
         what = "is mixed with" if interpolation < 1 else "is scored against"
@@ -80,7 +80,7 @@ def export(
     run = _averaged(sources, base, interpolation) if mean else _opened(sources[0], base)
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))
-    if rows or target not in sources or not target.with_suffix(".md").is_file():
+    if rows or target not in sources or not card_path(target).is_file():
         before = score_sets(restore(str(run.base), map_location="cpu"), rows) if rows else {}
         write_model_card(
             target, facts=run.facts, before=before, after=score_sets(run.model, rows), normalizer=_NORMALIZER
@@ -104,19 +104,29 @@ def _opened(source: Path, base: str | Path | None) -> _Run:
         facts: Any = OmegaConf.to_container(read_config(source).get("adaptation") or OmegaConf.create())
         return _Run(str(source), restore(source, map_location="cpu"), base, facts)
     content = _read_lightning(source)
-    base = base or content.get(CHECKPOINT_KEY, {}).get("base")
+    weights, ours = content["state_dict"], _mapping(content.get(CHECKPOINT_KEY))
+    # A file from elsewhere may name anything; only a file that is here is taken, nothing is fetched.
+    base = base or (named if isinstance(named := ours.get("base"), str) and os.path.isfile(named) else None)
     if not base:
-        raise CheckpointError(f"{source} does not name its base: add --base BASE.nemo, what it was trained from.")
-    model, weights = restore(base, map_location="cpu"), content["state_dict"]
-    if any(".lora_" in name for name in weights):
-        inject(model, **content[CHECKPOINT_KEY]["lora"])
+        raise CheckpointError(
+            f"{source} does not name its base, or names none that is here: add --base BASE.nemo, what it was trained "
+            "from."
+        )
+    model = restore(base, map_location="cpu")
+    if ranks := {value.shape[:1] for name, value in weights.items() if ".lora_A." in name}:
+        lora = _mapping(ours.get("lora"))
+        rank, alpha = lora.get("rank"), lora.get("alpha")
+        if type(rank) is not int or type(alpha) is not int or ranks != {(rank,)} or alpha < 1:
+            raise CheckpointError(f"{source} lacks the rank and alpha that its LoRA weights were trained with.")
+        inject(model, rank=rank, alpha=alpha)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{source} does not fit {base}: {str(error).splitlines()[0]}") from None
     refuse_nonfinite(weights, origin=source)
     facts = {"plugin": f"nemo_llm_feedback {__version__}", "base": Path(base).name}
-    return _Run(str(source), model, base, facts | {"steps": int(content.get("global_step", 0))})
+    step = content.get("global_step")
+    return _Run(str(source), model, base, facts | {"steps": step if type(step) is int else 0})
 
 
 @torch.no_grad()
@@ -187,11 +197,17 @@ def _read_lightning(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_plain_config_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or "state_dict" not in content:
-            raise CheckpointError(f"{path} has no state_dict: it is not a Lightning checkpoint.")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of broken bytes the reader raises anything
         raise CheckpointError(f"{path} cannot be read as a Lightning checkpoint ({str(error)[:300]}).") from None
-    return content
+    weights = _mapping(_mapping(content).get("state_dict"))
+    if not weights or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()):
+        raise CheckpointError(f"{path} has no state_dict of tensors: it is not a Lightning checkpoint.")
+    return {**content, "state_dict": weights}
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _plain_config_types() -> list[Any]:

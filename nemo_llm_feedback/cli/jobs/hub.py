@@ -10,6 +10,7 @@ import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
 from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.evaluation.model_card import card_path
 
 
 def check_login(repo: str) -> None:
@@ -30,7 +31,7 @@ def push_to_hub(nemo: str | Path, repo: str) -> str:
     """Uploads a ``.nemo`` and its card, as ``README.md``, in one commit.
 
     Args:
-        nemo: the file; its card has the suffix ``.md``.
+        nemo: the file; its card is beside it (``model_card.card_path``).
         repo: ``OWNER/NAME``; one that does not exist is made, and is private.
 
     Returns:
@@ -40,7 +41,7 @@ def push_to_hub(nemo: str | Path, repo: str) -> str:
         ConfigError: the Hub refuses it; the files stay where they are.
     """
     path, api = Path(nemo), huggingface_hub.HfApi()
-    files = {path.name: path, "README.md": path.with_suffix(".md")}
+    files = {path.name: path, "README.md": card_path(path)}
     with _refusals(f"{path} is written, but could not be uploaded to {repo}:"):
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.create_commit(

@@ -212,7 +212,11 @@ def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | 
         if known.read_text(encoding="utf-8") != settings:
             show(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
         elif first and (changed := changed_inputs(inputs_of(folder) or inputs, inputs)):
-            show(f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since.")
+            show(
+                f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since: a new "
+                "run begins. To go on with that one on what there is now, add "
+                f"exp_manager.explicit_log_dir={folder} exp_manager.resume_if_exists=true."
+            )
         else:
             return folder
     return None

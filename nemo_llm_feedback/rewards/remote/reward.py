@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +22,7 @@ from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
 from nemo_llm_feedback.llm.folder import fingerprint
 from nemo_llm_feedback.llm.loading import load_tokenizer
 from nemo_llm_feedback.llm.view import LLMView
-from nemo_llm_feedback.rewards.asking import Pair
+from nemo_llm_feedback.rewards.asking import FailedGroups, Pair
 from nemo_llm_feedback.rewards.base import RefusedError, register
 from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
@@ -39,8 +38,6 @@ _PROBE_TEXTS = ("one two three", "a", "two words and then some more of them")
 _TOLERANCE = 0.25
 _FAILED = TextScore(math.nan, -1)
 _LOGGED_FAILURES = 5
-_RECENT = 100  # groups whose failures decide whether the run goes on
-_FEWEST = 10  # as many groups count at least, so that one early failure does not count as 100 %
 
 
 class RemoteScorer:
@@ -77,7 +74,7 @@ class RemoteScorer:
         if config.model not in models:
             raise RewardError(
                 f"{config.base_url} does not serve reward.settings.model={config.model}; it serves "
-                f"{', '.join(models) or 'nothing'}."
+                f"{', '.join(models)[:300] or 'nothing'}."
             )
         served = models[config.model]
         length = config.max_model_len or served.get("max_model_len")
@@ -219,7 +216,7 @@ class RemoteReward(LLMReward):
 
     Attributes:
         remote: scores texts on the server.
-        num_groups, num_failed_groups: judged and failed groups so far.
+        failed: counts the groups without a reward.
 
     Raises:
         ConfigError: faults of the settings.
@@ -252,39 +249,31 @@ class RemoteReward(LLMReward):
             view=LLMView.of(config.prompting),
             allow_no_context=allow_no_context,
         )
-        self._max_failed = config.max_failed
-        self._failed: set[Pair] = set()
-        self._recent: deque[bool] = deque(maxlen=_RECENT)
-        self.num_groups = self.num_failed_groups = 0
+        self._lost: set[Pair] = set()
+        self.failed = FailedGroups(
+            "the scoring server",
+            most=config.max_failed,
+            fix=f"reward.settings.max_failed={config.max_failed}: see the warnings above and the server's log. "
+            "Answered scores are in the cache, and a run that is resumed does not ask for them again.",
+        )
         self._check_cache()
 
-    def _llm_part(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
+    def _counted(self, groups: Sequence[HypothesisGroup]) -> list[list[float]]:
         """The log-probabilities of groups as the LLM sees them; NaN in all of a failed one.
 
         Raises:
             RewardError: too many groups failed.
         """
-        self._failed.clear()
-        rows = super()._llm_part(groups)
-        lost = [any((c, text) in self._failed for text in g.texts for c in (g.context, Context())) for g in groups]
-        self._recent.extend(lost)
-        self.num_groups += len(lost)
-        self.num_failed_groups += sum(lost)
-        if any(lost):
-            counts = sum(lost), len(lost), self.num_failed_groups, self.num_groups
-            logger.warning("%d of %d groups got no reward from the scoring server (%d of %d so far).", *counts)
-            if sum(self._recent) > self._max_failed * max(len(self._recent), _FEWEST):
-                raise RewardError(
-                    f"The scoring server failed {sum(self._recent)} of the last {len(self._recent)} groups, more than "
-                    f"reward.settings.max_failed={self._max_failed}: see the warnings above and the server's log. "
-                    "Answered scores are in the cache, and a run that is resumed does not ask for them again."
-                )
+        self._lost.clear()
+        rows = self._llm_part(groups)
+        lost = [any((c, text) in self._lost for text in g.texts for c in (g.context, Context())) for g in groups]
+        self.failed.add(lost)
         return [[math.nan] * len(row) if is_lost else row for row, is_lost in zip(rows, lost, strict=True)]
 
     def _ask(self, requests: list[tuple[Context, list[str]]]) -> list[list[list[TextScore]]]:
         rows = super()._ask(requests)
         for (context, texts), row in zip(requests, rows, strict=True):
-            self._failed.update((context, text) for text, (s,) in zip(texts, row, strict=True) if s.num_tokens < 0)
+            self._lost.update((context, text) for text, (s,) in zip(texts, row, strict=True) if s.num_tokens < 0)
         return rows
 
     def _check_cache(self) -> None:
