@@ -41,6 +41,11 @@ class Decoded:
     failures: dict[int, str] = field(default_factory=dict)
     rtfx: float = float("nan")
 
+    def select(self, kept: Sequence[int]) -> Decoded:
+        """Those of some rows, by their positions."""
+        labels, texts = (tuple(column[i] for i in kept) for column in (self.labels, self.texts))
+        return Decoded(labels, texts, tuple(self.nbest[i] for i in kept) if self.nbest else ())
+
 
 def decode_rows(
     model: Any,

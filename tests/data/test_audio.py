@@ -187,6 +187,34 @@ def test_validation_and_guard_rows_with_broken_audio_are_left_out_under_skip(tmp
     assert [row.text for row in labelled_rows(str(path), skip=True)["m"]] == ["a latte"]
 
 
+def test_measured_rows_that_break_during_training_are_left_out_of_both_measurements_under_skip(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was trained, and the second measurement ended the run without a checkpoint."""
+    from helpers.runs import run
+
+    from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
+
+    pool = write_manifest(tmp_path / "pool.json", [None] * 4)
+    dev = write_manifest(tmp_path / "dev.json", ["a latte", "tea", "one mocha"])
+    finish = HeldOutEarlyStopping.finish
+
+    def breaking(*args: Any) -> None:
+        finish(*args)
+        _broken(tmp_path / "wav" / "dev_1.wav", "half")
+        (tmp_path / "wav" / "pool_0.wav").unlink()
+
+    monkeypatch.setattr(HeldOutEarlyStopping, "finish", breaking)
+    more = (f"model.validation_ds.manifest_filepath={dev}", "feedback.on_bad_audio=skip", "llm.quantization=none")
+    result = run(nemo_file("ctc_bpe"), pool, tiny_llm, tmp_path / "runs", *more)
+    assert result.nemo.is_file()
+    assert result.before["dev"].references == result.after["dev"].references == ("a latte", "one mocha")
+    log = (result.log_dir / "log.txt").read_text()
+    assert log.count("1 row(s) left out, broken in the middle of the run") == 2
+    assert "dev_1.wav" in log
+    assert "pool_0.wav" in log
+
+
 def test_score_leaves_rows_with_broken_audio_out(nemo_file: Any, tmp_path: Path) -> None:
     from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe
     from nemo_llm_feedback.core.config.compose import compose_config

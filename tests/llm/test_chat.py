@@ -65,7 +65,7 @@ def test_a_date_that_the_chat_template_writes_is_part_of_the_identity_and_stays_
         ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: Range too big"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}CHATML", "takes more than"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}xy{% endfor %}{% endfor %}", "takes more than"),
-        ("{{ 10**10**9 }}", "takes more than"),
+        ("{{ 10**(10**9) }}", "takes more than"),
         ("{{ 'a' * 10**11 }}", "takes more than"),
         ("{{ '%99999999999d' % 1 }}", "takes more than|OverflowError|ValueError"),
         ("{{ 'abc' * 10**6 }}CHATML", "writes more than 1048576 characters"),

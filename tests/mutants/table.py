@@ -31,6 +31,7 @@ TEST_OBJECTIVES, TEST_GROUPS = "training/test_objectives.py", "training/test_gro
 STOPPING, HELD_OUT, GUARDS = (f"training/callbacks/{n}.py" for n in ("early_stopping", "held_out", "guards"))
 MIXIN, LOSSES, RESUME = "training/mixin.py", "training/losses.py", "training/resume.py"
 CHOICE, TRAINING = "training/test_choice_of_weights.py", "training/test_training.py"
+BROKEN = "training/test_broken_judge.py"
 RANKS, SURVIVAL = "training/test_distributed.py", "training/test_survival.py"
 COUNTS, TEST_METRICS = "evaluation/error_counts.py", "evaluation/test_metrics.py"
 RESCORING, TEST_RESCORING = "rescoring/scoring.py", "rescoring/test_rescoring.py"
@@ -578,5 +579,42 @@ MUTANTS = (
         "bad = torch.stack([scores.isnan().any(1)",
         "bad = torch.stack([scores.isnan().all(1) & False",
         f"{CHOICE}::test_one_utterance_that_cannot_be_scored_does_not_make_the_held_out_loss_nan",
+    ),
+    # ------------------------------------------------ a judge that breaks, and what it is shown
+    Mutant(
+        "the mass term holds groups that nothing judges",
+        LOSSES,
+        "groups._replace(mask=groups.mask & judged)",
+        "groups",
+        f"{BROKEN}::test_below_the_limit_nothing_moves_the_weights_and_the_gain_is_not_zero_but_unknown",
+    ),
+    Mutant(
+        "a step with nothing to learn moves the weights by Adam's momentum",
+        MIXIN,
+        "if float(norm) > 0:",
+        "if float(norm) >= 0:",
+        f"{BROKEN}::test_below_the_limit_nothing_moves_the_weights_and_the_gain_is_not_zero_but_unknown",
+    ),
+    Mutant(
+        "groups whose LLM gives NaN are not counted",
+        "rewards/asking.py",
+        "now and not all(map(math.isfinite, row))",
+        "False",
+        "rewards/test_failed_groups.py::"
+        "test_groups_without_a_score_are_counted_as_groups_and_stop_the_run_past_a_fifth",
+    ),
+    Mutant(
+        "a chat template writes the date of the day, not the run's",
+        "llm/chat.py",
+        "_TODAY.get() or ",
+        "",
+        f"{SURVIVAL}::test_a_resumed_run_keeps_the_date_that_its_chat_template_writes",
+    ),
+    Mutant(
+        "a resumed run writes the date of the day into its prompts",
+        "training/setup.py",
+        '(known or {}).get("chat_date") or ',
+        "",
+        f"{SURVIVAL}::test_a_resumed_run_keeps_the_date_that_its_chat_template_writes",
     ),
 )

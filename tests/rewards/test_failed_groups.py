@@ -16,7 +16,11 @@ from nemo_llm_feedback.llm import LLMScorer, load_llm
 from nemo_llm_feedback.rewards import build_reward
 
 COFFEE = Context("an order at a coffee shop", ("latte",))
-WEIGHTS = {"llm": {"alpha": 1.0, "beta": 1.0}, "entity": {}, "judge": {}}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "llm": {"alpha": 1.0, "beta": 1.0},
+    "entity": {},
+    "judge": {"answers": ["y", "n"]},
+}
 
 
 def group(name: str, *texts: str) -> HypothesisGroup:

@@ -26,9 +26,10 @@ from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.console import Session, quiet, show
-from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.errors import ConfigError, list_faults
 from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, SETTINGS_FILE, newest, write_json
 from nemo_llm_feedback.core.version import __version__
+from nemo_llm_feedback.data.audio import unreadable
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
 from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
@@ -189,8 +190,23 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
         stopping.finish(trainer, model)
     seen, lost = len(setup.reader.seen), len(setup.reader.left_out)
     logging.info(f"{seen} different unlabeled rows were read; {lost} rows were left out in the middle of the run.")
+    if setup.config.feedback.on_bad_audio == "skip":
+        for name, rows in sets.items():
+            kept = _readable(rows)
+            sets[name] = [rows[i] for i in kept]
+            before[name] = before[name].select(kept)
+        kept = _readable(pool)
+        pool, pool_before = [pool[i] for i in kept], pool_before.select(kept)
     after, pool_after = score_sets(model, sets, setup.config, batch_size=batch_size), decode_rows(model, pool)
     return before, after, (pool, pool_before, pool_after)
+
+
+def _readable(rows: Sequence[Row]) -> list[int]:
+    """Positions of the rows whose audio can still be read; the others are named."""
+    lost = {id(row): reason for row, reason in unreadable(rows)}
+    if lost:
+        show(list_faults(f"warning: {len(lost)} row(s) left out, broken in the middle of the run:", lost.values()))
+    return [i for i, row in enumerate(rows) if id(row) not in lost]
 
 
 def _early_stopping(model: Any) -> HeldOutEarlyStopping:
