@@ -16,7 +16,7 @@ from nemo_llm_feedback.llm import LLMScorer, load_llm
 from nemo_llm_feedback.rewards import build_reward
 
 COFFEE = Context("an order at a coffee shop", ("latte",))
-WEIGHTS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "llm": {"alpha": 1.0, "beta": 1.0},
     "entity": {},
     "judge": {"answers": ["y", "n"]},
@@ -33,12 +33,12 @@ def llm(tmp_path: Path) -> LLMScorer:
     return load_llm(LLMConfig(model=str(make_tiny_llm(tmp_path)), quantization="none", device="cpu"))
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", list(SETTINGS))
 def test_groups_without_a_score_are_counted_as_groups_and_stop_the_run_past_a_fifth(
     name: str, llm: LLMScorer, caplog: Any
 ) -> None:
     """Texts were counted: one utterance with 24 hypotheses weighed as much as 24 of one."""
-    reward: Any = build_reward(name, scorer=llm, **WEIGHTS[name])
+    reward: Any = build_reward(name, scorer=llm, **SETTINGS[name])
     good = [group(f"g{n}", f"a latte {n}", f"a cup {n}") for n in range(8)]
     assert reward(good).values.isfinite().all()
     llm.model.model.norm.weight.data.fill_(math.nan)
