@@ -226,8 +226,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         LLMError: the file cannot be read, or config.json is missing.
     """
     try:
-        if not path.exists() and path.name != "config.json":
-            return {}
+        if not path.exists():
+            if path.name != "config.json":
+                return {}
+            raise LLMError(f"{path.name} is missing.")
         return dict(parse_json(read_text(path, max_mebibytes=_LARGEST >> 20)))
     except (ValueError, TypeError) as error:
         raise LLMError(f"{path.name} cannot be read as a JSON object ({error}).") from error

@@ -58,7 +58,7 @@ def test_it_warns_and_stops_past_the_limit(
 ) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 10, seconds=0.8)
     with pytest.raises(RewardError, match=r"the LLM failed .* nothing judges the training any more"):
-        run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *SETTINGS)
+        run(nemo_file("ctc_char"), manifest, tiny_llm, tmp_path, *SETTINGS)
     log = (tmp_path / "adapted" / "version_0" / "log.txt").read_text()
     assert "groups got no reward from the LLM" in log
     assert 3 <= max(weights_after) < 5
@@ -71,7 +71,7 @@ def test_below_the_limit_nothing_moves_the_weights_and_the_gain_is_not_zero_but_
     """The mass term, which reads no reward, trained on; the gain read 0."""
     monkeypatch.setattr(asking, "_FEWEST", 10**6)
     manifest = write_manifest(tmp_path / "m.json", [None] * 10, seconds=0.8)
-    result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, *SETTINGS)
+    result = run(nemo_file("ctc_char"), manifest, tiny_llm, tmp_path, *SETTINGS)
     for step in (1, 2):
         now, then = weights_after[step], weights_after[step + 1]
         assert any(not torch.equal(now[name], then[name]) for name in now), step
