@@ -43,8 +43,8 @@ class Decoded:
 
     def select(self, kept: Sequence[int]) -> Decoded:
         """Those of some rows, by their positions."""
-        labels, texts = (tuple(column[i] for i in kept) for column in (self.labels, self.texts))
-        return Decoded(labels, texts, tuple(self.nbest[i] for i in kept) if self.nbest else ())
+        nbest = tuple(self.nbest[i] for i in kept) if self.nbest else ()
+        return Decoded(tuple(self.labels[i] for i in kept), tuple(self.texts[i] for i in kept), nbest)
 
 
 def decode_rows(

@@ -159,8 +159,8 @@ def _faults_in(folder: Path, config: LLMConfig) -> Iterator[str]:
     odd = [path for pattern in _LLM_FILES for path in folder.glob(pattern) if not path.is_file()]
     odd += [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if _size(path) > _LARGEST]
     if odd:  # whoever opened a pipe would wait for ever
-        names = ", ".join(sorted(path.name for path in odd))
-        yield f"llm.model={folder}: {names} is not a regular file, or has more than {_LARGEST >> 20} MiB: remove it."
+        listed = ", ".join(sorted(path.name for path in odd))
+        yield f"llm.model={folder}: {listed} is not a regular file, or has more than {_LARGEST >> 20} MiB: remove it."
         return
     try:
         files = {name: _read_json(folder / name) for name in _SETTINGS}
