@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,28 @@ def read_audio(
     import librosa
 
     return np.asarray(librosa.resample(samples, orig_sr=rate, target_sr=sample_rate), dtype=np.float32)
+
+
+def audio_files(name: str | Path, suffixes: Collection[str], *, skip: Path | None = None) -> list[Path]:
+    """The file of this name, or in a folder and its sub-folders those with one of the suffixes, in order.
+
+    Args:
+        name: a file, which is taken whatever it is, or a folder.
+        suffixes: in lower case, with their dots.
+        skip: a folder that is left out.
+
+    Raises:
+        ManifestError: no such file or folder, or no such file in it.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ManifestError(f"{name}: no such file or folder.")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    if found := [file for file in files if skip is None or skip not in file.absolute().parents]:
+        return found
+    raise ManifestError(f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))}).")
 
 
 def load_audio(

@@ -123,7 +123,7 @@ def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = tmp_path / "m.json"
     with pytest.raises(ManifestError, match="no such file or folder"):
         prepare(tmp_path / "absent", out=out)
-    with pytest.raises(ManifestError, match="has no recording in it"):
+    with pytest.raises(ManifestError, match="no audio in this folder"):
         prepare(tmp_path, out=out)
     with pytest.raises(ManifestError, match=r"none of 1 file\(s\) can be read"):
         prepare(folder / "broken.wav", out=out)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
+from nemo_llm_feedback.data.audio import audio_files
 from nemo_llm_feedback.evaluation.records import facts_text
 
 _SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
@@ -78,7 +79,7 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     if faults:
         raise ConfigError(" ".join(faults))
     target = Path(out).expanduser().absolute()
-    files = _recordings(Path(folder).expanduser(), skip=_copies(target))
+    files = audio_files(folder, SUFFIXES, skip=_copies(target))
     detect = _detector(settings)
     recordings: list[Recording] = []
     unreadable: list[str] = []
@@ -243,21 +244,6 @@ def _convert(path: Path, folder: Path) -> Path:
 def _copies(manifest: Path) -> Path:
     """The folder beside the manifest for converted files."""
     return manifest.parent / f"{manifest.stem}_audio"
-
-
-def _recordings(folder: Path, *, skip: Path) -> list[Path]:
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ManifestError(f"{folder}: no such file or folder.")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and skip not in path.absolute().parents
-    )
-    if not found:
-        raise ManifestError(f"{folder} has no recording in it; looked for {' '.join(sorted(SUFFIXES))}.")
-    return found
 
 
 def _first_line(error: Exception) -> str:

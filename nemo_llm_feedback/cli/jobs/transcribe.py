@@ -27,7 +27,7 @@ from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, RewardError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
-from nemo_llm_feedback.data.audio import load_audio
+from nemo_llm_feedback.data.audio import audio_files, load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
@@ -93,14 +93,10 @@ def find_rows(
     files: dict[Path, None] = {}
     faults = []
     for name in audio:
-        path = Path(name).expanduser()
-        within = path.rglob("*") if path.is_dir() else ()
-        found = [path] if path.is_file() else sorted(p for p in within if p.suffix.lower() in suffixes and p.is_file())
-        files |= dict.fromkeys(found)
-        if not found and path.is_dir():
-            faults.append(f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))}).")
-        elif not found:
-            faults.append(f"{name}: no such file or folder.")
+        try:
+            files |= dict.fromkeys(audio_files(name, suffixes))
+        except ManifestError as error:
+            faults.append(str(error))
     if faults:
         raise ManifestError(" ".join(faults))
     return [_row_of(path) for path in files]
