@@ -53,6 +53,11 @@ class Staged:
         """Rows that are learned from feedback."""
         return sum(row.unlabeled for row in self.rows)
 
+    @property
+    def sources(self) -> list[str]:
+        """The other recognisers that gave texts of rows that may be learned from feedback."""
+        return sorted({text.source for row in self.rows if row.replay != "kl" for text in row.external})
+
     def hours(self, *, unlabeled: bool) -> float:
         """Hours of audio of the rows that are learned from feedback, or of all others."""
         return sum(row.duration for row in self.rows if row.unlabeled == unlabeled) / 3600

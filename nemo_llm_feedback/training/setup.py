@@ -357,11 +357,10 @@ def _check_rows(staged: Staged, config: RunConfig) -> None:
             "is unlabeled. Set feedback.use_text=false to learn from the audio of rows with text alone, or add rows "
             "without."
         )
-    known = {text.source for row in staged.rows if row.unlabeled for text in row.external}
-    if config.objective.source and config.objective.source not in known:
+    if config.objective.source and config.objective.source not in staged.sources:
         raise ConfigError(
             f"objective.label={config.objective.source}: no unlabeled row has `hypotheses` of this source "
-            f"(there are {', '.join(sorted(known)) or 'none at all'}); known are also reference and reward."
+            f"(there are {', '.join(staged.sources) or 'none at all'}); known are also reference and reward."
         )
     if config.needs_context:
         bare = [r for r in staged.rows if r.unlabeled and not (config.context.load() or r.context)]
@@ -382,7 +381,7 @@ def warn_of_terms(terms: Iterable[str], vocabulary: Vocabulary) -> None:
 
 def warn_of_external(rows: Iterable[Row], vocabulary: Vocabulary, proposals: ProposalConfig, normalizer: str) -> None:
     """Names what other recognisers wrote and the checkpoint cannot write, in one warning."""
-    given = [text for row in rows for text in row.external]
+    given = [text for row in rows for text in row.external if proposals.external]
     if fault := ExternalTexts(vocabulary, get_normalizer(normalizer), proposals).fault(given):
         logging.warning(fault)
 

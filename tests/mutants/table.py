@@ -35,6 +35,7 @@ BROKEN = "training/test_broken_judge.py"
 RANKS, SURVIVAL = "training/test_distributed.py", "training/test_survival.py"
 COUNTS, TEST_METRICS = "evaluation/error_counts.py", "evaluation/test_metrics.py"
 RESCORING, TEST_RESCORING = "rescoring/scoring.py", "rescoring/test_rescoring.py"
+EXTERNAL, TEST_EXTERNAL = "hypotheses/external.py", "hypotheses/test_external.py"
 PROPOSALS, TEST_PROPOSALS = "hypotheses/proposals.py", "hypotheses/test_proposals.py"
 REWARD, TEST_REWARD = "rewards/lm.py", "rewards/test_rewards.py"
 _ZERO_WEIGHT = "torch.where(log_prob.isfinite(), grad.to(log_prob.dtype), torch.zeros_like(log_prob))"
@@ -616,5 +617,34 @@ MUTANTS = (
         '(known or {}).get("chat_date") or ',
         "",
         f"{SURVIVAL}::test_a_resumed_run_keeps_the_date_that_its_chat_template_writes",
+    ),
+    # ------------------------------------------------ other recognisers
+    Mutant(
+        "one source's many texts come before the best of the others",
+        EXTERNAL,
+        "listed = [(form, text.source) for rank in ranks for text in rank if text",
+        "listed = [(form, text.source) for text in texts",
+        f"{TEST_EXTERNAL}::test_many_texts_are_bounded_per_source_and_in_all_and_each_sources_best_comes_first",
+    ),
+    Mutant(
+        "a member that greedy and another recogniser propose is greedy's alone",
+        PROPOSALS,
+        "sources.setdefault(text, {}).update(",
+        "sources.setdefault(text, {candidates[i].source: None}) or dict().update(",
+        f"{TEST_EXTERNAL}::test_a_member_that_beam_and_another_recogniser_propose_is_one_and_has_both_names",
+    ),
+    Mutant(
+        "self-training on a source learns the frozen model's favourite",
+        "training/supervision.py",
+        "if not config.source or config.source in member.sources]",
+        "]",
+        "training/test_other_recognisers.py::test_self_training_on_a_source_learns_its_text_and_skips_rows_without_one",
+    ),
+    Mutant(
+        "a second join keeps what the source gave before",
+        "cli/jobs/hypotheses.py",
+        "for given, text in known if text.source not in sources]",
+        "for given, text in known]",
+        "cli/test_hypotheses.py::test_a_second_join_replaces_the_sources_texts_and_keeps_the_others",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_a_second_system_s_text_is_chosen_where_the_reward_prefers_it(
     assert [hyp.text for _, hyp in without.worked][1] == second.text
     assert "cloud" not in {member.source for _, hyp in without.worked for member in hyp.n_best}
     assert job.transcribe(nemo_file(kind), manifest=manifest).hypotheses[0].text.strip() != "one tea"
+
+
+def test_texts_that_cannot_be_written_are_named_where_they_would_be_rescored(
+    nemo_file: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None], hypotheses=[["чай", "tea"]])
+    with caplog.at_level(logging.WARNING, logger="nemo_logger"):
+        job.transcribe(nemo_file("ctc_char"), manifest=manifest)
+        assert not any("чай" in record.getMessage() for record in caplog.records)
+        job.transcribe(nemo_file("ctc_char"), manifest=manifest, rescoring={"reward": None, "nbest": 2})
+    assert sum("1 of 2 texts under `hypotheses`" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_texts_are_announced_beside_contexts_in_nemo_code(nemo_file: Any) -> None:

@@ -15,6 +15,7 @@ from helpers.fits import config, fit, label_reward
 from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.cli.jobs.start import plan_text
 from nemo_llm_feedback.core.config import ObjectiveConfig
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText, Hypothesis
@@ -163,3 +164,11 @@ def test_a_language_without_numbers_is_refused(nemo_file: Any, tmp_path: Path) -
     manifest = write_manifest(tmp_path / "pool.json", [None] * 2)
     with pytest.raises(ConfigError, match=r"proposals.language must be one of .*de.*got 'klingon'"):
         _prepared(nemo_file, config(manifest, proposals={"language": "klingon"}), tmp_path / "run")
+
+
+def test_the_plan_names_the_sources_of_the_pool(nemo_file: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "pool.json", [None] * 3, hypotheses=GIVEN)
+    plan = plan_text(_prepared(nemo_file, config(manifest), tmp_path / "run"), source=Path("b.nemo"), log_dir=tmp_path)
+    assert "8 of each of cloud, external" in plan
+    off = config(manifest, proposals={"external": 0})
+    assert "cloud" not in plan_text(_prepared(nemo_file, off, tmp_path / "off"), source=Path("b"), log_dir=tmp_path)

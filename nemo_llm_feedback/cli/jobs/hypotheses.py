@@ -44,16 +44,10 @@ class Joined:
     def __str__(self) -> str:
         added = ", ".join(f"{count} of {source}" for source, count in self.texts.items())
         head = f"{self.path}: {self.rows_with} of {self.rows} rows have got `{KEY}` ({added})"
-        return "\n".join(
-            [
-                head,
-                *(
-                    list_faults(f"entries that {why}: {len(unfit)}", unfit)
-                    for why, unfit in self.left_out.items()
-                    if unfit
-                ),
-            ]
-        )
+        lost = [
+            list_faults(f"entries that {why}: {len(unfit)}", unfit) for why, unfit in self.left_out.items() if unfit
+        ]
+        return "\n".join([head, *lost])
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,8 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sources = ", ".join(f"{n} {name}" for name in SOURCE_NAMES if (n := getattr(config.proposals, name)))
+    if staged.sources and config.proposals.external and not config.wants_samples:
+        sources += f", {config.proposals.external} of each of {', '.join(staged.sources)}"
     context = config.context.load()
     several = look_aheads(model.encoder)
     lines = [

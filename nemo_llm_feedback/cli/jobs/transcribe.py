@@ -19,6 +19,7 @@ from omegaconf import open_dict
 
 from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
+from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.cli.jobs.hypotheses import relocated
 from nemo_llm_feedback.cli.jobs.nbest_probe import spread
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
@@ -34,6 +35,7 @@ from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 from nemo_llm_feedback.training.models import locate
+from nemo_llm_feedback.training.setup import warn_of_external
 
 AUDIO_TYPES = ("wav", "flac", "ogg", "opus", "mp3")
 
@@ -143,6 +145,8 @@ def transcribe(
     recogniser = _load(model, head=head, device=device)
     weights = ""
     if rescorer is not None:
+        vocabulary = heads_of(recogniser, which=head)[0].vocabulary
+        warn_of_external(rows, vocabulary, rescorer.proposals, rescorer.settings.normalizer)
         weights = _set_weights(rescorer, recogniser, rows, head=head, batch_size=batch_size)
         attach(recogniser, rescorer)
     _set_decoding(recogniser, head=head, timestamps=timestamps)
