@@ -137,10 +137,8 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
     chosen = {name: getattr(config, name) for name in hyperparameters(config.name)}
     taught = groups
     if config.source:
-        taught, chosen["label"] = (
-            groups._replace(mask=groups.mask & nbest.supplied_by(config.source).to(logp.device)),
-            "reference",
-        )
+        theirs = nbest.supplied_by(config.source).to(logp.device)
+        taught, chosen["label"] = groups._replace(mask=groups.mask & theirs), "reference"
     output = OBJECTIVES[config.name](taught, **chosen)
     count = float(output.metrics["groups"])
     loss = LossSum()
@@ -155,7 +153,7 @@ def objective_loss(config: ObjectiveConfig, logp: Tensor, nbest: NBestBatch, *, 
     }
     # What nothing judges is neither learned from nor held. Plain self-training has no judge.
     judged = (groups.rewards.isfinite() | ~groups.feasible).all(dim=1, keepdim=True)
-    plain = config.name == "self_training" and config.label == "reference"
+    plain = config.name == "self_training" and config.label != "reward"
     held = groups if plain else groups._replace(mask=groups.mask & judged)
     for name, (weight, regulariser) in regularisers.items():
         if weight > 0:

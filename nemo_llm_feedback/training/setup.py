@@ -110,9 +110,7 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     )
     _check_rows(staged, config)
     warn_of_terms([*config.context.load().terms, *(t for row in staged.rows for t in row.context.terms)], vocabulary)
-    warn_of_external(
-        [row for row in staged.rows if row.unlabeled], vocabulary, config.proposals, config.feedback.normalizer
-    )
+    warn_of_external(staged.rows, vocabulary, config.proposals, config.feedback.normalizer)
     set_optimizer(model, tree["model"], rates=rates)
     set_validation(model, tree["model"], settings.validation, Path(work_dir) / "validation")
     reference = FrozenReference(model, **limits)
