@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import Head
+from nemo_llm_feedback.asr.heads import Head, Labels
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText, Hypothesis, pad_groups
 from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, hypothesis_groups
@@ -22,10 +22,14 @@ from nemo_llm_feedback.hypotheses.proposals import (
     to_hypothesis,
 )
 from nemo_llm_feedback.hypotheses.spelling import written_labels
+from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.rewards import Reward
 
 # Contexts and their texts, most probable first → a corrected text per utterance, or None.
 Corrector = Callable[[Sequence[Context], Sequence[Sequence[str]]], Sequence[str | None]]
+
+
+T = TypeVar("T")
 
 
 class Reference(Protocol):
@@ -50,6 +54,7 @@ class NBestMaker:
         normalize: the run's text normalisation.
         reward: judges them; None for plain self-training, whose rewards are zeros.
         corrector: writes one more member from the best ones, or None.
+        trust: how members of other recognisers are judged; None = as any.
     """
 
     def __init__(
@@ -60,8 +65,9 @@ class NBestMaker:
         normalize: Callable[[str], str],
         reward: Reward | None = None,
         corrector: Corrector | None = None,
+        trust: Trust | None = None,
     ) -> None:
-        self.proposer, self.reward = proposer, reward
+        self.proposer, self.reward, self._trust = proposer, reward, trust
         self._reference, self._corrector = reference, corrector
         self.external = ExternalTexts(reference.heads[0].vocabulary, normalize, proposer.config)
         self._normalize = normalize
@@ -104,11 +110,23 @@ class NBestMaker:
                 kept[name].append([logp[b][i] for i in keep])
         ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
         texts = [self._normalize(text) for text in audio.texts]
-        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, texts=texts)
+        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, self._trust, texts=texts)
+
+    @torch.no_grad()
+    def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:
+        """Per utterance the log p of some label sequences under the reference's first head.
+
+        Args:
+            audio: B utterances.
+            texts: B lists.
+        """
+        encoded, lengths = self._reference.encode(audio.signal, audio.signal_len)
+        scores = self._reference.heads[0].score(encoded, lengths, texts).tolist()
+        return [dict(zip(row, logp, strict=False)) for row, logp in zip(texts, scores, strict=True)]
 
     def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
         """The same members with this maker's rewards."""
-        return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward)
+        return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward, self._trust)
 
     def _with_external(
         self, candidates: Sequence[Candidate], texts: Sequence[ExternalText], frames: int
@@ -150,6 +168,7 @@ def judged(
     hypotheses: tuple[tuple[Hypothesis, ...], ...],
     ref_logp: dict[str, Tensor],
     reward: Reward | None,
+    trust: Trust | None = None,
     *,
     texts: Sequence[str] = (),
 ) -> NBestBatch:
@@ -159,10 +178,13 @@ def judged(
         utterances, contexts, hypotheses: B names, contexts and member tuples.
         ref_logp: head → [B, N] log p under the frozen reference, the first head first.
         reward: None = zeros.
+        trust: how members of other recognisers are judged: some are left out, others get the part ``trust``.
         texts: B normalised transcripts, "" where there is none; for rewards that read them.
     """
     first = next(iter(ref_logp))
     parts: dict[str, Tensor] = {}
+    if trust is not None:
+        hypotheses, ref_logp, bonus = _trusted(hypotheses, ref_logp, trust)
     if reward is None:
         zeros = pad_groups([[0.0] * len(row) for row in hypotheses])
         rewards = dict.fromkeys(ref_logp, zeros)
@@ -170,7 +192,37 @@ def judged(
         output = reward(hypothesis_groups(utterances, contexts, hypotheses, ref_logp[first], texts=texts))
         parts = output.parts
         rewards = {name: output.values if name == first else output.with_reference(v) for name, v in ref_logp.items()}
+    if trust is not None:
+        rewards = {name: values + trust.weight * bonus[name] for name, values in rewards.items()}
+        parts = {**parts, "trust": bonus[first].masked_fill(rewards[first].isnan(), math.nan)}
     return NBestBatch(tuple(utterances), tuple(contexts), hypotheses, ref_logp, rewards, parts=parts)
+
+
+def _trusted(
+    hypotheses: Sequence[tuple[Hypothesis, ...]], ref_logp: Mapping[str, Tensor], trust: Trust
+) -> tuple[tuple[tuple[Hypothesis, ...], ...], dict[str, Tensor], dict[str, Tensor]]:
+    """Members, [B, N] scores and [B, N] bonuses per head without the members that the first head does not trust."""
+    logp = {
+        name: [row[: len(of)] for row, of in zip(v.tolist(), hypotheses, strict=True)] for name, v in ref_logp.items()
+    }
+    first = next(iter(logp.values()))
+    trusted = [trusted_sources(*row, trust.limits) for row in zip(hypotheses, first, strict=True)]
+
+    def kept(rows: Iterable[Sequence[T]]) -> list[tuple[T, ...]]:
+        return [
+            tuple(value for value, sources in zip(row, of, strict=True) if sources is not None)
+            for row, of in zip(rows, trusted, strict=True)
+        ]
+
+    members = kept(hypotheses)
+    scores = {name: kept(rows) for name, rows in logp.items()}
+    given = [[sources for sources in row if sources is not None] for row in trusted]
+    bonus = {name: [bonuses(*row) for row in zip(members, rows, given, strict=True)] for name, rows in scores.items()}
+    return (
+        tuple(members),
+        {name: pad_groups(rows, fill=-math.inf) for name, rows in scores.items()},
+        {name: pad_groups(rows) for name, rows in bonus.items()},
+    )
 
 
 def _score(

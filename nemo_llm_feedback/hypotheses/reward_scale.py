@@ -6,17 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA, RewardConfig
 from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.trust import is_own
 
 
 def component_deviations(nbest: NBestBatch) -> dict[str, list[float]]:
-    """Component of the reward → standard deviation within each N-best that has two judged members, in its unit."""
+    """Component of the reward → standard deviation within each N-best that has two judged members, in its unit.
+
+    Members that only other recognisers wrote are left out: they may be far from all others, and are weighed by
+    ``trust.py``.
+    """
+    own = pad_groups([[is_own(member) for member in row] for row in nbest.hypotheses], fill=False, dtype=torch.bool)
     found: dict[str, list[float]] = {}
     for name, values in nbest.parts.items():
-        rows = [row[row.isfinite()].double().numpy() for row in values]
+        rows = [row[row.isfinite() & ours].double().numpy() for row, ours in zip(values, own, strict=True)]
         found[name] = [float(np.std(row)) for row in rows if len(row) > 1]
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import encoded_rows
-from nemo_llm_feedback.asr.heads import Head, heads_of
+from nemo_llm_feedback.asr.heads import Head, Labels, heads_of
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Hypothesis, pad_groups
@@ -20,6 +20,7 @@ from nemo_llm_feedback.hypotheses.maker import Corrector, NBestMaker, judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.hypotheses.spelling import written_labels
+from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust, contests, rivals, source_trust
 from nemo_llm_feedback.rewards import Reward
 
 
@@ -82,14 +83,44 @@ def scored_nbest(
 
 
 @torch.no_grad()
+def measured_trust(
+    model: Any, rows: Sequence[Row], nbest: NBestBatch, *, config: RunConfig, batch_size: int = 16
+) -> dict[str, SourceTrust]:
+    """The trust in each other recogniser that ``adapt`` would find if these rows were its pool.
+
+    Args:
+        model, rows, config, batch_size: see :func:`scored_nbest`.
+        nbest: the N-best that it returned for these rows.
+    """
+    itself = _Itself(model, config, batch_size)
+    head = itself.heads[0]
+    others = rivals(nbest, head=head.name)
+    texts = [[text for of in others.values() for text in of[b]] for b in range(len(rows))]
+    logp: list[dict[Labels, float]] = [{} for _ in rows]
+    for positions, _, encoded, lengths in itself.batches(rows) if others else ():
+        scores = head.score(encoded, lengths, [texts[i] for i in positions]).tolist()
+        for i, values in zip(positions, scores, strict=True):
+            logp[i] = dict(zip(texts[i], values, strict=False))
+    return {source: source_trust(of) for source, of in contests(nbest, others, logp, head=head.name).items()}
+
+
+@torch.no_grad()
 def judged_references(
-    model: Any, rows: Sequence[Row], nbest: NBestBatch, *, config: RunConfig, reward: Reward, batch_size: int = 16
+    model: Any,
+    rows: Sequence[Row],
+    nbest: NBestBatch,
+    *,
+    config: RunConfig,
+    reward: Reward,
+    trust: Trust | None = None,
+    batch_size: int = 16,
 ) -> list[JudgedReference | None]:
     """Judges the rows' reference texts beside the members of their N-best: does the reward prefer the truth?
 
     Args:
         model, rows, config, reward, batch_size: see :func:`scored_nbest`.
         nbest: the N-best that it returned for these rows.
+        trust: by which it was judged.
 
     Returns:
         One entry per row, None where it has no text or one that the checkpoint cannot write. The reference's acoustic
@@ -113,7 +144,9 @@ def judged_references(
             ref_logp.append([*nbest.ref_logp[head.name][i, : len(members)].tolist(), float(scores[b])])
         padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
         normal = [normalize(text) for text in texts]
-        extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward, texts=normal)
+        extended = judged(
+            audio.utterances, audio.contexts, tuple(hypotheses), padded, reward, trust, texts=normal
+        )
         for b, i in enumerate(indices):
             if any(spellings[b]):
                 found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))

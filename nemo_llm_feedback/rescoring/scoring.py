@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nemo_llm_feedback.core.text import get_normalizer, text_length
 from nemo_llm_feedback.core.types import Context, ExternalText, HypothesisGroup, RewardOutput
 from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
+from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
 from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
@@ -56,6 +57,7 @@ class Rescorer:
             and for others those of ``settings.reward`` or its defaults (β = 0 without a reward).
         context: the context of all utterances; that of each utterance is merged over it.
         settings: beam size, further hypotheses, text normalisation and memory budget.
+        trust: how texts of other recognisers are judged; by default as ``settings.reward`` says.
         batch: names, contexts and other recognisers' texts of the rows that are decoded next, where they are known.
     """
 
@@ -64,9 +66,12 @@ class Rescorer:
     beta: float | None = None
     context: Context = field(default_factory=Context)
     settings: RescoringConfig = field(default_factory=lambda: RescoringConfig(reward=None))
+    trust: Trust | None = None
     batch: tuple[tuple[str, ...], tuple[Context, ...], tuple[tuple[ExternalText, ...], ...]] | None = None
 
     def __post_init__(self) -> None:
+        if self.trust is None and self.settings.reward is not None:
+            self.trust = Trust.of(self.settings.reward)
         self._normalize = get_normalizer(self.settings.normalizer)
         given = [v for v in (self.alpha, self.beta) if v is not None]
         if not all(map(math.isfinite, given)):
@@ -146,8 +151,24 @@ class Rescorer:
             spelled: Any = {"vocabulary": head.vocabulary, "normalize": self._normalize}
             keep = build_members(row, logp[: len(row)], **spelled, max_members=len(row), distinct=True)
             members = tuple(to_hypothesis(row[i], sources, **spelled) for i, sources in keep.items())
-            groups.append(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep)))
+            groups.append(self._kept(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep))))
         return self._ordered(groups)
+
+    def _kept(self, group: HypothesisGroup) -> HypothesisGroup:
+        """The group without texts of other recognisers that are not trusted so far."""
+        if self.trust is None:
+            return group
+        trusted = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
+        keep = [n for n, sources in enumerate(trusted) if sources is not None]
+        members, logp = (tuple(of[n] for n in keep) for of in (group.hypotheses, group.ref_logp))
+        return replace(group, hypotheses=members, ref_logp=logp)
+
+    def _bonuses(self, group: HypothesisGroup) -> list[float]:
+        """What the members get for the trust in their sources, in nats."""
+        if self.trust is None:
+            return [0.0] * len(group)
+        trusted = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
+        return bonuses(group.hypotheses, group.ref_logp, [sources or () for sources in trusted])
 
     def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...], tuple[tuple[ExternalText, ...], ...]]:
         """Names, contexts and other recognisers' texts of the rows that are decoded."""
@@ -175,7 +196,8 @@ class Rescorer:
         ranked = []
         for b, group in enumerate(groups):
             members = []
-            for n, (hyp, asr) in enumerate(zip(group.hypotheses, group.ref_logp, strict=True)):
+            rows = zip(group.hypotheses, group.ref_logp, self._bonuses(group), strict=True)
+            for n, (hyp, asr, bonus) in enumerate(rows):
                 length = float(text_length(hyp.text))
                 parts = {"asr": asr, "length": length}
                 parts |= {name: float(part[b, n]) for name, part in output.parts.items() if name != "asr"}
@@ -183,6 +205,9 @@ class Rescorer:
                 if self.reward is not None:
                     value = float(output.values[b, n])
                     score = value if weighed else score + alpha * value
+                if self.trust is not None:
+                    parts["trust"] = bonus
+                    score += self.trust.weight * bonus
                 members.append(ScoredHypothesis(hyp.tokens, hyp.text, score, parts, hyp.source))
             ranked.append(sorted(members, key=_rank, reverse=True))
         return ranked

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from nemo.utils import logging
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from nemo_llm_feedback.asr.heads import Labels
 from nemo_llm_feedback.core import console
 from nemo_llm_feedback.core.config import RunConfig
 from nemo_llm_feedback.core.errors import TrainingError
@@ -20,12 +21,16 @@ from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread, from_spread
+from nemo_llm_feedback.hypotheses.trust import Contest, SourceTrust, contests, rivals, source_trust, trust_text
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather, num_ranks
 from nemo_llm_feedback.training.group_math import signal
 from nemo_llm_feedback.training.state import Feedback, PoolStatistics
 
 # Utterances on which the strength of boosting is chosen.
 _BOOSTING_UTTERANCES = 16
+
+
+T = TypeVar("T")
 
 
 class EncodedAudio(NamedTuple):
@@ -57,6 +62,18 @@ class PoolShare:
             made += [maker.make(*part) for part in console.track(missing, label)]
         return known + made[len(known) : batches]
 
+    def contests(self, config: RunConfig, batches: Sequence[NBestBatch], *, head: str) -> dict[str, list[Contest]]:
+        """Other recogniser → the contests of its texts in the groups of all batches."""
+        if not batches:
+            return {}
+        maker, nbest = self._build(config), NBestBatch.cat(batches)
+        others = rivals(nbest, head=head)
+        texts = [[text for of in others.values() for text in of[b]] for b in range(len(nbest))]
+        logp: list[dict[Labels, float]] = []
+        for part in self.parts:
+            logp += maker.reference_scores(part.audio, texts[len(logp) : len(logp) + len(part.audio.utterances)])
+        return contests(nbest, others, logp, head=head)
+
 
 def measure_pool(
     pool: Iterable[EncodedAudio],
@@ -87,8 +104,7 @@ def measure_pool(
         ranks.mine = sum(len(part.audio.utterances) for part in share.parts)
     if not sum(ranks.all):
         raise TrainingError("the training loader gave no unlabeled row; check manifests, tar files, length filters.")
-    if config.reward.scaled_by_pool:
-        config = _with_scale(share, config)
+    config, trusted = _with_weights(share, config, head=head)
     config = _with_boosting(share, config, head=head)
     with CollectiveBlock() as ranks:
         batches = share.groups(config, "measuring the pool")
@@ -108,6 +124,8 @@ def measure_pool(
         boosting_weight=config.proposals.boosting_weight,
         alpha=weights[0],
         beta=weights[1],
+        heard=trusted and {source: found.heard for source, found in trusted.items()},
+        trust=config.reward.trust,
     )
 
 
@@ -121,8 +139,8 @@ def _enough(pool: Iterable[EncodedAudio], *, most: int) -> list[EncodedAudio]:
     return share
 
 
-def _joined(deviations: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Component → the deviations of all batches or ranks."""
+def _joined(deviations: Sequence[dict[str, list[T]]]) -> dict[str, list[T]]:
+    """Component, or source → what was found in all batches or on all ranks."""
     names = dict.fromkeys(name for found in deviations for name in found)
     return {name: [value for found in deviations for value in found.get(name, [])] for name in names}
 
@@ -146,18 +164,35 @@ def _best_length(nbest: NBestBatch, scores: Tensor) -> int:
     return sum(text_length(texts[n]) for texts, n in zip(nbest.texts, best, strict=True))
 
 
-def _with_scale(share: PoolShare, config: RunConfig) -> RunConfig:
-    """α, and β unless it is given, from the spread within groups that are proposed with the run's boosting weight."""
+def _with_weights(
+    share: PoolShare, config: RunConfig, *, head: str
+) -> tuple[RunConfig, dict[str, SourceTrust] | None]:
+    """α, β and trust where they are left to the pool, by groups that are proposed with the run's boosting weight."""
     settings = config.reward
     with CollectiveBlock() as ranks:
-        ranks.mine = _joined([component_deviations(b) for b in share.groups(config, "measuring the rewards")])
-    spread, part = component_spread(_joined(ranks.all)), settings.weighed_part
-    alpha, beta = from_spread(spread, settings)
-    logging.info(
-        f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: {part} "
-        f"{spread[part]:.2f} nat, recogniser {spread['asr']:.2f} nat, reward.spread_factor={settings.spread_factor:g}."
-    )
-    return replace(config, reward=replace(settings, alpha=alpha, beta=beta))
+        ranks.mine = any(texts for part in share.parts for texts in part.audio.external)
+    others = settings.trusts_by_pool and any(ranks.all)
+    if not (settings.scaled_by_pool or others):
+        return config, None
+    with CollectiveBlock() as ranks:
+        batches = share.groups(config, "measuring the rewards")
+        deviations = _joined([component_deviations(nbest) for nbest in batches])
+        ranks.mine = deviations, share.contests(config, batches, head=head) if others else {}
+    if settings.scaled_by_pool:
+        spread, part = component_spread(_joined([found for found, _ in ranks.all])), settings.weighed_part
+        alpha, beta = from_spread(spread, settings)
+        logging.info(
+            f"reward.alpha={alpha:g} reward.beta={beta:g}, by the spread within groups of the pool: {part} "
+            f"{spread[part]:.2f} nat, recogniser {spread['asr']:.2f} nat, "
+            f"reward.spread_factor={settings.spread_factor:g}."
+        )
+        settings = replace(settings, alpha=alpha, beta=beta)
+    if not others:
+        return replace(config, reward=settings), None
+    trusted = {source: source_trust(found) for source, found in _joined([of for _, of in ranks.all]).items()}
+    logging.info(f"reward.trust, by the pool: {trust_text(trusted)}.")
+    settings = replace(settings, trust={source: found.trust for source, found in trusted.items()})
+    return replace(config, reward=settings), trusted
 
 
 def _with_boosting(share: PoolShare, config: RunConfig, *, head: str) -> RunConfig:

@@ -41,6 +41,7 @@ from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestCache
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.hypotheses.spelling import spelled, unwritable
+from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.llm.chat import dated, today
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_faults, reward_from_config
@@ -309,6 +310,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
             normalize=normalize,
             reward=reward,
             corrector=corrector,
+            trust=Trust.of(config.reward),
         )
 
     return build, scorer

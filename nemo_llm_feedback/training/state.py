@@ -41,6 +41,8 @@ class PoolStatistics:
             no utterance has two.
         length_ratio: mean length of the best-rewarded members ÷ of those that the reference finds most probable.
         boosting_weight: weight of the boosting tree: the run's, or the one chosen of ``proposals.boosting_weights``.
+        heard, trust: other recogniser → share of its texts that it heard in the audio, and the trust in it (see
+            ``hypotheses/trust.py``); None where they were not measured.
         alpha, beta: weights of the reward: the run's, or with ``reward.alpha`` null those that the pool's spread gave,
             before the strength of boosting was chosen; None for a reward without any.
         learning_rate: chosen by the trial; None where ``model.optim.lr`` is given.
@@ -54,6 +56,8 @@ class PoolStatistics:
     boosting_weight: float
     alpha: float | None = None
     beta: float | None = None
+    heard: dict[str, float] | None = None
+    trust: dict[str, float] | None = None
     learning_rate: float | None = None
 
     def applied_to(self, config: RunConfig) -> RunConfig:
@@ -62,6 +66,8 @@ class PoolStatistics:
         reward = config.reward
         if self.alpha is not None and (self.alpha, self.beta) != reward.weights:
             reward = replace(reward, alpha=self.alpha, beta=self.beta)
+        if self.trust is not None:
+            reward = replace(reward, trust=self.trust)
         return replace(config, proposals=proposals, reward=reward)
 
 

@@ -185,9 +185,11 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
     from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.hypotheses.maker import NBestMaker
     from nemo_llm_feedback.hypotheses.proposals import Proposer
+    from nemo_llm_feedback.hypotheses.trust import Trust
     from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
 
-    manifest = write_manifest(tmp_path / "pool.json", [None] * 4)
+    texts = [[text] for text in ("one tea", "a mocha", "soy milk", "to go")]
+    manifest = write_manifest(tmp_path / "pool.json", [None] * 4, hypotheses=texts)
     overrides = (*SMALL, "proposals.boosting_weights=[]", "context.terms=[latte,mocha]")
     cfg = compose_config([*overrides, f"llm.model={tiny_llm}", "context.description=an order"])
     probe = NBestProbe(nemo_file("ctc_bpe"), manifest, cfg)
@@ -209,6 +211,7 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
             Encoded(),
             normalize=get_normalizer("basic"),
             reward=reward.with_weights(alpha=alpha, beta=beta),
+            trust=Trust.of(config.reward),
         )
 
     batches = encoded_rows(probe.model, probe.rows, run_context=probe.config.context.load())
@@ -221,6 +224,8 @@ def test_fault_11_score_uses_the_weights_that_adapt_takes_from_the_same_rows(
     found = json.loads(out.read_text())
     assert found["weights"] == {"alpha": measured.alpha, "beta": measured.beta, "origin": "spread", "grid": []}
     assert measured.alpha != 1.0
+    assert measured.trust == {"external": 0.0}
+    assert found["trusted"] == {"external": {"heard": 0.0, "trust": 0.0, "utterances": 4}}
     del found["spread"]["reward"]
     assert found["spread"] == pytest.approx(measured.spread, rel=1e-6)
     assert f"reward.alpha={measured.alpha:g} reward.beta={measured.beta:g}, by the spread" in capsys.readouterr().out

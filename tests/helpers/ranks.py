@@ -223,7 +223,7 @@ def _statistics(folder: Path) -> dict[str, Any]:
     nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
     maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest: nbest)
     pool: Any = [
-        EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),)), 0, 0)  # type: ignore[arg-type]
+        EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),), external=()), 0, 0)  # type: ignore[arg-type]
     ]
     config = parse_run_config({"llm": {"model": "a/b"}, "context": {"description": "x"}})
     return asdict(measure_pool(pool, lambda settings: maker, config, head="ctc"))

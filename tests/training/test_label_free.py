@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.reward_scale import from_spread
+from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.training import setup as preparation
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss, choose_rate, smallest_good
 from nemo_llm_feedback.training.inputs import rates_to_try
@@ -72,7 +74,7 @@ def test_the_spread_of_the_pool_weighs_listed_terms_too(
     spread = statistics["spread"]
     wanted = from_spread(spread, RewardConfig(name="entity"))
     assert (statistics["alpha"], statistics["beta"]) == wanted == (wanted[0], pytest.approx(2 * wanted[0], rel=0.06))
-    assert wanted[0] * spread["entity"] == pytest.approx(2 * spread["asr"], rel=0.06)
+    assert wanted[0] * spread["entity"] == pytest.approx(3 * spread["asr"], rel=0.06)
     given = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "given", *entity, "reward.alpha=2", STEP)
     statistics = json.loads((given.log_dir / "pool_statistics.json").read_text())
     assert (statistics["alpha"], statistics["beta"]) == (2.0, 4.0)
@@ -101,7 +103,8 @@ def test_what_is_given_is_kept(
 
 
 def test_a_rank_and_a_resumed_run_take_what_was_measured() -> None:
-    found = PoolStatistics(4, 1.0, 8.0, {}, 1.0, boosting_weight=0.5, alpha=0.7, beta=1.4)
+    found = PoolStatistics(4, 1.0, 8.0, {}, 1.0, 0.5, alpha=0.7, beta=1.4, heard={"a": 1.0}, trust={"a": 2.5})
+    found = PoolStatistics(**asdict(found))  # as a checkpoint keeps it
     reweighed: list[tuple[float, float]] = []
     reward = SimpleNamespace(with_weights=lambda *, alpha, beta: reweighed.append((alpha, beta)) or "new")
     given = {"reward": {"name": "remote", "alpha": 0.9}, "context": {"description": "x"}}
@@ -109,6 +112,8 @@ def test_a_rank_and_a_resumed_run_take_what_was_measured() -> None:
     applied = found.applied_to(config)
     assert applied.proposals.boosting_weight == 0.5
     assert applied.reward.weights == (0.7, 1.4)
+    assert Trust.of(applied.reward) == Trust({"a": 2.5})
+    assert Trust.of(config.reward) is None
     assert config.reward.weights == (0.9, 1.8), "what was given is changed"
     assert found.applied_to(applied) == applied
     setup: Any = SimpleNamespace(config=config, judge=reward, heads=[None], reference=None, generator=None)
@@ -130,7 +135,7 @@ def test_where_there_is_no_pool_null_is_one_and_two() -> None:
     with pytest.raises(ConfigError, match=r"reward\.spread_factor must be > 0"):
         parse_run_config({"reward": {"name": "length", "spread_factor": 0.0}})
     assert reward_line(RewardConfig(name="composite")) == "composite"
-    assert reward_line(RewardConfig(spread_factor=3)) == "llm, alpha by the pool's spread (factor 3), beta 2·alpha"
+    assert reward_line(RewardConfig(spread_factor=5)) == "llm, alpha by the pool's spread (factor 5), beta 2·alpha"
 
 
 def test_a_rate_is_given_or_can_be_tried(tmp_path: Path) -> None:

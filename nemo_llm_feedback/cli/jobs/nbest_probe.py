@@ -20,7 +20,8 @@ from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
+from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.inputs import readable
@@ -99,6 +100,10 @@ class NBestProbe:
                 on_batch=on_batch,
             )
 
+    def trust(self, nbest: NBestBatch) -> dict[str, SourceTrust]:
+        """The trust in other recognisers that ``adapt`` would find on these rows."""
+        return measured_trust(self.model, self.rows, nbest, config=self.config, batch_size=self.batch_size)
+
     def llm_line(self) -> str:
         """Whether the LLM was needed at all, and which share of the scores so far the cache knew."""
         if self.scorer is None:
@@ -110,9 +115,9 @@ class NBestProbe:
         return f"{self.scorer.identity} ({use}){hits}"
 
 
-def judged_by(reward: Reward, nbest: NBestBatch) -> NBestBatch:
-    """The same N-best judged by another reward."""
-    return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, reward)
+def judged_by(reward: Reward, nbest: NBestBatch, trust: Trust | None) -> NBestBatch:
+    """The same N-best judged by another reward, or with another trust in other recognisers."""
+    return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, reward, trust)
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

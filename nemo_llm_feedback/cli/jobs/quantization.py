@@ -13,6 +13,7 @@ from nemo_llm_feedback.core.errors import ConfigError, LLMError, list_faults
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_members, rank_agreement
 from nemo_llm_feedback.evaluation.records import facts_text
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.llm import check_llm_folder, open_llm
 from nemo_llm_feedback.rewards import reward_from_config
 
@@ -70,7 +71,7 @@ def other_llm(config: RunConfig, quantization: Literal["nf4", "int8", "none"]) -
 
 
 def compare_quantization(
-    probe: NBestProbe, nbest: NBestBatch, other: LLMConfig, *, alpha: float, beta: float
+    probe: NBestProbe, nbest: NBestBatch, other: LLMConfig, *, alpha: float, beta: float, trust: Trust | None
 ) -> QuantizationComparison:
     """Judges an N-best again, by the other LLM; the two are in memory one after the other.
 
@@ -78,13 +79,13 @@ def compare_quantization(
         probe: holds the LLM that judged the N-best.
         nbest: the N-best with its rewards.
         other: what :func:`other_llm` gave.
-        alpha, beta: the weights by which the N-best was judged.
+        alpha, beta, trust: by which the N-best was judged.
     """
     assert probe.scorer is not None
     probe.scorer.unload()
     scorer = open_llm(other)
     reward: Any = reward_from_config(probe.config, scorer)
-    again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest)
+    again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest, trust)
     names = (probe.scorer.identity, scorer.identity)
     return compare_scores(nbest, again, part=probe.config.reward.weighed_part, names=names)
 

@@ -32,6 +32,7 @@ from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread
 from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references
+from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust, trust_text
 from nemo_llm_feedback.training.group_math import signal
 
 
@@ -57,6 +58,7 @@ class ScoreReport:
         total: rows of the manifest.
         nbest: the rows' N-best, in their order.
         weights: the reward's weights; None for a reward without any.
+        trusted: other recogniser → what these rows say of it; empty where trust is set or there is none.
         chosen, greedy: index of each row's best-rewarded member, and of the recogniser's choice.
         signal_fraction: share of groups whose rewards differ by more than ``objective.min_spread``.
         spread: reward and component → mean within-group standard deviation, in its unit.
@@ -75,6 +77,7 @@ class ScoreReport:
     total: int
     nbest: NBestBatch
     weights: Weights | None
+    trusted: dict[str, SourceTrust]
     chosen: list[int]
     greedy: list[int]
     signal_fraction: float
@@ -114,9 +117,12 @@ def score(
     if settings.scaled_by_pool:
         weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
-        nbest = judged_by(reward, nbest)
+    trusted = probe.trust(nbest) if settings.trusts_by_pool else {}
+    trust = Trust.of(replace(settings, trust={s: of.trust for s, of in trusted.items()}) if trusted else settings)
+    if settings.scaled_by_pool or trust is not None:
+        nbest = judged_by(reward, nbest, trust)
     references = judged_references(
-        probe.model, probe.rows, nbest, config=config, reward=reward, batch_size=probe.batch_size
+        probe.model, probe.rows, nbest, config=config, reward=reward, trust=trust, batch_size=probe.batch_size
     )
     (rewards,) = nbest.rewards.values()
     greedy = greedy_members(nbest)
@@ -129,13 +135,15 @@ def score(
         tuned = by_spread(nbest, replace(settings, beta=None))
     if compared is not None:
         assert weights is not None
-        comparison = compare_quantization(probe, nbest, compared, alpha=weights.alpha, beta=weights.beta)
+        by_weights = {"alpha": weights.alpha, "beta": weights.beta}
+        comparison = compare_quantization(probe, nbest, compared, **by_weights, trust=trust)
     with_signal = signal(rewards, nbest.mask, min_spread=config.objective.min_spread)
     return ScoreReport(
         rows=probe.rows,
         total=probe.total,
         nbest=nbest,
         weights=weights,
+        trusted=trusted,
         chosen=chosen,
         greedy=greedy,
         signal_fraction=float(with_signal.float().mean()),
@@ -246,6 +254,8 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     }
     if report.weights is not None:
         facts["weights"] = report.weights.sentence
+    if report.trusted:
+        facts["other recognisers"] = trust_text(report.trusted)
     lines.append(facts_text(facts))
     lines += _labels_text(report) if report.systems else ["no row has text: nothing to compare the reward with"]
     if report.quantization is not None:
@@ -293,7 +303,7 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
 def report_record(report: ScoreReport) -> dict[str, Any]:
     """Everything as plain data; what is not a finite number is null."""
     metrics = ("wer", "ewer", "entity_recall", "false_alarms")
-    kept = ("llm", "weights", "signal_fraction", "spread", "unjudged", "quantization", "tuned")
+    kept = ("llm", "weights", "trusted", "signal_fraction", "spread", "unjudged", "quantization", "tuned")
     return to_plain(
         {
             "rows": len(report.rows),

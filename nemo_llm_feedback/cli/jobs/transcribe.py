@@ -31,7 +31,8 @@ from nemo_llm_feedback.core.types import Audio, Context, ExternalText
 from nemo_llm_feedback.data.audio import audio_files, load_audio
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
+from nemo_llm_feedback.hypotheses.trust import Trust, trust_text
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 from nemo_llm_feedback.training.models import locate
@@ -248,7 +249,9 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
     if settings.reward is None or not settings.reward.weighed:
         return ""
     weights = Weights(*settings.reward.weights, "settings")
-    few = spread(rows, FeedbackConfig.pool_utterances) if settings.reward.scaled_by_pool else []
+    trusts = settings.reward.trusts_by_pool and any(row.external for row in rows)
+    measured = settings.reward.scaled_by_pool or trusts
+    few = spread(rows, FeedbackConfig.pool_utterances) if measured else []
     if few := [row for row in few if _loads(row)]:
         proposals = dataclasses.replace(rescorer.proposals, beam=settings.nbest or DEFAULT_NBEST)
         feedback = FeedbackConfig(
@@ -258,11 +261,19 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
         )
         config = RunConfig(feedback=feedback, proposals=proposals, context=settings.context)
         nbest = scored_nbest(model, few, config=config, reward=reward, batch_size=batch_size)
+        trusted = measured_trust(model, few, nbest, config=config, batch_size=batch_size) if trusts else {}
+        about = f"; {trust_text(trusted)}" if trusted else ""
+        if trusted:
+            limits = {source: of.trust for source, of in trusted.items()}
+            rescorer.trust = Trust(limits, settings.reward.asr_weight)
+        if not settings.reward.scaled_by_pool:
+            return weights.sentence + about
         try:
             weights = by_spread(nbest, settings.reward)
         except RewardError:
             return f"{weights}, as the groups of these rows have no spread to measure them by"
         rescorer.reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
+        return weights.sentence + about
     return weights.sentence
 
 

@@ -80,8 +80,9 @@ def choose(nbest: NBestBatch, *, alpha: float, beta: float, asr_weight: float = 
         part: the part of the reward that α weighs.
     """
     rewards = alpha * nbest.parts[part].double() + beta * nbest.parts["length"].double()
-    if asr_weight:
-        rewards = rewards + asr_weight * nbest.parts["asr"].double()
+    for name in ("asr", "trust") if asr_weight else ():
+        if name in nbest.parts:
+            rewards = rewards + asr_weight * nbest.parts[name].double()
     return best_members(rewards, otherwise=greedy_members(nbest))
 
 

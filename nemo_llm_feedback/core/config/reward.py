@@ -37,9 +37,13 @@ class RewardConfig(Section):
         beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
             alike on two dev sets (docs/results.md), and much more teaches insertions.
         spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
-            times that of asr_weight·logP_ref.
+            times that of asr_weight·logP_ref. From 3 on the choice hardly changes, and more only costs false alarms
+            (docs/results/trust.md).
         normalize: ``sum``, ``token``, ``word`` or ``pmi`` form of the LLM term (``llm`` and ``remote``).
         asr_weight: weight of the frozen reference's log p; 1 in the one parameterisation, 0 for the ablation.
+        trust: other recognisers under the manifest key ``hypotheses`` → the largest gap to our own best text, in nats
+            of log p_ref per label, up to which a text of theirs is a member, level with our best; 0 = none may be less
+            probable. null: ``adapt`` finds it on the pool, where asr_weight is not 0; what is not named then has 0.
         cache: file or folder of LLM scores, which later runs may share; null = ``llm_scores.sqlite`` in the run's
             folder (where there is no run: memory), ``:memory:`` = memory only.
         settings: extra keyword arguments of a reward other than ``llm``; for ``composite`` its ``components``, a list
@@ -49,9 +53,10 @@ class RewardConfig(Section):
     name: str = "llm"
     alpha: NonNegativeFloat | None = None
     beta: float | None = None
-    spread_factor: PositiveFloat = 2.0
+    spread_factor: PositiveFloat = 3.0
     normalize: Literal["sum", "token", "word", "pmi"] = "sum"
     asr_weight: NonNegativeFloat = 1.0
+    trust: dict[str, NonNegativeFloat] | None = None
     cache: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +83,11 @@ class RewardConfig(Section):
     def scaled_by_pool(self) -> bool:
         """Whether ``adapt`` takes alpha from the spread of the pool's groups; nothing to weigh against = no."""
         return self.alpha is None and self.name in SCALED_REWARDS and self.asr_weight > 0
+
+    @property
+    def trusts_by_pool(self) -> bool:
+        """Whether ``adapt`` finds the trust in other recognisers on the pool: log p_ref must be in the reward."""
+        return self.trust is None and self.weighed and self.asr_weight > 0
 
     @property
     def weighed_part(self) -> str:

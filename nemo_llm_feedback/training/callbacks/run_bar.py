@@ -144,6 +144,9 @@ def _found(model: Any) -> str:
         lines.append(f"  pool         {share}, {statistics.members:.1f} hypotheses each")
         if statistics.alpha is not None and statistics.beta is not None:
             lines.append(f"  weights      alpha {statistics.alpha:g}, beta {statistics.beta:g}")
+        for source, heard in (statistics.heard or {}).items():
+            trust = (statistics.trust or {})[source]
+            lines.append(f"  {source:<12} heard {100 * heard:.0f} % of its utterances, trust {trust:g} nat per label")
         if config.proposals.boosted and config.context.load().terms:
             lines.append(f"  boosting     weight {statistics.boosting_weight:g}")
     rate = model.cfg.optim.lr
