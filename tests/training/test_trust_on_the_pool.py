@@ -41,8 +41,13 @@ class _Maker:
             members.append((*own, Hypothesis(f"c{b}", heard, "cloud"), Hypothesis(f"l{b}", wrong, "liar")))
             logp.append([-10.0, -14.0, _logp(b, heard), _logp(b, wrong)])
         names = tuple(f"u{b}" for b in range(ROWS))
-        ref = {"ctc": torch.tensor(logp)}
-        found = judged(names, (Context(),) * ROWS, tuple(members), ref, None, self._trust)
+        return self._judged(names, tuple(members), {"ctc": torch.tensor(logp)})
+
+    def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
+        return self._judged(nbest.utterances, nbest.hypotheses, nbest.ref_logp)
+
+    def _judged(self, names: Any, members: Any, ref: Any) -> NBestBatch:
+        found = judged(names, (Context(),) * ROWS, members, ref, None, self._trust)
         scores = found.ref_logp["ctc"]
         return NBestBatch(**{**vars(found), "parts": {**found.parts, "llm": 3 * scores, "asr": scores}})
 
@@ -95,7 +100,11 @@ def test_a_pool_without_other_recognisers_has_no_trust_to_measure() -> None:
 
 
 def test_a_whole_run_writes_down_and_uses_what_it_found(
-    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nemo_file: Any,
+    tiny_llm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Four utterances are too few for any trust: the transcripts are heard of in the log and are no members."""
     seen: list[NBestBatch] = []
