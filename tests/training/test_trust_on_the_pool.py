@@ -104,7 +104,7 @@ def test_a_whole_run_writes_down_and_uses_what_it_found(
     tiny_llm: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Four utterances are too few for any trust: the transcripts are heard of in the log and are no members."""
     seen: list[NBestBatch] = []
