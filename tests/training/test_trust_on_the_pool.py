@@ -13,8 +13,10 @@ import torch
 from helpers.runs import run
 from helpers.tiny import write_manifest
 
+from nemo_llm_feedback.cli.jobs.plan import others_line
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.trust import Trust
@@ -104,7 +106,6 @@ def test_a_whole_run_writes_down_and_uses_what_it_found(
     tiny_llm: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Four utterances are too few for any trust: the transcripts are heard of in the log and are no members."""
     seen: list[NBestBatch] = []
