@@ -124,6 +124,7 @@ def test_a_whole_run_writes_down_and_uses_what_it_found(
     assert seen, "no group was learned from"
     assert all(found.parts["trust"].nan_to_num().eq(0).all() for found in seen)
     assert not any(names == ("cloud",) for found in seen for row in found.sources for names in row)
+    assert others_line(read_manifest(manifest), parse_run_config(GIVEN)) == "4 rows of cloud; reward.trust by the pool"
     given = run(
         nemo_file("ctc_bpe"),
         manifest,
