@@ -160,8 +160,8 @@ class Rescorer:
             return group
         trusted = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
         keep = [n for n, sources in enumerate(trusted) if sources is not None]
-        members, logp = (tuple(of[n] for n in keep) for of in (group.hypotheses, group.ref_logp))
-        return replace(group, hypotheses=members, ref_logp=logp)
+        members = tuple(group.hypotheses[n] for n in keep)
+        return replace(group, hypotheses=members, ref_logp=tuple(group.ref_logp[n] for n in keep))
 
     def _bonuses(self, group: HypothesisGroup) -> list[float]:
         """What the members get for the trust in their sources, in nats."""

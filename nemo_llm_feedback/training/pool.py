@@ -124,7 +124,7 @@ def measure_pool(
         boosting_weight=config.proposals.boosting_weight,
         alpha=weights[0],
         beta=weights[1],
-        heard=trusted and {source: found.heard for source, found in trusted.items()},
+        heard=None if trusted is None else {source: found.heard for source, found in trusted.items()},
         trust=config.reward.trust,
     )
 
