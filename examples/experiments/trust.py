@@ -24,13 +24,13 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import judged_by
 from nemo_llm_feedback.cli.jobs.tuning import by_spread
-from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig, RewardConfig, read_terms
+from nemo_llm_feedback.core.config import ContextConfig, LLMConfig, RewardConfig, RunConfig
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.evaluation.rank_agreement import best_members
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, measured_trust, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
 from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust, is_own
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward
@@ -54,14 +54,15 @@ def main() -> None:
     options = parser.parse_args()
     nemo_logging.setLevel(logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
-    context = Context(options.description, tuple(read_terms(options.terms_file)) if options.terms_file else ())
+    config = RunConfig(context=ContextConfig(options.description, terms_file=options.terms_file))
     rows = read_manifest(options.manifest)[:: options.every]
     reward = LLMReward(open_llm(LLMConfig(options.llm, quantization="none")), alpha=1.0, beta=2.0, cache=options.cache)
     lines = []
     for name, wrong in SOURCES.items():
-        nbest, trusted = groups(options, with_wrong(rows, wrong), context, reward, options.out / f"wrong_{wrong}.pt")
+        nbest, trusted = groups(options, with_wrong(rows, wrong), config, reward, options.out / f"wrong_{wrong}.pt")
         lines += [
-            {"source": name, **line} for line in chosen(rows, nbest, trusted, context, reward, alone=wrong == 0.0)
+            {"source": name, **line}
+            for line in chosen(rows, nbest, trusted, config.context.load(), reward, alone=wrong == 0.0)
         ]
     with (options.out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, lines[0])
@@ -80,14 +81,13 @@ def with_wrong(rows: Sequence[Row], share: float) -> list[Row]:
 
 
 def groups(
-    options: Any, rows: Sequence[Row], context: Context, reward: LLMReward, kept: Path
+    options: Any, rows: Sequence[Row], config: RunConfig, reward: LLMReward, kept: Path
 ) -> tuple[NBestBatch, dict[str, SourceTrust]]:
     """The groups of the rows, judged without trust, and the trust that was found; from the folder if there."""
     if not kept.is_file():
-        settings = NBestSettings(ProposalConfig(), context, batch_size=8)
-        model = restore(options.model, map_location="cpu")
-        nbest = scored_nbest(model, rows, settings=settings, reward=reward)
-        found = measured_trust(model, rows, nbest, settings=settings)
+        model, of = restore(options.model, map_location="cpu"), {"config": config, "batch_size": 8}
+        nbest = scored_nbest(model, rows, reward=reward, **of)
+        found = measured_trust(model, rows, nbest, **of)
         plain = {"nbest": nbest.to_plain(), "trusted": {source: asdict(of) for source, of in found.items()}}
         torch.save(plain, kept)
     plain = torch.load(kept, weights_only=True)

@@ -13,15 +13,14 @@ import torch
 from helpers.runs import run
 from helpers.tiny import write_manifest
 
-from nemo_llm_feedback.cli.jobs.plan import others_line
+from nemo_llm_feedback.cli.jobs.start import others_line
 from nemo_llm_feedback.core.config import RunConfig, parse_run_config
 from nemo_llm_feedback.core.types import Context, Hypothesis
 from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.hypotheses.maker import judged
-from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
-from nemo_llm_feedback.training.state import Feedback
 
 ROWS = 24
 GIVEN = {"llm": {"model": "a/b"}, "context": {"description": "x"}}
@@ -109,13 +108,13 @@ def test_a_whole_run_writes_down_and_uses_what_it_found(
 ) -> None:
     """Four utterances are too few for any trust: the transcripts are heard of in the log and are no members."""
     seen: list[NBestBatch] = []
-    nbest = Feedback.nbest
+    get = NBestCache.get
 
-    def spied(*args: Any, **kwargs: Any) -> NBestBatch:
-        seen.append(nbest(*args, **kwargs))
+    def spied(*args: Any) -> NBestBatch:
+        seen.append(get(*args))
         return seen[-1]
 
-    monkeypatch.setattr(Feedback, "nbest", spied)
+    monkeypatch.setattr(NBestCache, "get", spied)
     texts = [[{"text": text, "source": "cloud"}] for text in ("one tea", "a mocha", "soy milk", "to go")]
     manifest = write_manifest(tmp_path / "pool.json", [None] * 4, hypotheses=texts)
     result = run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path, "trainer.max_steps=1")

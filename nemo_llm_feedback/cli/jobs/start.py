@@ -9,7 +9,8 @@ import signal
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.look_ahead import look_aheads
-from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig
+from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
 from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.console import Session
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, TrainingError
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.llm import estimate_memory, pick_placement, resolve_folder
 from nemo_llm_feedback.training.models import locate
 
@@ -264,6 +266,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         *([f"  look-aheads  {', '.join(map(str, several))}: all are learned and guarded"] if several else []),
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
+        *([f"  others       {others}"] if (others := others_line(staged.rows, config)) else []),
         f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
         "learning rate "
         + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
@@ -281,6 +284,16 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         )
     lines.append(f"  run folder   {log_dir}")
     return "\n".join(lines)
+
+
+def others_line(rows: Sequence[Row], config: RunConfig) -> str:
+    """The other recognisers whose texts are hypotheses, and how they are trusted; "" where there are none."""
+    counts = Counter(name for row in rows if row.unlabeled for name in {text.source for text in row.external})
+    if not counts or not config.proposals.external:
+        return ""
+    trust = "by the pool" if config.reward.trusts_by_pool else config.reward.trust or "none: members like any"
+    about = f"; reward.trust {trust}" if config.needs_reward else ""
+    return ", ".join(f"{count} rows of {name}" for name, count in sorted(counts.items())) + about
 
 
 def reward_line(config: RewardConfig) -> str:
