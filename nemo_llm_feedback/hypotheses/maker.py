@@ -110,7 +110,9 @@ class NBestMaker:
                 kept[name].append([logp[b][i] for i in keep])
         ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
         texts = [self._normalize(text) for text in audio.texts]
-        return judged(audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, self._trust, texts=texts)
+        return judged(
+            audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, self._trust, texts=texts
+        )
 
     @torch.no_grad()
     def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:

@@ -144,9 +144,7 @@ def judged_references(
             ref_logp.append([*nbest.ref_logp[head.name][i, : len(members)].tolist(), float(scores[b])])
         padded = {head.name: pad_groups(ref_logp, fill=-math.inf)}
         normal = [normalize(text) for text in texts]
-        extended = judged(
-            audio.utterances, audio.contexts, tuple(hypotheses), padded, reward, trust, texts=normal
-        )
+        extended = judged(audio.utterances, audio.contexts, tuple(hypotheses), padded, reward, trust, texts=normal)
         for b, i in enumerate(indices):
             if any(spellings[b]):
                 found[i] = JudgedReference(extended.select([b]), math.isfinite(ref_logp[b][-1]))
