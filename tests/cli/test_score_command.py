@@ -333,7 +333,7 @@ def test_without_labels_the_spread_sets_alpha() -> None:
     assert spread == pytest.approx({"llm": 2.0, "asr": 2.0, "length": (0 + statistics.pstdev([1, 2, 1])) / 2})
     assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(spread_factor=1.0)) == (0.5, 1.0)
     assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(spread_factor=3.0, asr_weight=0.5)) == (0.75, 1.5)
-    assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(beta=7.0)) == (1.0, 7.0)
+    assert from_spread({"llm": 4.0, "asr": 2.0}, RewardConfig(beta=7.0)) == (1.5, 7.0)
     for bad in ({"llm": 0.0, "asr": 1.0}, {"llm": NAN, "asr": 1.0}, {"llm": 1.0}):
         with pytest.raises(RewardError, match="spread"):
             from_spread(bad, RewardConfig())
