@@ -266,7 +266,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         *([f"  look-aheads  {', '.join(map(str, several))}: all are learned and guarded"] if several else []),
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
-        *([f"  others       {others}"] if (others := others_line(staged.rows, config)) else []),
+        *([f"  sources      {given}"] if (given := others_line(staged.rows, config)) else []),
         f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
         "learning rate "
         + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
