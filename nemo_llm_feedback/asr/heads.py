@@ -22,7 +22,7 @@ from nemo_llm_feedback.core.trie import PrefixTrie
 
 Labels = tuple[int, ...]
 
-# NeMo's ``GPUBoostingTreeModel`` and its weight in the beam search.
+# NeMo's boosting tree, or what stands for one per utterance, and its weight in the beam search.
 Boosting = tuple[Any, float]
 
 # A log-probability; −∞ would make NaNs in NeMo's beam.

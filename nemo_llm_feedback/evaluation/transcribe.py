@@ -154,8 +154,8 @@ def decoding_max_symbols(model: Any) -> int:
 
 def _nbest(head: Head, proposer: Proposer, audio: Audio, encoded: Tensor, lengths: Tensor) -> list[NBest]:
     """The proposals of each utterance with their exact log p, most probable first."""
-    found = [[c.labels for c in row] for row in proposer.propose(encoded, lengths, audio.contexts)]
-    texts = [[head.vocabulary.ids_to_text(labels) for labels in row] for row in found]
-    logp = head.score(encoded, lengths, found).tolist()
-    lists = [zip(row, scores[: len(row)], strict=True) for row, scores in zip(texts, logp, strict=True)]
-    return [tuple(sorted(members, key=lambda member: -member[1])) for members in lists]
+    found = proposer.propose(encoded, lengths, audio.contexts)
+    return [
+        tuple((head.vocabulary.ids_to_text(c.labels), c.logp) for c in sorted(row, key=lambda c: -c.logp))
+        for row in found
+    ]

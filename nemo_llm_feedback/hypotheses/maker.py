@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels
-from nemo_llm_feedback.core.types import Audio, Context, ExternalText, Hypothesis, pad_groups
+from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, pad_groups
 from nemo_llm_feedback.hypotheses.external import ExternalTexts
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, hypothesis_groups
-from nemo_llm_feedback.hypotheses.proposals import (
-    Candidate,
-    Proposer,
-    best_first,
-    build_members,
-    distinct,
-    to_hypothesis,
-)
+from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, Scorer, build_members, scored, to_hypothesis
 from nemo_llm_feedback.hypotheses.spelling import written_labels
 from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.rewards import Reward
@@ -81,38 +75,22 @@ class NBestMaker:
             encoded: [B, D, T] the policy's encoder output.
             lengths: [B] frames.
         """
-        candidates = self.proposer.propose(encoded, lengths, audio.contexts)
-        if audio.external and not self.proposer.sampled_only:
-            frames = lengths.tolist()
-            candidates = [
-                self._with_external(*of_row) for of_row in zip(candidates, audio.external, frames, strict=True)
-            ]
         reference = self._reference.encode(audio.signal, audio.signal_len)
-        scores = {head.name: _score(head, *reference, candidates) for head in self._reference.heads}
+        first, *others = self._reference.heads
+        scorer = functools.partial(first.score, *reference)
+        extra = self._external(audio, lengths)
+        candidates = self.proposer.propose(encoded, lengths, audio.contexts, extra=extra, scorer=scorer)
         if self._corrector is not None:
-            self._add_corrections(audio.contexts, candidates, scores, *reference)
-        first = self._reference.heads[0]
-        members: list[tuple[Hypothesis, ...]] = []
-        kept: dict[str, list[list[float]]] = {name: [] for name in scores}
-        for b, row in enumerate(candidates):
-            keep = build_members(
-                row,
-                scores[first.name][b],
-                vocabulary=first.vocabulary,
-                normalize=self._normalize,
-                max_members=self.proposer.config.max_members,
-                distinct=not self.proposer.sampled_only,
-            )
-            members.append(
-                tuple(to_hypothesis(row[i], names, first.vocabulary, self._normalize) for i, names in keep.items())
-            )
-            for name, logp in scores.items():
-                kept[name].append([logp[b][i] for i in keep])
-        ref_logp = {name: pad_groups(rows, fill=-math.inf) for name, rows in kept.items()}
+            candidates = self._with_corrections(audio.contexts, candidates, scorer)
+        spelled: Any = {"vocabulary": first.vocabulary, "normalize": self._normalize}
+        options: Any = {"max_members": self.proposer.config.max_members, "distinct": not self.proposer.sampled_only}
+        kept = [build_members(row, **spelled, **options) for row in candidates]
+        ref_logp = {first.name: pad_groups([[c.logp for c in row] for row in kept], fill=-math.inf)}
+        for head in others:
+            ref_logp[head.name] = head.score(*reference, [[c.labels for c in row] for row in kept]).float().cpu()
+        members = tuple(tuple(to_hypothesis(c, **spelled) for c in row) for row in kept)
         texts = [self._normalize(text) for text in audio.texts]
-        return judged(
-            audio.utterances, audio.contexts, tuple(members), ref_logp, self.reward, self._trust, texts=texts
-        )
+        return judged(audio.utterances, audio.contexts, members, ref_logp, self.reward, self._trust, texts=texts)
 
     @torch.no_grad()
     def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:
@@ -130,38 +108,29 @@ class NBestMaker:
         """The same members with this maker's rewards."""
         return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward, self._trust)
 
-    def _with_external(
-        self, candidates: Sequence[Candidate], texts: Sequence[ExternalText], frames: int
-    ) -> list[Candidate]:
-        """Other recognisers' texts behind greedy, so that a full group does not lose them."""
-        found = [Candidate(*new) for new in self.external.labels(texts, frames=frames)]
-        return distinct([*candidates[:1], *found, *candidates[1:]])
+    def _external(self, audio: Audio, lengths: Tensor) -> list[list[Candidate]]:
+        """Other recognisers' texts of each utterance."""
+        if self.proposer.sampled_only:
+            return []
+        pairs = zip(audio.external, lengths.tolist(), strict=True) if audio.external else ()
+        return [[Candidate(*new) for new in self.external.labels(texts, frames=frames)] for texts, frames in pairs]
 
-    def _add_corrections(
-        self,
-        contexts: Sequence[Context],
-        candidates: list[list[Candidate]],
-        scores: dict[str, list[list[float]]],
-        encoded: Tensor,
-        lengths: Tensor,
-    ) -> None:
-        """Puts the LLM's rewrite of each utterance's best texts second, behind greedy, with its scores."""
+    def _with_corrections(
+        self, contexts: Sequence[Context], candidates: list[list[Candidate]], scorer: Scorer
+    ) -> list[list[Candidate]]:
+        """The candidates with the LLM's rewrite of each utterance's best texts second, behind greedy."""
         assert self._corrector is not None
         first = self._reference.heads[0]
         ranked = [
-            [self._normalize(first.vocabulary.ids_to_text(c.labels)) for c in best_first(row, logp)]
-            for row, logp in zip(candidates, scores[first.name], strict=True)
+            [self._normalize(first.vocabulary.ids_to_text(c.labels)) for c in sorted(row, key=lambda c: -c.logp)]
+            for row in candidates
         ]
         texts = self._corrector(contexts, ranked)
         labels = [written_labels(text, first.vocabulary) if text else None for text in texts]
-        extra = [[Candidate(new, "llm_correction")] if new is not None else [] for new in labels]
-        if not any(extra):
-            return
-        for head in self._reference.heads:
-            for logp, new in zip(scores[head.name], _score(head, encoded, lengths, extra), strict=True):
-                logp[1:1] = new
-        for row, members in zip(candidates, extra, strict=True):
-            row[1:1] = members
+        if not any(labels):
+            return candidates
+        extra = scored([[Candidate(y, "llm_correction")] if y else [] for y in labels], scorer)
+        return [[*row[:1], *new, *row[1:]] for row, new in zip(candidates, extra, strict=True)]
 
 
 def judged(
@@ -225,11 +194,3 @@ def _trusted(
         {name: pad_groups(rows, fill=-math.inf) for name, rows in scores.items()},
         {name: pad_groups(rows) for name, rows in bonus.items()},
     )
-
-
-def _score(
-    head: Head, encoded: Tensor, lengths: Tensor, candidates: Sequence[Sequence[Candidate]]
-) -> list[list[float]]:
-    """log p of every candidate under the reference's head."""
-    scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
-    return [logp[: len(row)] for logp, row in zip(scores, candidates, strict=True)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +14,25 @@ from torch import Tensor
 from nemo_llm_feedback.asr.heads import Head, Labels, Vocabulary
 from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.types import Context, Hypothesis
+from nemo_llm_feedback.hypotheses.boosting import Boosting
 from nemo_llm_feedback.hypotheses.spelling import spelled_terms, without_unknown, written_labels
 from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 
 # Term swaps: how often a swapped text is swapped again, from how many texts, and how many swaps of each are scored.
 _SWAP_ROUNDS, _SWAP_SEEDS, _SWAP_TRIED = 2, 4, 8
 
-# Boosting trees kept in memory: one per distinct term list; a run with per-utterance lists goes through many.
-_MAX_TREES = 256
+# Encoded audio's label sequences → [B, N] log p; see ``Head.score``.
+Scorer = Callable[[Sequence[Sequence[Labels]]], Tensor]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A label sequence with the source that first proposed it, and the others that did."""
+    """A label sequence with the source that first proposed it, the others that did, and its log p by the scorer."""
 
     labels: Labels
     source: str
     also: tuple[str, ...] = ()
+    logp: float = math.nan
 
 
 class Proposer:
@@ -45,7 +47,7 @@ class Proposer:
     def __init__(self, head: Head, config: ProposalConfig, *, generator: torch.Generator | None = None) -> None:
         self._head, self.config = head, config
         self._generator = generator or torch.Generator().manual_seed(0)
-        self._tree = functools.lru_cache(_MAX_TREES)(lambda terms: boosting_tree(head.vocabulary, terms, config))
+        self._boosting = Boosting(head.vocabulary, config)
 
     @property
     def sampled_only(self) -> bool:
@@ -53,13 +55,23 @@ class Proposer:
         config = self.config
         return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
 
-    def propose(self, encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]) -> list[list[Candidate]]:
-        """Proposes candidates for every row; repeated label sequences are removed unless all are samples.
+    def propose(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        contexts: Sequence[Context],
+        *,
+        extra: Sequence[Sequence[Candidate]] = (),
+        scorer: Scorer | None = None,
+    ) -> list[list[Candidate]]:
+        """Proposes scored candidates for every row; repeated label sequences are removed unless all are samples.
 
         Args:
             encoded: [B, D, T] encoder output.
             lengths: [B] frames.
             contexts: B contexts, whose terms are boosted in the checkpoint's letters.
+            extra: B lists of more candidates, which stand behind greedy, so that a full group does not lose them.
+            scorer: gives the candidates' log p, by which swaps are chosen, in one call; None: the proposing head.
 
         Returns:
             B lists, greedy first (unless sampled only), then the beam, the boosted beam, term swaps and samples.
@@ -77,39 +89,59 @@ class Proposer:
         if config.beam:
             add("beam", rows, self._head.beam(encoded, lengths, size=config.beam, max_symbols=config.max_symbols))
         if config.boosted:
-            for terms, members in self._rows_by_terms(contexts).items():
-                add("boosted", members, self._boosted(encoded[members], lengths[members], terms))
-        if config.term_swap:
-            self._add_swaps(found, encoded, lengths, contexts)
+            lists = [spelled_terms(context.terms, self._head.vocabulary) for context in contexts]
+            with_terms = [b for b in rows if lists[b]]
+            if with_terms:
+                kept = [lists[b] for b in with_terms]
+                add("boosted", with_terms, self._boosted(encoded[with_terms], lengths[with_terms], kept))
+        swaps = [self._swaps(row, context) for row, context in zip(found, contexts, strict=True)]
+        for row, more in zip(found, extra, strict=False):
+            row[1:1] = more
         if config.samples:
             add("samples", rows, self._head.sample(encoded, lengths, size=config.samples, generator=self._generator))
-        if not self.sampled_only:
-            return [distinct(candidates) for candidates in found]
-        bare = [b for b in rows if not found[b]]
-        if bare:  # no sample of a transducer has ended: one member alone gives no gradient
-            add("greedy", bare, [[y] for y in self._greedy(encoded[bare], lengths[bare])])
-        return found
+        if self.sampled_only:
+            bare = [b for b in rows if not found[b]]
+            if bare:  # no sample of a transducer has ended: one member alone gives no gradient
+                add("greedy", bare, [[y] for y in self._greedy(encoded[bare], lengths[bare])])
+        else:
+            found = [distinct(candidates) for candidates in found]
+        return self._scored(found, swaps, scorer or functools.partial(self._head.score, encoded, lengths))
 
     def _greedy(self, encoded: Tensor, lengths: Tensor) -> list[Labels]:
         return self._head.greedy(encoded, lengths, max_symbols=self.config.max_symbols)
 
-    def _add_swaps(
-        self, found: list[list[Candidate]], encoded: Tensor, lengths: Tensor, contexts: Sequence[Context]
-    ) -> None:
-        """Adds the term swaps of each row's most probable candidates; a second round swaps a second term."""
-        wanted = self.config.term_swap
-        seeds = [distinct(row) for row in found]
-        for _ in range(_SWAP_ROUNDS):
-            top = self._best(seeds, encoded, lengths, keep=_SWAP_SEEDS)
-            swapped = [
-                distinct([new for seed in row for new in self._swaps(seed, context)])
-                for row, context in zip(top, contexts, strict=True)
-            ]
-            seeds = self._best(swapped, encoded, lengths, keep=wanted)
-            for row, new in zip(found, seeds, strict=True):
-                row += new
+    def _scored(
+        self, found: list[list[Candidate]], swaps: list[list[list[Candidate]]], scorer: Scorer
+    ) -> list[list[Candidate]]:
+        """All candidates with their log p; of each round of swaps the most probable ones, before the samples."""
+        joined = [[*row, *(c for part in rounds for c in part)] for row, rounds in zip(found, swaps, strict=True)]
+        result = []
+        for row, before, rounds in zip(scored(joined, scorer), found, swaps, strict=True):
+            left = iter(row)
+            members = [next(left) for _ in before]
+            swapped = [sorted((next(left) for _ in part), key=lambda c: -c.logp) for part in rounds]
+            best = [c for part in swapped for c in part[: self.config.term_swap]]
+            others = sum(c.source != "samples" for c in members)
+            whole = [*members[:others], *best, *members[others:]]
+            result.append(whole if self.sampled_only else distinct(whole))
+        return result
 
-    def _swaps(self, seed: Candidate, context: Context) -> list[Candidate]:
+    def _swaps(self, found: Sequence[Candidate], context: Context) -> list[list[Candidate]]:
+        """Rounds of swaps: of the first candidates, then of the likeliest swaps of each of these."""
+        rounds: list[list[Candidate]] = []
+        by_source = itertools.groupby(found, key=lambda c: c.source)
+        tops = itertools.zip_longest(*(list(row) for _, row in by_source))  # the best of every source first
+        known, seeds = {c.labels for c in found}, distinct([c for tier in tops for c in tier if c])[:_SWAP_SEEDS]
+        for _ in range(_SWAP_ROUNDS if self.config.term_swap and context.terms else 0):
+            # The likeliest swap of every seed, then the second likeliest, …
+            ranked = itertools.zip_longest(*(self._swapped(seed, context) for seed in seeds))
+            swapped = distinct([c for tier in ranked for c in tier if c is not None and c.labels not in known])
+            rounds.append(swapped)
+            known |= {c.labels for c in swapped}
+            seeds = swapped[:_SWAP_SEEDS]
+        return rounds
+
+    def _swapped(self, seed: Candidate, context: Context) -> list[Candidate]:
         """The seed with spans replaced by terms; texts that the vocabulary cannot write are left out."""
         vocabulary = self._head.vocabulary
         texts = swap_terms(
@@ -121,100 +153,62 @@ class Proposer:
         labels = [written_labels(text, vocabulary) for text in texts]
         return [Candidate(found, "term_swap") for found in labels if found is not None]
 
-    def _best(
-        self, candidates: list[list[Candidate]], encoded: Tensor, lengths: Tensor, *, keep: int
-    ) -> list[list[Candidate]]:
-        """The most probable candidates of every row under the policy, best first."""
-        with torch.no_grad():
-            scores = self._head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
-        return [best_first(row, logp)[:keep] for row, logp in zip(candidates, scores, strict=True)]
-
-    def _rows_by_terms(self, contexts: Sequence[Context]) -> dict[tuple[str, ...], list[int]]:
-        """Rows that share a term list are decoded together, so a group does not depend on its batch."""
-        rows: dict[tuple[str, ...], list[int]] = {}
-        for b, context in enumerate(contexts):
-            if terms := spelled_terms(context.terms, self._head.vocabulary):
-                rows.setdefault(terms, []).append(b)
-        return rows
-
-    def _boosted(self, encoded: Tensor, lengths: Tensor, terms: tuple[str, ...]) -> list[list[Labels]]:
-        c, boosting = self.config, (self._tree(terms).to(encoded.device), self.config.boosting_weight)
+    def _boosted(self, encoded: Tensor, lengths: Tensor, lists: Sequence[tuple[str, ...]]) -> list[list[Labels]]:
+        c, boosting = self.config, (self._boosting.of(lists, encoded.device), self.config.boosting_weight)
         return self._head.beam(encoded, lengths, size=c.boosted, max_symbols=c.max_symbols, boosting=boosting)
 
 
-def best_first(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[Candidate]:
-    """The candidates by falling score; ``scores`` may go on behind the last candidate (padding)."""
-    ranked = sorted(zip(scores, candidates, strict=False), key=lambda pair: -pair[0])
-    return [candidate for _, candidate in ranked]
-
-
-def boosting_tree(vocabulary: Vocabulary, terms: Sequence[str], config: ProposalConfig) -> Any:
-    """NeMo's phrase boosting tree over the terms, for BPE and character models.
-
-    Args:
-        vocabulary: the head's vocabulary.
-        terms: at least one.
-        config: ``context_score`` and ``depth_scaling``.
-    """
-    from nemo.collections.asr.parts.context_biasing.boosting_graph_batched import (
-        BoostingTreeModelConfig,
-        GPUBoostingTreeModel,
-    )
-
-    settings = BoostingTreeModelConfig(
-        key_phrases_list=list(terms),
-        context_score=config.context_score,
-        depth_scaling=config.depth_scaling,
-        use_triton=torch.cuda.is_available(),
-    )
-    return GPUBoostingTreeModel.from_config(settings, tokenizer=vocabulary)
+def scored(rows: Sequence[Sequence[Candidate]], scorer: Scorer) -> list[list[Candidate]]:
+    """The candidates of every row with their log p."""
+    with torch.no_grad():
+        scores = scorer([[c.labels for c in row] for row in rows]).tolist()
+    return [
+        [replace(c, logp=logp) for c, logp in zip(row, found, strict=False)]
+        for row, found in zip(rows, scores, strict=True)
+    ]
 
 
 def build_members(
     candidates: Sequence[Candidate],
-    scores: Sequence[float],
     *,
     vocabulary: Vocabulary,
     normalize: Callable[[str], str],
     max_members: int,
     distinct: bool,
-) -> dict[int, tuple[str, ...]]:
+) -> list[Candidate]:
     """Chooses which candidates become members of a group.
 
     Two candidates whose texts are equal after normalisation are one member, the better-scored spelling, which all
-    their sources have supplied; case and punctuation do not fill a group. Infeasible candidates (score −inf) are left
+    their sources have supplied; case and punctuation do not fill a group. Infeasible candidates (log p −inf) are left
     out unless nothing else is there.
 
     Args:
-        candidates: greedy first.
-        scores: log p of each candidate under the frozen reference.
+        candidates: scored, greedy first.
         vocabulary: the head's vocabulary.
         normalize: the run's text normalisation.
         max_members: largest group.
         distinct: False keeps repetitions (samples).
 
     Returns:
-        Index into ``candidates`` → names of its sources, the first to propose it first; at least one.
+        Candidates in their order, at least one, each with all its sources, the first to propose it first.
     """
-    feasible = [i for i, score in enumerate(scores) if score > float("-inf")] or [0]
+    feasible = [c for c in candidates if c.logp > -math.inf] or list(candidates[:1])
     if not distinct:
-        return {i: (candidates[i].source,) for i in feasible[:max_members]}
-    best: dict[str, int] = {}  # keeps the order in which the texts were seen first
-    sources: dict[str, dict[str, None]] = {}
-    for i in feasible:
-        text = normalize(vocabulary.ids_to_text(candidates[i].labels))
-        if scores[i] > scores[best.setdefault(text, i)]:
-            best[text] = i
-        sources.setdefault(text, {}).update(dict.fromkeys((candidates[i].source, *candidates[i].also)))
-    return {i: tuple(sources[text]) for text, i in itertools.islice(best.items(), max_members)}
+        return feasible[:max_members]
+    best: dict[str, Candidate] = {}  # keeps the order in which the texts were seen first
+    for candidate in feasible:
+        text = normalize(vocabulary.ids_to_text(candidate.labels))
+        known = best.setdefault(text, candidate)
+        source, *also = dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))
+        better = candidate if candidate.logp > known.logp else known
+        best[text] = replace(better, source=source, also=tuple(also))
+    return list(best.values())[:max_members]
 
 
-def to_hypothesis(
-    candidate: Candidate, sources: Sequence[str], vocabulary: Vocabulary, normalize: Callable[[str], str]
-) -> Hypothesis:
-    """The member of a group that a candidate becomes; ``sources`` are those that :func:`build_members` gave for it."""
+def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Hypothesis:
+    """The member of a group that a candidate becomes."""
     text = normalize(vocabulary.ids_to_text(candidate.labels))
-    return Hypothesis(text, candidate.labels, sources[0], tuple(sources[1:]))
+    return Hypothesis(text, candidate.labels, candidate.source, candidate.also)
 
 
 def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -32,9 +32,10 @@ def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit:
         limit: largest number of proposals.
 
     Returns:
-        Distinct transcripts, most similar first, none equal to ``text``.
+        Distinct transcripts, most similar first, none of the same words as ``text``; its punctuation around the span
+        stays.
     """
-    places, sizes = word_spans(text), [len(word_spans(term)) for term in terms]
+    places, sizes = _bare_spans(text), [len(word_spans(term)) for term in terms]
     if not places or not terms:
         return []
     longest = max(sizes) + _EXTRA_WORDS
@@ -54,10 +55,19 @@ def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit:
             tried.add(int(np.where(widths == sizes[k], column, 0.0).argmax()))
         for best in tried:
             start, end = places[spans[best][0]][0], places[spans[best][1] - 1][1]
-            if column[best] > 0 and text[start:end] != term:
+            if column[best] > 0 and basic(text[start:end]) != basic(term):
                 found.append((float(column[best]), f"{text[:start]}{term}{text[end:]}"))
     found.sort(key=lambda item: -item[0])
     return list(dict.fromkeys(swapped for _, swapped in found))[:limit]
+
+
+def _bare_spans(text: str) -> list[tuple[int, int]]:
+    """The spans of the words without punctuation around them, which stays when a word is replaced."""
+    found = []
+    for start, end in word_spans(text):
+        inner = [i for i in range(start, end) if text[i].isalnum()] or [start, end - 1]
+        found.append((inner[0], inner[-1] + 1))
+    return found
 
 
 def _letters(text: str) -> str:

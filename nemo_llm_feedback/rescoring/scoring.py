@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
 from nemo_llm_feedback.core.types import Context, ExternalText, HypothesisGroup, RewardOutput
 from nemo_llm_feedback.hypotheses.external import ExternalTexts
-from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, to_hypothesis
+from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_members, scored, to_hypothesis
 from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
@@ -136,22 +137,22 @@ class Rescorer:
             RewardError: the reward cannot work at all.
         """
         names, contexts, external = self._rows(len(nbest))
+        texts = ExternalTexts(head.vocabulary, self._normalize, self.proposals)
         candidates = [[Candidate(tuple(y), "beam") for y in row] or [Candidate((), "beam")] for row in nbest]
+        for row, given, frames in zip(candidates, external, lengths.tolist(), strict=True):
+            row += [Candidate(*new) for new in texts.labels(given, frames=frames)]
+        candidates = scored(candidates, functools.partial(head.score, encoded, lengths))
         with_terms = [b for b, context in enumerate(contexts) if context.terms]
         if proposer is not None and with_terms:
             more = proposer.propose(encoded[with_terms], lengths[with_terms], [contexts[b] for b in with_terms])
             for b, found in zip(with_terms, more, strict=True):
                 candidates[b] += found
-        texts = ExternalTexts(head.vocabulary, self._normalize, self.proposals)
-        for row, given, frames in zip(candidates, external, lengths.tolist(), strict=True):
-            row += [Candidate(*new) for new in texts.labels(given, frames=frames)]
-        scores = head.score(encoded, lengths, [[c.labels for c in row] for row in candidates]).tolist()
         groups = []
-        for name, context, row, logp in zip(names, contexts, candidates, scores, strict=True):
+        for name, context, row in zip(names, contexts, candidates, strict=True):
             spelled: Any = {"vocabulary": head.vocabulary, "normalize": self._normalize}
-            keep = build_members(row, logp[: len(row)], **spelled, max_members=len(row), distinct=True)
-            members = tuple(to_hypothesis(row[i], sources, **spelled) for i, sources in keep.items())
-            groups.append(self._kept(HypothesisGroup(name, members, context, tuple(logp[i] for i in keep))))
+            keep = build_members(row, **spelled, max_members=len(row), distinct=True)
+            members = tuple(to_hypothesis(c, **spelled) for c in keep)
+            groups.append(self._kept(HypothesisGroup(name, members, context, tuple(c.logp for c in keep))))
         return self._ordered(groups)
 
     def _kept(self, group: HypothesisGroup) -> HypothesisGroup:

@@ -67,14 +67,15 @@ def test_swaps_replace_the_span_that_looks_like_the_term() -> None:
 def test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kept() -> None:
     vocabulary = Vocabulary(None, tuple("abAB ."))
     ids = {text: tuple(vocabulary.labels.index(c) for c in text) for text in ("ab", "AB.", "ba", "b")}
-    candidates = [Candidate(ids[t], "beam") for t in ("ab", "AB.", "ba", "b")]
+    texts = ("ab", "AB.", "ba", "b")
 
     def normalize(text: str) -> str:
         return text.lower().strip(".")
 
     def members(scores: list[float], **kwargs: Any) -> list[int]:
         settings = {"vocabulary": vocabulary, "normalize": normalize, "max_members": 9, "distinct": True} | kwargs
-        return list(build_members(candidates, scores, **settings))
+        candidates = [Candidate(ids[t], "beam", logp) for t, logp in zip(texts, scores, strict=True)]
+        return [[c.labels for c in candidates].index(c.labels) for c in build_members(candidates, **settings)]
 
     assert members([-2.0, -1.0, -3.0, -4.0]) == [1, 2, 3]
     assert members([-1.0, -2.0, -3.0, -4.0]) == [0, 2, 3]

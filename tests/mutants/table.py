@@ -300,8 +300,8 @@ MUTANTS = (
     Mutant(
         "members: the worse-scored spelling is kept",
         PROPOSALS,
-        "if scores[i] > scores[best.setdefault(text, i)]:",
-        "if scores[i] < scores[best.setdefault(text, i)]:",
+        "better = candidate if candidate.logp > known.logp else known",
+        "better = candidate if candidate.logp < known.logp else known",
         f"{TEST_PROPOSALS}::test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kept",
     ),
     Mutant(
@@ -314,8 +314,8 @@ MUTANTS = (
     Mutant(
         "members: infeasible ones stay",
         PROPOSALS,
-        'if score > float("-inf")] or [0]',
-        'if score >= float("-inf")] or [0]',
+        "if c.logp > -math.inf] or list",
+        "if c.logp >= -math.inf] or list",
         f"{TEST_PROPOSALS}::test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kept",
     ),
     Mutant(
