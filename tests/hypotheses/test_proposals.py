@@ -103,6 +103,48 @@ def test_a_group_does_not_depend_on_its_batch(nemo_file: Any) -> None:
     assert all(row[0].source == "greedy" for row in together)
 
 
+@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_bpe", "tdt_bpe"])
+def test_lists_that_differ_cost_one_beam_and_all_candidates_one_scoring(
+    kind: str, nemo_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = restore(nemo_file(kind), map_location="cpu")
+    head = heads_of(model)[0]
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        function = getattr(type(head), name)
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(self, *args, **kwargs)
+
+        return counted
+
+    for name in ("beam", "score"):
+        monkeypatch.setattr(type(head), name, counting(name))
+    torch.manual_seed(2)
+    encoded, lengths = torch.randn(3, 16, 12), torch.tensor([12, 7, 9])
+    contexts = [Context(terms=terms) for terms in (("soy latte",), ("mocha", "tea"), ("large",))]
+    with evaluation_mode(model):
+        proposer = Proposer(head, ProposalConfig(beam=0, boosted=4, term_swap=2, swap_similarity=1))
+        together = proposer.propose(encoded, lengths, contexts)
+        assert calls == {"beam": 1, "score": 1}
+        exact = head.score(encoded, lengths, [[c.labels for c in row] for row in together])
+    assert kind == "tdt_bpe" or any(c.source == "term_swap" for row in together for c in row)
+    for row, logp in zip(together, exact.tolist(), strict=True):
+        assert [c.logp for c in row] == pytest.approx(logp[: len(row)], abs=1e-4)
+    swaps = [[c.logp for c in row if c.source == "term_swap"] for row in together]
+    assert all(len(row) <= 4 for row in swaps)
+
+
+def test_swaps_keep_the_punctuation_around_and_never_change_it_alone() -> None:
+    assert swap_terms("A cap a chino, please.", ["cappuccino"], min_similarity=60, limit=8) == [
+        "A cappuccino, please."
+    ]
+    assert swap_terms("a Soy-Milk, please", ["soy milk"], min_similarity=60, limit=8) == []
+    assert "a soy milk, please" in swap_terms("a soymilk, please", ["soy milk"], min_similarity=60, limit=8)
+
+
 def test_boosting_and_swaps_bring_the_terms_in(nemo_file: Any) -> None:
     model = restore(nemo_file("ctc_char"), map_location="cpu")
     head = heads_of(model)[0]
