@@ -25,6 +25,10 @@ Labels = tuple[int, ...]
 # NeMo's boosting tree, or what stands for one per utterance, and its weight in the beam search.
 Boosting = tuple[Any, float]
 
+# The band's bounds cost as much as they save on a narrow joint (docs/performance.md): from this size of the joint's
+# last layer on (labels × width) it is on by default, with this tolerance in nats.
+BAND_SIZE, BAND_TOLERANCE = 160_000, 1e-3
+
 # A log-probability; −∞ would make NaNs in NeMo's beam.
 _IMPOSSIBLE = -1e4
 
@@ -355,6 +359,21 @@ def without_padding(log_probs: Tensor, lengths: Tensor) -> Tensor:
     certain = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
     certain[-1] = 0.0
     return torch.where(padded[..., None], certain, log_probs)
+
+
+def band_of(model: Any, tolerance: float | None) -> Band | None:
+    """How a model's transducer lattice is banded; None = exact.
+
+    Args:
+        model: a model of one of the supported classes.
+        tolerance: the most that log p of a hypothesis may lose, in nats, 0 = exact; None: 0.001 where the joint's last
+            layer is large enough for the band to pay, else exact.
+    """
+    if tolerance is None:
+        last = list(model.joint.joint_net)[-1] if hasattr(model, "joint") else None
+        large = isinstance(last, torch.nn.Linear) and last.in_features * last.out_features >= BAND_SIZE
+        tolerance = BAND_TOLERANCE if large else 0.0
+    return Band(tolerance) if tolerance else None
 
 
 def heads_of(

@@ -13,8 +13,7 @@ from nemo.utils import logging
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_llm_feedback.asr.heads import Head, Vocabulary, heads_of
-from nemo_llm_feedback.asr.likelihood import Band
+from nemo_llm_feedback.asr.heads import Head, Vocabulary, band_of, heads_of
 from nemo_llm_feedback.asr.look_ahead import keep_look_ahead
 from nemo_llm_feedback.asr.lora import choose_parameters
 from nemo_llm_feedback.asr.reference import FrozenReference
@@ -86,10 +85,16 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     local_lengths(model)
     if config.feedback.look_ahead is not None:
         keep_look_ahead(model.encoder, config.feedback.look_ahead)
+    band = band_of(model, config.feedback.band_tolerance)
+    if band is not None:
+        logging.info(
+            f"improbable cells of the transducer lattice are left out: log p of a hypothesis loses at most "
+            f"{band.tolerance:g} nat, which every call certifies (feedback.band_tolerance=0: exact)."
+        )
     limits: dict[str, Any] = {
         "which": config.feedback.heads,
         "memory_budget_mb": config.feedback.memory_budget_mb,
-        "band": Band(config.feedback.band_tolerance) if config.feedback.band_tolerance else None,
+        "band": band,
     }
     heads = heads_of(model, **limits)
     if config.wants_samples and len(heads) > 1:

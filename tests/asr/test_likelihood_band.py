@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +183,20 @@ def test_faults_are_named() -> None:
     joint.eval().joint_net.append(nn.Identity())
     with pytest.raises(ConfigError, match="Linear"):
         log_prob(random_frames(1, 6, ENCODER), lengths, trie, (decoder, joint), None, Band())
+
+
+def test_the_band_is_on_by_default_where_the_joint_is_large_and_off_where_it_is_asked_for(nemo_file: Any) -> None:
+    from nemo_llm_feedback.asr.heads import band_of
+    from nemo_llm_feedback.training.models import restore
+
+    small, other = restore(nemo_file("tdt_bpe"), map_location="cpu"), restore(nemo_file("ctc_bpe"), map_location="cpu")
+    large = SimpleNamespace(joint=SimpleNamespace(joint_net=[torch.nn.Tanh(), torch.nn.Linear(640, 1030)]))
+    assert band_of(small, None) is None
+    assert band_of(other, None) is None
+    found = band_of(large, None)
+    assert found is not None
+    assert found.tolerance == 1e-3
+    assert band_of(large, 0.0) is None
+    asked = band_of(small, 0.01)
+    assert asked is not None
+    assert asked.tolerance == 0.01

@@ -80,7 +80,8 @@ class FeedbackConfig(Section):
             learned and guarded; null: all of them, drawn as NeMo's training draws them. The export has all.
         memory_budget_mb: upper bound of the transducer joint's working memory in the feedback loss.
         band_tolerance: nat that log p of a hypothesis may lose by leaving improbable cells of the transducer lattice
-            out; 0 = exact. Pays with a large joint (see docs/performance.md); 0.001 is far below what learning feels.
+            out; 0 = exact. null: 0.001, far below what learning feels, where the joint is large enough for it to pay
+            (see docs/performance.md), else exact.
     """
 
     weight: NonNegativeFloat = 1.0
@@ -98,7 +99,7 @@ class FeedbackConfig(Section):
     replay_augment: bool | None = None
     look_ahead: tuple[int, ...] | None = None
     memory_budget_mb: PositiveInt = 512
-    band_tolerance: NonNegativeFloat = 0.0
+    band_tolerance: NonNegativeFloat | None = None
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""
