@@ -74,7 +74,7 @@ def test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kep
 
     def members(scores: list[float], **kwargs: Any) -> list[int]:
         settings = {"vocabulary": vocabulary, "normalize": normalize, "max_members": 9, "distinct": True} | kwargs
-        candidates = [Candidate(ids[t], "beam", logp) for t, logp in zip(texts, scores, strict=True)]
+        candidates = [Candidate(ids[t], "beam", logp=logp) for t, logp in zip(texts, scores, strict=True)]
         return [[c.labels for c in candidates].index(c.labels) for c in build_members(candidates, **settings)]
 
     assert members([-2.0, -1.0, -3.0, -4.0]) == [1, 2, 3]
