@@ -629,8 +629,8 @@ MUTANTS = (
     Mutant(
         "a member that greedy and another recogniser propose is greedy's alone",
         PROPOSALS,
-        "sources.setdefault(text, {}).update(",
-        "sources.setdefault(text, {candidates[i].source: None}) or dict().update(",
+        "dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))",
+        "dict.fromkeys((known.source, *known.also))",
         f"{TEST_EXTERNAL}::test_a_member_that_beam_and_another_recogniser_propose_is_one_and_has_both_names",
     ),
     Mutant(
