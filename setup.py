@@ -89,7 +89,7 @@ setup(
         "docs": DOCS,
         "dev": [
             *[*REMOTE, "pytest", "pytest-cov", "pytest-xdist", "hypothesis", "psutil", "ruff", "mypy"],
-            *["build", "nbclient", "nbformat", "ipykernel"],  # the wheel, and the notebooks
+            *["build", "setuptools>=77", "nbclient", "nbformat", "ipykernel"],  # the wheel, and the notebooks
         ],
     },
     entry_points={"console_scripts": ["nemo-llm-feedback = nemo_llm_feedback.cli.main:main"]},
