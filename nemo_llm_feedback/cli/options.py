@@ -198,7 +198,7 @@ class JudgeOptions:
         description: completes 'a transcript of …', e.g. 'an order at a coffee shop'
         terms: terms that may occur
         terms_file: terms that may occur: one per line, or JSON
-        alpha: weight of the LLM; default: measured, so that its scores spread twice as far as the recogniser's
+        alpha: weight of the LLM; default: measured, so that its scores spread three times as far as the recogniser's
         beta: bonus per word, in nats; default: 2·alpha
         overrides: settings as `adapt` takes them, e.g. reward=entity reward.settings.weight=3
     """
