@@ -104,14 +104,14 @@ def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: st
         if len(places) == 1 and entry.texts:
             found[places[0]] = found.get(places[0], ()) + entry.texts
         else:
-            unfit[0 if not places else 1 if len(places) > 1 else 2].append(f"{origin}: {entry.name}")
+            unfit[0 if not places else 1 if len(places) > 1 else 2].append(entry.name)
     if faults:
         raise ManifestError(list_faults(f"{len(faults)} fault(s) in {other}:", faults))
     if not found:
-        unfitting = next(filter(None, unfit), ["no entry"])[0]
+        example = next(filter(None, unfit), ["none"])[0]
         raise ManifestError(
-            f"{other}: none of its {len(entries)} entries fits a row of {manifest}, which has {rows[0].audio}; the "
-            f"other file has {unfitting}."
+            f"{other}: none of its {len(entries)} entries fits a row of {manifest} (an entry: {example}; a row: "
+            f"{rows[0].audio})."
         )
     return add_hypotheses(manifest, found, out=out, left_out=dict(zip(_UNFIT, unfit, strict=True)))
 
