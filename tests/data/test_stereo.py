@@ -101,3 +101,22 @@ def test_stereo_audio_is_evaluated_as_the_same_audio_mixed_to_one_channel(
     assert texts[0] == texts[1]
     case = evaluate(nemo_file("ctc_char"), shared / "cases" / "01-stereo" / "labelled.json")
     assert (len(case.comparison.rows), case.left_out) == (4, ())
+
+
+@pytest.mark.parametrize("lhotse", [False, True])
+def test_the_shared_case_is_read_alike_by_every_reader(
+    nemo_file: Any, shared: Path, tmp_path: Path, lhotse: bool
+) -> None:
+    from nemo_llm_feedback.training.models import restore
+
+    pool = shared / "cases" / "01-stereo" / "pool.json"
+    rows = read_manifest(pool)
+    mixed = load_audio(rows, sample_rate=16000, device=CPU)
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    cfg = config(pool, feedback={"use_text": False}, objective={"name": "self_training"})
+    cfg["model"]["train_ds"] |= {"use_lhotse": lhotse, "use_bucketing": False, "batch_size": len(rows)}
+    model.setup_feedback(cfg, work_dir=tmp_path)
+    (batch,) = model.pool_batches()
+    wanted = [row[:n] for row, n in zip(mixed.signal, mixed.signal_len.tolist(), strict=True)]
+    for row, length in zip(batch[0], batch[1].tolist(), strict=True):
+        assert any(len(own) == length and torch.allclose(row[:length], own, atol=1e-4) for own in wanted)
