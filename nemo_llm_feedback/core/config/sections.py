@@ -122,7 +122,7 @@ class ObjectiveConfig(Section):
         mixture: with kl_optimum: share of the reward's distribution in these weights, 0 to 1.
         clip: ``grpo``, ``gspo``: ratio clip ε, of the whole transcript or per label. A group that is clipped teaches
             nothing until it is made anew: a smaller ``feedback.refresh_every`` goes with a smaller clip.
-        kl_weight: ``grpo``, ``gspo``: weight of the k3 KL to the reference.
+        kl_weight: ``grpo``, ``gspo``: weight of the KL to the reference: of the group, or k3 for samples.
         standardize: ``grpo``, ``gspo``: divide advantages by the group's standard deviation.
         std_floor: ``grpo``, ``gspo``: smallest such divisor, in the reward's unit.
         beta: ``dpo``: scale of the margin, per nat; with the reference, the strength of the implied KL to it.
