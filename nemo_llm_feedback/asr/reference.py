@@ -126,6 +126,7 @@ class FrozenReference:
     def __init__(
         self, model: Any, *, which: str, memory_budget_mb: int = MEMORY_BUDGET_MB, band: Band | None = None
     ) -> None:
+        self._heads: dict[str, Any] = {"which": which, "memory_budget_mb": memory_budget_mb, "band": band}
         # One deepcopy call: parts that refer to each other (fused joint → decoding → decoder) stay consistent.
         parts = copy.deepcopy({name: getattr(model, name) for name in _PARTS if hasattr(model, name)})
         for part in parts.values():
@@ -134,7 +135,11 @@ class FrozenReference:
         vars(self).update(parts)  # under the model's names, so that it passes for one
         self.cfg = model.cfg
         self.tokenizer = getattr(model, "tokenizer", None)
-        self.heads: list[Head] = heads_of(self, which=which, memory_budget_mb=memory_budget_mb, band=band)
+        self.heads: list[Head] = heads_of(self, **self._heads)
+
+    def retaken(self, model: Any) -> FrozenReference:
+        """A copy of the model as it is now, with the same heads."""
+        return FrozenReference(model, **self._heads)
 
     def to(self, device: torch.device) -> FrozenReference:
         """Moves the copy to a device; returns the reference."""

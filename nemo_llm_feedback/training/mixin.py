@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from nemo.utils import logging
@@ -38,6 +39,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, callbacks_of, try_rates
 from nemo_llm_feedback.training.distributed import gather, local_metrics, num_ranks, zero_grad_for_unused
+from nemo_llm_feedback.training.generations import check_generations, next_generation
 from nemo_llm_feedback.training.losses import LossSum, nbest_metrics, objective_loss
 from nemo_llm_feedback.training.pool import EncodedAudio, fill_cache, pool_share
 from nemo_llm_feedback.training.replay_kl import replay_kl
@@ -226,6 +228,7 @@ class LLMFeedbackMixin(_Base):
             FeedbackError: whatever is wrong with the settings, the manifests or the LLM, before any work.
         """
         self._setup, self._feedback = build_setup(self, cfg, work_dir=work_dir, judge=reward), None
+        check_generations(self._setup.config, self._trainer)
 
     def configure_callbacks(self) -> list[Any]:
         """Logs, held-out metrics and guards; Lightning adds them to the trainer's when training starts."""
@@ -242,8 +245,31 @@ class LLMFeedbackMixin(_Base):
         if self._resumed:
             self._feedback.load_nbest(self._resumed, rank=self.global_rank)
         self._feedback = try_rates(self, self._feedback)
-        if self._feedback.statistics is not None and is_global_rank_zero():
-            write_json(self._setup.work_dir / STATISTICS_FILE, asdict(self._feedback.statistics))
+        self._write_statistics()
+
+    def begin_generation(self) -> None:
+        """Makes the model as it is now the teacher of the rest of the run, with an optimizer and a schedule anew.
+
+        Raises:
+            TrainingError, RewardError: the new teacher's groups have no signal; the old one stays.
+        """
+        with evaluation_mode(self):
+            self._feedback = next_generation(self, self.feedback_setup, self.feedback, self.encoded_pool())
+        self.trainer.strategy.setup_optimizers(self.trainer)
+        self._write_statistics()
+
+    def configure_optimizers(self) -> Any:
+        """NeMo's optimizer and schedule, which runs over the steps of a generation."""
+        if self._setup is None or self._setup.config.feedback.generations == 1:
+            return super().configure_optimizers()
+        check_generations(self._setup.config, self.trainer)
+        loop = self.trainer.fit_loop.epoch_loop  # NeMo reads the schedule's length there
+        with mock.patch.object(loop, "max_steps", self._setup.generation_steps(loop.max_steps)):
+            return super().configure_optimizers()
+
+    def _write_statistics(self) -> None:
+        if self.feedback.statistics is not None and is_global_rank_zero():
+            write_json(self.feedback_setup.work_dir / STATISTICS_FILE, asdict(self.feedback.statistics))
 
     def pool_batches(self) -> Iterator[Any]:
         """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""

@@ -54,8 +54,8 @@ from nemo_llm_feedback.training.inputs import (
     set_validation,
 )
 from nemo_llm_feedback.training.pool import EncodedAudio, measure_pool
-from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, PoolStatistics, Settings
-from nemo_llm_feedback.training.weights import snapshot
+from nemo_llm_feedback.training.state import Feedback, FeedbackSetup, Generation, PoolStatistics, Settings
+from nemo_llm_feedback.training.weights import holding, snapshot
 
 # Best-rewarded texts that are longer or shorter than the recogniser's by more than this factor call for another β.
 _LENGTH_TOLERANCE = 1.2
@@ -213,6 +213,10 @@ def _check_held_out(setup: FeedbackSetup) -> None:
             "no rows are held out (tarred audio, or too few for guards.held_out="
             f"{setup.config.guards.held_out}): the guards watch {len(setup.held_out_rows())} rows that are trained on."
         )
+    if setup.config.feedback.generations > 1 and not setup.held_out_rows():
+        raise ConfigError(
+            "no audio file can be read to choose a teacher by (tarred audio): set feedback.generations=1."
+        )
     if setup.rates and not setup.held_out_rows():
         raise ConfigError("no audio file can be read to judge a trial by (tarred audio): set model.optim.lr.")
 
@@ -254,6 +258,9 @@ def start(
     """
     setup.reference.to(model.device)
     config = setup.config
+    generation = Generation(**(known or {}).get("generation", {}))
+    with holding(model, generation.weights):
+        teacher = setup.reference.retaken(model) if generation.weights else setup.reference
     tdt = any(getattr(head, "durations", ()) for head in heads_of(model))
     exact = tdt and model.device.type == "cpu"
     if exact and (setup.staged.num_labelled or config.objective.name == "self_training"):
@@ -268,26 +275,45 @@ def start(
         if scorer is not None and num_ranks() > 1 and (statistics is not None or not config.needs_reward):
             scorer.load()  # a rank that fails to load in mid-training would leave the others waiting
     if statistics is None and config.needs_reward:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            keep = None if config.on_policy else cache
-            statistics = measure_pool(pool(), build, config, head=setup.heads[0].name, keep=keep)
-        _report(statistics, config)
+        statistics = measured(setup, pool(), lambda settings: build(settings, teacher), cache)
     if statistics is not None:
         config = statistics.applied_to(config)
-    maker = build(config)
+    maker = build(config, teacher)
     if scorer is not None:
         rate = float(getattr(maker.reward, "hit_rate", float("nan")))
         cached = f"{100 * rate:.1f} % of the scores came from the cache; " if rate == rate else ""
         state = "loaded" if scorer.loaded else "not loaded until a score is not in the cache"
         logging.info(f"{cached}the LLM is {state}.")
     extra = {"maker": maker, "statistics": statistics, "scorer": scorer, "exact_supervision": exact}
-    extra |= {"cache": cache, "chat_date": day}
+    extra |= {"cache": cache, "chat_date": day, "build": build, "teacher": teacher, "generation": generation}
     return Feedback(**{**vars(setup), "config": config, **extra})
 
 
-def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMaker], Any]:
-    """What makes an N-best maker by settings that differ in the pool's scales only, and the LLM."""
+def measured(
+    setup: FeedbackSetup, pool: Iterable[EncodedAudio], build: Callable[[RunConfig], NBestMaker], cache: NBestCache
+) -> PoolStatistics:
+    """Measures the pool by the run's settings.
+
+    Args:
+        setup: the run's set-up.
+        pool: batches of this rank's share.
+        build: settings → what makes N-best lists by them.
+        cache: gets the groups, which are those of the first refresh.
+
+    Raises:
+        TrainingError, RewardError: no group has a signal to learn from.
+    """
+    config = setup.config
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        keep = None if config.on_policy else cache
+        statistics = measure_pool(pool, build, config, head=setup.heads[0].name, keep=keep)
+    _report(statistics, config)
+    return statistics
+
+
+def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig, FrozenReference], NBestMaker], Any]:
+    """What makes an N-best maker by settings that differ in the pool's scales only and a teacher, and the LLM."""
     given = setup.config
     scorer = None
     if given.needs_llm:
@@ -301,7 +327,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
         base = reward_from_config(replace(given, reward=replace(given.reward, cache=cache)), scorer)
     normalize = get_normalizer(given.feedback.normalizer)
 
-    def build(config: RunConfig) -> NBestMaker:
+    def build(config: RunConfig, teacher: FrozenReference) -> NBestMaker:
         """The maker by these settings."""
         reward, proposals = base, config.proposals
         if config.objective.source:  # what is learned is the source's best text
@@ -311,7 +337,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig], NBestMak
             reward = base.with_weights(alpha=alpha, beta=beta)
         return NBestMaker(
             Proposer(setup.heads[0], proposals, generator=setup.generator),
-            setup.reference,
+            teacher,
             normalize=normalize,
             reward=reward,
             corrector=corrector,

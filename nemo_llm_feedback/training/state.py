@@ -6,7 +6,7 @@ a state dict or an optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.distributed import gather, num_ranks
 from nemo_llm_feedback.training.resume import random_states, set_random_states
+from nemo_llm_feedback.training.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ class FeedbackSetup(Settings):
         """Rows that the guards watch: those kept from training, or, of a pool too small or tarred, some of it."""
         return self.staged.held_out or self.some_rows(self.config.guards.held_out_utterances)
 
+    def generation_steps(self, max_steps: int) -> int:
+        """Steps of a generation of a run of ``max_steps``; the last one may have fewer."""
+        return -(-max_steps // self.config.feedback.generations)
+
     def general_speech(self) -> str:
         """How the run keeps or watches general speech, as a line of its plan."""
         kept = ["held by replay rows"] if self.reader.replays else []
@@ -141,12 +146,31 @@ class FeedbackSetup(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A part of a run with one teacher: the model whose scores are in the reward, and over which a gain is counted.
+
+    Attributes:
+        number: 1, 2 …
+        began: the step behind which it began.
+        weights: the teacher's, as :func:`~nemo_llm_feedback.training.weights.snapshot` has them; None = the starting
+            model's.
+    """
+
+    number: int = 1
+    began: int = 0
+    weights: Weights | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Feedback(FeedbackSetup):
     """What the main path uses: the set-up, with what needed the device, the LLM and the pool.
 
     Attributes:
         config: the settings, with what the pool has set.
         maker: proposes and rewards.
+        build: makes it, by settings that differ in the pool's scales only, with a teacher.
+        teacher: the model whose scores are in the reward: the reference in the first generation.
+        generation: the generation that the run is in.
         cache: the N-best of this refresh.
         statistics: statistics of the pool; None for a run without reward.
         scorer: the LLM, or None.
@@ -155,6 +179,9 @@ class Feedback(FeedbackSetup):
     """
 
     maker: NBestMaker
+    build: Callable[[RunConfig, FrozenReference], NBestMaker]
+    teacher: FrozenReference
+    generation: Generation = field(default_factory=Generation)
     cache: NBestCache = field(default_factory=NBestCache)
     statistics: PoolStatistics | None = None
     scorer: Any = None
@@ -184,6 +211,7 @@ class Feedback(FeedbackSetup):
         ranks = gather((self.cache.to_plain(), random_states([self.generator])))
         return {
             "statistics": asdict(self.statistics) if self.statistics else None,
+            "generation": vars(self.generation),
             "nbest": [kept for kept, _ in ranks],
             "random": [states for _, states in ranks],
             "chat_date": self.chat_date,

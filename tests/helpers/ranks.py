@@ -118,8 +118,9 @@ def train(
             "heads": more.get("heads", "auto"),
             "labelled": more.get("labelled", "supervised"),
             "augment": False,
+            "generations": more.get("generations", 1),
         },
-        "guards": {"every": 0},
+        "guards": more.get("guards", {"every": 0}),
         "proposals": {"beam": 4, "boosted": 0, "term_swap": 0, "max_members": 8, "max_symbols": 3},
         "objective": {"name": more.get("objective", "distill"), "temperature": 0.5, "mass_weight": 0.5},
         "reward": {"name": "length"},
@@ -157,6 +158,28 @@ def _failure(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
     except FeedbackError as error:
         return {"type": type(error).__name__, "message": str(error)}
     return {}
+
+
+def _generations(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
+    """A run of two generations whose measurements find one gain after the other."""
+    from dataclasses import replace
+
+    from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
+
+    measure = HeldOutEvaluator.measure
+    HeldOutEvaluator.measure = lambda self, model, *, step: replace(  # type: ignore[method-assign]
+        measure(self, model, step=step), gain=float(step), kl=0.0
+    )
+    guards = {"every": 1, "held_out": 0.3, "max_length_ratio": 100.0, "max_empty_rise": 1.0}
+    work = folder / f"work{os.environ['LOCAL_RANK']}"
+    model = train(nemo, manifest, work, steps=4, generations=2, guards=guards)
+    generation = model.feedback.generation
+    return {
+        "number": generation.number,
+        "began": generation.began,
+        "teacher": generation.weights,
+        "weights": model.state_dict(),
+    }
 
 
 def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
@@ -233,6 +256,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "equal": _equal,
     "lhotse": _lhotse,
     "failure": _failure,
+    "generations": _generations,
     "adapt": _adapt,
     "cached": _cached,
     "statistics": _statistics,

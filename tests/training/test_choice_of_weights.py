@@ -241,8 +241,8 @@ def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gains: 
     names = ("a", "b", "c")
     evaluator.audio = [Audio(torch.zeros(3, 1), torch.ones(3), names, (Context(),) * 3)]
     scores = [-1.0, -2.0, -3.0]
-    evaluator._start = _Transcripts(["tea", "latte", "mocha"], [], scores, scores)
-    found = evaluator._gains(_Transcripts(["a tea", "late", "mocha"], [], scores, scores))
+    evaluator._teacher = _Transcripts(["tea", "latte", "mocha"], [], scores, [], scores)
+    found = evaluator._gains(_Transcripts(["a tea", "late", "mocha"], [], scores, [], scores))
     assert found == pytest.approx(gains, nan_ok=True)
 
 

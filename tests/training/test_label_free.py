@@ -120,11 +120,11 @@ def test_a_rank_and_a_resumed_run_take_what_was_measured() -> None:
     reference = SimpleNamespace(heads=heads)
     setup: Any = SimpleNamespace(config=config, judge=reward, heads=heads, reference=reference, generator=None)
     build, _ = preparation._maker_builder(setup)
-    assert build(config).reward is reward
-    assert build(applied).reward == "new"
-    assert build(applied).proposer.config.boosting_weight == 0.5
+    assert build(config, reference).reward is reward
+    assert build(applied, reference).reward == "new"
+    assert build(applied, reference).proposer.config.boosting_weight == 0.5
     assert reweighed == [(0.7, 1.4)] * 2
-    assert (build(config)._trust, build(applied)._trust) == (None, Trust({"a": 2.5}))
+    assert (build(config, reference)._trust, build(applied, reference)._trust) == (None, Trust({"a": 2.5}))
 
 
 def test_where_there_is_no_pool_null_is_one_and_two() -> None:

@@ -60,13 +60,16 @@ class AdaptResult:
         alpha, beta: weights of the reward; None for a reward without any.
         boosting_weight: weight of the boosting tree.
         kept_step: the step whose weights are exported; 0 = the start.
-        gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
+        gain: held-out gain of these weights over their generation's teacher, in the reward's unit; NaN without a
+            reward.
         ended: why training ended before its last step; empty if it did not.
         steps: optimizer steps that were taken.
         share: share of the update that is exported; 1 = the adapted weights.
         general: how general speech was held or watched.
         guard_wer: the guard set's WER in % before and after; empty without one.
         history: the held-out measurements, in order.
+        generation: the generation of the exported weights; ``alpha``, ``beta`` and ``boosting_weight`` are the last
+            one's that began.
     """
 
     nemo: Path
@@ -86,6 +89,7 @@ class AdaptResult:
     general: str = ""
     guard_wer: tuple[float, ...] = ()
     history: list[HeldOutMetrics] = field(default_factory=list)
+    generation: int = 1
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def _how_to_go_on(log_dir: Path) -> str:
 
 Changed = tuple[Sequence[Row], Decoded, Decoded]
 # What a run took and gave, in its result and in what the exported checkpoint holds of it.
-_TAKEN = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "gain", "ended", "share")
+_TAKEN = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "generation", "gain", "ended")
 
 
 def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
@@ -234,6 +238,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         general=model.feedback_setup.general_speech(),
         guard_wer=stopping.guard_wer,
         history=stopping.history,
+        generation=stopping.kept_generation,
     )
 
 
@@ -245,7 +250,8 @@ def summary(result: AdaptResult) -> str:
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
     weights = "" if result.alpha is None else f", alpha {result.alpha:g}, beta {result.beta:g}"
     gain = "" if result.gain != result.gain else f", held-out gain {result.gain:+.2f}"
-    kept = f"step {result.kept_step} of {result.steps}" if result.kept_step else "the start: no step gained"
+    part = f", generation {result.generation}" if result.generation > 1 else ""
+    kept = f"step {result.kept_step} of {result.steps}{part}" if result.kept_step else "the start: no step gained"
     moved = f", {100 * result.share:.0f} % of the update" if result.share < 1 else ""
     wer = "; its WER {:.1f} → {:.1f} %".format(*result.guard_wer) if result.guard_wer else ""
     facts = {
@@ -311,7 +317,8 @@ def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
         "reward": start.reward_line(config.reward) if config.needs_reward else None,
         "pool_rows": staged.num_unlabeled,
         "pool_hours": round(staged.hours(unlabeled=True), 3),
-        **{name: getattr(result, name) for name in _TAKEN},
+        **{name: getattr(result, name) for name in (*_TAKEN, "share")},
+        "generation": result.generation if config.feedback.generations > 1 else None,
         "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
     }
@@ -333,7 +340,7 @@ def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
-    kept = {name: getattr(result, name) for name in ("nemo", *_TAKEN, "guard_wer", "history")}
+    kept = {name: getattr(result, name) for name in ("nemo", *_TAKEN, "share", "guard_wer", "history")}
     changed = [{"before": a, "after": b} for a, b in result.changed]
     plain: dict[str, Any] = to_plain({**kept, **_plain_scores(result), "changed": changed})
     return plain

@@ -93,6 +93,7 @@ def runs_text(runs: list[Run]) -> str:
             if score in before and score in (after := run.result["after"].get(name, {}))
         ]
         facts += [f"{key}={_short(value, 40)}" for key, value in run.settings.items()]
+        facts += [f"kept generation {run.result['generation']}"] if run.result["generation"] > 1 else []
         facts += [f"ended early: {run.result['ended']}"] if run.result["ended"] else []
         lines += textwrap.wrap(f"{run.folder}: {', '.join(facts)}", 80, subsequent_indent="  ") if facts else []
     if any(run.state == "interrupted" for run in runs):
@@ -108,7 +109,7 @@ def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) 
         "learning_rate": max((rate for rate in rates if rate is not None), default=None),
         "alpha": settings.get("reward.alpha"),
         "gain": max((line["held_out/gain"] for line in steps if "held_out/gain" in line), default=None),
-    } | {"kept_step": None, "before": {}, "after": {}, "ended": "", "nemo": None}
+    } | {"kept_step": None, "generation": 1, "before": {}, "after": {}, "ended": "", "nemo": None}
     return Run(
         folder=str(path.relative_to(top)),
         state="finished" if found else ("running" if in_use(path) else "interrupted"),

@@ -252,7 +252,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     sources = ", ".join(f"{n} {name}" for name in SOURCE_NAMES if (n := getattr(config.proposals, name)))
     if staged.sources and config.proposals.external and not config.wants_samples:
         sources += f", {config.proposals.external} of each of {', '.join(staged.sources)}"
-    context = config.context.load()
+    context, many = config.context.load(), config.feedback.generations
     several = look_aheads(model.encoder)
     lines = [
         "plan",
@@ -267,12 +267,13 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         f"  groups       {sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
         *([f"  sources      {given}"] if (given := others_line(staged.rows, config)) else []),
+        *([f"  generations  {many}: the best weights of one are the teacher of the next"] if many > 1 else []),
         f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
         "learning rate "
         + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
         *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
         f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
-        f"frozen reference {setup.reference.memory_bytes / _MB:.0f} MB; "
+        f"frozen reference {setup.reference.memory_bytes / _MB:.0f} MB{', twice' if many > 1 else ''}; "
         f"joint at most {config.feedback.memory_budget_mb} MB",
     ]
     if config.llm is not None and config.needs_llm:

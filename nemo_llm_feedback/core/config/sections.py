@@ -68,6 +68,10 @@ class FeedbackConfig(Section):
         use_text: False treats every row of the training manifest as unlabeled and never reads its text.
         normalizer: text normalisation under which hypotheses of a group must differ and rewards read them.
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
+        generations: parts of the run, each with a teacher, an optimizer and a schedule of its own; they share the
+            trainer's ``max_steps``. The best weights that passed the guards become the next one's teacher: their
+            scores stand in the reward, alpha and boosting are set anew, and gains are counted over them. Replay and
+            guards keep to the base (docs/howto/generations.md).
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
         pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
@@ -92,6 +96,7 @@ class FeedbackConfig(Section):
     use_text: bool = True
     normalizer: NormalizerName = "basic"
     on_bad_audio: Literal["error", "skip"] = "error"
+    generations: PositiveInt = 1
     refresh_every: PositiveInt = 50
     pool_utterances: PositiveInt = 64
     log_hypotheses_every: NonNegativeInt = 50

@@ -33,6 +33,7 @@ _LABELS = {
     "pool_hours": "Hours of audio",
     "steps": "Steps",
     "kept_step": "Kept step",
+    "generation": "Its generation",
     "gain": "Held-out gain",
     "share": "Share of the update",
     "ended": "Ended early",

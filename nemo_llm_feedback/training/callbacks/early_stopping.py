@@ -8,11 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 from nemo.utils import logging
 
+from nemo_llm_feedback.core.errors import RewardError, TrainingError
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.callbacks.step_log import log_values
 from nemo_llm_feedback.training.distributed import CollectiveBlock, gather
-from nemo_llm_feedback.training.state import FeedbackSetup
+from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
 from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, interpolated, put_back, snapshot
 
 
@@ -21,8 +22,9 @@ class HeldOutEarlyStopping(pl.Callback):
 
     What the run gives are the latest weights whose held-out reward is the highest, or below it by less than chance
     explains (``guards.standard_errors``): the rate falls to 0, so of equals the later ones have the less noise. Where
-    there is no reward (plain self-training), they are those of the last measurement that passed. With
-    ``parameters.ema_decay`` measurements, choice and export use the moving average. Every decision is rank 0's.
+    there is no reward (plain self-training), they are those of the last measurement that passed. At the end of a
+    generation they are the next one's teacher. With ``parameters.ema_decay`` measurements, choice and export use the
+    moving average. Every decision is rank 0's.
 
     Args:
         setup: the run's set-up.
@@ -45,7 +47,7 @@ class HeldOutEarlyStopping(pl.Callback):
         self._best: Weights | None = None
         self._restored: dict[str, Any] = {}
         self._since, self._last_step = 0, -1
-        self._violated, self._every = False, 0
+        self._violated, self._every, self._generations = False, 0, setup.config.feedback.generations
         self.history: list[HeldOutMetrics] = []
         self.reason, self.share, self.kept_step, self.done = "", 1.0, 0, False
         self.guard_wer: tuple[float, ...] = ()
@@ -56,6 +58,11 @@ class HeldOutEarlyStopping(pl.Callback):
         if self._evaluator is None or not self._evaluator.rewarded:
             return math.nan
         return next((found.gain for found in self.history if found.step == self.kept_step), 0.0)
+
+    @property
+    def kept_generation(self) -> int:
+        """The generation of the kept weights."""
+        return next((found.generation for found in self.history if found.step == self.kept_step), 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Prepares the measurements; a resumed run takes its best weights back."""
@@ -87,8 +94,12 @@ class HeldOutEarlyStopping(pl.Callback):
             self._average.update(pl_module)
         if failed:
             self._stop(trainer, f"{pl_module.nonfinite_steps} steps in a row had a gradient that is not finite")
-        elif self._evaluator is not None and step % self._every == 0 and not self._measured(step):
-            self._measure(trainer, pl_module, step)
+        elif self._evaluator is not None and not self._measured(step):
+            ends = self._generations > 1 and step == _last_step(trainer, pl_module.feedback)
+            if ends or step % self._every == 0:
+                self._measure(trainer, pl_module, step)
+            if (ends or self.reason) and not self._violated:
+                self._end_generation(trainer, pl_module)
 
     def finish(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Puts the weights in place that the run gives; behind the last checkpoint, which is there to go on from."""
@@ -132,7 +143,8 @@ class HeldOutEarlyStopping(pl.Callback):
         learn the domain lose some reward first.
         """
         assert self._evaluator is not None
-        best = max(self.history, key=lambda known: max(0.0, known.gain))  # the first of equals; NaN counts as 0
+        over_this_teacher = [known for known in self.history if known.generation == found.generation]
+        best = max(over_this_teacher, key=lambda known: max(0.0, known.gain))  # the first of equals; NaN counts as 0
         gained = best.gain > 0
         rises = not self._evaluator.rewarded or (gained and best is found)
         reached = best.gains if gained else (0.0,) * len(found.gains)
@@ -144,6 +156,33 @@ class HeldOutEarlyStopping(pl.Callback):
             self.reason = f"the held-out reward has not risen for {self._since} measurements"
             logging.info(f"stopped at step {found.step}: {self.reason}.")
             trainer.should_stop = True
+
+    def _end_generation(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The kept weights become the next generation's teacher; behind the last one, or without gain, training ends.
+
+        How far the weights may be from the starting model is limited at the end of the run, as in any.
+        """
+        assert self._evaluator is not None
+        generation, trainer.should_stop = pl_module.feedback.generation, True
+        if generation.number == self._generations:
+            return
+        if self.kept_step <= generation.began:
+            self.reason = self.reason or f"generation {generation.number} gained nothing"
+            return
+        put_back(pl_module, self._best or self._start)
+        try:
+            pl_module.begin_generation()
+        except (TrainingError, RewardError) as error:
+            self.reason = f"generation {generation.number + 1} has nothing to learn from: {error}"
+            logging.warning(self.reason)
+            return
+        start_wer, self._evaluator = self._evaluator.start_wer, HeldOutEvaluator(pl_module, pl_module.feedback)
+        self._evaluator.start_wer = start_wer
+        self._since = 0
+        if self._average is not None:
+            self._average = MovingAverage(self._parameters.ema_decay, snapshot(pl_module))
+        self.reason, trainer.should_stop = "", False
+        logging.info(f"generation {generation.number + 1}: its teacher has the weights of step {self.kept_step}.")
 
     def _stop(self, trainer: pl.Trainer, why: str) -> None:
         back = "; going back to the best weights that passed" if self._limits.on_violation == "rollback" else ""
@@ -207,3 +246,8 @@ class HeldOutEarlyStopping(pl.Callback):
         self._best = state_dict["best"]
         self.kept_step, self._since = state_dict["best_step"], state_dict["since"]
         self.history = [HeldOutMetrics(**found) for found in state_dict["history"]]
+
+
+def _last_step(trainer: pl.Trainer, feedback: Feedback) -> int:
+    """The step at which the run's generation ends."""
+    return feedback.generation.began + feedback.generation_steps(trainer.max_steps)

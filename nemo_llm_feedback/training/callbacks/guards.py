@@ -20,7 +20,7 @@ class HeldOutMetrics:
 
     Attributes:
         step: optimizer steps done.
-        gain: mean of R(policy's transcript) − R(starting model's), in the reward's unit; NaN without a reward.
+        gain: mean of R(policy's transcript) − R(teacher's), in the reward's unit; NaN without a reward.
         length_ratio: total length ÷ the starting model's.
         empty_rise: share of empty transcripts − the starting model's.
         repetition_rise: mean share of repeated words − the starting model's.
@@ -31,6 +31,7 @@ class HeldOutMetrics:
         wer_rise: relative rise of the guard set's WER; NaN without one.
         unknown_rise: share of transcripts with the sign of the unknown label (⁇) − the starting model's.
         gains: ``gain`` of each utterance; NaN = cannot be judged. Empty without a reward.
+        generation: the generation of the run, over whose teacher the gain is counted.
     """
 
     step: int
@@ -44,11 +45,12 @@ class HeldOutMetrics:
     wer_rise: float
     unknown_rise: float = 0.0
     gains: tuple[float, ...] = ()
+    generation: int = 1
 
     def metrics(self) -> dict[str, float]:
         """Name → value for logs, those that were measured."""
         named = asdict(self).items()
-        return {f"held_out/{k}": float(v) for k, v in named if k not in ("step", "gains") and v == v}
+        return {f"held_out/{k}": float(v) for k, v in named if k not in ("step", "gains", "generation") and v == v}
 
 
 def as_good(found: Sequence[float], best: Sequence[float], *, standard_errors: float) -> bool:

@@ -36,21 +36,24 @@ class _Transcripts:
         texts: texts as the model writes them.
         labels: their label sequences.
         logp: log p under the model that wrote them.
-        frozen: log p under the starting model.
+        start: log p under the starting model.
+        teacher: log p under the model whose scores are in the reward.
     """
 
     texts: list[str]
     labels: list[Labels]
     logp: list[float]
-    frozen: list[float]
+    start: list[float]
+    teacher: list[float]
 
 
 class HeldOutEvaluator:
-    """Compares the policy with the starting model on held-out audio, which it keeps in memory.
+    """Compares the policy with the starting model on held-out audio, which it keeps in memory; the gain of reward is
+    counted over the teacher, which is the starting model in the first generation.
 
     Args:
         model: the policy, for its device, sample rate and decoding limits.
-        feedback: state with the frozen reference, which is the starting model, and the reward.
+        feedback: state with the frozen reference, which is the starting model, the teacher and the reward.
 
     Attributes:
         audio: the held-out utterances.
@@ -71,7 +74,9 @@ class HeldOutEvaluator:
         ]
         # A streaming checkpoint is watched in all its look-aheads, which count the same.
         self._look_aheads: list[list[int] | None] = [*look_aheads(model.encoder)] or [None]
-        self._start = self._transcribe(feedback.reference, feedback.reference.heads[0])
+        start, teacher = feedback.reference, feedback.teacher
+        self._start = self._transcribe(start, start.heads[0])
+        self._teacher = self._start if teacher is start else self._transcribe(teacher, teacher.heads[0])
         self.start_wer: float | None = None
         self.rewarded = config.needs_reward
 
@@ -87,7 +92,7 @@ class HeldOutEvaluator:
             now = self._transcribe(model, self._feedback.heads[0])
         gains = self._gains(now)
         judged = [gain for gain in gains if gain == gain]
-        pairs = zip(now.labels, now.logp, now.frozen, strict=True)
+        pairs = zip(now.labels, now.logp, now.start, strict=True)
         ratios = [
             (p - f) / max(1, len(y)) for y, p, f in pairs if p == p and f == f and abs(p) + abs(f) < float("inf")
         ]
@@ -97,6 +102,7 @@ class HeldOutEvaluator:
             gains=gains,
             kl=sum(ratios) / len(ratios) if ratios else float("inf"),
             wer_rise=float("nan") if self._feedback.everyday else self.wer_rise(model),
+            generation=self._feedback.generation.number,
             **text_drift(now.texts, self._start.texts),
         )
 
@@ -129,26 +135,26 @@ class HeldOutEvaluator:
 
     @torch.no_grad()
     def _transcribe(self, model: Any, head: Head) -> _Transcripts:
-        """By the policy, or by the frozen reference itself."""
-        reference = self._feedback.reference
+        """By the policy, or by a frozen model itself."""
+        start, teacher = self._feedback.reference, self._feedback.teacher
         labels: list[Labels] = []
-        logp: list[float] = []
-        frozen: list[float] = []
+        logp: dict[int, list[float]] = {id(scorer): [] for scorer in (model, start, teacher)}
         for context, audio in itertools.product(self._look_aheads, self.audio):
-            with looking_ahead(context, model.encoder, reference.encoder):
+            with looking_ahead(context, model.encoder, start.encoder, teacher.encoder):
                 encoded, lengths = encode(model, audio.signal, audio.signal_len)
                 found = head.greedy(encoded, lengths, max_symbols=self._max_symbols)
                 labels += found
-                logp += _scores(head, encoded, lengths, found)
-                if model is not reference:
-                    encoded, lengths = reference.encode(audio.signal, audio.signal_len)
-                    frozen += _scores(reference.heads[0], encoded, lengths, found)
-        return _Transcripts([head.vocabulary.ids_to_text(y) for y in labels], labels, logp, frozen or logp)
+                logp[id(model)] += _scores(head, encoded, lengths, found)
+                for frozen in {start, teacher} - {model}:
+                    encoded, lengths = frozen.encode(audio.signal, audio.signal_len)
+                    logp[id(frozen)] += _scores(frozen.heads[0], encoded, lengths, found)
+        texts = [head.vocabulary.ids_to_text(y) for y in labels]
+        return _Transcripts(texts, labels, logp[id(model)], logp[id(start)], logp[id(teacher)])
 
     def _gains(self, now: _Transcripts) -> tuple[float, ...]:
-        """Gain of reward of each utterance: 0 where the text is the starting model's, NaN where the reward cannot
+        """Gain of reward of each utterance: 0 where the text is the teacher's, NaN where the reward cannot
         judge, and for all if it can judge none of the texts that changed. Both texts stand in one group, so that
-        rewards that compare members work too, and greedy is the starting model's. Empty without a reward.
+        rewards that compare members work too, and greedy is the teacher's. Empty without a reward.
         """
         reward = self._feedback.maker.reward
         if reward is None:
@@ -157,13 +163,14 @@ class HeldOutEvaluator:
         contexts = [c for audio in self.audio for c in audio.contexts] * len(self._look_aheads)
         spoken = [self._normalize(text) for audio in self.audio for text in audio.texts] * len(self._look_aheads)
         texts = [
-            (self._normalize(new), self._normalize(old)) for new, old in zip(now.texts, self._start.texts, strict=True)
+            (self._normalize(new), self._normalize(old))
+            for new, old in zip(now.texts, self._teacher.texts, strict=True)
         ]
         gains = torch.zeros(len(texts))
         changed = [b for b, (new, old) in enumerate(texts) if new != old]
         if changed:
             members = [(Hypothesis(texts[b][0], (), "policy"), Hypothesis(texts[b][1], (), "greedy")) for b in changed]
-            ref_logp = torch.tensor([[now.frozen[b], self._start.logp[b]] for b in changed])
+            ref_logp = torch.tensor([[now.teacher[b], self._teacher.logp[b]] for b in changed])
             groups = hypothesis_groups(
                 [names[b] for b in changed],
                 [contexts[b] for b in changed],

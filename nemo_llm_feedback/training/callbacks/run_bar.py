@@ -32,6 +32,7 @@ class RunBar(pl.Callback):
         self._update: Any = None
         self._clock = RunClock()
         self._shown = self._last_step = 0
+        self._generation = 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Shows what was found on the pool, and opens the bar."""
@@ -43,6 +44,7 @@ class RunBar(pl.Callback):
         if session is None or not trainer.is_global_zero:
             return
         console.show(_found(pl_module))
+        self._generation = pl_module.feedback.generation.number
         total = int(trainer.estimated_stepping_batches)
         limits = pl_module.feedback.config.guards
         self._clock = RunClock(start=start, total=total, every=limits.interval(total) if limits.measures else 0)
@@ -137,7 +139,7 @@ class RunClock:
 def _found(model: Any) -> str:
     """What the pool and the trial have set, one line each."""
     feedback = model.feedback
-    statistics, config = feedback.statistics, feedback.config
+    statistics, config, number = feedback.statistics, feedback.config, feedback.generation.number
     lines = []
     if statistics is not None:
         share = f"{100 * statistics.signal_fraction:.0f} % of {statistics.utterances} utterances have a reward signal"
@@ -151,7 +153,9 @@ def _found(model: Any) -> str:
             lines.append(f"  boosting     weight {statistics.boosting_weight:g}")
     rate = model.cfg.optim.lr
     lines.append(f"  rate         {rate:g}" + (", by the trial" if feedback.rates else ""))
-    return "\n".join(["found", *lines])
+    return "\n".join(
+        [f"generation {number}, whose teacher is the model as it was best" if number > 1 else "found", *lines]
+    )
 
 
 def _held_out_line(found: HeldOutMetrics, *, kept: bool) -> str:
