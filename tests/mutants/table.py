@@ -464,8 +464,8 @@ MUTANTS = (
     Mutant(
         "the worst weights are kept",
         STOPPING,
-        "best = max(self.history",
-        "best = min(self.history",
+        "best = max(over_this_teacher",
+        "best = min(over_this_teacher",
         f"{CHOICE}::test_the_best_measurement_is_kept_and_patience_stops_the_run",
     ),
     Mutant(

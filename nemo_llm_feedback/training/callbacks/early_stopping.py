@@ -169,7 +169,8 @@ class HeldOutEarlyStopping(pl.Callback):
         if self.kept_step <= generation.began:
             self.reason = self.reason or f"generation {generation.number} gained nothing"
             return
-        put_back(pl_module, self._best or self._start)
+        assert self._best is not None
+        put_back(pl_module, self._best)
         try:
             pl_module.begin_generation()
         except (TrainingError, RewardError) as error:
