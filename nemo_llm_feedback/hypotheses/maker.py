@@ -89,8 +89,7 @@ class NBestMaker:
         for head in others:
             ref_logp[head.name] = head.score(*reference, [[c.labels for c in row] for row in kept]).float().cpu()
         members = tuple(tuple(to_hypothesis(c, **spelled) for c in row) for row in kept)
-        texts = [self._normalize(text) for text in audio.texts]
-        return judged(audio.utterances, audio.contexts, members, ref_logp, self.reward, self._trust, texts=texts)
+        return self._judged(audio.utterances, audio.contexts, members, ref_logp, texts=audio.texts)
 
     @torch.no_grad()
     def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:
@@ -104,9 +103,17 @@ class NBestMaker:
         scores = self._reference.heads[0].score(encoded, lengths, texts).tolist()
         return [dict(zip(row, logp, strict=False)) for row, logp in zip(texts, scores, strict=True)]
 
-    def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
-        """The same members with this maker's rewards."""
-        return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, self.reward, self._trust)
+    def judged_anew(self, nbest: NBestBatch, texts: Sequence[str]) -> NBestBatch:
+        """The same members with this maker's rewards.
+
+        Args:
+            nbest: what a maker with other weights made.
+            texts: B transcripts of its rows, or none, as ``Audio.texts``.
+        """
+        return self._judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, texts=texts)
+
+    def _judged(self, *made: Any, texts: Sequence[str]) -> NBestBatch:
+        return judged(*made, self.reward, self._trust, texts=[self._normalize(text) for text in texts])
 
     def _external(self, audio: Audio, lengths: Tensor) -> list[list[Candidate]]:
         """Other recognisers' texts of each utterance."""

@@ -56,7 +56,8 @@ class PoolShare:
     def groups(self, config: RunConfig, label: str, *, batches: int | None = None) -> list[NBestBatch]:
         """The groups of the first batches, or of all, by settings that differ in what the pool sets."""
         maker, made = self._build(config), self._made.setdefault(config.proposals.boosting_weight, [])
-        known = [maker.judged_anew(nbest) for nbest in made[:batches]]
+        pairs = zip(made[:batches], self.parts, strict=False)
+        known = [maker.judged_anew(nbest, part.audio.texts) for nbest, part in pairs]
         missing = self.parts[len(known) : batches]
         if missing:
             made += [maker.make(*part) for part in console.track(missing, label)]

@@ -244,9 +244,9 @@ def _statistics(folder: Path) -> dict[str, Any]:
     scores = torch.tensor([[0.0, 2.0]])[:, :size]
     parts = {"llm": 3 * scores, "asr": -scores, "length": scores}
     nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
-    maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest: nbest)
+    maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest, texts: nbest)
     pool: Any = [
-        EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),), external=()), 0, 0)  # type: ignore[arg-type]
+        EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),), external=(), texts=()), 0, 0)  # type: ignore[arg-type]
     ]
     config = parse_run_config({"llm": {"model": "a/b"}, "context": {"description": "x"}})
     return asdict(measure_pool(pool, lambda settings: maker, config, head="ctc"))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import jiwer
 import pytest
+import torch
 
-from nemo_llm_feedback.core.config import RunConfig, parse_run_config
+from nemo_llm_feedback.core.config import ProposalConfig, RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
+from nemo_llm_feedback.core.text import basic
 from nemo_llm_feedback.core.types import Context, Hypothesis, HypothesisGroup
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.rewards import as_reward, build_reward
 
 
@@ -89,3 +94,14 @@ def test_contradictions_are_named(sections: dict[str, Any], words: str) -> None:
 def test_rescoring_has_no_text_to_compare_with() -> None:
     with pytest.raises(ConfigError, match="which rescoring does not have"):
         parse_rescoring_config({"reward": {"name": "wer"}})
+
+
+def test_groups_that_are_judged_anew_are_judged_by_their_rows_texts() -> None:
+    """The pool's groups are judged again with other weights; without their texts none could be judged."""
+    proposer: Any = SimpleNamespace(config=ProposalConfig())
+    reference: Any = SimpleNamespace(heads=[SimpleNamespace(vocabulary=None)])
+    maker = NBestMaker(proposer, reference, normalize=basic, reward=build_reward("wer"))
+    members = ((Hypothesis("a soy latte", (1,)), Hypothesis("a latte", (2,))),)
+    made = NBestBatch(("u",), (Context(),), members, {"ctc": torch.tensor([[-3.0, -2.0]])}, {})
+    assert maker.judged_anew(made, ["A soy latte."]).rewards["ctc"].tolist() == [[0.0, -1.0]]
+    assert maker.judged_anew(made, []).rewards["ctc"].isnan().all()

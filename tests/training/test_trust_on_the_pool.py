@@ -44,7 +44,7 @@ class _Maker:
         names = tuple(f"u{b}" for b in range(ROWS))
         return self._judged(names, tuple(members), {"ctc": torch.tensor(logp)})
 
-    def judged_anew(self, nbest: NBestBatch) -> NBestBatch:
+    def judged_anew(self, nbest: NBestBatch, texts: Any) -> NBestBatch:
         return self._judged(nbest.utterances, nbest.hypotheses, nbest.ref_logp)
 
     def _judged(self, names: Any, members: Any, ref: Any) -> NBestBatch:
@@ -61,7 +61,7 @@ def _logp(b: int, text: tuple[int, ...]) -> float:
 
 
 def _pool(external: Any) -> list[EncodedAudio]:
-    audio: Any = SimpleNamespace(utterances=("u",) * ROWS, contexts=(Context(),) * ROWS, external=external)
+    audio: Any = SimpleNamespace(utterances=("u",) * ROWS, contexts=(Context(),) * ROWS, external=external, texts=())
     return [EncodedAudio(audio, None, None)]  # type: ignore[arg-type]
 
 
