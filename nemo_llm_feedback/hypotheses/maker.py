@@ -89,7 +89,8 @@ class NBestMaker:
         for head in others:
             ref_logp[head.name] = head.score(*reference, [[c.labels for c in row] for row in kept]).float().cpu()
         members = tuple(tuple(to_hypothesis(c, **spelled) for c in row) for row in kept)
-        return self._judged(audio.utterances, audio.contexts, members, ref_logp, texts=audio.texts)
+        texts = [self._normalize(text) for text in audio.texts]
+        return judged(audio.utterances, audio.contexts, members, ref_logp, self.reward, self._trust, texts=texts)
 
     @torch.no_grad()
     def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:
@@ -110,9 +111,7 @@ class NBestMaker:
             nbest: what a maker with other weights made.
             texts: B transcripts of its rows, or none, as ``Audio.texts``.
         """
-        return self._judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, texts=texts)
-
-    def _judged(self, *made: Any, texts: Sequence[str]) -> NBestBatch:
+        made = nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp
         return judged(*made, self.reward, self._trust, texts=[self._normalize(text) for text in texts])
 
     def _external(self, audio: Audio, lengths: Tensor) -> list[list[Candidate]]:
