@@ -32,11 +32,10 @@ from nemo_llm_feedback import restore
 from nemo_llm_feedback.asr.encoded_rows import encoded_rows
 from nemo_llm_feedback.asr.heads import CTCHead, TransducerHead, heads_of
 from nemo_llm_feedback.asr.reference import evaluation_mode
-from nemo_llm_feedback.core.config import ProposalConfig
-from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.core.config import ProposalConfig, RunConfig
 from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.hypotheses import maker, proposals
-from nemo_llm_feedback.hypotheses.scored_nbest import NBestSettings, scored_nbest
+from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
 
 KINDS = {"rnnt": "rnnt_bpe", "tdt": "tdt_bpe", "ctc": "ctc_bpe"}
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
@@ -101,12 +100,12 @@ def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[st
     watched = [(kind, "greedy", "greedy"), (kind, "beam", "beam"), (kind, "score", "log p of candidates")]
     watched += [(proposals, name, f"Python: {name}") for name in ("swap_terms", "written_labels")]
     watched += [(maker, "build_members", "Python: build_members")]
-    settings = NBestSettings(ProposalConfig(swap_similarity=20), Context(), batch_size=len(lines))
+    config, rows = RunConfig(proposals=ProposalConfig(swap_similarity=20)), read_manifest(manifest)
     with contextlib.ExitStack() as stack:
         for one in watched:
             stack.enter_context(counts.watch(*one))
         with counts:
-            nbest = scored_nbest(model, read_manifest(manifest), settings=settings, reward=None)
+            nbest = scored_nbest(model, rows, config=config, reward=None, batch_size=len(rows))
     head = heads_of(model)[0]
     ((_, _, encoded, lengths),) = encoded_rows(model, read_manifest(manifest), batch_size=len(lines))
     with evaluation_mode(model), counts, counts.stage("policy: log p and gradient"):

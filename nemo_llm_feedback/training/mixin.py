@@ -4,8 +4,8 @@ The paper (arXiv 2506.11091) lets an LLM that is given the context score hypothe
 reinforcement learning. What it leaves open, and what stands for it here:
 
 - where hypotheses come from: beam, boosted beam, term swaps, samples, corrections (``hypotheses.proposals``);
-- the reward: α·log p_LLM + log p_ASR under the frozen starting model + β·length (``rewards.lm``);
-- the objective: six, by default the distillation of the KL-regularised optimum (``training.objectives``);
+- the reward: α·log p_LLM + log p_ASR under the frozen teacher, at first the start, + β·length (``rewards.lm``);
+- the objective: seven, by default the distillation of the KL-regularised optimum (``training.objectives``);
 - what keeps the general domain: replay rows, held to the starting model by KL (``training.replay_kl``).
 
 What the mixin leaves to others: everything before the first step (``setup``, ``pool``), the exact likelihood

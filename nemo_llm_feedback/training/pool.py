@@ -171,7 +171,7 @@ def _with_weights(
     """α, β and trust where they are left to the pool, by groups that are proposed with the run's boosting weight."""
     settings = config.reward
     with CollectiveBlock() as ranks:
-        ranks.mine = any(texts for part in share.parts for texts in part.audio.external)
+        ranks.mine = bool(config.proposals.external) and any(any(part.audio.external) for part in share.parts)
     others = settings.trusts_by_pool and any(ranks.all)
     if not (settings.scaled_by_pool or others):
         return config, None

@@ -341,7 +341,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig, FrozenRef
             normalize=normalize,
             reward=reward,
             corrector=corrector,
-            trust=Trust.of(config.reward),
+            trust=Trust.of(config.reward) if given.needs_reward else None,
         )
 
     return build, scorer

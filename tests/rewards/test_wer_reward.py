@@ -84,6 +84,7 @@ def test_one_switch_has_rows_with_text_learned_by_the_reward_and_asks_no_llm() -
         ),
         ({"reward": {"name": "wer"}, "feedback": {"use_text": False}}, "no text would be read"),
         ({"reward": {"name": "rules"}, "feedback": {"labelled": "reward"}}, "set reward=wer"),
+        ({"reward": {"name": "wer", "trust": {"cloud": 1.0}}}, "reward.trust makes texts level by log p_ref"),
     ],
 )
 def test_contradictions_are_named(sections: dict[str, Any], words: str) -> None:

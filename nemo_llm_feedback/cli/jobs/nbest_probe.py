@@ -115,9 +115,16 @@ class NBestProbe:
         return f"{self.scorer.identity} ({use}){hits}"
 
 
-def judged_by(reward: Reward, nbest: NBestBatch, trust: Trust | None) -> NBestBatch:
-    """The same N-best judged by another reward, or with another trust in other recognisers."""
-    return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, reward, trust)
+def judged_by(reward: Reward, nbest: NBestBatch, trust: Trust | None, *, texts: Sequence[str] = ()) -> NBestBatch:
+    """The same N-best judged by another reward, or with another trust in other recognisers.
+
+    Args:
+        reward: judges.
+        nbest: B utterances.
+        trust: in other recognisers; None = their texts are members like any.
+        texts: B normalised transcripts, for a reward that reads them.
+    """
+    return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, reward, trust, texts=texts)
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

@@ -22,6 +22,7 @@ from nemo_llm_feedback.cli.jobs.quantization import (
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread, tune_by_labels, tuned_text
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, find_metric
@@ -120,7 +121,8 @@ def score(
     trusted = probe.trust(nbest) if settings.trusts_by_pool else {}
     trust = Trust.of(replace(settings, trust={s: of.trust for s, of in trusted.items()}) if trusted else settings)
     if settings.scaled_by_pool or trust is not None:
-        nbest = judged_by(reward, nbest, trust)
+        normalize = get_normalizer(config.feedback.normalizer)
+        nbest = judged_by(reward, nbest, trust, texts=[normalize(row.text) for row in probe.rows])
     references = judged_references(
         probe.model, probe.rows, nbest, config=config, reward=reward, trust=trust, batch_size=probe.batch_size
     )

@@ -271,7 +271,7 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
         try:
             weights = by_spread(nbest, settings.reward)
         except RewardError:
-            return f"{weights}, as the groups of these rows have no spread to measure them by"
+            return f"{weights}, as the groups of these rows have no spread to measure them by{about}"
         rescorer.reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
         return weights.sentence + about
     return weights.sentence

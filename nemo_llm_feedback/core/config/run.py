@@ -69,6 +69,8 @@ class RunConfig:
             "(feedback.use_text=false learns from the audio of rows with text by any other reward.)": (
                 self.labelled == "reward" and not self.reward.may_read_text
             ),
+            f"reward.trust makes texts level by log p_ref, which reward.name={self.reward.name} does not hold: leave "
+            "it out.": bool(self.reward.trust) and self.reward.needs_text,
             f"feedback.generations={feedback.generations} needs held-out measurements, which choose the next teacher: "
             "set guards.every above 0, or null.": feedback.generations > 1 and not self.guards.measures,
             "feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.": (

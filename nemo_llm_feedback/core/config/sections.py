@@ -70,8 +70,8 @@ class FeedbackConfig(Section):
         on_bad_audio: ``error`` lists unreadable audio and stops; ``skip`` lists it and goes on without.
         generations: parts of the run, each with a teacher, an optimizer and a schedule of its own; they share the
             trainer's ``max_steps``. The best weights that passed the guards become the next one's teacher: their
-            scores stand in the reward, alpha and boosting are set anew, and gains are counted over them. Replay and
-            guards keep to the base (docs/howto/generations.md).
+            scores stand in the reward, alpha and boosting are set anew, and gains are counted over them, as are the
+            KL of ``grpo`` and of ``reference_kl_weight``. Replay and guards keep to the base.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
         pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
