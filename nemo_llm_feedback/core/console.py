@@ -102,6 +102,7 @@ class Session:
         bars: whether progress is shown as a bar; on no terminal it is lines.
         in_training: whether the run takes steps, behind which it can be stopped.
         stop: number of the signal by which the run was asked to stop; 0 = none.
+        on_signal: what answers signals while the run trains; None outside the main thread.
     """
 
     def __init__(self, *, verbose: bool) -> None:
@@ -112,6 +113,7 @@ class Session:
         self.console = Console(file=shown, highlight=False, soft_wrap=True)
         self.bars = self.console.is_terminal and not verbose
         self.in_training, self.stop = False, 0
+        self.on_signal: Callable[[int, Any], None] | None = None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.checkpoints import remove_leftovers
+from nemo_llm_feedback.cli.jobs.adapt import adapt
 from nemo_llm_feedback.cli.jobs.run_choice import (
     changed_inputs,
     input_digests,
@@ -233,3 +234,27 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     lines = done.stderr.splitlines()
     assert "plan" in lines
     assert sum(line.startswith("  step") and "/40" in line for line in lines) >= 3
+
+
+def test_a_signal_behind_the_last_callback_s_turn_is_answered_as_any(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's own answer came first there: status 0, and no checkpoint."""
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+    update, sent = _TrainingEpochLoop.update_lr_schedulers, []
+
+    def late(self: Any, interval: str, update_plateau_schedulers: bool) -> None:
+        update(self, interval, update_plateau_schedulers)
+        if update_plateau_schedulers and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_TrainingEpochLoop, "update_lr_schedulers", late)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    words = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", "trainer.max_steps=8")
+    with pytest.raises(SystemExit) as left:
+        adapt(compose_config(words))
+    assert sent
+    assert left.value.code == 128 + signal.SIGTERM
+    assert list((tmp_path / "runs" / "adapted" / "version_0").rglob("*-last.ckpt"))

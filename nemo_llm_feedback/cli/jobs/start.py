@@ -198,6 +198,7 @@ def stopping_by_signals(session: Session) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may answer signals
         return
+    session.on_signal = stop
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

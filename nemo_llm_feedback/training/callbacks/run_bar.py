@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -41,6 +42,10 @@ class RunBar(pl.Callback):
         session = console.session()
         if session is not None:
             session.in_training = True
+            if session.on_signal is not None:
+                # Lightning has put an answer of its own before it, which leaves with status 0 and without a checkpoint
+                # where the signal comes after this callback's turn.
+                signal.signal(signal.SIGTERM, session.on_signal)
         if session is None or not trainer.is_global_zero:
             return
         console.show(_found(pl_module))
@@ -67,8 +72,8 @@ class RunBar(pl.Callback):
                 console.show(f"  step {step:>4}/{self._clock.total}: {note}   {left}")
             for found in measured:
                 console.show(_held_out_line(found, kept=found.step == self._stopping.kept_step))
-        if (signal := max(gather(session.stop))) and step < self._clock.total:
-            self._save_and_leave(trainer, signal)
+        if (stop := max(gather(session.stop))) and step < self._clock.total:
+            self._save_and_leave(trainer, stop)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Closes the bar."""
@@ -83,12 +88,12 @@ class RunBar(pl.Callback):
         if (session := console.session()) is not None:
             session.in_training = False
 
-    def _save_and_leave(self, trainer: pl.Trainer, signal: int) -> None:
+    def _save_and_leave(self, trainer: pl.Trainer, number: int) -> None:
         saver: Any = trainer.checkpoint_callback
         if saver is not None:
             saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             console.show(f"a checkpoint of step {trainer.global_step} is saved.")
-        sys.exit(128 + signal)
+        sys.exit(128 + number)
 
     def _note(self, trainer: pl.Trainer) -> str:
         values = trainer.callback_metrics
