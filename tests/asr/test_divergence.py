@@ -242,7 +242,7 @@ def test_replay_rows_hold_the_model_where_it_was(
 def test_replay_without_anything_to_learn_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"labelled=replay with feedback.weight=0"):
         parse_run_config({"feedback": {"labelled": "replay", "weight": 0}, "reward": {"name": "length"}})
-    with pytest.raises(ConfigError, match=r"feedback.labelled must be one of supervised, replay, got 'kept'"):
+    with pytest.raises(ConfigError, match=r"feedback.labelled must be one of supervised, replay, reward, got 'kept'"):
         parse_run_config({"feedback": {"labelled": "kept"}, "reward": {"name": "length"}})
 
 

@@ -318,7 +318,7 @@ def test_tune_with_labels_and_without(flags: list[str], manifest: Path, tmp_path
     report = json.loads(out.read_text())
     found, spread = report["tuned"], report["spread"]
     assert (found["origin"], found["grid"], report["weights"]["alpha"]) == ("spread", [], 1.0)
-    assert found["alpha"] == pytest.approx(2 * spread["asr"] / spread["llm"], rel=0.06)
+    assert found["alpha"] == pytest.approx(RewardConfig.spread_factor * spread["asr"] / spread["llm"], rel=0.06)
     assert found["beta"] == pytest.approx(2 * found["alpha"], rel=0.06)
     assert "no row has text: the weights are" in capsys.readouterr().out
 

@@ -277,7 +277,8 @@ def test_functions_may_take_everything_or_only_texts():
         return [math.inf for _ in texts]
 
     assert_rows(CallableReward(all_of_it)([group("a", ref=[])]).values, [[NAN]])
-    assert set(seen) == {"descriptions", "terms", "utterances", "sources", "ref_logp", "completion_ids"}
+    names = {"descriptions", "terms", "utterances", "sources", "ref_logp", "completion_ids", "references"}
+    assert set(seen) == names
     assert seen["descriptions"] == ["a test"]
     assert_rows(CallableReward(lambda texts: [1] * len(texts), name="one")([group("a")]).values, [[1]])
 
