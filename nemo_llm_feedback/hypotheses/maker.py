@@ -186,6 +186,7 @@ def _trusted(
     trusted = [trusted_sources(*row, trust.limits) for row in zip(hypotheses, first, strict=True)]
 
     def kept(rows: Iterable[Sequence[T]]) -> list[tuple[T, ...]]:
+        """Per utterance the values of the members that stay."""
         return [
             tuple(value for value, sources in zip(row, of, strict=True) if sources is not None)
             for row, of in zip(rows, trusted, strict=True)

@@ -122,6 +122,7 @@ def contests(
     own = [_own_best(*row) for row in zip(nbest.hypotheses, nbest.ref_logp[head].tolist(), strict=True)]
 
     def gap(b: int, value: float, labels: Labels) -> float:
+        """How far a text of an utterance is below its own best, nats per label."""
         return (own[b] - value) / max(1, len(labels))
 
     return {
