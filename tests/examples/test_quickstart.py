@@ -37,7 +37,13 @@ def test_a_missing_llm_names_the_command_that_installs_it(
 def test_the_story_is_told_to_its_end(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["trainer.max_steps=2", "model.optim.lr=1e-4", "feedback.pool_utterances=8", "guards.every=0"]
+    few = [
+        "trainer.max_steps=2",
+        "model.optim.lr=1e-4",
+        "feedback.pool_utterances=8",
+        "guards.every=0",
+        "guards.everyday=auto",
+    ]
     numbers = tmp_path / "numbers.json"
     arguments = ["run.py", f"exp_manager.exp_dir={tmp_path}", *few, "--json", str(numbers)]
     monkeypatch.setattr(sys, "argv", arguments)
