@@ -81,3 +81,9 @@ def test_some_overrides_end_in_sense_or_in_a_typed_error(parts: tuple[str, str, 
 @given(st.lists(OVERRIDES, min_size=1, max_size=2))
 def test_a_thousand_overrides_end_in_sense_or_in_a_typed_error(several: list[tuple[str, str, str]]) -> None:
     check([*NEEDED, *(_overridden(parts)[-1] for parts in several)])
+
+
+@pytest.mark.parametrize("key", ["model.train_ds", "trainer", "exp_manager", "model"])
+def test_a_section_that_is_no_mapping_is_a_typed_error(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_run_config(compose_config([*NEEDED[:-1], f"{key}=1"]))

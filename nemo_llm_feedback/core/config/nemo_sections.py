@@ -163,7 +163,10 @@ def value_faults(tree: Mapping[str, Any]) -> list[str]:
     if isinstance(groups, Mapping):
         given += [(f"model.optim_param_groups.{name}", _GROUP, group) for name, group in groups.items()]
     faults = [fault for path, cls, values in given for fault in build(cls, values, where=path)[1]]
-    train, trainer = section_at(tree, "model.train_ds") or {}, section_at(tree, "trainer")
+    # What is no mapping is a fault already.
+    train, trainer = (
+        node if isinstance(node := section_at(tree, path), Mapping) else {} for path in ("model.train_ds", "trainer")
+    )
     if train.get("batch_size", 1) is None and not train.get("use_lhotse"):
         faults.append("model.train_ds.batch_size must be set; only Lhotse's loader (use_lhotse=true) can do without.")
     if trainer and trainer.get("max_steps", -1) == -1 and trainer.get("max_epochs") in (None, -1):
