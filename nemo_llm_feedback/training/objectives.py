@@ -26,7 +26,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -200,8 +200,9 @@ def grpo(
     standardize: bool,
     std_floor: float,
     min_spread: float,
+    per_label: bool = False,
 ) -> ObjectiveOutput:
-    """Group-relative policy optimisation (Shao et al. 2024) on whole sequences.
+    """Group-relative policy optimisation (Shao et al. 2024) on whole sequences; with ``per_label`` GSPO.
 
     Loss of a group: −Σ w_i min(ρ_i A_i, clip(ρ_i, 1−ε, 1+ε) A_i) + β·KL, with ρ_i = exp(logp − old_logp), w and A of
     `member_weights` with the policy that made the group, A divided by its standard deviation under w if asked for
@@ -212,6 +213,13 @@ def grpo(
     bounds the change of a whole transcript: with 0.2 one update may use a group up, and more updates on it do nothing
     until it is made anew (``feedback.refresh_every``).
 
+    The objective ``gspo`` is ``per_label``: group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071),
+    ρ_i = exp((logp − old_logp) / |y_i|) with |y| labels, so that ε bounds the mean change of a label, whatever the
+    length, and one group bears several updates. Two things are ours: the weights of an enumerated group, and that the
+    loss is multiplied by the mean length under w, Σ w_j |y_j|, a constant of the group: at ρ = 1 the gradient of a
+    member of mean length is then −w_i A_i as in GRPO, and beside replay the terms keep their weights. Published clips
+    (3e-4) are for texts of thousands of tokens that one policy samples thousands of times; ours is larger.
+
     Args:
         groups: see `Groups`; ``old_logp`` is ``logp`` when the group was made, None = the first update on it (ρ = 1).
         correction, temperature, mixture: see `member_weights`.
@@ -220,76 +228,44 @@ def grpo(
         standardize: divide by the standard deviation of the group's rewards under w.
         std_floor: reward units, > 0; smallest divisor, against blow-up where rewards are nearly equal.
         min_spread: see `signal`.
+        per_label: the ratio of GSPO; needs ``groups.lengths``.
 
     Returns:
         Adds the metrics ``ratio_mean``, ``clip_fraction`` (of members, by weight, whose gradient the clip removed),
         ``effective_members`` and ``penalty``, the KL term without its weight.
-    """
-    return _clipped(groups, locals(), per_label=False)
-
-
-def gspo(
-    groups: Groups,
-    *,
-    correction: str,
-    temperature: float,
-    mixture: float,
-    clip: float,
-    kl_weight: float,
-    standardize: bool,
-    std_floor: float,
-    min_spread: float,
-) -> ObjectiveOutput:
-    """Group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071): `grpo` with a ratio per label.
-
-    ρ_i = exp((logp − old_logp) / |y_i|), |y| labels: ε bounds the mean change of a label, whatever the length, so that
-    one group bears several updates. Two things are ours: the weights of an enumerated group (see `grpo`), and that the
-    loss is multiplied by the mean length under w, Σ w_j |y_j|, a constant of the group: at ρ = 1 the gradient of a
-    member of mean length is then −w_i A_i as in `grpo`, and beside replay the terms keep their weights. Published
-    clips (3e-4) are for texts of thousands of tokens that one policy samples thousands of times; ours is larger.
-
-    Args:
-        groups: see `Groups`; needs ``lengths``.
-        correction, temperature, mixture, clip, kl_weight, standardize, std_floor, min_spread: see `grpo`.
-
-    Returns:
-        The metrics of `grpo`.
 
     Raises:
-        ValueError: ``groups.lengths`` is missing.
+        ValueError: ``per_label`` without ``groups.lengths``, or an unknown ``correction``.
     """
-    if groups.lengths is None:
-        raise ValueError("gspo needs lengths, the number of labels of each member")
-    return _clipped(groups, locals(), per_label=True)
-
-
-def _clipped(groups: Groups, settings: dict[str, Any], *, per_label: bool) -> ObjectiveOutput:
-    """`grpo`, or with ``per_label`` `gspo`; ``settings`` are their arguments by name."""
-    g = usable_members(groups, settings["min_spread"], proposed=True)
+    g = usable_members(groups, min_spread, proposed=True)
     old = g.logp.detach() if groups.old_logp is None else constant(groups.old_logp, g.logp, g.valid)
-    weights, advantage = member_weights(
-        g, old, **{name: settings[name] for name in ("correction", "temperature", "mixture")}
-    )
-    if settings["standardize"]:
-        std = (weights * advantage.square()).sum(dim=1).sqrt().clamp(min=settings["std_floor"])
+    weights, advantage = member_weights(g, old, correction=correction, temperature=temperature, mixture=mixture)
+    if standardize:
+        std = (weights * advantage.square()).sum(dim=1).sqrt().clamp(min=std_floor)
         advantage = advantage / std.unsqueeze(1)
-    lengths = torch.ones_like(g.logp)
-    if per_label and groups.lengths is not None:
-        lengths = constant(groups.lengths, g.logp, g.valid).clamp(min=1)  # the empty text has a log p, too
+    lengths = _label_counts(groups, g) if per_label else torch.ones_like(g.logp)
     ratio = bounded_exp((g.logp - old) / lengths)
-    clipped = ratio.clamp(1 - settings["clip"], 1 + settings["clip"]) * advantage
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
     gain = (weights * torch.minimum(ratio * advantage, clipped)).sum(dim=1)
-    sampled = settings["correction"] == "proposal"
-    penalty = (k3_penalty if sampled else group_kl)(g.logp, g.ref_logp, g.valid)
-    loss = settings["kl_weight"] * penalty - (weights * lengths).sum(dim=1) * gain
-    removed = (clipped < ratio * advantage).to(g.logp)
+    penalty = (k3_penalty if correction == "proposal" else group_kl)(g.logp, g.ref_logp, g.valid)
     parts = {
         "ratio_mean": (weights * ratio).sum(dim=1),
-        "clip_fraction": (weights * removed).sum(dim=1),
+        "clip_fraction": (weights * (clipped < ratio * advantage)).sum(dim=1),
         "effective_members": effective_members(weights),
         "penalty": penalty,
     }
-    return _output(g, loss, parts)
+    return _output(g, kl_weight * penalty - (weights * lengths).sum(dim=1) * gain, parts)
+
+
+def _label_counts(groups: Groups, g: Members) -> Tensor:
+    """[B, N] labels of each member, at least 1: the empty text has a log-probability, too."""
+    if groups.lengths is None:
+        raise ValueError("gspo needs lengths, the number of labels of each member")
+    return constant(groups.lengths, g.logp, g.valid).clamp(min=1)
+
+
+gspo = partial(grpo, per_label=True)
+"""GSPO; see `grpo`."""
 
 
 def dpo(groups: Groups, *, beta: float, rejected: str, reference_free: bool, min_spread: float) -> ObjectiveOutput:
@@ -420,8 +396,9 @@ OBJECTIVES: dict[str, Callable[..., ObjectiveOutput]] = {
 
 
 def hyperparameters(name: str) -> tuple[str, ...]:
-    """The keyword arguments of an objective; all of them are required."""
-    return tuple(inspect.signature(OBJECTIVES[name]).parameters)[1:]
+    """The keyword arguments that an objective requires."""
+    arguments = list(inspect.signature(OBJECTIVES[name]).parameters.values())[1:]
+    return tuple(argument.name for argument in arguments if argument.default is argument.empty)
 
 
 def _output(g: Members, loss: Tensor, parts: dict[str, Tensor]) -> ObjectiveOutput:

@@ -199,7 +199,7 @@ def _adapt(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 def _cached(folder: Path, arguments: list[str]) -> dict[str, Any]:
-    """What each rank judges for the refresh of a run whose LLM has a phase of its own, holds then, and writes."""
+    """What each rank makes until the first refresh of a run with ``llm.phase=cached``, holds then, and writes."""
     from nemo_llm_feedback.cli.jobs.adapt import adapt
     from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.hypotheses.maker import NBestMaker
@@ -210,7 +210,6 @@ def _cached(folder: Path, arguments: list[str]) -> dict[str, Any]:
     fill, make, write = mixin.fill_cache, NBestMaker.make, mixin.write_json
 
     def watched(feedback: Any, pool: Any, *, refresh: int) -> None:
-        made.clear()
         fill(feedback, pool, refresh=refresh)
         found.update(made=list(made), held=list(feedback.cache._rows), loaded=feedback.scorer.loaded)
 

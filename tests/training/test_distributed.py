@@ -103,7 +103,7 @@ def test_a_failing_reward_on_one_rank_stops_all_with_its_error(nemo_file: Any, t
 def test_ranks_of_the_classic_loader_score_a_share_each_and_hold_all(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path
 ) -> None:
-    """With ``llm.phase=cached`` every rank scored the whole pool, and every rank wrote the statistics."""
+    """Each utterance is made once, by one rank, whether for the statistics of the pool or for the first refresh."""
     manifest = write_manifest(tmp_path / "m.json", [None] * 8)
     ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "+exp_manager.seconds_to_sleep=0")
     more = ("llm.phase=cached", "trainer.max_steps=1", "model.train_ds.batch_size=2", f"output={tmp_path / 'a.nemo'}")
@@ -126,7 +126,7 @@ def test_a_rank_whose_rows_have_no_spread_stops_nobody(tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert (found[0]["utterances"], found[0]["signal_fraction"], found[0]["members"]) == (2, 0.5, 1.5)
     assert found[0]["spread"] == {"llm": 3.0, "asr": 1.0, "length": 1.0}
-    assert (found[0]["alpha"], found[0]["beta"]) == (0.67, 1.3)  # 2·1 / 3, and twice that
+    assert (found[0]["alpha"], found[0]["beta"]) == (1.0, 2.0)  # 3·1 / 3, and twice that
 
 
 def _summed(value: float, count: float) -> LossSum:
