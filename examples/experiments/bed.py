@@ -18,6 +18,7 @@ from nemo.utils import logging
 from settings import ablation_rows
 
 from nemo_llm_feedback.cli.jobs.evaluate import evaluate, evaluation_record, evaluation_text
+from nemo_llm_feedback.cli.jobs.hypotheses import join
 
 POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's step, and no held-out part, as no row is unlabeled.
@@ -29,6 +30,10 @@ ROWS: dict[str, list[str]] = {
     "feedback": [],
     "feedback_mwer": ["objective=mwer"],
     "feedback_grpo": ["objective=grpo"],
+    "feedback_gspo": ["objective=gspo", "objective.pseudo_label_weight=0.5"],
+    "feedback_dpo": ["objective=dpo", "objective.reference_free=true"],
+    "feedback_others": [],
+    "self_training_others": ["objective=self_training", "objective.label=others"],
     "feedback_no_context": ["context.terms_file=null", "context.required=false", 'context.description=""'],
     "feedback_wrong_context": [],
     "feedback_shuffled": ["reward.name=examples.experiments.controls:shuffled"],
@@ -71,6 +76,7 @@ class Bed:
         replay: manifest of transcribed general speech → its share of what is replayed.
         label_file: the pool with its text, for the row `supervised`; None = it has none.
         wrong: description and terms of another domain, for the row `feedback_wrong_context`; None = no such row.
+        others: file of another recogniser's transcripts of the pool, for the rows `…_others`; None = no such rows.
     """
 
     pool: Path
@@ -79,6 +85,7 @@ class Bed:
     replay: Mapping[Path, float] = field(default_factory=dict)
     label_file: Path | None = None
     wrong: tuple[str, Path] | None = None
+    others: Path | None = None
 
     def overrides(self, row: str) -> list[str]:
         """The context of a row, for `adapt`."""
@@ -244,7 +251,7 @@ def _tuned(options: argparse.Namespace) -> list[str]:
 
 def _training_rows(name: str, bed: Bed, options: argparse.Namespace, *, replay: bool) -> Path:
     """The pool as often as it goes round in all updates, with transcribed general speech that does not repeat."""
-    labels = "" if name not in ("supervised", "self_training_boosted") else f"_{name}"
+    labels = f"_{name}" if name in ("supervised", "self_training_boosted") or name.endswith("_others") else ""
     target = options.out / f"pool{labels}{_kind(options) if replay else ''}.json"
     pool = _pool(name, bed, options)
     rows = max(1, round(options.steps * POOL_BATCH / len(pool))) * [(bed.pool.parent, row) for row in pool]
@@ -294,11 +301,21 @@ def _pool(name: str, bed: Bed, options: argparse.Namespace) -> list[dict[str, An
         nemo_beam(options.checkpoint, bed.pool, target, terms_file=bed.terms_file, weight=options.boosting_weight)
         rows = [{**row, "text": row.pop("pred_text")} for row in read_rows(target)]
         return [row for row in rows if row["text"]]
-    rows = read_rows(bed.pool)
+    rows = _with_others(bed, options) if name.endswith("_others") else read_rows(bed.pool)
     if options.pool_rows:
         part = min(options.pool_rows, len(rows))
         rows = [rows[i * len(rows) // part] for i in range(part)]
     return [{key: value for key, value in row.items() if key not in ("text", "entities")} for row in rows]
+
+
+def _with_others(bed: Bed, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The pool's rows with another recogniser's transcripts as hypotheses."""
+    if bed.others is None:
+        raise SystemExit("the bed has no other recogniser's transcripts: leave out the rows that end in _others.")
+    target = options.out / "pool_with_others.json"
+    print(join(bed.pool, bed.others, out=target, source="others"))
+    rows = read_rows(target)
+    return [row | {"audio_filepath": str((target.parent / row["audio_filepath"]).absolute())} for row in rows]
 
 
 def source_replay(data: Path) -> dict[Path, float]:

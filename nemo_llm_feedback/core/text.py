@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ def lower(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+@functools.lru_cache(maxsize=1 << 16)  # proposals fold the same words and terms thousands of times
 def basic(text: str) -> str:
     """`lower` in composed form (NFKC) without punctuation and symbols.
 

@@ -48,7 +48,9 @@ def made(bed: Any, tmp_path: Path) -> tuple[Any, Any]:
     terms.write_text('["soy latte"]')
     options = bed.parser("x", steps=16).parse_args(["data", "base.nemo", "--out", str(tmp_path / "out"), "--held"])
     options.llm = tmp_path
-    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", terms))
+    others = tmp_path / "whisper.json"
+    others.write_text('{"0.ogg": "One latte.", "1.ogg": "Two mochas."}')
+    return options, bed.Bed(pool_file, "an order, at a shop", terms, replay, pool_file, ("a hospital", terms), others)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,15 @@ def test_a_row_trains_on_the_pool_without_its_text_and_on_as_much_held_speech(
     assert len(labelled) == 8
     options.steps = 3
     assert len(bed.read_rows(bed._training_rows("supervised", domain, options, replay=False))) == 24
+
+
+def test_rows_of_another_recogniser_have_its_transcripts_and_no_text(bed: Any, made: Any, tmp_path: Path) -> None:
+    options, domain = made
+    rows = bed.read_rows(bed._training_rows("feedback_others", domain, options, replay=True))
+    pool = [row for row in rows if row.get("replay") != "kl"]
+    assert {Path(row["audio_filepath"]) for row in pool} == {tmp_path / "0.ogg", tmp_path / "1.ogg"}
+    assert {row["hypotheses"][0]["text"] for row in pool} == {"One latte.", "Two mochas."}
+    assert not any("text" in row for row in pool)
 
 
 def test_every_row_has_settings_that_adapt_accepts(bed: Any, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
+from helpers.scripts import load_script
 
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config
-from nemo_llm_feedback.data.audio import unreadable
+from nemo_llm_feedback.data.audio import read_audio, unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
@@ -58,3 +60,18 @@ def test_the_terms_that_were_spoken_are_on_the_menu(measured: list[Row]) -> None
     spoken = {term for row in measured for term in row.data.get("entities", [])}
     assert len(spoken) > 20
     assert spoken <= menu
+
+
+def test_decoded_copies_hold_the_same_samples_and_lose_no_row(tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    (few / "data" / "audio").mkdir(parents=True)
+    shutil.copy(FOLDER / "base.nemo", few)
+    first = next((FOLDER / "data" / "audio").rglob("*.ogg"))
+    shutil.copy(first, few / "data" / "audio")
+    (few / "data" / "pool.json").write_text(f'{{"audio_filepath": "audio/{first.name}", "duration": 2.0}}\n')
+    load_script("examples/quickstart/run.py").decode(few, tmp_path / "copies")
+    (row,) = read_manifest(tmp_path / "copies" / "data" / "pool.json")
+    assert row.audio.endswith(".wav")
+    assert (read_audio(row.audio) == read_audio(first)).all()
+    assert (tmp_path / "copies" / "base.nemo").read_bytes() == (FOLDER / "base.nemo").read_bytes()
+    assert not list((tmp_path / "copies").rglob("*.part"))

@@ -136,6 +136,13 @@ def test_lhotse_is_split_over_ranks_by_itself_only() -> None:
         assert trainer_settings(cfg).get("use_distributed_sampler") is (False if use_lhotse else None)
 
 
+@pytest.mark.parametrize("more", [[], ["model.validation_ds.manifest_filepath=d", "trainer.limit_val_batches=0"]])
+def test_without_validation_lightning_gets_no_interval_of_it(more: list[str]) -> None:
+    """It refuses an interval that is longer than the data."""
+    settings = trainer_settings(compose_config(["model.train_ds.manifest_filepath=m", *more]))
+    assert (settings["limit_val_batches"], settings["val_check_interval"]) == (0, None)
+
+
 def test_weights_are_kept_put_back_interpolated_and_averaged() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     start = snapshot(model)

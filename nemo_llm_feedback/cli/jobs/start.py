@@ -67,7 +67,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"trainer.precision={settings['precision']} is not supported: use bf16-mixed, or 32.")
     # Ours is one bar for the whole run (``training.callbacks.run_bar``).
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
-    if not cfg.model.validation_ds.get("manifest_filepath"):
+    if settings.get("limit_val_batches") == 0 or not cfg.model.validation_ds.get("manifest_filepath"):
         # Lightning refuses a step interval longer than the data when there is nothing to validate.
         settings.update(limit_val_batches=0, val_check_interval=None, check_val_every_n_epoch=1)
     if cfg.model.train_ds.get("use_lhotse"):
