@@ -6,6 +6,7 @@ turns into the term. The likelihood of any text is exact, so a swap only has to 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,7 +36,7 @@ def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit:
         Distinct transcripts, most similar first, none of the same words as ``text``; its punctuation around the span
         stays.
     """
-    places, sizes = _bare_spans(text), [len(word_spans(term)) for term in terms]
+    places, sizes = _bare_spans(text), list(map(_size, terms))
     if not places or not terms:
         return []
     longest = max(sizes) + _EXTRA_WORDS
@@ -45,18 +46,19 @@ def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit:
     similarity = process.cdist(
         letters, list(map(_letters, terms)), scorer=fuzz.ratio, score_cutoff=min_similarity, workers=1
     )
-    widths = np.array([j - i for i, j in spans])
+    widths, lengths = np.array([[j - i] for i, j in spans]), np.array(sizes)
+    allowed = np.where(widths <= lengths + _EXTRA_WORDS, similarity, 0.0)  # [spans, terms]
+    same = np.where(widths == lengths, similarity, 0.0)
     found: list[tuple[float, str]] = []
-    for k, term in enumerate(terms):
-        column = np.where(widths <= sizes[k] + _EXTRA_WORDS, similarity[:, k], 0.0)
-        tried = {int(column.argmax())}
+    for k in np.flatnonzero(allowed.max(axis=0) > 0).tolist():
+        term, tried = terms[k], {int(allowed[:, k].argmax())}
         if UNSPACED.match(term):
             # Wrong characters are mostly as many as the right ones, where the likest span may lack one.
-            tried.add(int(np.where(widths == sizes[k], column, 0.0).argmax()))
+            tried.add(int(same[:, k].argmax()))
         for best in tried:
             start, end = places[spans[best][0]][0], places[spans[best][1] - 1][1]
-            if column[best] > 0 and basic(text[start:end]) != basic(term):
-                found.append((float(column[best]), f"{text[:start]}{term}{text[end:]}"))
+            if allowed[best, k] > 0 and basic(text[start:end]) != basic(term):
+                found.append((float(allowed[best, k]), f"{text[:start]}{term}{text[end:]}"))
     found.sort(key=lambda item: -item[0])
     return list(dict.fromkeys(swapped for _, swapped in found))[:limit]
 
@@ -68,6 +70,12 @@ def _bare_spans(text: str) -> list[tuple[int, int]]:
         inner = [i for i in range(start, end) if text[i].isalnum()] or [start, end - 1]
         found.append((inner[0], inner[-1] + 1))
     return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _size(term: str) -> int:
+    """Words of a term, which every hypothesis is compared with."""
+    return len(word_spans(term))
 
 
 def _letters(text: str) -> str:
