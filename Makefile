@@ -46,7 +46,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
 coverage: $(STAMP) $(LLM_STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --cov=nemo_llm_feedback --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n $(WORKERS) --cov=nemo_llm_feedback --cov-report=term:skip-covered --durations=25
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
