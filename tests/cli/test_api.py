@@ -10,6 +10,7 @@ from helpers.tiny import write_manifest
 
 import nemo_llm_feedback
 from nemo_llm_feedback import FeedbackError, adapt, evaluate, score, transcribe
+from nemo_llm_feedback.cli.jobs.runs import list_runs
 
 QUICK = [
     "trainer=cpu",
@@ -60,6 +61,9 @@ def test_adapt_in_python_returns_what_the_run_took_and_gave(nemo_file: Any, tmp_
     assert len(result.history) == 2
     assert result.alpha is None  # a function is the whole reward
     assert result.gain == result.gain
+    assert result.held_out_rows == 0  # nine rows are too few
+    (run,) = list_runs(tmp_path / "runs")
+    assert "name: python" in (tmp_path / "runs" / run.folder / "settings.yaml").read_text()
 
 
 def test_adapt_refuses_what_the_command_refuses(nemo_file: Any, tmp_path: Path) -> None:

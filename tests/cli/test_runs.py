@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_llm_feedback.cli.jobs.adapt import AveragedRuns, averaged_text
 from nemo_llm_feedback.cli.jobs.runs import list_runs
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import ConfigError
@@ -59,6 +60,16 @@ def test_runs_fit_a_terminal_and_show_what_they_took_and_gave(runs: Path, capsys
     make_run(runs / "a_very_long_name_of_a_folder" / "version_7", lr=1e-3, steps=4, started="2026-01-04")
     assert main(["runs", str(runs)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_mean_says_which_of_its_runs_gained_nothing(tmp_path: Path) -> None:
+    folders = []
+    for seed, kept in ((1, 0), (2, 8)):
+        result = {"kept_step": kept, "before": {}, "after": {}}
+        folders.append(make_run(tmp_path / f"s{seed}" / "v", lr=1e-4, steps=8, started=f"0{seed}", result=result))
+    text = averaged_text(AveragedRuns(tmp_path / "mean.nemo", tuple(folders), {}, {}))
+    assert "s1/v gained nothing and kept the start: 1 of 2 parts of the mean are the base's weights" in text
+    assert "s2/v gained" not in text
 
 
 def test_runs_as_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,10 @@ def test_a_second_run_takes_all_from_the_cache_and_loads_no_llm(scored, flags, t
     text = capsys.readouterr().out
     assert "not loaded: every score was in the cache" in text
     assert "cache hit rate 100.0 %" in text
-    assert text.count(" members)") == 1
-    assert "> best-rewarded, = the recogniser's choice, ref the row's text" in text
+    assert text.count(" hypotheses)") == 1
+    assert re.search(r"^reward = [\d.]+·llm \+ [\d.]+·length \+ asr; > best-rewarded, = the recogniser's choice", text)
+    assert re.search(r"^\S+@0\.000\+[\d.]+  \([23] of \d+ hypotheses\)$", text, flags=re.M), text
+    assert " errors " in text
     assert "groups with signal" in text
     for name in ("reward", "llm", "asr", "length"):
         assert f"{name:8} prefers the reference to every wrong member" in text
@@ -145,6 +148,7 @@ def test_rows_without_text_and_a_rule_without_llm(nemo_file, tmp_path, capsys):
     assert "2 of 3 rows" in text
     assert "no LLM in this reward" in text
     assert "no row has text" in text
+    assert " errors " not in text
 
 
 def test_faults_are_told_before_any_work(flags, manifest, tmp_path, capsys):

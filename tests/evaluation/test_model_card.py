@@ -10,6 +10,7 @@ import yaml
 from nemo_llm_feedback.core.text import basic
 from nemo_llm_feedback.evaluation.metrics import score_corpus
 from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
+from nemo_llm_feedback.training.callbacks.guards import gain_name
 
 FACTS = {
     "plugin": "nemo_llm_feedback 0.1.0",
@@ -39,6 +40,14 @@ def test_before_and_after_with_intervals(tmp_path: Path) -> None:
     assert "2 utterances; 95 % intervals" in text
     for fact in ("`base.nemo`", "`a/b`", "`distill`", "`200`", "ab" * 32, "restore_from('m.nemo')", "licence"):
         assert fact in text
+
+
+def test_a_gain_that_was_measured_on_trained_rows_is_called_so(tmp_path: Path) -> None:
+    for rows, name in ((0, "per trained utterance (none was held out): `1.5`"), (8, "per held-out utterance: `1.5`")):
+        facts = {**FACTS, "gain": 1.5, "held_out_rows": rows}
+        path = write_model_card(tmp_path / "m.nemo", facts=facts, before={}, after={}, normalizer="basic")
+        assert f"Reward gained {name}" in path.read_text()
+    assert [gain_name(0), gain_name(8)] == ["gain on trained rows", "held-out gain"]
 
 
 def front_matter(path: Path) -> dict[str, Any]:

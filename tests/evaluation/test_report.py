@@ -187,16 +187,19 @@ def test_without_references_it_shows_what_changed_and_by_which_scores(rows: list
     assert "Transcripts that changed 2 of 9 1 with more reward, 1 with less" in text
     assert "Guards all passed" in text
     assert "50 % of the update is exported" in text
-    assert "distance from the base, nats per label 0.500 0.750 4.0" in text
+    assert "distance from the base, nats per label 0.500 0.750 4" in text
     assert "Appeared 1 latte 0 → 2" in text
     assert "Most gained +7.50" in text
     assert "Most lost −2.50" in text
     assert "llm −30.00 → −22.50" in text
     assert "1-best of adapted" in text
-    stopped = dataclasses.replace(data, run=dataclasses.replace(run, kept_step=0, gain=-0.0, ended="too far away"))
+    stopped = dataclasses.replace(run, kept_step=0, gain=-0.0, ended="too far away", held_out=False)
+    stopped = dataclasses.replace(data, run=stopped)
     text = visible(write_report(stopped, tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "The starting weights are kept" in text
     assert "Guards ended early too far away" in text
+    assert "Reward gained · per trained utterance" in text
+    assert "on trained utterances" in text
 
 
 def test_terms_are_counted_as_in_the_metrics(rows: list[Row]) -> None:

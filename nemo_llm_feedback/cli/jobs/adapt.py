@@ -40,7 +40,7 @@ from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
 from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows, score_sets
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
-from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, gain_name
 from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.setup import check_settings
@@ -70,6 +70,7 @@ class AdaptResult:
         history: the held-out measurements, in order.
         generation: the generation of the exported weights; ``alpha``, ``beta`` and ``boosting_weight`` are the last
             one's that began.
+        held_out_rows: rows that were kept from training and measured; 0 = the measured rows were trained on.
     """
 
     nemo: Path
@@ -90,6 +91,7 @@ class AdaptResult:
     guard_wer: tuple[float, ...] = ()
     history: list[HeldOutMetrics] = field(default_factory=list)
     generation: int = 1
+    held_out_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         guard_wer=stopping.guard_wer,
         history=stopping.history,
         generation=stopping.kept_generation,
+        held_out_rows=len(model.feedback_setup.staged.held_out),
     )
 
 
@@ -249,7 +252,7 @@ def summary(result: AdaptResult) -> str:
         lines.append(f"\nno validation manifest; {len(result.changed)} of the sampled pool transcripts changed, e.g.")
         lines += [f"  before: {a}\n  after:  {b}" for a, b in result.changed[:5]]
     weights = "" if result.alpha is None else f", alpha {result.alpha:g}, beta {result.beta:g}"
-    gain = "" if result.gain != result.gain else f", held-out gain {result.gain:+.2f}"
+    gain = "" if result.gain != result.gain else f", {gain_name(result.held_out_rows)} {result.gain:+.2f}"
     part = f", generation {result.generation}" if result.generation > 1 else ""
     kept = f"step {result.kept_step} of {result.steps}{part}" if result.kept_step else "the start: no step gained"
     moved = f", {100 * result.share:.0f} % of the update" if result.share < 1 else ""
@@ -317,7 +320,7 @@ def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
         "reward": start.reward_line(config.reward) if config.needs_reward else None,
         "pool_rows": staged.num_unlabeled,
         "pool_hours": round(staged.hours(unlabeled=True), 3),
-        **{name: getattr(result, name) for name in (*_TAKEN, "share")},
+        **{name: getattr(result, name) for name in (*_TAKEN, "share", "held_out_rows")},
         "generation": result.generation if config.feedback.generations > 1 else None,
         "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
@@ -359,7 +362,9 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    config = parse_run_config(cfg if reward is None else {**_plain(cfg), "reward": {"name": "python"}})
+    if reward is not None:  # what the run's settings say of it, in `runs` and to a resumed run
+        cfg = OmegaConf.create({**_plain(cfg), "reward": {"name": "python"}})
+    config = parse_run_config(cfg)
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
     if str(cfg.trainer.get("devices", 1)).strip("[]") not in ("0", "1") or cfg.trainer.get("num_nodes", 1) != 1:
@@ -392,7 +397,11 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
 def averaged_text(result: AveragedRuns) -> str:
     """The runs, the scores of base and mean on each validation set, and the path, for a terminal."""
     runs = [replace(list_runs(folder)[0], folder=f"{folder.parent.name}/{folder.name}") for folder in result.runs]
+    still = [run.folder for run in runs if run.result["kept_step"] == 0]
     lines = [runs_text(runs), *_tables(result, "base", "mean")]
+    if still:
+        share = f"{len(still)} of {len(runs)} parts of the mean are the base's weights"
+        lines.append(f"\nwarning: {', '.join(still)} gained nothing and kept the start: {share}.")
     return "\n".join([*lines, f"\nmean of {len(result.runs)} runs: {result.nemo}"])
 
 

@@ -238,7 +238,8 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         show: rows whose N-best is printed; 0 = none.
         members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
-    lines = ["> best-rewarded, = the recogniser's choice, ref the row's text", ""] if show > 0 else []
+    formula = f"reward = {report.weights.formula}; " if report.weights is not None else ""
+    lines = [f"{formula}> best-rewarded, = the recogniser's choice, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
         lines += [_row_text(report, i, members), ""]
     texts, sizes = report.nbest.texts, report.nbest.sizes
@@ -246,12 +247,12 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
     pairs = zip(report.nbest.sources, report.chosen, strict=True)
     suppliers = Counter(name for members, n in pairs for name in members[n])
     facts = {
-        "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} members per group",
+        "rows": f"{len(report.rows)} of {report.total} rows, {sum(sizes) / len(sizes):.1f} hypotheses per row",
         "LLM": report.llm,
         "groups with signal": f"{100 * report.signal_fraction:.1f} %",
         "choice ≠ greedy": f"{100 * changed / len(sizes):.1f} %",
-        "choice supplied by": ", ".join(f"{name} {100 * n / len(sizes):.1f} %" for name, n in suppliers.most_common()),
-        "not judged": f"{report.unjudged} of {sum(sizes)} members",
+        "choice found in": ", ".join(f"{name} {100 * n / len(sizes):.1f} %" for name, n in suppliers.most_common()),
+        "not judged": f"{report.unjudged} of {sum(sizes)} hypotheses",
         "spread in a group": ", ".join(f"{name} {value:.2f}" for name, value in report.spread.items()),
     }
     if report.weights is not None:
@@ -294,12 +295,15 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
     for n in order[:members] + [greedy] * (greedy not in order[:members]):
         mark = (">" if n == report.chosen[i] else " ") + ("=" if n == greedy else " ")
         values = [found[n][name] for name in names]
-        rows.append([mark, *values, found[n].get("word_errors"), found[n]["source"], found[n]["text"]])
+        rows.append([mark, *values, found[n].get("word_errors", ""), found[n]["source"], found[n]["text"]])
     if (true := record.get("reference")) is not None:
         fit = "" if true["feasible"] else "too long"
         rows.append(["ref", *(true[name] for name in names), 0, fit, true["text"]])
-    table = Table(["", *names, "errors", "source", "text"], rows)
-    return f"{record['utterance']}  ({len(found)} members)\n{table.to_text()}"
+    table, name = Table(["", *names, "errors", "source", "text"], rows), record["utterance"].rsplit("/", 1)[-1]
+    if i not in report.errors:
+        table = Table(["", *names, "source", "text"], [row[:-3] + row[-2:] for row in rows])
+    shown = len(rows) - (true is not None)
+    return f"{name}  ({shown} of {len(found)} hypotheses)\n{table.to_text()}"
 
 
 def report_record(report: ScoreReport) -> dict[str, Any]:

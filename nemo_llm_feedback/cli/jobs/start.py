@@ -52,7 +52,7 @@ def source(cfg: DictConfig) -> Path:
         raise ConfigError("trainer.accelerator asks for a GPU and there is none; use trainer=cpu or trainer=auto.")
     path = Path(str(cfg[given[0]])).expanduser() if given[0] == "init_from_nemo_model" else locate(str(cfg[given[0]]))
     if not path.is_file():
-        raise CheckpointError(f"{given[0]}={cfg[given[0]]}: no such file.")
+        raise CheckpointError(f"the base checkpoint {cfg[given[0]]} ({given[0]}): no such file.")
     return path
 
 

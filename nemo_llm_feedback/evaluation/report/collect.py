@@ -119,6 +119,8 @@ def adaptation_report(
 def _shown_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """Label → value of what is known; a whole update goes without words."""
     known = {label: facts[key] for key, label in _LABELS.items() if facts.get(key) not in (None, "")}
+    if facts.get("held_out_rows") == 0 and "Held-out gain" in known:
+        known["Gain, on trained rows"] = known.pop("Held-out gain")
     if facts.get("share") == 1.0:
         del known[_LABELS["share"]]
     return {label: f"{value:.4g}" if isinstance(value, float) else str(value) for label, value in known.items()}
@@ -132,6 +134,7 @@ def _run(facts: Mapping[str, Any], settings: Mapping[str, Any], **terms: Any) ->
         steps=int(facts.get("steps", 0)),
         kept_step=facts.get("kept_step"),
         gain=math.nan if gain is None else gain,
+        held_out=facts.get("held_out_rows") != 0,
         ended=facts.get("ended", ""),
         share=facts.get("share", 1.0),
         refresh_every=int((settings.get("feedback") or {}).get("refresh_every", 0)),

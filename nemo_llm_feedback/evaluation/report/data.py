@@ -59,6 +59,7 @@ class Run:
         steps: optimizer steps so far.
         kept_step: the step whose weights are exported; None while the run goes on.
         gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
+        held_out: whether the utterances that are measured were kept from training.
         ended: why training ended before its last step; empty if it did not.
         share: share of the update that is exported.
         refresh_every: steps for which proposed hypotheses are kept; 0 = not known.
@@ -70,6 +71,7 @@ class Run:
     steps: int = 0
     kept_step: int | None = None
     gain: float = math.nan
+    held_out: bool = True
     ended: str = ""
     share: float = 1.0
     refresh_every: int = 0

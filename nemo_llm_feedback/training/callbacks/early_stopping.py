@@ -37,11 +37,13 @@ class HeldOutEarlyStopping(pl.Callback):
             without a guard set in a language that the model knows.
         kept_step: the step whose weights are kept; 0 = the start.
         done: whether :meth:`finish` has run.
+        held_out_rows: rows that are kept from training and measured; 0 = the measured rows are trained on.
     """
 
     def __init__(self, setup: FeedbackSetup) -> None:
         self._limits, self._parameters = setup.config.guards, setup.config.parameters
         self._rows, self._guard_rows, self._start = setup.held_out_rows(), setup.guard_rows, setup.start
+        self.held_out_rows = len(setup.staged.held_out)
         self._evaluator: HeldOutEvaluator | None = None
         self._average: MovingAverage | None = None
         self._best: Weights | None = None

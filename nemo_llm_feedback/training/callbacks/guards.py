@@ -53,6 +53,11 @@ class HeldOutMetrics:
         return {f"held_out/{k}": float(v) for k, v in named if k not in ("step", "gains", "generation") and v == v}
 
 
+def gain_name(held_out_rows: int) -> str:
+    """What ``gain`` is called for readers: where no row is kept from training it is measured on trained ones."""
+    return "held-out gain" if held_out_rows else "gain on trained rows"
+
+
 def as_good(found: Sequence[float], best: Sequence[float], *, standard_errors: float) -> bool:
     """Whether gains lie so little below the best ones that utterances drawn anew might turn the two around.
 

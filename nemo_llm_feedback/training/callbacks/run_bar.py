@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 
 from nemo_llm_feedback.core import console
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
-from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics
+from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, gain_name
 from nemo_llm_feedback.training.distributed import gather
 
 # Steps between two lines where there is no terminal.
@@ -71,7 +71,8 @@ class RunBar(pl.Callback):
             if not session.bars and (step % _EVERY == 0 or step == self._clock.total):
                 console.show(f"  step {step:>4}/{self._clock.total}: {note}   {left}")
             for found in measured:
-                console.show(_held_out_line(found, kept=found.step == self._stopping.kept_step))
+                kept, held = found.step == self._stopping.kept_step, bool(self._stopping.held_out_rows)
+                console.show(_held_out_line(found, kept=kept, held_out=held))
         if (stop := max(gather(session.stop))) and step < self._clock.total:
             self._save_and_leave(trainer, stop)
 
@@ -103,7 +104,7 @@ class RunBar(pl.Callback):
             "group gain": _signed(values.get("feedback/reward_gain")),
             "KL": _plain(values.get("feedback/kl_reference")),
             "rate": f"{rate:.1e}",
-            "held-out gain": _signed(history[-1].gain) if history else "",
+            gain_name(self._stopping.held_out_rows): _signed(history[-1].gain) if history else "",
         }
         return "   ".join(f"{name} {value}" for name, value in shown.items() if value)
 
@@ -163,7 +164,7 @@ def _found(model: Any) -> str:
     )
 
 
-def _held_out_line(found: HeldOutMetrics, *, kept: bool) -> str:
+def _held_out_line(found: HeldOutMetrics, *, kept: bool, held_out: bool) -> str:
     """One measurement for readers of the terminal."""
     parts = {
         "gain": _signed(found.gain),
@@ -173,7 +174,9 @@ def _held_out_line(found: HeldOutMetrics, *, kept: bool) -> str:
         "guard WER": f"{100 * found.wer_rise:+.1f} %" if found.wer_rise == found.wer_rise else "",
     }
     shown = "   ".join(f"{name} {value}" for name, value in parts.items() if value)
-    return f"  step {found.step:>4} held out: {shown}{'   (kept so far)' if kept else ''}"
+    return (
+        f"  step {found.step:>4} {'held out' if held_out else 'measured'}: {shown}{'   (kept so far)' if kept else ''}"
+    )
 
 
 def _signed(value: Any) -> str:
