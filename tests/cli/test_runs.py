@@ -57,6 +57,9 @@ def test_runs_fit_a_terminal_and_show_what_they_took_and_gave(runs: Path, capsys
         "a/version_1: model.optim.lr=0.001",
     ]
     assert "command is given again" in hint
+    make_run(runs / "c" / "v", lr=1e-3, steps=4, started="2026-01-04")
+    assert main(["runs", str(runs)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "optim.lr" in line] == details[:1]
     make_run(runs / "a_very_long_name_of_a_folder" / "version_7", lr=1e-3, steps=4, started="2026-01-04")
     assert main(["runs", str(runs)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

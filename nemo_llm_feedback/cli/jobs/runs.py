@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def runs_text(runs: list[Run]) -> str:
             for score in _SCORES
             if score in before and score in (after := run.result["after"].get(name, {}))
         ]
-        facts += [f"{key}={_short(value, 40)}" for key, value in run.settings.items()]
+        facts += [f"{k}={_short(v, 40)}" for k, v in run.settings.items() if not _is_usual(k, v, runs)]
         facts += [f"kept generation {run.result['generation']}"] if run.result["generation"] > 1 else []
         facts += [f"ended early: {run.result['ended']}"] if run.result["ended"] else []
         lines += textwrap.wrap(f"{run.folder}: {', '.join(facts)}", 80, subsequent_indent="  ") if facts else []
@@ -121,6 +122,11 @@ def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) 
         settings={key: settings.get(key) for key in differing},
         result={name: found.get(name, value) for name, value in so_far.items()},
     )
+
+
+def _is_usual(key: str, value: Any, runs: Sequence[Run]) -> bool:
+    """Whether most of the runs have this value, so that only the others are told apart by theirs."""
+    return 2 * sum(repr(run.settings[key]) == repr(value) for run in runs) > len(runs)
 
 
 def _kept(run: Run) -> str:
