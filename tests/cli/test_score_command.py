@@ -16,7 +16,8 @@ from helpers.tiny import write_manifest
 from helpers.tiny_llm import make_tiny_llm
 
 from nemo_llm_feedback.cli.jobs.quantization import compare_scores, comparison_text
-from nemo_llm_feedback.cli.jobs.tuning import choose, tune_by_labels, tuned_text
+from nemo_llm_feedback.cli.jobs.score import _formula
+from nemo_llm_feedback.cli.jobs.tuning import Weights, choose, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.config import LLMConfig, RewardConfig
 from nemo_llm_feedback.core.errors import LLMError, RewardError
@@ -269,6 +270,14 @@ def scores_of(references: list[str], nbest: NBestBatch, entities: list[list[str]
         normalize=get_normalizer("basic"),
         entities=entities,
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "sum_of_parts"),
+    [({}, "2·llm + 4·length + asr"), ({"name": "entity", "asr_weight": 0.5}, "2·entity + 4·length + 0.5·asr")],
+)
+def test_the_formula_names_the_parts_that_are_weighed(given: dict[str, Any], sum_of_parts: str) -> None:
+    assert _formula(Weights(2.0, 4.0, "settings"), RewardConfig(**given)) == sum_of_parts
 
 
 def test_choice_follows_the_formula() -> None:

@@ -20,6 +20,7 @@ from nemo_llm_feedback.cli.jobs.quantization import (
     other_llm,
 )
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread, tune_by_labels, tuned_text
+from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.text import get_normalizer
@@ -59,6 +60,7 @@ class ScoreReport:
         total: rows of the manifest.
         nbest: the rows' N-best, in their order.
         weights: the reward's weights; None for a reward without any.
+        formula: the reward as a sum of its parts; empty for a reward without weights.
         trusted: other recogniser → what these rows say of it; empty where trust is set or there is none.
         chosen, greedy: index of each row's best-rewarded member, and of the recogniser's choice.
         signal_fraction: share of groups whose rewards differ by more than ``objective.min_spread``.
@@ -78,6 +80,7 @@ class ScoreReport:
     total: int
     nbest: NBestBatch
     weights: Weights | None
+    formula: str
     trusted: dict[str, SourceTrust]
     chosen: list[int]
     greedy: list[int]
@@ -145,6 +148,7 @@ def score(
         total=probe.total,
         nbest=nbest,
         weights=weights,
+        formula=_formula(weights, settings) if weights is not None else "",
         trusted=trusted,
         chosen=chosen,
         greedy=greedy,
@@ -160,6 +164,12 @@ def score(
         quantization=comparison,
         tuned=tuned,
     )
+
+
+def _formula(weights: Weights, settings: RewardConfig) -> str:
+    """The reward as a sum of the columns that are shown."""
+    parts = {settings.weighed_part: weights.alpha, "length": weights.beta, "asr": settings.asr_weight}
+    return " + ".join(name if w == 1 else f"{w:g}·{name}" for name, w in parts.items() if w)
 
 
 class LabelledMembers:
@@ -238,7 +248,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         show: rows whose N-best is printed; 0 = none.
         members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
-    formula = f"reward = {report.weights.formula}; " if report.weights is not None else ""
+    formula = f"reward = {report.formula}; " if report.formula else ""
     lines = [f"{formula}> best-rewarded, = the recogniser's choice, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
         lines += [_row_text(report, i, members), ""]

@@ -54,11 +54,6 @@ class Weights:
         return f"reward.alpha={self.alpha:g} reward.beta={self.beta:g}"
 
     @property
-    def formula(self) -> str:
-        """The reward as a sum of the columns that ``score`` shows."""
-        return f"{self.alpha:g}·llm + {self.beta:g}·length + asr"
-
-    @property
     def sentence(self) -> str:
         """The weights and where they come from."""
         origin = {"settings": "as set", "spread": "by the spread of these rows, as adapt takes it from its pool"}
