@@ -85,6 +85,19 @@ def test_members_are_distinct_after_normalisation_and_the_better_spelling_is_kep
     assert members([float("-inf")] * 4) == [0]
 
 
+@pytest.mark.parametrize(("scores", "kept"), [([-2.0, -1.0], "AB"), ([-1.0, -2.0], "ab")])
+def test_a_member_has_the_sources_of_all_its_spellings_the_first_first(scores: list[float], kept: str) -> None:
+    vocabulary = Vocabulary(None, tuple("abAB"))
+    labels = {text: tuple(vocabulary.labels.index(c) for c in text) for text in ("ab", "AB")}
+    sources = {"ab": ("greedy", ("beam",)), "AB": ("cloud", ("beam", "boosted"))}
+    candidates = [
+        Candidate(labels[text], source, also, logp=logp)
+        for (text, (source, also)), logp in zip(sources.items(), scores, strict=True)
+    ]
+    (found,) = build_members(candidates, vocabulary=vocabulary, normalize=str.lower, max_members=9, distinct=True)
+    assert (found.labels, found.source, found.also) == (labels[kept], "greedy", ("beam", "cloud", "boosted"))
+
+
 def test_a_group_does_not_depend_on_its_batch(nemo_file: Any) -> None:
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
     head = heads_of(model)[0]

@@ -627,10 +627,17 @@ MUTANTS = (
         f"{TEST_EXTERNAL}::test_many_texts_are_bounded_per_source_and_in_all_and_each_sources_best_comes_first",
     ),
     Mutant(
-        "a member that greedy and another recogniser propose is greedy's alone",
+        "a member has the sources of its first spelling alone",
         PROPOSALS,
         "dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))",
         "dict.fromkeys((known.source, *known.also))",
+        f"{TEST_PROPOSALS}::test_a_member_has_the_sources_of_all_its_spellings_the_first_first",
+    ),
+    Mutant(
+        "a text that greedy and another recogniser propose is greedy's alone",
+        PROPOSALS,
+        "names = dict.fromkeys((known.source, *known.also, new.source, *new.also))",
+        "names = dict.fromkeys((known.source, *known.also))",
         f"{TEST_EXTERNAL}::test_a_member_that_beam_and_another_recogniser_propose_is_one_and_has_both_names",
     ),
     Mutant(
