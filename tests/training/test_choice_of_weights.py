@@ -50,6 +50,7 @@ def stopping(model: Any, gains: Sequence[float | tuple[float, ...]], **guards: A
     setup: Any = SimpleNamespace(
         config=RunConfig(guards=GuardConfig(**guards)),
         held_out_rows=tuple,
+        staged=SimpleNamespace(held_out=()),
         guard_rows=(),
         start=snapshot(model),
     )

@@ -98,7 +98,13 @@ def test_a_measurement_that_the_reward_cannot_judge_is_no_gain() -> None:
         measure=lambda model, step: HeldOutMetrics(step, next(gains), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, math.nan),
     )
     trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[], callbacks=[], global_step=0)
-    setup: Any = SimpleNamespace(config=RunConfig(), held_out_rows=tuple, guard_rows=(), start=snapshot(model))
+    setup: Any = SimpleNamespace(
+        config=RunConfig(),
+        held_out_rows=tuple,
+        staged=SimpleNamespace(held_out=()),
+        guard_rows=(),
+        start=snapshot(model),
+    )
     stopping = HeldOutEarlyStopping(setup)
     stopping._evaluator = evaluator
     kept = []
