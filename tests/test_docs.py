@@ -96,6 +96,13 @@ def test_code_in_the_docs_runs(kind: str, code: str, place: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
 
 
+def test_links_to_other_sites_are_these() -> None:
+    """Nothing follows them here, where there is no network: whoever adds one has opened it."""
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "examples").rglob("README.md")]
+    found = {url for page in pages for url in re.findall(r"\]\((https?://[^)]+)\)", page.read_text(encoding="utf-8"))}
+    assert found == {"https://arxiv.org/abs/2506.11091"}
+
+
 def test_links_of_the_pages_outside_the_site_lead_somewhere() -> None:
     """Those inside the site are checked by ``make docs``, which makes some of their targets."""
     lost = []
