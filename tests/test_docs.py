@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from helpers.tiny import write_audio, write_manifest
+from helpers.warm import warm_commands
 from omegaconf import OmegaConf
 
 from nemo_llm_feedback.core.config.compose import compose_config
@@ -57,7 +59,7 @@ def _blocks(*kinds: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Path) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Path) -> Iterator[Path]:
     """A folder in which the files that the texts name exist."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("base.nemo", "adapted.nemo", "run1.nemo", "run2.nemo", "run3.nemo"):
@@ -72,11 +74,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Pa
     for i in range(2):
         write_audio(folder / "audio" / f"{i}.wav", seconds=1.0, seed=i)
     (folder / "menu.json").write_text('["latte", "mocha", "soy milk"]', encoding="utf-8")
-    command = folder / "bin" / "nemo-llm-feedback"  # of this checkout, whatever is installed
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m nemo_llm_feedback.cli.main "$@"\n', encoding="utf-8")
-    command.chmod(0o755)
-    return folder
+    with warm_commands(folder / "bin", _environment()):
+        yield folder
+
+
+def _environment() -> dict[str, str]:
+    """The commands are of this checkout, whatever is installed; coverage, which slows them, leaves them out."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(("kind", "code"), _blocks("yaml"))
@@ -90,8 +95,9 @@ def test_code_in_the_docs_runs(kind: str, code: str, place: Path) -> None:
     for said, run in SHORTER.items():
         code = code.replace(said, run)
     paths = os.pathsep.join([str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": paths, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    command = ["python", "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    command[0] = shutil.which(command[0], path=paths) or command[0]
+    environment = {**_environment(), "PATH": paths}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
 
