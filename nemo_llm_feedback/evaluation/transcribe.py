@@ -111,7 +111,12 @@ def transcribe_rows(model: Any, rows: Sequence[Row], *, head: str = "auto", batc
 
 
 def score_sets(
-    model: Any, sets: Mapping[str, Sequence[Row]], config: RunConfig | None = None, *, batch_size: int = 16
+    model: Any,
+    sets: Mapping[str, Sequence[Row]],
+    config: RunConfig | None = None,
+    *,
+    batch_size: int = 16,
+    decode: Callable[..., Decoded] = decode_rows,
 ) -> dict[str, CorpusScores]:
     """Set → scores of the greedy transcripts of its rows, which have text.
 
@@ -120,13 +125,14 @@ def score_sets(
         sets: name → rows.
         config: names head, context and text normalisation; None = the defaults.
         batch_size: rows per batch.
+        decode: what transcribes: :func:`decode_rows`, or what takes and gives the same.
     """
     config = config or RunConfig()
     found, head, context = {}, config.feedback.heads, config.context.load()
     for name, rows in sets.items():
         with progress(f"transcribing {name}", len(rows)) as on_batch:
             which = "auto" if head == "both" else head
-            texts = decode_rows(model, rows, head=which, batch_size=batch_size, on_batch=on_batch).texts
+            texts = decode(model, rows, head=which, batch_size=batch_size, on_batch=on_batch).texts
         found[name] = score_rows(rows, texts, run_context=context, normalizer=config.feedback.normalizer)
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import MethodType, TracebackType
 from typing import Any, TypeVar
 from unittest import mock
@@ -16,28 +15,19 @@ from torchmetrics import Metric
 from nemo_llm_feedback.core import errors
 from nemo_llm_feedback.core.errors import FeedbackError, TrainingError
 
-# While it is set, this process counts as the only one: see `one_rank`.
-_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 def num_ranks() -> int:
     """Processes of this run that train together."""
-    return 1 if _ALONE.get() else _world_size()
-
-
-def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return int(torch.distributed.get_world_size()) if ready else 1
 
 
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Inside this context nothing of this module talks to other ranks: for what one rank does while they wait."""
-    token = _ALONE.set(True)
-    try:
-        yield
-    finally:
-        _ALONE.reset(token)
+def this_rank() -> int:
+    """This process's place among them, from 0."""
+    return int(torch.distributed.get_rank()) if num_ranks() > 1 else 0
 
 
 def gather(value: Any) -> list[Any]:
@@ -84,6 +74,31 @@ class CollectiveBlock:
         self.all = [mine for _, mine in found]
 
 
+def shared(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]]) -> list[Result]:
+    """The result of each item, in their order. Every rank works on its share, so that none waits for another's work
+    on all of them: a collective that is not answered within its time limit ends the run.
+
+    Args:
+        items: the same on every rank, each of which must call this.
+        work: items → one result each; may be given none, and must not hold a collective.
+    """
+    with CollectiveBlock() as ranks:
+        ranks.mine = list(work(items[this_rank() :: num_ranks()]))
+    return [ranks.all[i % len(ranks.all)][i // len(ranks.all)] for i in range(len(items))]
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Makes every gradient the mean of all ranks', as DDP does, for steps that are taken without it.
+
+    Args:
+        module: each trainable parameter has a gradient, on every rank (:func:`zero_grad_for_unused`).
+    """
+    for parameter in module.parameters() if num_ranks() > 1 else ():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= num_ranks()
+
+
 def _error_of(rank: int, name: str, message: str) -> FeedbackError:
     cls = getattr(errors, name, None)
     if isinstance(cls, type) and issubclass(cls, FeedbackError):
@@ -108,7 +123,7 @@ def local_lengths(model: nn.Module) -> None:
 
     They agree on the longest audio of all ranks in every forward pass, to reserve positions or masks for it. Here the
     ranks run encoders a different number of times (for labelled rows, for unlabeled rows, under the frozen reference,
-    for held-out rows on one rank), and would wait for one another for ever. The output is the same without.
+    for shares of the held-out rows), and would wait for one another for ever. The output is the same without.
     """
     for module in model.modules():
         if hasattr(module, "sync_max_audio_length"):
@@ -127,9 +142,9 @@ def local_metrics(model: nn.Module) -> Iterator[None]:
     """Inside this context NeMo's metrics are not joined over ranks.
 
     Its training step computes the WER of the batch, for which torchmetrics asks all ranks; a rank whose batch has no
-    labelled row would not answer, nor one that waits for what rank 0 does alone.
+    labelled row would not answer.
     """
-    found = [module for module in model.modules() if isinstance(module, Metric)] if _world_size() > 1 else []
+    found = [module for module in model.modules() if isinstance(module, Metric)] if num_ranks() > 1 else []
     before = [metric._to_sync for metric in found]
     for metric in found:
         metric._to_sync = False

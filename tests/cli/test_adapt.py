@@ -297,10 +297,10 @@ def test_before_and_after_are_transcribed_on_the_trainers_device(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning moves the model only for training: before it, and after it, the model was left on the CPU."""
-    from nemo_llm_feedback.cli.jobs import adapt as job
+    from nemo_llm_feedback.training import transcripts
 
     events: list[str] = []
-    move, cpu, transcribe = torch.nn.Module.to, torch.nn.Module.cpu, job.decode_rows
+    move, cpu, transcribe = torch.nn.Module.to, torch.nn.Module.cpu, transcripts.decode_rows
 
     def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer if hasattr(self, "setup_feedback") else None
@@ -318,7 +318,7 @@ def test_before_and_after_are_transcribed_on_the_trainers_device(
 
     monkeypatch.setattr(torch.nn.Module, "to", moved)
     monkeypatch.setattr(torch.nn.Module, "cpu", taken_back)
-    monkeypatch.setattr(job, "decode_rows", transcribed)
+    monkeypatch.setattr(transcripts, "decode_rows", transcribed)
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "run", "trainer.max_steps=1")
     # Lightning places it for training itself, and takes it back to the CPU at the end.

@@ -109,8 +109,9 @@ def train(
     cfg = {
         "model": {
             "train_ds": {**train_ds, "shuffle": False, **lhotse},
-            "optim": {"name": "sgd", "lr": 0.01, "sched": None},
+            "optim": {"name": "sgd", "lr": None if "rates" in more else 0.01, "sched": None},
         },
+        "parameters": {"lr_candidates": more.get("rates", []), "lr_trial_steps": 3},
         "feedback": {
             "pool_utterances": 2,
             "refresh_every": 1,
@@ -136,6 +137,51 @@ def _equal(folder: Path, nemo: Path, manifest: Path, settings: str) -> dict[str,
     model = train(nemo, manifest, folder / f"work{rank}", **json.loads(settings))
     metrics = {k: float(v) for k, v in model.trainer.callback_metrics.items() if k.startswith("feedback/")}
     return {"weights": model.state_dict(), "metrics": metrics}
+
+
+def measured(nemo: Path, manifest: Path, work: Path, *, batch: int) -> dict[str, Any]:
+    """A run with a trial of rates, held-out measurements, and a guard set; what all ranks must agree on, and the
+    utterances that this one measured."""
+    from contextlib import ExitStack
+    from unittest import mock
+
+    from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping, held_out, lr_search
+
+    falls: list[dict[float, float]] = []
+    choose, measure, mine = lr_search.smallest_good, held_out.HeldOutEvaluator.measure, set()
+
+    def chosen(found: dict[float, float]) -> float:
+        falls.append(dict(found))
+        return choose(found)
+
+    def watched(self: Any, model: Any, *, step: int) -> Any:
+        mine.update(u for audio in self.audio for u in audio.utterances)
+        return measure(self, model, step=step)
+
+    def by_name(self: Any, now: Any) -> list[float]:
+        """The tiny model's texts do not change, and all gains would be 0."""
+        return [int(u.split("_")[-1].split(".")[0]) + 0.5 for audio in self.audio for u in audio.utterances]
+
+    patches = [
+        mock.patch.object(held_out.HeldOutEvaluator, "_gains", by_name),
+        mock.patch.object(held_out, "_BATCH", 1),  # so that few rows are several batches
+        mock.patch.object(lr_search, "smallest_good", chosen),
+        mock.patch.object(held_out.HeldOutEvaluator, "measure", watched),
+    ]
+    far = {"max_length_ratio": 100.0, "max_empty_rise": 1.0, "max_kl": 1e9, "max_repetition_rise": 1.0}
+    guards = {"every": 1, "held_out": 0.5, "everyday": "en", "max_style_change": 1.0, **far}
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        model = train(nemo, manifest, work, steps=2, batch=batch, rates=[0.01, 0.02, 0.04], guards=guards)
+    stopping = next(c for c in model.trainer.callbacks if isinstance(c, HeldOutEarlyStopping))
+    agreed = {"falls": falls, "rate": float(model.cfg.optim.lr), "share": stopping.share, "wer": stopping.guard_wer}
+    history = [[*found.metrics().values(), *found.gains] for found in stopping.history]
+    return {"agreed": agreed | {"history": history}, "mine": mine}
+
+
+def _measured(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
+    return measured(nemo, manifest, folder / f"work{os.environ['LOCAL_RANK']}", batch=2)
 
 
 def _lhotse(folder: Path, nemo: Path, manifest: Path) -> dict[str, Any]:
@@ -253,6 +299,7 @@ def _statistics(folder: Path) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "equal": _equal,
+    "measured": _measured,
     "lhotse": _lhotse,
     "failure": _failure,
     "generations": _generations,

@@ -581,6 +581,13 @@ MUTANTS = (
         "bad = torch.stack([scores.isnan().all(1) & False",
         f"{CHOICE}::test_one_utterance_that_cannot_be_scored_does_not_make_the_held_out_loss_nan",
     ),
+    Mutant(
+        "ranks: in the trial of rates each learns from its rows alone",
+        "training/callbacks/lr_search.py",
+        "        average_gradients(model)\n",
+        "        pass\n",
+        f"{RANKS}::test_two_ranks_share_trial_and_measurements_and_find_what_one_process_finds",
+    ),
     # ------------------------------------------------ a judge that breaks, and what it is shown
     Mutant(
         "the mass term holds groups that nothing judges",

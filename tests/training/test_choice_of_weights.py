@@ -26,7 +26,7 @@ from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.rewards.cache import ScoreCache
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
-from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator, _Transcripts
+from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator, _Transcripts, judged_gains
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss
 from nemo_llm_feedback.training.group_math import Groups
 from nemo_llm_feedback.training.models import restore
@@ -243,7 +243,7 @@ def test_the_gain_is_new_minus_old_over_what_can_be_judged(rewards: Any, gains: 
     evaluator.audio = [Audio(torch.zeros(3, 1), torch.ones(3), names, (Context(),) * 3)]
     scores = [-1.0, -2.0, -3.0]
     evaluator._teacher = _Transcripts(["tea", "latte", "mocha"], [], scores, [], scores)
-    found = evaluator._gains(_Transcripts(["a tea", "late", "mocha"], [], scores, [], scores))
+    found = judged_gains(evaluator._gains(_Transcripts(["a tea", "late", "mocha"], [], scores, [], scores)))
     assert found == pytest.approx(gains, nan_ok=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import run_ranks, train
+from helpers.ranks import measured, run_ranks, train
 from helpers.runs import arguments
 from helpers.tiny import build_nemo, write_manifest
 
@@ -72,6 +72,31 @@ def test_two_ranks_equal_one_process_with_the_same_batch(
         assert found[0]["metrics"][name] == pytest.approx(metrics[name], rel=1e-4), name
 
 
+@pytest.mark.slow
+def test_two_ranks_share_trial_and_measurements_and_find_what_one_process_finds(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Rank 0 did all of it while the others waited in a collective, which has a time limit."""
+    nemo = build_nemo("ctc_bpe", tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, **STILL)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 16, seconds=0.8)
+    first, second = run_ranks("measured", tmp_path, nemo, manifest)
+    assert "error" not in first, first["error"]
+    assert first["agreed"] == second["agreed"]
+    one = measured(nemo, manifest, tmp_path / "one", batch=4)
+    assert not first["mine"] & second["mine"]
+    assert first["mine"] | second["mine"] == one["mine"]
+    assert abs(len(first["mine"]) - len(second["mine"])) <= 1
+    ours, wanted = first["agreed"], one["agreed"]
+    assert ours["falls"][0] == pytest.approx(wanted["falls"][0], rel=1e-5)
+    assert all(abs(fall) > 1e-3 for fall in wanted["falls"][0].values()), "nothing was learned, nothing compared"
+    assert (ours["rate"], ours["share"]) == (wanted["rate"], wanted["share"])
+    assert ours["wer"] == pytest.approx(wanted["wer"])
+    assert len(ours["history"]) == len(wanted["history"]) > 0
+    assert len(set(wanted["history"][0])) > 8, "a gain of each utterance"
+    for found, other in zip(ours["history"], wanted["history"], strict=True):
+        assert found == pytest.approx(other, abs=1e-4)
+
+
 def _weights_of(nemo: Path, folder: Path) -> Path:
     import tarfile
 
@@ -100,14 +125,15 @@ def test_a_failing_reward_on_one_rank_stops_all_with_its_error(nemo_file: Any, t
 
 
 @pytest.mark.slow
-def test_ranks_of_the_classic_loader_score_a_share_each_and_hold_all(
-    nemo_file: Any, tiny_llm: Path, tmp_path: Path
+@pytest.mark.parametrize("loader", [[], ["model.train_ds.use_lhotse=true", "+model.train_ds.use_bucketing=false"]])
+def test_ranks_of_either_loader_score_a_share_each_and_hold_all(
+    loader: list[str], nemo_file: Any, tiny_llm: Path, tmp_path: Path
 ) -> None:
     """Each utterance is made once, by one rank, whether for the statistics of the pool or for the first refresh."""
     manifest = write_manifest(tmp_path / "m.json", [None] * 8)
     ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "+exp_manager.seconds_to_sleep=0")
     more = ("llm.phase=cached", "trainer.max_steps=1", "model.train_ds.batch_size=2", f"output={tmp_path / 'a.nemo'}")
-    command = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *ranks, *more)
+    command = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *ranks, *more, *loader)
     found = run_ranks("cached", tmp_path, command)
     assert "error" not in found[0], found[0]["error"]
     first, second = (rank["made"] for rank in found)

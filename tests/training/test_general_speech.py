@@ -103,7 +103,7 @@ def test_the_update_goes_back_to_what_everyday_speech_bears(
     sentences = write_manifest(tmp_path / "en.json", ["a latte", "one mocha to go"])  # in the tiny model's letters
     monkeypatch.setattr(inputs, "_EVERYDAY", str(sentences))
     monkeypatch.setattr(HeldOutEvaluator, "wer", wer)
-    monkeypatch.setattr(HeldOutEvaluator, "_gains", lambda self, *args: (1.0,))
+    monkeypatch.setattr(HeldOutEvaluator, "_gains", lambda self, now: [1.0] * len(now.texts))
     pool = write_manifest(tmp_path / "pool.json", [None] * 6)
     guards = ("guards.every=5", "guards.max_kl=1e3", f"guards.everyday={everyday}")
     result = run(nemo_file("ctc_bpe"), pool, tiny_llm, tmp_path, "trainer.max_steps=5", *guards)

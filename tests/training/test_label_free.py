@@ -299,9 +299,7 @@ def test_the_loss_held_out_falls_with_what_training_learns(
 
 
 @pytest.mark.slow
-def test_one_rank_chooses_the_learning_rate_for_all(
-    nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
-) -> None:
+def test_the_ranks_choose_one_learning_rate(nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path) -> None:
     command = arguments(
         nemo_file("ctc_bpe"),
         manifest,

@@ -334,7 +334,7 @@ def test_the_update_is_interpolated_down_to_what_the_guard_set_bears(
         return 0.1 * float(now.norm() / max(*ends, torch.tensor(1e-9)))
 
     monkeypatch.setattr(HeldOutEvaluator, "wer_rise", wer_rise)
-    monkeypatch.setattr(HeldOutEvaluator, "_gains", lambda self, *args: (1.0,))
+    monkeypatch.setattr(HeldOutEvaluator, "_gains", lambda self, now: [1.0] * len(now.texts))
     guard = write_manifest(tmp_path / "guard.json", ["a latte", "one mocha to go"])
     more = (f"guards.manifest_filepath={guard}", "guards.max_wer_rise=0.045", "guards.max_kl=1e3")
     result = run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, "trainer.max_steps=5", *more)

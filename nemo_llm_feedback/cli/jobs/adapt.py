@@ -37,13 +37,14 @@ from nemo_llm_feedback.evaluation.records import facts_text, to_plain
 from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, write_report
 from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
 from nemo_llm_feedback.evaluation.tables import build_table, table_metrics
-from nemo_llm_feedback.evaluation.transcribe import Decoded, decode_rows, score_sets
+from nemo_llm_feedback.evaluation.transcribe import Decoded, score_sets
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, gain_name
 from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.setup import check_settings
+from nemo_llm_feedback.training.transcripts import StartTranscripts, transcribed
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,11 @@ _TAKEN = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_st
 def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
     """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
     trainer, setup = model.trainer, model.feedback_setup
-    # One rank evaluates; nothing here is shared work.
-    sample = setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
-    sets, pool = (setup.validation, sample) if is_global_rank_zero() else ({}, ())
-    model.to(trainer.strategy.root_device)
-    before, pool_before = score_sets(model, sets, setup.config, batch_size=batch_size), decode_rows(model, pool)
+    sets, pool = setup.validation, setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
+    start_transcripts = StartTranscripts(sets, pool, setup.config, batch_size=batch_size)
+    trainer.callbacks.insert(0, start_transcripts)
     trainer.fit(model)
+    before, pool_before = start_transcripts.found
     # Lightning has moved the model to the CPU when training ends.
     model.to(trainer.strategy.root_device)
     model.feedback.reference.to(model.device)
@@ -203,7 +203,7 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
             before[name] = before[name].select(kept)
         kept = _readable(pool)
         pool, pool_before = [pool[i] for i in kept], pool_before.select(kept)
-    after, pool_after = score_sets(model, sets, setup.config, batch_size=batch_size), decode_rows(model, pool)
+    after, pool_after = transcribed(model, sets, pool, setup.config, batch_size=batch_size)
     return before, after, (pool, pool_before, pool_after)
 
 

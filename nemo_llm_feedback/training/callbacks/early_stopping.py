@@ -12,7 +12,7 @@ from nemo_llm_feedback.core.errors import RewardError, TrainingError
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.callbacks.step_log import log_values
-from nemo_llm_feedback.training.distributed import CollectiveBlock, gather
+from nemo_llm_feedback.training.distributed import gather
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
 from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, interpolated, put_back, snapshot
 
@@ -24,7 +24,7 @@ class HeldOutEarlyStopping(pl.Callback):
     explains (``guards.standard_errors``): the rate falls to 0, so of equals the later ones have the less noise. Where
     there is no reward (plain self-training), they are those of the last measurement that passed. At the end of a
     generation they are the next one's teacher. With ``parameters.ema_decay`` measurements, choice and export use the
-    moving average. Every decision is rank 0's.
+    moving average. Every rank decides, by the numbers that all have.
 
     Args:
         setup: the run's set-up.
@@ -119,7 +119,7 @@ class HeldOutEarlyStopping(pl.Callback):
             self.kept_step = step
             if self._average is not None:
                 put_back(pl_module, self._average.weights)
-        self._interpolate(trainer, pl_module)
+        self._interpolate(pl_module)
 
     def _measured(self, step: int) -> bool:
         return bool(self.history) and self.history[-1].step >= step
@@ -127,9 +127,7 @@ class HeldOutEarlyStopping(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: Any, step: int) -> None:
         assert self._evaluator is not None
         with holding(pl_module, self._average.weights if self._average is not None else None):
-            with CollectiveBlock() as ranks:
-                ranks.mine = self._evaluator.measure(pl_module, step=step) if trainer.is_global_zero else None
-            found = ranks.all[0]
+            found = self._evaluator.measure(pl_module, step=step)
             self.history.append(found)
             log_values(trainer, found.metrics(), step=step)
             logging.info(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.metrics().items()))
@@ -193,21 +191,17 @@ class HeldOutEarlyStopping(pl.Callback):
         logging.warning(f"guard: stopped at step {trainer.global_step}: {why}{back}.")
         trainer.should_stop = True
 
-    def _interpolate(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _interpolate(self, pl_module: Any) -> None:
         """Moves the update back towards the start: by the share asked for, or as far as the guard set needs it."""
         if self._limits.interpolation is not None:
             self.share = self._limits.interpolation
         elif self._evaluator is not None and self._guard_rows and self._best:
-            with CollectiveBlock() as ranks:
-                ranks.mine = self._largest_share(pl_module, self._evaluator) if trainer.is_global_zero else None
-            self.share = ranks.all[0]
+            self.share = self._largest_share(pl_module, self._evaluator)
             logging.info(f"{100 * self.share:.0f} % of the update keep the guard set's WER within its limit.")
         if self.share < 1:
             put_back(pl_module, interpolated(self._start, snapshot(pl_module), self.share))
         if self._evaluator is not None and self._guard_rows:
-            with CollectiveBlock() as ranks:
-                ranks.mine = self._guard_wer(pl_module, self._evaluator) if trainer.is_global_zero else None
-            self.guard_wer = ranks.all[0]
+            self.guard_wer = self._guard_wer(pl_module, self._evaluator)
 
     @staticmethod
     def _guard_wer(pl_module: Any, evaluator: HeldOutEvaluator) -> tuple[float, ...]:

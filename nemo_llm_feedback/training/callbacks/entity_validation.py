@@ -13,8 +13,10 @@ from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import oracle
 from nemo_llm_feedback.evaluation.scoring import score_rows
-from nemo_llm_feedback.evaluation.transcribe import propose_rows, transcribe_rows
+from nemo_llm_feedback.evaluation.transcribe import propose_rows
 from nemo_llm_feedback.training.callbacks.step_log import log_values
+from nemo_llm_feedback.training.distributed import shared
+from nemo_llm_feedback.training.transcripts import decode_shared
 
 _METRICS = ("wer", "ewer", "entity_recall", "false_alarms")
 
@@ -33,13 +35,13 @@ class EntityValidation(pl.Callback):
         self._sets = dict(sets)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Transcribes every set; on rank 0 only, since no gradient and no collective is involved."""
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        """Transcribes every set; each rank does its share of the rows."""
+        if trainer.sanity_checking:
             return
         config = pl_module.feedback.config
         context, normalizer = config.context.load(), config.feedback.normalizer
         for name, rows in self._sets.items():
-            texts = transcribe_rows(pl_module, rows)
+            texts = decode_shared(pl_module, rows).texts
             scores = score_rows(rows, texts, run_context=context, normalizer=normalizer)
             values = {f"val/{name}/{m}": scores.value(m) for m in _METRICS}
             values = {key: value for key, value in values.items() if value == value}
@@ -53,6 +55,7 @@ def _oracle_wer(model: Any, rows: list[Row]) -> float:
     feedback = model.feedback
     config = feedback.config
     some = rows[:: -(-len(rows) // config.feedback.pool_utterances)]
-    texts = propose_rows(model, some, config.proposals, run_context=config.context.load(), head=feedback.heads[0].name)
+    context, head = config.context.load(), feedback.heads[0].name
+    texts = shared(some, lambda rows: propose_rows(model, rows, config.proposals, run_context=context, head=head))
     best = oracle([row.text for row in some], texts, normalize=get_normalizer(config.feedback.normalizer))
     return score_rows(some, best, run_context=Context(), normalizer=config.feedback.normalizer).value("wer")

@@ -17,11 +17,12 @@ from omegaconf import OmegaConf, open_dict
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core import console
 from nemo_llm_feedback.core.config.sections import RATIO_OBJECTIVES
+from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.training.callbacks.guards import violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
-from nemo_llm_feedback.training.distributed import CollectiveBlock, one_rank
+from nemo_llm_feedback.training.distributed import CollectiveBlock, average_gradients
 from nemo_llm_feedback.training.losses import objective_loss
 from nemo_llm_feedback.training.state import Feedback
 from nemo_llm_feedback.training.weights import put_back, snapshot
@@ -34,7 +35,7 @@ _NEARLY = 0.8
 def try_rates(model: Any, feedback: Feedback) -> Feedback:
     """Chooses the learning rate where none is given, and makes the optimizer anew with it.
 
-    Rank 0 chooses for all on its rows while the others wait. A resumed run takes the rate that it had.
+    The ranks train together, each on its rows, as they do in the run. A resumed run takes the rate that it had.
 
     Args:
         model: the model in its starting weights, on its device, with a trainer.
@@ -48,14 +49,11 @@ def try_rates(model: Any, feedback: Feedback) -> Feedback:
         return feedback
     rate = statistics.learning_rate
     if rate is None:
-        with CollectiveBlock() as ranks:
-            if model.trainer.is_global_zero:
-                sampler = feedback.generator.get_state()
-                trial = replace(feedback, cache=NBestCache()) if feedback.config.on_policy else feedback
-                with one_rank(), model.training_with(trial):
-                    ranks.mine = choose_rate(model, HeldOutEvaluator(model, feedback))
-                feedback.generator.set_state(sampler)
-        rate = ranks.all[0]
+        sampler = feedback.generator.get_state()
+        trial = replace(feedback, cache=NBestCache()) if feedback.config.on_policy else feedback
+        with model.training_with(trial):
+            rate = choose_rate(model, HeldOutEvaluator(model, feedback))
+        feedback.generator.set_state(sampler)
     with open_dict(model.cfg):
         model.cfg.optim.lr = rate
     model.trainer.strategy.setup_optimizers(model.trainer)
@@ -82,8 +80,7 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
     with torch.random.fork_rng():
         held_out = HeldOutLoss(model, feedback, evaluator.audio)
         before = held_out(model)
-        count = config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches
-        batches = list(itertools.islice(model.pool_batches(), count))
+        batches = _batches(model, config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches)
         if not config.on_policy:
             _propose(model, batches)
         for rate in tried:
@@ -122,11 +119,24 @@ def smallest_good(falls: Mapping[float, float]) -> float:
     return min((rate for rate, fall in falls.items() if fall >= _NEARLY * most), default=min(falls))
 
 
+def _batches(model: Any, most: int) -> list[Any]:
+    """Batches of this rank's share for the trial, on every rank as many: those with fewer repeat theirs."""
+    with CollectiveBlock() as ranks:
+        found = list(itertools.islice(model.pool_batches(), most))
+        if not found:
+            raise TrainingError(
+                "this rank has no batch for the trial of learning rates: train on fewer devices, with a smaller "
+                "model.train_ds.batch_size, or set model.optim.lr."
+            )
+        ranks.mine = len(found)
+    return list(itertools.islice(itertools.cycle(found), max(ranks.all)))
+
+
 @torch.no_grad()
 def _propose(model: Any, batches: Sequence[Any]) -> None:
     """Has the groups of the batches proposed by the starting model, for all trials and the run's first refresh."""
     feedback = model.feedback
-    with evaluation_mode(model):
+    with CollectiveBlock(), evaluation_mode(model):
         for part in model.encoded_pool(batches):
             feedback.cache.put(feedback.nbest(*part, refresh=0).by_the_start())
 
@@ -150,6 +160,7 @@ def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
                 loss = model.training_step(batch, first + number)["loss"] / size
             if loss.requires_grad:
                 loss.backward()
+        average_gradients(model)
         model.on_before_optimizer_step(optimizer)
         trainer.precision_plugin.clip_gradients(optimizer, trainer.gradient_clip_val or 0, algorithm)
         optimizer.step()
@@ -167,7 +178,7 @@ class HeldOutLoss:
         feedback: state with proposer, reward, heads and objective. A clipped objective cannot be the measure: its
             gain on a group ends at the clip, which the smallest rate reaches, too. `distill` stands in for it, since
             its loss is the distance to where a KL-regularised objective goes.
-        audio: the held-out utterances; those whose log p is NaN are left out.
+        audio: this rank's share of the held-out utterances; those whose log p is NaN are left out.
     """
 
     def __init__(self, model: Any, feedback: Feedback, audio: Sequence[Audio]) -> None:
@@ -176,7 +187,7 @@ class HeldOutLoss:
             self._objective = replace(self._objective, name="distill")
         self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
-        with torch.no_grad(), evaluation_mode(model):
+        with CollectiveBlock(), torch.no_grad(), evaluation_mode(model):
             for part in audio:
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 nbest = feedback.maker.make(part, encoded, lengths)
@@ -189,14 +200,16 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, model: Any) -> float:
-        """The loss under the model's weights now, without SpecAugment and dropout: mean over utterances, in nats for
-        the likelihood objectives, in the reward's unit for ``mwer``."""
+        """The loss under the model's weights now, without SpecAugment and dropout: mean over the utterances of all
+        ranks, in nats for the likelihood objectives, in the reward's unit for ``mwer``."""
         feedback, found = self._feedback, 0.0
-        with evaluation_mode(model):
+        with CollectiveBlock() as ranks, evaluation_mode(model):
             for part, nbest in zip(self._audio, self._nbest, strict=True):
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 for head in feedback.heads:
                     logp = head.score(encoded, lengths, nbest.labels)
-                    total = objective_loss(self._objective, logp, nbest, head=head.name).total()
-                    found += feedback.head_weights[head.name] * float(total) * len(nbest)  # type: ignore[arg-type]
-        return found / sum(map(len, self._nbest)) if self._nbest else math.nan
+                    loss = objective_loss(self._objective, logp, nbest, head=head.name).total()
+                    found += feedback.head_weights[head.name] * float(loss) * len(nbest)  # type: ignore[arg-type]
+            ranks.mine = found, sum(map(len, self._nbest))
+        total, count = (sum(parts) for parts in zip(*ranks.all, strict=True))
+        return total / count if count else math.nan
