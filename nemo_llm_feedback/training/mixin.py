@@ -240,7 +240,7 @@ class LLMFeedbackMixin(_Base):
         if self._setup is None:
             return
         check_starts(self.trainer.ckpt_path)
-        with evaluation_mode(self):
+        with evaluation_mode(self), self.run_precision():
             self._feedback = start(self, self._setup, self.encoded_pool, self._resumed)
         if self._resumed:
             self._feedback.load_nbest(self._resumed, rank=self.global_rank)
@@ -253,7 +253,7 @@ class LLMFeedbackMixin(_Base):
         Raises:
             TrainingError, RewardError: the new teacher's groups have no signal; the old one stays.
         """
-        with evaluation_mode(self):
+        with evaluation_mode(self), self.run_precision():
             self._feedback = next_generation(self, self.feedback_setup, self.feedback, self.encoded_pool())
         self.trainer.strategy.setup_optimizers(self.trainer)
         self._write_statistics()
@@ -296,9 +296,14 @@ class LLMFeedbackMixin(_Base):
         refresh = self._refresh()
         if feedback.cache.filled == refresh:
             return
-        with torch.random.fork_rng(), evaluation_mode(self), torch.no_grad():
+        with torch.random.fork_rng(), evaluation_mode(self), self.run_precision(), torch.no_grad():
             torch.manual_seed(refresh)
             fill_cache(feedback, self.encoded_pool(), refresh=refresh)
+
+    def run_precision(self) -> Any:
+        """The context of the run's precision, for what is computed outside of Lightning's steps: what is measured is
+        what is trained."""
+        return self.trainer.precision_plugin.forward_context()
 
     def look_ahead(self) -> list[int] | None:
         """The attention context of this step, of a streaming checkpoint that has several; None for others.

@@ -91,6 +91,7 @@ def fit(model: Any, *, steps: int, train_ds: Any = None, **settings: Any) -> Any
 def begin(model: Any) -> Any:
     """What training starts with, after ``setup_feedback`` and without a step; the model then counts as in step 0."""
     where = {"global_rank": 0, "local_rank": 0, "world_size": 1}
-    model._trainer = SimpleNamespace(global_step=0, ckpt_path=None, barebones=True, **where)
+    plugin = pl.plugins.Precision()
+    model._trainer = SimpleNamespace(global_step=0, ckpt_path=None, barebones=True, precision_plugin=plugin, **where)
     model.on_fit_start()
     return model.feedback

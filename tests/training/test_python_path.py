@@ -211,6 +211,34 @@ def test_the_rate_trial_is_a_piece_of_the_run(model: Any, tmp_path: Path, monkey
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
 
 
+def test_what_is_measured_is_measured_in_the_precision_of_the_run(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics of the pool, the trial's loss and the held-out measurements were in fp32 whatever the run had."""
+    manifest = write_manifest(tmp_path / "m.json", [None] * 8)
+    guards = {"every": 1, "held_out": 0.3, "everyday": "en", "interpolation": 1.0, **LENIENT}
+    settings = config(manifest, parameters={"lr_candidates": [1e-3], "lr_trial_steps": 1}, guards=guards)
+    settings["model"]["optim"] = {"name": "sgd", "lr": None, "sched": None}
+    mixed: dict[bool, int] = {}
+    forward = type(model.encoder).forward_internal
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = torch.is_autocast_enabled("cpu")
+        mixed[found] = mixed.get(found, 0) + 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.encoder), "forward_internal", watched)
+    model.setup_feedback(settings, work_dir=tmp_path / "w", reward=label_reward)
+    fit(model, steps=1, precision="bf16-mixed")
+    assert list(mixed) == [True]
+    assert mixed[True] > 10, "pool, trial, two measurements and the guard set"
+    mixed.clear()
+    again = restore(model._source_path, map_location="cpu")
+    again.setup_feedback(settings, work_dir=tmp_path / "again", reward=label_reward)
+    fit(again, steps=1)
+    assert list(mixed) == [False]
+
+
 def test_a_step_with_a_micro_batch_that_is_not_finite_is_skipped_whole(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ class HeldOutEvaluator:
         places = itertools.product(range(len(self._look_aheads)), mine)
         self._places = [(number, at, i) for number, (at, batch) in places for i in range(len(batch))]
         start, teacher = feedback.reference, feedback.teacher
-        with CollectiveBlock():
+        with CollectiveBlock(), model.run_precision():
             self.audio: list[Audio] = [
                 load_audio([rows[i] for i in batch], sample_rate=rate, device=model.device, run_context=context)
                 for _, batch in mine
@@ -101,7 +101,7 @@ class HeldOutEvaluator:
             step: optimizer steps done.
         """
         with CollectiveBlock() as ranks:
-            with evaluation_mode(model):
+            with evaluation_mode(model), model.run_precision():
                 now = self._transcribe(model, self._feedback.heads[0])
             scored = zip(now.labels, now.logp, now.start, strict=True)
             drift = [(p - f) / max(1, len(y)) if abs(p) + abs(f) < math.inf else None for y, p, f in scored]
@@ -128,7 +128,7 @@ class HeldOutEvaluator:
             return float("nan")
         texts: list[str] = []
         for context in self._look_aheads:
-            with looking_ahead(context, model.encoder):
+            with looking_ahead(context, model.encoder), model.run_precision():
                 texts += decode_shared(model, rows, head=self._feedback.heads[0].name).texts
         normalizer = self._feedback.config.feedback.normalizer
         return score_rows([*rows] * len(self._look_aheads), texts, run_context=Context(), normalizer=normalizer).value(

@@ -136,7 +136,7 @@ def _batches(model: Any, most: int) -> list[Any]:
 def _propose(model: Any, batches: Sequence[Any]) -> None:
     """Has the groups of the batches proposed by the starting model, for all trials and the run's first refresh."""
     feedback = model.feedback
-    with CollectiveBlock(), evaluation_mode(model):
+    with CollectiveBlock(), evaluation_mode(model), model.run_precision():
         for part in model.encoded_pool(batches):
             feedback.cache.put(feedback.nbest(*part, refresh=0).by_the_start())
 
@@ -187,7 +187,7 @@ class HeldOutLoss:
             self._objective = replace(self._objective, name="distill")
         self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
-        with CollectiveBlock(), torch.no_grad(), evaluation_mode(model):
+        with CollectiveBlock(), torch.no_grad(), evaluation_mode(model), model.run_precision():
             for part in audio:
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 nbest = feedback.maker.make(part, encoded, lengths)
@@ -203,7 +203,7 @@ class HeldOutLoss:
         """The loss under the model's weights now, without SpecAugment and dropout: mean over the utterances of all
         ranks, in nats for the likelihood objectives, in the reward's unit for ``mwer``."""
         feedback, found = self._feedback, 0.0
-        with CollectiveBlock() as ranks, evaluation_mode(model):
+        with CollectiveBlock() as ranks, evaluation_mode(model), model.run_precision():
             for part, nbest in zip(self._audio, self._nbest, strict=True):
                 encoded, lengths = encode(model, part.signal, part.signal_len)
                 for head in feedback.heads:
