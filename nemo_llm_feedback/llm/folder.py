@@ -42,6 +42,12 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
         faults.append(str(error))
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         faults.append(f"llm.device={config.device}, but no CUDA device is visible: set llm.device=cpu or auto.")
+    elif config.quantization != "none" and config.device != "cpu" and torch.cuda.is_available() and _no_kernels():
+        faults.append(
+            f"llm.quantization={config.quantization} needs the CUDA library of bitsandbytes, which it has not loaded "
+            "(python -m bitsandbytes says why): install the bitsandbytes of constraints-cuda.txt, or set "
+            "llm.quantization=none or llm.device=cpu."
+        )
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         return faults + _folder_faults(folder, config)
@@ -58,6 +64,15 @@ def check_llm_folder(config: LLMConfig) -> list[str]:
         except LLMError as error:
             faults.append(str(error))
     return faults
+
+
+def _no_kernels() -> bool:
+    """Whether bitsandbytes has found no library for this machine's CUDA; it then fails at its first call only."""
+    try:
+        from bitsandbytes.cextension import lib
+    except (ImportError, OSError, RuntimeError):
+        return True
+    return not getattr(lib, "compiled_with_cuda", False)
 
 
 def is_hub_id(model: str) -> bool:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.asr.checkpoints import remove_leftovers, supported_class
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs import run_choice, start
+from nemo_llm_feedback.cli.jobs.devices import check_memory
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
 from nemo_llm_feedback.core.config import parse_run_config
@@ -147,6 +148,7 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
         model.set_trainer(trainer)
         model.setup_feedback(tree, work_dir=log_dir, reward=reward)
         start.check_room(folders, start.room(model, cfg, log_dir=log_dir, folders=folders))
+        check_memory(model, cfg)
         if first:
             checkpoint = Path(trainer.ckpt_path).name if trainer.ckpt_path else None
             run_choice.record_start(cfg, log_dir, checkpoint=checkpoint, inputs=inputs)

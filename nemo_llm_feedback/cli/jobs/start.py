@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nemo.utils.exceptions import NeMoBaseException
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.asr.look_ahead import look_aheads
+from nemo_llm_feedback.cli.jobs.devices import check_gpu
 from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
 from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.console import Session
@@ -40,7 +40,7 @@ def source(cfg: DictConfig) -> Path:
     """The starting checkpoint's file.
 
     Raises:
-        ConfigError, CheckpointError: none or two are given, or the file, or a GPU that is asked for, does not exist.
+        ConfigError, CheckpointError: none or two are given, the file does not exist, or the GPU cannot do it.
     """
     given = [key for key in ("init_from_nemo_model", "init_from_pretrained_model") if cfg.get(key)]
     if len(given) != 1:
@@ -48,8 +48,7 @@ def source(cfg: DictConfig) -> Path:
             "give exactly one of init_from_nemo_model=FILE.nemo and init_from_pretrained_model=NAME, "
             f"got {' and '.join(given) or 'neither'}."
         )
-    if str(cfg.trainer.get("accelerator")) in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator asks for a GPU and there is none; use trainer=cpu or trainer=auto.")
+    check_gpu(cfg)
     path = Path(str(cfg[given[0]])).expanduser() if given[0] == "init_from_nemo_model" else locate(str(cfg[given[0]]))
     if not path.is_file():
         raise CheckpointError(f"the base checkpoint {cfg[given[0]]} ({given[0]}): no such file.")
