@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,20 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.evaluation.report.data import Run
 
-# matplotlib needs real colours: each is replaced in the SVG by a variable of the style sheet.
-_INK, _MUTED, _LINE, _ACCENT, _BAD = "#010203", "#040506", "#070809", "#0a0b0c", "#1f2021"
-_SERIES = ("#0d0e0f", "#101112", "#131415", "#161718", "#191a1b", "#1c1d1e")
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent", _BAD: "bad"} | {
-    color: f"series-{k}" for k, color in enumerate(_SERIES)
-}
-# Beside these a salt for the ids, which must differ between the drawings of a page: equal input gives an equal file.
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # real text, in the page's font
-    "text.parse_math": False,  # a system may be called $x$
-    "font.size": 10.5,
-    "font.family": "sans-serif",
-}
-_WIDTH = 4.0
+_DRAWING = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text(encoding="utf-8"))
+_COLORS: dict[str, str] = _DRAWING["colors"]
+_SERIES = [color for name, color in _COLORS.items() if name.startswith("series")]
 _MAX_POINTS = 400
 _SMOOTHED = 24  # points from which a curve is noise around a mean
 _MAX_TICKS = 60
@@ -71,9 +59,6 @@ class Panel:
     limit: str = ""
 
 
-_PANELS = Path(__file__).parent / "templates" / "panels.yaml"
-
-
 def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
     """The finite numbers of each line of a ``steps.jsonl`` that names its step; none without a file."""
     lines = read_steps(Path(path)) if path is not None else []
@@ -86,7 +71,7 @@ def read_numbers(path: str | Path | None) -> list[dict[str, float]]:
 
 def curves(steps: Sequence[Mapping[str, float]], run: Run | None = None) -> list[Plot]:
     """One plot for each panel that has values, with the run's kept step, refreshes and limits marked."""
-    panels = (Panel(**settings) for settings in yaml.safe_load(_PANELS.read_text(encoding="utf-8")))
+    panels = (Panel(**settings) for settings in _DRAWING["panels"])
     return [plot for panel in panels if (plot := _curve(panel, steps, run or Run())) is not None]
 
 
@@ -94,28 +79,22 @@ def _curve(panel: Panel, steps: Sequence[Mapping[str, float]], run: Run) -> Plot
     series = _series(panel, steps)
     if not series:
         return None
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(_WIDTH, 2.4), layout="constrained")
+    # The salt makes the ids differ between the drawings of a page; equal input still gives an equal file.
+    with matplotlib.rc_context(_DRAWING["style"] | {"svg.hashsalt": panel.title}):
+        figure = Figure()
         axes = figure.add_subplot()
         if panel.rule is not None:
-            axes.axhline(panel.rule, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.axhline(panel.rule, color=_COLORS["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
         for k, (label, (x, y)) in enumerate(series.items()):
             color = _SERIES[(k + 1) % len(_SERIES)]
-            if panel.smooth and len(y) >= _SMOOTHED:
+            if noisy := panel.smooth and len(y) >= _SMOOTHED:
                 axes.plot(x, y, color=color, linewidth=0.7, alpha=0.3)
-                axes.plot(x, _running_mean(y), color=color, linewidth=1.8, label=label)
-            else:
-                axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.2, label=label)
+            axes.plot(x, _running_mean(y) if noisy else y, color=color, marker="" if noisy else "o", label=label)
         if len(series) > 1 or "" in panel.keys.values():
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(3, len(series)), frameon=False,
-                labelcolor=_INK, handlelength=1.2, columnspacing=1.2, borderaxespad=0.1,
-            )  # fmt: skip
-        axes.set_xlabel("step", color=_MUTED)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(3, len(series)))
+        axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.margins(x=0.02, y=0.12)
-        _frame(axes)
         limits = [limit for limit in _limits(panel, run) if _mark_limit(axes, limit)]
         _mark_steps(axes, run, proposals=any(name.startswith("feedback/") for name in panel.keys))
         note = panel.note + " Thin: each step." * any(panel.smooth and len(y) >= _SMOOTHED for _, y in series.values())
@@ -134,7 +113,7 @@ def _mark_limit(axes: Axes, limit: float) -> bool:
     low, high = axes.get_ylim()
     if not low - _FAR * (high - low) <= limit <= high + _FAR * (high - low):
         return False
-    axes.axhline(limit, color=_BAD, linewidth=1.1, linestyle=(0, (4, 3)))
+    axes.axhline(limit, color=_COLORS["bad"], linewidth=1.1, linestyle=(0, (4, 3)))
     return True
 
 
@@ -142,11 +121,11 @@ def _mark_steps(axes: Axes, run: Run, *, proposals: bool) -> None:
     """Draws a line at the kept step, and ticks where hypotheses are proposed anew."""
     at = axes.get_xaxis_transform()
     if run.kept_step:
-        axes.axvline(run.kept_step, color=_ACCENT, linewidth=1.1)
-        axes.text(run.kept_step, 1.0, " kept", transform=at, color=_ACCENT, va="top", ha="left", fontsize=9)
+        axes.axvline(run.kept_step, color=_COLORS["accent"], linewidth=1.1)
+        axes.text(run.kept_step, 1.0, " kept", transform=at, color=_COLORS["accent"], va="top", ha="left", fontsize=9)
     anew = range(run.refresh_every, int(axes.get_xlim()[1]) + 1, run.refresh_every) if run.refresh_every else ()
     if proposals and 0 < len(anew) <= _MAX_TICKS:
-        axes.plot(anew, [0.0] * len(anew), "|", transform=at, color=_INK, markersize=9, clip_on=False)
+        axes.plot(anew, [0.0] * len(anew), "|", transform=at, color=_COLORS["ink"], markersize=9, clip_on=False)
 
 
 def _series(panel: Panel, steps: Sequence[Mapping[str, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -166,27 +145,16 @@ def _series(panel: Panel, steps: Sequence[Mapping[str, float]]) -> dict[str, tup
 def _running_mean(y: np.ndarray) -> np.ndarray:
     """[S] mean over a window of a twelfth of the curve around each point, narrower at the ends."""
     half = max(1, len(y) // 24)
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    i = np.arange(len(y))
-    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(y))
-    return np.asarray((total[high] - total[low]) / (high - low))
-
-
-def _frame(axes: Axes) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_LINE)
-    axes.tick_params(colors=_MUTED, length=0)
-    axes.grid(axis="y", color=_LINE, linewidth=0.7)
-    axes.set_axisbelow(True)
+    window = np.ones(2 * half + 1)
+    total, count = (np.convolve(values, window)[half : half + len(y)] for values in (y, np.ones(len(y))))
+    return np.asarray(total / count)
 
 
 def _svg(figure: Figure, label: str) -> str:
     buffer, unwritten = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=unwritten)
+    figure.savefig(buffer, format="svg", metadata=unwritten)
     text = "<svg" + buffer.getvalue().partition("<svg")[2]
-    for color, variable in _VARIABLES.items():
+    for variable, color in _COLORS.items():
         text = text.replace(color, f"var(--{variable})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     prefix = re.sub(r"\W+", "-", label)
