@@ -196,8 +196,7 @@ def marked(text: str, truth: str) -> Text:
 def term_tables(log_dir: Path) -> dict[str, Table]:
     """The terms that LLM feedback gained most often, and those that it misses most often."""
     from nemo_llm_feedback.evaluation.report.data import load_report
-    from nemo_llm_feedback.evaluation.report.terms import term_rows
-    from nemo_llm_feedback.evaluation.report.words import align
+    from nemo_llm_feedback.evaluation.report.words import align, term_rows
 
     orders = load_report(log_dir).sets["orders"]
     texts = [scores.hypotheses for scores in orders.scores.values()]

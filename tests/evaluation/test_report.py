@@ -29,13 +29,11 @@ from nemo_llm_feedback.evaluation.report import (
     save_report,
     write_report,
 )
-from nemo_llm_feedback.evaluation.report.collect import changed_settings
-from nemo_llm_feedback.evaluation.report.data import Run
+from nemo_llm_feedback.evaluation.report.data import Run, changed_settings
 from nemo_llm_feedback.evaluation.report.page import GuardRow, _with_base, guard_rows
 from nemo_llm_feedback.evaluation.report.plots import curves, read_numbers
-from nemo_llm_feedback.evaluation.report.terms import term_changes, term_rows
 from nemo_llm_feedback.evaluation.report.utterances import NBest, list_utterances
-from nemo_llm_feedback.evaluation.report.words import align, diff_pieces
+from nemo_llm_feedback.evaluation.report.words import align, diff_pieces, term_changes, term_rows
 from nemo_llm_feedback.evaluation.transcribe import Decoded
 
 ATTACK = "<img src=x onerror=document.title='taken'>"

@@ -11,8 +11,7 @@ from nemo_llm_feedback.cli.jobs.evaluate import evaluate
 from nemo_llm_feedback.core.text import basic, folded_words, join_words, text_length, words
 from nemo_llm_feedback.evaluation.entities import Span, locate
 from nemo_llm_feedback.evaluation.metrics import oracle
-from nemo_llm_feedback.evaluation.report.terms import term_changes
-from nemo_llm_feedback.evaluation.report.words import align, changed_words, diff_pieces
+from nemo_llm_feedback.evaluation.report.words import align, changed_words, diff_pieces, term_changes
 from nemo_llm_feedback.hypotheses.term_swaps import swap_terms
 from nemo_llm_feedback.rewards.rules import repetition
 

@@ -2,6 +2,13 @@
 
 # ruff: noqa: F401  (what the other rooms import from here)
 
-from nemo_llm_feedback.evaluation.report.collect import adaptation_report, evaluation_report, unfinished_report
-from nemo_llm_feedback.evaluation.report.data import Change, ReportData, load_report, save_report
+from nemo_llm_feedback.evaluation.report.data import (
+    Change,
+    ReportData,
+    adaptation_report,
+    evaluation_report,
+    load_report,
+    save_report,
+    unfinished_report,
+)
 from nemo_llm_feedback.evaluation.report.page import write_report

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import soundfile
 from markupsafe import Markup
 
+from nemo_llm_feedback.core.errors import DecodingError
+from nemo_llm_feedback.data.audio import read_audio
+from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison
 from nemo_llm_feedback.evaluation.metrics import find_metric, paired_difference
 from nemo_llm_feedback.evaluation.records import check_writable
-from nemo_llm_feedback.evaluation.report.audio import MAX_PLAYERS, data_uri
 from nemo_llm_feedback.evaluation.report.data import ReportData, Run
 from nemo_llm_feedback.evaluation.report.plots import curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import list_utterances
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_MAX_PLAYERS = 50
+_RATE = 16000
+_MAX_SECONDS = 40.0
 
 
 def write_report(report: ReportData, path: str | Path, *, audio: bool = True) -> Path:
@@ -39,7 +46,7 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
     """
     run, steps = report.run, read_numbers(report.steps_file)
     listing = list_utterances(report.sets, report.changes, run.weights if run else None)
-    played = [card for card in listing.cards if card.change][:MAX_PLAYERS]
+    played = [card for card in listing.cards if card.change][:_MAX_PLAYERS]
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = _environment().get_template("report.html.j2").render(
         report=report,
@@ -48,7 +55,7 @@ def write_report(report: ReportData, path: str | Path, *, audio: bool = True) ->
         paired_difference=paired_difference,
         listing=listing,
         set_names=list(dict.fromkeys(card.set_name for card in listing.cards)),
-        players={card.id: data_uri(card.row) for card in played} if audio else None,
+        players={card.id: _data_uri(card.row) for card in played} if audio else None,
         css=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
@@ -114,3 +121,23 @@ def _with_base(steps: list[dict[str, float]], sets: Mapping[str, Comparison]) ->
         start |= {f"val/{name}/{m}": base.value(m) for m in ("wer", "ewer") if m in comparison.metrics}
     logged = {name for step in steps for name in step}
     return [{name: value for name, value in start.items() if name in logged}, *steps]
+
+
+def _data_uri(row: Row) -> str | None:
+    """The row's audio as 16 kHz mono MP3 (FLAC where libsndfile writes no MP3) in a ``data:`` address.
+
+    At most the first 40 s. All browsers play both formats; Ogg is silent in Safari before 18.4.
+
+    Returns:
+        The address, or None where the file is gone or cannot be read.
+    """
+    try:
+        length = min(row.duration or _MAX_SECONDS, _MAX_SECONDS)
+        mono = read_audio(row.audio, offset=row.offset, duration=length, sample_rate=_RATE)
+    except DecodingError:
+        return None
+    kind = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"
+    buffer = io.BytesIO()
+    soundfile.write(buffer, mono, _RATE, format=kind)
+    mime = "audio/mpeg" if kind == "MP3" else "audio/flac"
+    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

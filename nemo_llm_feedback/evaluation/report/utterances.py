@@ -10,8 +10,15 @@ from pathlib import Path
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Comparison, Member
 from nemo_llm_feedback.evaluation.report.data import Change
-from nemo_llm_feedback.evaluation.report.terms import TermRow, term_rows
-from nemo_llm_feedback.evaluation.report.words import Aligned, Piece, align, changed_words, diff_pieces
+from nemo_llm_feedback.evaluation.report.words import (
+    Aligned,
+    Piece,
+    TermRow,
+    align,
+    changed_words,
+    diff_pieces,
+    term_rows,
+)
 
 MAX_CARDS = 1500
 """Utterances on a page, the most changed first; more make it slow on a phone."""
