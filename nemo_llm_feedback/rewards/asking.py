@@ -67,21 +67,15 @@ class AskingReward:
     """What the rewards that ask an LLM share.
 
     Args:
-        scorer: what asks the LLM; its ``num_broken``, where it has one, counts answers that are no numbers.
-        reads_context: whether the LLM's prompt shows the context at all.
+        scorer: what asks the LLM; ``uses_context`` says whether its prompt shows the context at all, ``num_broken``,
+            where it has one, counts answers that are no numbers.
         cache: store of raw scores, or the path of one on disk (see ``open_cache``); in memory by default.
         view: how groups are shown to the LLM; as they are by default.
         allow_no_context: take groups that have no context instead of refusing.
     """
 
     def __init__(
-        self,
-        scorer: Any,
-        *,
-        reads_context: bool,
-        cache: ScoreCache | str | None,
-        view: View | None,
-        allow_no_context: bool,
+        self, scorer: Any, *, cache: ScoreCache | str | None, view: View | None, allow_no_context: bool
     ) -> None:
         self._scorer = scorer
         self.failed = FailedGroups(
@@ -92,7 +86,7 @@ class AskingReward:
         )
         self.cache = open_cache(cache)
         self._view = view
-        self._needs_context = reads_context and not allow_no_context
+        self._needs_context = scorer.uses_context and not allow_no_context
 
     @property
     def hit_rate(self) -> float:

@@ -51,9 +51,7 @@ class CorrectionReward(AskingReward):
         allow_no_context: bool = False,
     ) -> None:
         # The corrector shows groups to the LLM by itself; distances are those of the texts as they are.
-        super().__init__(
-            corrector, reads_context=corrector.uses_context, cache=cache, view=None, allow_no_context=allow_no_context
-        )
+        super().__init__(corrector, cache=cache, view=None, allow_no_context=allow_no_context)
         self._corrector = corrector
         self._normalize: Callable[[str], str] = get_normalizer(normalizer)
         self._identity = f"{corrector.identity}:{normalizer}"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
@@ -76,8 +76,7 @@ class EntityReward(AskingReward):
     ) -> None:
         if not weight >= 0:
             raise RewardError(f"reward.settings.weight={weight} must be ≥ 0; 1 weighs all tokens alike.")
-        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
-        super().__init__(scorer, reads_context=scorer.uses_context, **shared)
+        super().__init__(scorer, cache=cache, view=view, allow_no_context=allow_no_context)
         self._weight, self._relative, self._shared_price = weight, relative, shared_price
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:

@@ -31,15 +31,20 @@ Mode = Literal["yes_no", "log_odds", "rating"]
 _LITTLE = 0.5
 
 
+@register("judge")
 class JudgeReward(AskingReward):
     """A judgement of each member, as a number.
 
     Args:
-        answer_scorer: asks the LLM and returns the log-probabilities of the fixed answers.
+        scorer: the LLM.
         mode: ``yes_no``, ``log_odds`` (two answers, the good one first) or ``rating`` (answers that are numbers).
+        template: path of a ``judge`` template; null = the built-in one of the mode.
+        answers: single-token answers, for yes and no the good one first; null = Yes and No, or 1 to 5, for a base LLM
+            in lower case and with a leading space where that is one token.
         cache, view, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
     Raises:
+        LLMError: the template is faulty, or an answer is not one token.
         RewardError: the answers do not fit the mode.
     """
 
@@ -47,18 +52,35 @@ class JudgeReward(AskingReward):
 
     def __init__(
         self,
-        answer_scorer: AnswerScorer,
+        scorer: LLMScorer,
         *,
         mode: Mode = "yes_no",
+        template: str | None = None,
+        answers: Sequence[Any] | None = None,
         cache: ScoreCache | str | None = None,
         view: View | None = None,
         allow_no_context: bool = False,
     ) -> None:
-        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
-        super().__init__(answer_scorer, reads_context=answer_scorer.uses_context, **shared)
+        asked = self._answer_scorer(scorer, "rating" if mode == "rating" else "yes_no", template, answers)
+        super().__init__(asked, cache=cache, view=view, allow_no_context=allow_no_context)
         self._mode = mode
-        self._numbers = _numbers(answer_scorer.answers, mode)
+        self._numbers = _numbers(asked.answers, mode)
         self._warned = False
+
+    @staticmethod
+    def _answer_scorer(
+        scorer: LLMScorer, use: str, template: str | None, answers: Sequence[Any] | None
+    ) -> AnswerScorer:
+        """Asks the LLM by a template of this use."""
+        chat = scorer.encoder.chat
+        prompt = read_template(template, chat=chat, use=use, key="reward.settings.template")
+        words = [str(answer) for answer in answers] if answers else ANSWERS[use]
+        if chat or answers:
+            return AnswerScorer(scorer, template=prompt, answers=words)
+        try:
+            return AnswerScorer(scorer, template=prompt, answers=[f" {word.lower()}" for word in words])
+        except LLMError:  # some tokenizers keep digits apart from a space
+            return AnswerScorer(scorer, template=prompt, answers=[word.lower() for word in words])
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N] and the parts ``judge`` (the same) and ``judge_mass`` (probability, 0 to 1, that the
@@ -112,43 +134,3 @@ def _numbers(answers: Sequence[str], mode: str) -> tuple[float, ...]:
         return tuple(float(answer) for answer in answers)
     except ValueError:
         raise RewardError(f"reward.settings.mode=rating needs answers that are numbers, got {answers}.") from None
-
-
-@register("judge")
-def judge_reward(
-    scorer: LLMScorer,
-    *,
-    mode: Mode = "yes_no",
-    template: str | None = None,
-    answers: Sequence[Any] | None = None,
-    cache: ScoreCache | str | None = None,
-    view: View | None = None,
-    allow_no_context: bool = False,
-) -> JudgeReward:
-    """The LLM's judgement of each member.
-
-    Args:
-        scorer: the LLM.
-        mode: ``yes_no``, ``log_odds`` or ``rating``.
-        template: path of a ``judge`` template; null = the built-in one of the mode.
-        answers: single-token answers, for yes and no the good one first; null = Yes and No, or 1 to 5, for a base LLM
-            in lower case and with a leading space where that is one token.
-        cache, view, allow_no_context: see :class:`JudgeReward`.
-
-    Raises:
-        LLMError: the template is faulty, or an answer is not one token.
-        RewardError: the answers do not fit the mode.
-    """
-    chat = scorer.encoder.chat
-    use = "rating" if mode == "rating" else "yes_no"
-    prompt = read_template(template, chat=chat, use=use, key="reward.settings.template")
-
-    words = [str(answer) for answer in answers] if answers else ANSWERS[use]
-    if chat or answers:
-        asked = AnswerScorer(scorer, template=prompt, answers=words)
-    else:
-        try:
-            asked = AnswerScorer(scorer, template=prompt, answers=[f" {word.lower()}" for word in words])
-        except LLMError:  # some tokenizers keep digits apart from a space
-            asked = AnswerScorer(scorer, template=prompt, answers=[word.lower() for word in words])
-    return JudgeReward(asked, mode=mode, cache=cache, view=view, allow_no_context=allow_no_context)

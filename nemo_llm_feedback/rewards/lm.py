@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,8 +82,7 @@ class LLMReward(AskingReward):
         if normalize not in NORMALIZATIONS:
             raise RewardError(f"reward.normalize={normalize!r} is not one of {', '.join(NORMALIZATIONS)}.")
         _check_weights(alpha, beta, asr_weight)
-        shared: dict[str, Any] = {"cache": cache, "view": view, "allow_no_context": allow_no_context}
-        super().__init__(scorer, reads_context=scorer.uses_context, **shared)
+        super().__init__(scorer, cache=cache, view=view, allow_no_context=allow_no_context)
         self._normalize = normalize
         self._alpha, self._beta, self._asr_weight = alpha, beta, asr_weight
 

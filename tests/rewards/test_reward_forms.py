@@ -87,12 +87,19 @@ class FakeJudge:
         return tuple(math.log(self.mass * w / sum(weights)) for w in weights)
 
 
+class Judge(JudgeReward):
+    """Takes what asks in place of the LLM."""
+
+    def _answer_scorer(self, scorer, use, template, answers):
+        return scorer
+
+
 def test_judgements_follow_their_formulas_and_the_mass_is_a_part():
-    out = JudgeReward(FakeJudge())([group("aaa", "nan", "")])
+    out = Judge(FakeJudge())([group("aaa", "nan", "")])
     assert_rows(out.values, [[4 / 5, NAN, 1 / 2]])
     assert_rows(out.parts["judge_mass"], [[0.8, NAN, 0.8]])
-    assert_rows(JudgeReward(FakeJudge(), mode="log_odds")([group("aaa", "")]).values, [[math.log(4), 0.0]])
-    rating = JudgeReward(FakeJudge(("5", "2", "1")), mode="rating")([group("aaa", "")])
+    assert_rows(Judge(FakeJudge(), mode="log_odds")([group("aaa", "")]).values, [[math.log(4), 0.0]])
+    rating = Judge(FakeJudge(("5", "2", "1")), mode="rating")([group("aaa", "")])
     assert_rows(rating.values, [[(5 * 4 + 2 + 1) / 6, 8 / 3]])
     assert torch.equal(rating.parts["judge"], rating.values)
 
@@ -101,7 +108,7 @@ def test_judgements_are_cached_for_every_mode_and_little_mass_is_a_warning(caplo
     cache, judge = ScoreCache(), FakeJudge(mass=0.1)
     with caplog.at_level(logging.WARNING):
         for mode in ("yes_no", "log_odds", "yes_no"):
-            JudgeReward(judge, mode=mode, cache=cache)([group("a", "b"), group("a", "c")])
+            Judge(judge, mode=mode, cache=cache)([group("a", "b"), group("a", "c")])
     assert judge.asked == 3
     assert "only 10.0 %" in caplog.text
     assert "'yes', 'no'" in caplog.text
@@ -113,7 +120,7 @@ def test_judgements_are_cached_for_every_mode_and_little_mass_is_a_warning(caplo
 )
 def test_judges_whose_answers_do_not_fit_the_mode_are_refused(answers, mode, match):
     with pytest.raises(RewardError, match=match):
-        JudgeReward(FakeJudge(answers), mode=mode)
+        Judge(FakeJudge(answers), mode=mode)
 
 
 @pytest.mark.parametrize("kind", ["scorer", "chat"])
