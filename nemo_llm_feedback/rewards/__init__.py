@@ -12,5 +12,4 @@ from nemo_llm_feedback.rewards.judge import JudgeReward
 from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.config import RemoteConfig, parse_remote
 from nemo_llm_feedback.rewards.remote.reward import RemoteReward, RemoteScorer
-from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, as_reward
-from nemo_llm_feedback.rewards.wer import WerReward
+from nemo_llm_feedback.rewards.rules import CallableReward, RuleReward, WerReward, as_reward
