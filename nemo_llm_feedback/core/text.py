@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from nemo_llm_feedback.core.errors import ConfigError
 
@@ -100,6 +100,40 @@ def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:
     """All spans of ``words`` that equal ``phrase``, overlapping ones too; none for an empty phrase."""
     n = len(phrase)
     return [(i, i + n) for i in range(len(words) - n + 1) if n and words[i : i + n] == phrase]
+
+
+def term_spans(
+    units: Sequence[str], terms: Sequence[str], *, split: Callable[[str], Sequence[str]] = words
+) -> Iterator[tuple[int, int, str]]:
+    """Finds listed terms in a text, leftmost and longest first, without overlap.
+
+    Args:
+        units: the words of the text.
+        terms: the list; of terms with equal words the first is found.
+        split: gives the words of a term; looked up again by the next text with the same list.
+
+    Yields:
+        (start, end) of each mention, as indices into ``units``, and the term.
+    """
+    listed, i = _by_first_word(tuple(terms), split), 0
+    while i < len(units):
+        candidates = listed.get(units[i], ())
+        end, term = next(((i + len(w), term) for w, term in candidates if tuple(units[i : i + len(w)]) == w), (0, ""))
+        if end:
+            yield i, end, term
+        i = end or i + 1
+
+
+@functools.lru_cache(maxsize=64)
+def _by_first_word(
+    terms: tuple[str, ...], split: Callable[[str], Sequence[str]]
+) -> dict[str, list[tuple[tuple[str, ...], str]]]:
+    """(words, term) of terms by their first word, longest first."""
+    listed: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for term in terms:
+        if found := tuple(split(term)):
+            listed.setdefault(found[0], []).append((found, term))
+    return {first: sorted(entries, key=lambda entry: -len(entry[0])) for first, entries in listed.items()}
 
 
 def join_words(parts: Sequence[str]) -> str:

@@ -6,14 +6,14 @@ The definitions are in the docstring of `metrics`; the names of the counts are i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jiwer
 import kaldialign
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm_feedback.core.text import join_words, occurrences, words
+from nemo_llm_feedback.core.text import join_words, occurrences, term_spans
 
 
 def align_words(refs: list[list[str]], hyps: list[list[str]]) -> list[list[jiwer.AlignmentChunk]]:
@@ -89,18 +89,9 @@ def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, i
     return {"term_utterances": 1, **totals} if any(terms) else {}
 
 
-def heard_terms(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, tuple[int, int]]:
+def heard_terms(ref: list[str], hyp: list[str], terms: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Each term of the hypothesis → its occurrences, leftmost and longest first, and those beyond the reference's."""
-    by_first: dict[str, list[tuple[str, ...]]] = {}
-    for phrase in sorted({tuple(words(term)) for term in terms if term.strip()}, key=len, reverse=True):
-        by_first.setdefault(phrase[0], []).append(phrase)
-    found: Counter[tuple[str, ...]] = Counter()
-    i = 0
-    while i < len(hyp):
-        match = next((p for p in by_first.get(hyp[i], ()) if tuple(hyp[i : i + len(p)]) == p), None)
-        if match:
-            found[match] += 1
-        i += len(match) if match else 1
+    found = Counter(tuple(hyp[start:end]) for start, end, _ in term_spans(hyp, terms))
     return {join_words(p): (n, max(0, n - len(occurrences(ref, list(p))))) for p, n in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,16 +141,10 @@ def score_sets(
 def propose_rows(
     model: Any, rows: Sequence[Row], config: ProposalConfig, *, run_context: Context, head: str = "auto"
 ) -> list[list[str]]:
-    """The texts of the N-best of every row, greedy first and without log p; for oracles. See :func:`decode_rows`."""
+    """The texts of the N-best of every row, most probable first; for oracles. See :func:`decode_rows`."""
     chosen = heads_of(model, which=head)[0]
-    proposer = Proposer(chosen, config)
-
-    def _propose(audio: Audio, encoded: Tensor, lengths: Tensor) -> list[list[str]]:
-        """The texts of each row of a batch."""
-        found = proposer.propose(encoded, lengths, audio.contexts)
-        return [[chosen.vocabulary.ids_to_text(c.labels) for c in row] for row in found]
-
-    return [texts or [] for texts in map_rows(model, rows, _propose, run_context=run_context)]
+    nbest = functools.partial(_nbest, chosen, Proposer(chosen, config))
+    return [[text for text, _ in members or ()] for members in map_rows(model, rows, nbest, run_context=run_context)]
 
 
 def decoding_max_symbols(model: Any) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz, process
 
-from nemo_llm_feedback.core.text import folded_words
+from nemo_llm_feedback.core.text import folded_words, term_spans
 
 _DISTRACTORS = 0.25  # share of the kept terms that is taken from the rest of the list at equal distances
 
@@ -89,17 +89,9 @@ def find_terms(text: str, terms: Sequence[str]) -> list[Mention]:
     Both are compared in the form of ``core.text.basic``: letter case, hyphens and the kind of apostrophes do not
     matter. Words must match whole; in scripts written without spaces every character is one.
     """
-    listed = _by_first_unit(tuple(terms))
     units = folded_words(text)
-    words = tuple(word for word, _, _ in units)
-    found, i = [], 0
-    while i < len(units):
-        candidates = listed.get(words[i], ())
-        size, term = next(((len(w), term) for w, term in candidates if words[i : i + len(w)] == w), (0, ""))
-        if size:
-            found.append(Mention(units[i][1], units[i + size - 1][2], term))
-        i += size or 1
-    return found
+    found = term_spans([word for word, _, _ in units], terms, split=_units)
+    return [Mention(units[start][1], units[end - 1][2], term) for start, end, term in found]
 
 
 @functools.lru_cache(maxsize=16)
@@ -110,17 +102,6 @@ def _by_size(terms: tuple[str, ...]) -> dict[int, list[tuple[int, str, str]]]:
         units = _units(term)
         sizes.setdefault(len(units), []).append((place, *_spelling(units)))
     return sizes
-
-
-@functools.lru_cache(maxsize=16)
-def _by_first_unit(terms: tuple[str, ...]) -> dict[str, list[tuple[tuple[str, ...], str]]]:
-    """(words, term) of terms by their first word, or character where there are no spaces; longest first."""
-    listed: dict[str, list[tuple[tuple[str, ...], str]]] = {}
-    for term in terms:
-        words = _units(term)
-        if words:
-            listed.setdefault(words[0], []).append((words, term))
-    return {first: sorted(entries, key=lambda entry: -len(entry[0])) for first, entries in listed.items()}
 
 
 def _units(text: str) -> tuple[str, ...]:

@@ -33,7 +33,6 @@ class RunBar(pl.Callback):
         self._update: Any = None
         self._clock = RunClock()
         self._shown = self._last_step = 0
-        self._generation = 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Shows what was found on the pool, and opens the bar."""
@@ -49,7 +48,6 @@ class RunBar(pl.Callback):
         if session is None or not trainer.is_global_zero:
             return
         console.show(_found(pl_module))
-        self._generation = pl_module.feedback.generation.number
         total = int(trainer.estimated_stepping_batches)
         limits = pl_module.feedback.config.guards
         self._clock = RunClock(start=start, total=total, every=limits.interval(total) if limits.measures else 0)
@@ -101,10 +99,10 @@ class RunBar(pl.Callback):
         rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
         history = self._stopping.history
         shown = {
-            "group gain": _signed(values.get("feedback/reward_gain")),
-            "KL": _plain(values.get("feedback/kl_reference")),
+            "group gain": _number(values.get("feedback/reward_gain"), "+.2f"),
+            "KL": _number(values.get("feedback/kl_reference"), ".3f"),
             "rate": f"{rate:.1e}",
-            gain_name(self._stopping.held_out_rows): _signed(history[-1].gain) if history else "",
+            gain_name(self._stopping.held_out_rows): _number(history[-1].gain, "+.2f") if history else "",
         }
         return "   ".join(f"{name} {value}" for name, value in shown.items() if value)
 
@@ -167,8 +165,8 @@ def _found(model: Any) -> str:
 def _held_out_line(found: HeldOutMetrics, *, kept: bool, held_out: bool) -> str:
     """One measurement for readers of the terminal."""
     parts = {
-        "gain": _signed(found.gain),
-        "KL": _plain(found.kl),
+        "gain": _number(found.gain, "+.2f"),
+        "KL": _number(found.kl, ".3f"),
         "length": f"×{found.length_ratio:.2f}",
         "changed": f"{100 * found.changed:.0f} %",
         "guard WER": f"{100 * found.wer_rise:+.1f} %" if found.wer_rise == found.wer_rise else "",
@@ -179,12 +177,8 @@ def _held_out_line(found: HeldOutMetrics, *, kept: bool, held_out: bool) -> str:
     )
 
 
-def _signed(value: Any) -> str:
-    return "" if value is None or float(value) != float(value) else f"{float(value):+.2f}"
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None or float(value) != float(value) else f"{float(value):.3f}"
+def _number(value: Any, form: str) -> str:
+    return "" if value is None or math.isnan(float(value)) else format(float(value), form)
 
 
 def _time(seconds: float) -> str:
