@@ -34,13 +34,7 @@ from rapidfuzz.distance import Levenshtein
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError
 from nemo_llm_feedback.core.text import words
 from nemo_llm_feedback.evaluation.entities import Entity, MissingEntity, locate_all
-from nemo_llm_feedback.evaluation.error_counts import (
-    align_words,
-    bias_counts,
-    chunk_errors,
-    term_counts,
-    word_counts,
-)
+from nemo_llm_feedback.evaluation.error_counts import align_words, bias_counts, chunk_errors, term_counts, word_counts
 
 
 @dataclass(frozen=True)

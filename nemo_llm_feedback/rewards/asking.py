@@ -125,21 +125,20 @@ class AskingReward:
         self.failed.add([now and not all(map(math.isfinite, row)) for row in rows])
 
     def _look_up(
-        self, keys: Mapping[Item, Sequence[str]], ask: Callable[[list[Item]], Sequence[Sequence[TextScore]]]
+        self, keys: Mapping[Item, Sequence[str]], ask: Callable[[list[Item]], Mapping[Item, Sequence[TextScore]]]
     ) -> dict[Item, Sequence[TextScore]]:
         """Returns the scores of every item, asking for those that the cache lacks and keeping the answers.
 
         Args:
             keys: item → the keys of its scores, of which it may have several.
-            ask: items → their scores, in the order of their keys.
+            ask: items → item → its scores, in the order of its keys.
         """
         known = self.cache.get_many([key for row in keys.values() for key in row])
         found: dict[Item, Sequence[TextScore]] = {
             item: [known[key] for key in row] for item, row in keys.items() if all(key in known for key in row)
         }
-        lacking = [item for item in keys if item not in found]
-        if lacking:
-            answers = dict(zip(lacking, ask(lacking), strict=True))
+        if lacking := [item for item in keys if item not in found]:
+            answers = ask(lacking)
             self.cache.put_many({k: s for item, row in answers.items() for k, s in zip(keys[item], row, strict=True)})
             found.update(answers)
         return found
@@ -159,17 +158,16 @@ class AskingReward:
                 run once.
         """
 
-        def _by_context(lacking: list[Pair]) -> list[Sequence[TextScore]]:
+        def _by_context(lacking: list[Pair]) -> dict[Pair, Sequence[TextScore]]:
             texts: dict[Context, list[str]] = {}
             for context, text in lacking:
                 texts.setdefault(context, []).append(text)
-            requests = list(texts.items())
-            answers = {
+            answers = zip(texts.items(), ask(list(texts.items())), strict=True)
+            return {
                 (context, text): scores
-                for (context, column), rows in zip(requests, ask(requests), strict=True)
+                for (context, column), rows in answers
                 for text, scores in zip(column, rows, strict=True)
             }
-            return [answers[pair] for pair in lacking]
 
         keys = {pair: [score_key(identity, *pair) for identity in identities] for pair in dict.fromkeys(pairs)}
         return self._look_up(keys, _by_context)

@@ -23,6 +23,8 @@ from nemo_llm_feedback.rewards.rules import word_distance
 
 logger = logging.getLogger(__name__)
 
+_Item = tuple[Context, tuple[str, ...], tuple[str, ...]]  # of a group: context, N-best as it is listed, texts
+
 
 @register("correction")
 class CorrectionReward(AskingReward):
@@ -37,7 +39,7 @@ class CorrectionReward(AskingReward):
         cache, allow_no_context: see :class:`~nemo_llm_feedback.rewards.asking.AskingReward`.
 
     Attributes:
-        num_groups, num_unusable: distinct groups judged so far, and those without a usable correction.
+        num_unusable: distinct groups without a usable correction so far.
     """
 
     name = "correction"
@@ -55,7 +57,7 @@ class CorrectionReward(AskingReward):
         self._corrector = corrector
         self._normalize: Callable[[str], str] = get_normalizer(normalizer)
         self._identity = f"{corrector.identity}:{normalizer}"
-        self.num_groups = self.num_unusable = 0
+        self.num_unusable = 0
 
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], in words ≤ 0, which are also the only part.
@@ -63,31 +65,30 @@ class CorrectionReward(AskingReward):
         Raises:
             RewardError: a group has no context.
         """
+        items = [(group.context, _by_score(group), group.texts) for group in self._shown(groups)]
         keys = {}
-        for group in self._shown(groups):
-            nbest = _by_score(group)
-            listing = hashlib.sha256(json.dumps(nbest).encode()).hexdigest()
-            name = f"{self._identity}:{listing}"
-            keys[group.context, nbest, group.texts] = [score_key(name, group.context, text) for text in group.texts]
+        for item in items:
+            context, nbest, texts = item
+            name = f"{self._identity}:{hashlib.sha256(json.dumps(nbest).encode()).hexdigest()}"
+            keys[item] = [score_key(name, context, text) for text in texts]
         found = self._look_up(keys, self._ask)
-        self.num_groups += len(keys)
-        values = pad_groups([[value for value, _ in found[g.context, _by_score(g), g.texts]] for g in groups])
+        values = pad_groups([[value for value, _ in found[item]] for item in items])
         return RewardOutput(values, {self.name: values})
 
-    def _ask(self, items: list[tuple[Context, tuple[str, ...], tuple[str, ...]]]) -> list[list[TextScore]]:
+    def _ask(self, items: list[_Item]) -> dict[_Item, list[TextScore]]:
         answers = self._corrector([context for context, _, _ in items], [nbest for _, nbest, _ in items])
         corrections = [self._normalize(answer) if answer else "" for answer in answers]
-        lacking = sum(not correction for correction in corrections)
+        lacking = corrections.count("")
         if lacking and not self.num_unusable:
             logger.warning("The LLM's correction of a group is unusable: its reward is NaN. Later ones are counted.")
         self.num_unusable += lacking
-        found = []
-        for (_, _, texts), correction in zip(items, corrections, strict=True):
-            distances = [
-                word_distance(self._normalize(text), correction) if correction else math.nan for text in texts
-            ]
-            found.append([TextScore(0.0 - distance, 1) for distance in distances])
-        return found
+        return {
+            item: [TextScore(self._value(text, correction), 1) for text in item[2]]
+            for item, correction in zip(items, corrections, strict=True)
+        }
+
+    def _value(self, text: str, correction: str) -> float:
+        return 0.0 - word_distance(self._normalize(text), correction) if correction else math.nan
 
 
 def _by_score(group: HypothesisGroup) -> tuple[str, ...]:

@@ -21,20 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
-from nemo_llm_feedback.llm import TextScore
+from nemo_llm_feedback.llm import LLMScorer, TextScore
 from nemo_llm_feedback.llm.queries import score_terms
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
 from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import ScoreCache
 from nemo_llm_feedback.rewards.rules import GroupRuleReward, best_transcript
-
-if TYPE_CHECKING:
-    from nemo_llm_feedback.llm import LLMScorer
 
 
 class _Spelled(NamedTuple):

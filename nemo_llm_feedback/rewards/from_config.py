@@ -147,8 +147,7 @@ def _faults_of(name: str, settings: Mapping[str, Any], where: str) -> list[str]:
     if name == "llm" and where == "reward.settings":
         given = (*given, "normalize")  # which is a key of the section reward there
     try:
-        # The LLM's class is imported for type checkers only.
-        parameters = inspect.signature(factory, eval_str=True, locals={"LLMScorer": Any}).parameters.values()
+        parameters = inspect.signature(factory, eval_str=True).parameters.values()
     except (NameError, AttributeError, TypeError):  # a user's annotations may not be there at run time
         parameters = inspect.signature(factory).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -11,19 +11,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from nemo_llm_feedback.core.errors import LLMError, RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
-from nemo_llm_feedback.llm import TextScore
+from nemo_llm_feedback.llm import LLMScorer, TextScore
 from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
 from nemo_llm_feedback.llm.queries import AnswerScorer
 from nemo_llm_feedback.rewards.asking import AskingReward, View
 from nemo_llm_feedback.rewards.base import register
 from nemo_llm_feedback.rewards.cache import ScoreCache
-
-if TYPE_CHECKING:
-    from nemo_llm_feedback.llm import LLMScorer
 
 logger = logging.getLogger(__name__)
 
