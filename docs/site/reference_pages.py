@@ -17,8 +17,8 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from mkdocs.structure.files import File, Files
 
-from nemo_llm_feedback.cli.examples import examples_text
-from nemo_llm_feedback.cli.main import _app
+from nemo_llm_feedback.cli.commands import COMMANDS
+from nemo_llm_feedback.cli.main import _app, examples_text
 from nemo_llm_feedback.core.config.nemo_sections import NEMO_SECTIONS, TopLevel
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.config.run import SECTIONS
@@ -67,7 +67,8 @@ def commands() -> str:
 
 
 def _examples(command: str) -> str:
-    return f"```bash\n{textwrap.dedent(examples_text(command).partition(chr(10))[2])}\n```\n"
+    (text,) = (examples_text(function) for function in COMMANDS if function.__name__ == command)
+    return f"```bash\n{textwrap.dedent(text.partition(chr(10))[2])}\n```\n"
 
 
 def _fact(found: re.Match[str]) -> str:

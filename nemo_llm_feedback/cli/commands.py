@@ -1,7 +1,7 @@
 """The commands of the command line: their flags, and the call of the job that does the work.
 
-A command is a function: its parameters are the flags (shared ones stand in ``cli.options``), the first line of its
-docstring is the help, and it returns the exit status. Nothing heavy is imported before a job runs.
+A command is a function: its parameters are the flags (shared ones stand in ``cli.options``), its docstring is the
+help, which the examples end, and it returns the exit status. Nothing heavy is imported before a job runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def adapt(
     config_dir: str | None = None,
     show_config: bool = False,
 ) -> int:
-    """Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
+    r"""Adapts a checkpoint to unlabeled audio with an LLM's feedback (Hydra settings).
 
     Writes a plain .nemo. NeMo's sections keep NeMo's keys. What every run needs, as flags or as keys:
 
@@ -49,6 +49,17 @@ def adapt(
         config_name: configuration to start from
         config_dir: folder of your configurations, searched first
         show_config: print the composed configuration and stop (Hydra's --cfg job)
+
+    Examples:
+      nemo-llm-feedback adapt --base base.nemo --manifest calls.json \
+          --llm Qwen/Qwen2.5-7B-Instruct \
+          --description "an order at a coffee shop" --terms-file menu.json \
+          --output adapted.nemo
+      nemo-llm-feedback adapt --base base.nemo \
+          --manifest calls.json general.json --validation dev.json \
+          --llm Qwen/Qwen2.5-7B-Instruct \
+          --description "an order at a coffee shop" \
+          --terms-file menu.json trainer=gpu runs=3
     """
     cfg = flags.compose(flags.given(options), overrides, config_name=config_name, config_dir=config_dir)
     if show_config:
@@ -75,7 +86,7 @@ def prepare(
     segmenting: flags.Segmenting = flags.Segmenting(),
     preview: NonNegativeInt = 5,
 ) -> int:
-    """Makes an unlabeled manifest of long recordings by voice activity, or joins other systems' transcripts onto one.
+    r"""Makes an unlabeled manifest of long recordings by voice activity, or joins other systems' transcripts onto one.
 
     Args:
         folder: folder of recordings, searched with its sub-folders, or one file; with --hypotheses a manifest
@@ -84,6 +95,11 @@ def prepare(
         source: name of that recogniser; default: of its file
         segmenting: how recordings are cut
         preview: segments to show
+
+    Examples:
+      nemo-llm-feedback prepare recordings/ --output calls.json
+      nemo-llm-feedback prepare meeting.m4a --output meeting.json \
+          --max-duration 10
     """
     if hypotheses is not None:
         from nemo_llm_feedback.cli.jobs.hypotheses import join
@@ -115,7 +131,7 @@ def score(
     tune: bool = False,
     json: flags.JsonFile = None,
 ) -> int:
-    """Shows N-best lists with their rewards; picks weights, compares quantisations.
+    r"""Shows N-best lists with their rewards; picks weights, compares quantisations.
 
     Args:
         model: .nemo file or pretrained name
@@ -132,6 +148,15 @@ def score(
         compare_quantization: also judge by the LLM in this quantisation, and compare
         tune: pick reward.alpha and reward.beta: by WER where rows have text, else by the spread as adapt does
         json: write everything here too, as JSON
+
+    Examples:
+      nemo-llm-feedback score base.nemo --manifest calls.json \
+          --llm Qwen/Qwen2.5-7B-Instruct \
+          --description "an order at a coffee shop" --terms-file menu.json
+      nemo-llm-feedback score base.nemo --manifest dev.json \
+          --llm Qwen/Qwen2.5-7B-Instruct \
+          --description "an order at a coffee shop" --terms-file menu.json \
+          --tune --utterances 0 --show 0
     """
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
@@ -164,7 +189,7 @@ def transcribe(
     source: str | None = None,
     choice: flags.RescoringFlags = flags.RescoringFlags(),
 ) -> int:
-    """Transcribes audio, with LLM rescoring if asked for.
+    r"""Transcribes audio, with LLM rescoring if asked for.
 
     Args:
         model: .nemo file or pretrained name
@@ -180,6 +205,13 @@ def transcribe(
         add_to: manifest whose rows are transcribed, and get the N-best as `hypotheses`, in place or into --output
         source: name of the model in them; default: of its file
         choice: rescoring
+
+    Examples:
+      nemo-llm-feedback transcribe adapted.nemo audio/ --output out.json
+      nemo-llm-feedback transcribe base.nemo audio/ --rescore \
+          --llm Qwen/Qwen2.5-7B-Instruct \
+          --description "an order at a coffee shop" --terms-file menu.json \
+          --nbest 5 --output out.json
     """
     from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, named_source
     from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
@@ -240,7 +272,7 @@ def evaluate(
     report: str | None = None,
     no_audio: flags.NoAudio = False,
 ) -> int:
-    """Scores checkpoints or ready transcripts on a labelled manifest.
+    r"""Scores checkpoints or ready transcripts on a labelled manifest.
 
     Args:
         models: .nemo files; the first system is the base of the comparison
@@ -255,6 +287,12 @@ def evaluate(
         json: write everything here too, as JSON
         report: write the report here, as HTML
         no_audio: no audio in the page
+
+    Examples:
+      nemo-llm-feedback evaluate base.nemo adapted.nemo --manifest dev.json \
+          --terms-file menu.json --report report.html
+      nemo-llm-feedback evaluate --predictions ours.json theirs.json \
+          --manifest dev.json --group-by speaker
     """
     from nemo_llm_feedback.cli.jobs import evaluate as job
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
@@ -293,6 +331,10 @@ def report(
         run_dir: folder of an adapt run; of one that goes on, its curves are shown
         output: the page to write; default: report.html in the folder
         no_audio: no audio in the page
+
+    Examples:
+      nemo-llm-feedback report nemo_experiments/adapted/version_0
+      nemo-llm-feedback report nemo_experiments/adapted/version_0 --no-audio
     """
     from nemo_llm_feedback.cli.jobs import report as job
 
@@ -306,6 +348,10 @@ def runs(folder: str, *, json: bool = False) -> int:
     Args:
         folder: exp_manager.exp_dir of the runs, or a folder above
         json: as a JSON list
+
+    Examples:
+      nemo-llm-feedback runs nemo_experiments
+      nemo-llm-feedback runs nemo_experiments --json
     """
     from nemo_llm_feedback.cli.jobs import runs as job
     from nemo_llm_feedback.evaluation.records import to_json
@@ -324,7 +370,7 @@ def export(
     manifest: Annotated[str | None, flags.Manifest] = None,
     push_to_hub: str | None = None,
 ) -> int:
-    """Turns a training checkpoint, or the average of several, into a plain .nemo.
+    r"""Turns a training checkpoint, or the average of several, into a plain .nemo.
 
     Args:
         checkpoint: a Lightning .ckpt of a run, or a .nemo; several, of runs from one base: the mean of their weights
@@ -333,6 +379,11 @@ def export(
         output: where to write; default: beside the checkpoint; needed for several
         manifest: labelled rows: before/after for the model card, which is written beside it
         push_to_hub: OWNER/NAME on the Hugging Face Hub, to upload the .nemo and its card; a new one is private
+
+    Examples:
+      nemo-llm-feedback export run1.nemo run2.nemo run3.nemo --output mean.nemo
+      nemo-llm-feedback export mean.nemo --base base.nemo --interpolation 0.75 \
+          --output nearer.nemo
     """
     from nemo_llm_feedback.cli.jobs import hub
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 
 from nemo_llm_feedback.cli.commands import COMMANDS
-from nemo_llm_feedback.cli.examples import examples_text
 from nemo_llm_feedback.cli.options import KEYS, NEMO_NAMES, in_flags
 from nemo_llm_feedback.core.console import be_verbose
 from nemo_llm_feedback.core.errors import ConfigError, FeedbackError
@@ -69,9 +69,13 @@ def _app() -> App:
     )
     for command in COMMANDS:
         usage = "Usage: nemo-llm-feedback adapt KEY=VALUE … [OPTIONS]" if command.__name__ == "adapt" else None
-        name = command.__name__
-        app.command(command, name=name, usage=usage, help_epilogue=examples_text(name))
+        app.command(command, name=command.__name__, usage=usage, help_epilogue=examples_text(command))
     return app
+
+
+def examples_text(command: Callable[..., int]) -> str:
+    """The examples that a command's docstring ends with, for the end of its help."""
+    return "Examples:" + inspect.getdoc(command).partition("\nExamples:")[2]  # type: ignore[union-attr]
 
 
 def _shown(default: object) -> Any:

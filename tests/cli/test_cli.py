@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from nemo_llm_feedback.cli.commands import COMMANDS
-from nemo_llm_feedback.cli.examples import EXAMPLES, examples_text
-from nemo_llm_feedback.cli.main import _adapt_words, _app, main
+from nemo_llm_feedback.cli.main import _adapt_words, _app, examples_text, main
 from nemo_llm_feedback.cli.options import in_flags
 
 HEAVY = ("torch", "nemo", "transformers", "hydra", "omegaconf", "lightning", "numpy", "pydantic")
@@ -142,10 +141,12 @@ def test_an_error_names_flags_in_the_place_of_keys() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_every_command_has_two_examples_that_it_takes(command: Callable[..., int]) -> None:
-    for words in (examples := EXAMPLES[command.__name__]):
-        given = [command.__name__, *shlex.split(words)]
+    examples = examples_text(command).replace("\\\n", " ").splitlines()[1:]
+    for example in examples:
+        program, *given = shlex.split(example)
+        assert (program, given[0]) == ("nemo-llm-feedback", command.__name__)
         words = [given[0], *_adapt_words(given[1:])] if given[0] == "adapt" else given
         called, _, _ = _app().parse_args(words, exit_on_error=False, print_error=False)
         assert called is command
     assert len(examples) == 2
-    assert max(len(line) for line in examples_text(command.__name__).splitlines()) <= 80
+    assert max(len(line) for line in examples_text(command).splitlines()) <= 80
