@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, open_dict
 
-from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, list_faults
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, list_faults, reason
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, expand_paths, merge_context
 
@@ -76,7 +76,7 @@ def read_audio(
         if not np.isfinite(samples).all():
             raise ValueError("it has samples that are no numbers or infinite")
     except Exception as error:  # audio libraries raise anything
-        raise DecodingError(f"{name or audio} cannot be read ({_reason(error)}).") from None
+        raise DecodingError(f"{name or audio} cannot be read ({reason(error)}).") from None
     if sample_rate is None or rate == sample_rate:
         return np.asarray(samples, dtype=np.float32)
     import librosa
@@ -149,23 +149,22 @@ def by_duration(rows: Sequence[Row], batch_size: int) -> list[tuple[int, ...]]:
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
-def unreadable(rows: Iterable[Row]) -> list[tuple[Row, str]]:
-    """The rows whose audio :func:`read_audio` cannot read, each with ``origin: reason``; all of it is decoded."""
+def unreadable(rows: Sequence[Row]) -> dict[int, str]:
+    """Positions of the rows whose audio :func:`read_audio` cannot read → ``origin: reason``; all of it is decoded."""
 
-    def _fault(row: Row) -> tuple[Row, str] | None:
+    def _fault(row: Row) -> str | None:
         return _bad_segment(row, row.audio)
 
-    rows = list(rows)
     # The first row before the threads: soundfile's binding makes its C types at the first call, and two threads that
     # make them at once get two types of the same name, each refusing the other's files.
     found = [_fault(row) for row in rows[:1]]
     with ThreadPoolExecutor(max_workers=8) as pool:
         found += pool.map(_fault, rows[1:])
-    return [bad for bad in found if bad is not None]
+    return {i: fault for i, fault in enumerate(found) if fault is not None}
 
 
-def unreadable_members(rows: Sequence[Row], tar_paths: Any, *, lhotse: bool) -> list[tuple[Row, str]]:
-    """The rows that are in no local tar file or cannot be read there, each with ``origin: reason``.
+def unreadable_members(rows: Sequence[Row], tar_paths: Any, *, lhotse: bool) -> dict[int, str]:
+    """Positions of the rows that are in no local tar file or cannot be read there → ``origin: reason``.
 
     NeMo's Lhotse reader looks a member up by its whole name, without ``-sub1`` … of the manifest's, in the tar file of
     the row's shard; the classic loader by the stem of its name, in all tar files.
@@ -180,12 +179,11 @@ def unreadable_members(rows: Sequence[Row], tar_paths: Any, *, lhotse: bool) -> 
     """
     paths = expand_paths(tar_paths) if tar_paths else []
     if not paths or any(path.startswith("pipe:") or "://" in path for path in paths):
-        return []
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(_member(row.audio) if lhotse else Path(row.audio).stem, []).append(row)
-    found: set[int] = set()
-    bad: list[tuple[Row, str]] = []
+        return {}
+    by_name: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_name.setdefault(_member(row.audio) if lhotse else Path(row.audio).stem, []).append(i)
+    bad = {i: f"{row.origin}: {row.audio}: in no tar file" for i, row in enumerate(rows)}
     known: dict[tuple[str, str], int] = {}
     clashes: list[str] = []
     for path in paths:
@@ -200,17 +198,19 @@ def unreadable_members(rows: Sequence[Row], tar_paths: Any, *, lhotse: bool) -> 
                     content = stream.read()
                     if known.setdefault((path if lhotse else "", name), zlib.crc32(content)) != zlib.crc32(content):
                         clashes.append(f"{path}: {member.name}")
-                    for row in by_name[name]:
-                        if lhotse and shard and str(row.data.get("shard_id", shard[1])) != str(int(shard[1])):
+                    for i in by_name[name]:
+                        if lhotse and shard and str(rows[i].data.get("shard_id", shard[1])) != str(int(shard[1])):
                             continue
-                        found.add(id(row))
-                        if fault := _bad_segment(row, io.BytesIO(content)):
-                            bad.append(fault)
+                        fault = _bad_segment(rows[i], io.BytesIO(content))
+                        if fault:
+                            bad[i] = fault
+                        else:
+                            bad.pop(i, None)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise ManifestError(f"tarred_audio_filepaths: {path} cannot be read ({error}).") from None
     if clashes:
         raise ManifestError(list_faults("two different recordings have one name; rename these members:", clashes))
-    return bad + [(row, f"{row.origin}: {row.audio}: in no tar file") for row in rows if id(row) not in found]
+    return bad
 
 
 def select_channels(config: DictConfig) -> None:
@@ -254,7 +254,7 @@ def _samples(process: Callable[..., Any], featurizer: Any, skip: bool, file: Any
         return process(featurizer, file, *args, **kwargs)
     except Exception as error:  # audio libraries raise anything
         if not skip:
-            raise DecodingError(f"{file} cannot be read ({_reason(error)}).") from None
+            raise DecodingError(f"{file} cannot be read ({reason(error)}).") from None
         return torch.zeros(0)
 
 
@@ -279,7 +279,7 @@ def _lhotse_cut(rows: Any, skip: bool, audio_path: str, **place: Any) -> Any:
         return type(rows)._create_cut(rows, audio_path, **place)
     except Exception as error:  # audio libraries raise anything
         if not skip:
-            raise DecodingError(f"{audio_path} cannot be read ({_reason(error)}).") from None
+            raise DecodingError(f"{audio_path} cannot be read ({reason(error)}).") from None
     rows.metadata_only = True
     cut = type(rows)._create_cut(rows, audio_path, **place)
     rows.metadata_only = False
@@ -296,7 +296,7 @@ def _lhotse_samples(load: Callable[..., Any], skip: bool, cuts: Any) -> tuple[An
         except Exception as error:  # audio libraries raise anything
             recording = getattr(cut, "first_non_padding_cut", cut).recording
             source = recording.sources[0]
-            return f"{source.source if source.type == 'file' else recording.id} cannot be read ({_reason(error)})."
+            return f"{source.source if source.type == 'file' else recording.id} cannot be read ({reason(error)})."
         return None
 
     try:
@@ -324,11 +324,11 @@ def is_augmented(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in [*keys.split(), "cut_into_windows_duration", "concatenate_samples"])
 
 
-def _bad_segment(row: Row, audio: str | io.BytesIO) -> tuple[Row, str] | None:
+def _bad_segment(row: Row, audio: str | io.BytesIO) -> str | None:
     try:
         read_audio(audio, offset=row.offset, duration=row.duration, name=row.audio)
     except DecodingError as error:
-        return row, f"{row.origin}: {error}"
+        return f"{row.origin}: {error}"
     return None
 
 
@@ -336,7 +336,3 @@ def _member(audio: str) -> str:
     """The name in the tar file of a row that NeMo's converter has cut out of a longer recording."""
     match = _SUB.match(audio)
     return match["stem"] + (match["ext"] or "") if match else audio
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_llm_feedback.core.config.sections import RESERVED_SOURCES
+from nemo_llm_feedback.core.errors import short
 from nemo_llm_feedback.core.text_files import to_number
 from nemo_llm_feedback.core.types import ExternalText
 
@@ -23,7 +24,7 @@ def source_name(given: Any) -> str:
     """
     if not isinstance(given, str) or not re.fullmatch(r"[^\s,=]{1,64}", given) or not given.isprintable():
         raise ValueError(
-            f"a source must be a name of 1 to 64 characters without spaces, commas and `=` (got {_short(given)})."
+            f"a source must be a name of 1 to 64 characters without spaces, commas and `=` (got {short(given)})."
         )
     if given.lower() in RESERVED_SOURCES:
         raise ValueError(f"the source {given!r} is one of ours ({', '.join(RESERVED_SOURCES)}): give it another name.")
@@ -44,7 +45,7 @@ def parse_hypotheses(value: Any) -> tuple[ExternalText, ...]:
         return ()
     if not isinstance(value, list):
         raise ValueError(
-            f"`{KEY}` must be a list of texts, or of objects with `text`, `source` and `score` (got {_short(value)})."
+            f"`{KEY}` must be a list of texts, or of objects with `text`, `source` and `score` (got {short(value)})."
         )
     if len(value) > MAX_TEXTS:
         raise ValueError(
@@ -57,22 +58,17 @@ def _parse_text(item: Any, where: str) -> ExternalText:
     given = {"text": item} if isinstance(item, str) else item
     if not isinstance(given, Mapping) or not isinstance(given.get("text"), str):
         raise ValueError(
-            f"{where} must be a text, or an object with `text`, `source` and `score` (got {_short(item)})."
+            f"{where} must be a text, or an object with `text`, `source` and `score` (got {short(item)})."
         )
     if strange := [key for key in given if key not in ("text", "source", "score")]:
-        raise ValueError(f"{where} an object has `text`, `source` and `score`, not {_short(strange[0])}.")
+        raise ValueError(f"{where} an object has `text`, `source` and `score`, not {short(strange[0])}.")
     text, score = given["text"].strip(), given.get("score")
     if not text:
         raise ValueError(f"{where} the text is empty: leave it out.")
     if score is not None and to_number(score) is None:
-        raise ValueError(f"{where} `score` must be a number or null (got {_short(score)}).")
+        raise ValueError(f"{where} `score` must be a number or null (got {short(score)}).")
     try:
         source = source_name(given.get("source") or ExternalText.source)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from None
     return ExternalText(text, source, to_number(score))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} …"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_llm_feedback.core.config.renames import renamed
 from nemo_llm_feedback.core.config.sections import REPLAY_VALUES
-from nemo_llm_feedback.core.errors import ManifestError, list_faults
+from nemo_llm_feedback.core.errors import ManifestError, list_faults, short
 from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines, to_number
 from nemo_llm_feedback.core.types import Context, ExternalText
 from nemo_llm_feedback.data.external import KEY, parse_hypotheses
@@ -87,7 +89,7 @@ def parse_context(value: Any) -> Context:
             return Context(description.description, terms.terms, tuple(v.strip() for v in previous if v.strip()))
     raise ValueError(
         "`context` must be a string or a list of strings, or an object with `description` (a string), `terms` and "
-        f"`previous` (lists of strings), got {_short(value)}."
+        f"`previous` (lists of strings), got {short(value)}."
     )
 
 
@@ -172,6 +174,24 @@ def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[
             faults.append(f"{file}:{number}: a line must be a JSON object.")
 
 
+def write_manifest(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a manifest in one move, so that nobody reads half of it, and packed where its name ends in ``.gz``.
+
+    Args:
+        path: the file; its folder is made, and where it is a link, the file behind it is written.
+        lines: the objects of the lines.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    temporary = target.with_name(f".{target.name[-99:]}.{os.getpid()}")
+    try:
+        temporary.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: bool) -> Row:
     """The row of a manifest line; a ValueError names what is wrong with the line."""
     audio, text = data.get("audio_filepath") or data.get("audio_filename"), data.get("text")
@@ -181,16 +201,16 @@ def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: boo
         raise ValueError("lacks `audio_filepath`, the path of a file.")
     if duration is None or not 0 < duration <= _LONGEST:
         raise ValueError(
-            f"lacks a positive `duration` in seconds, at most {_LONGEST:.0f} (got {_short(data.get('duration'))})."
+            f"lacks a positive `duration` in seconds, at most {_LONGEST:.0f} (got {short(data.get('duration'))})."
         )
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"`text` must be a string or null (got {_short(text)}).")
+        raise ValueError(f"`text` must be a string or null (got {short(text)}).")
     if offset is None or offset < 0:
-        raise ValueError(f"`offset` must be seconds ≥ 0 (got {_short(data['offset'])}).")
+        raise ValueError(f"`offset` must be seconds ≥ 0 (got {short(data['offset'])}).")
     if now := renamed("replay", replay):
         raise ValueError(now)
     if replay not in ("", *REPLAY_VALUES) or (replay == "supervised" and not text):
-        raise ValueError(f"`replay` must be kl or, for a row with text, supervised (got {_short(replay)}).")
+        raise ValueError(f"`replay` must be kl or, for a row with text, supervised (got {short(replay)}).")
     context = parse_context(data.get("context"))
     text = (text or "").strip() if use_text else ""
     path = audio if tarred else resolve(audio, Path(origin.rsplit(":", 1)[0]).parent)
@@ -214,8 +234,3 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _is_file(path: str) -> bool:
     return os.path.isfile(os.path.expanduser(path))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} …"

@@ -9,7 +9,6 @@ them, and neither reads manifests with a byte order mark.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.data.audio import unreadable, unreadable_members
-from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, split_paths
+from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, split_paths, write_manifest
 
 MIN_HELD_OUT = 4
 # Keys that would take the place of those set here, or tell Lhotse that a file has one channel.
@@ -114,11 +113,10 @@ def stage(
     bad = unreadable_members(usable, tar_paths, lhotse=lhotse) if tarred else unreadable(usable)
     if bad and on_bad_audio == "error":
         head = f"{len(bad)} row(s) with unreadable audio (feedback.on_bad_audio=skip leaves them out):"
-        raise ManifestError(list_faults(head, (reason for _, reason in bad)))
-    unread = {id(row) for row, _ in bad}
-    listed["with unreadable audio"] = tuple(reason for _, reason in bad)
+        raise ManifestError(list_faults(head, bad.values()))
+    listed["with unreadable audio"] = tuple(bad.values())
     kept, listed["with text that the checkpoint cannot write"] = _spelled(
-        [row for row in usable if id(row) not in unread], spell, progress
+        [row for i, row in enumerate(usable) if i not in bad], spell, progress
     )
     if not kept:
         raise ManifestError(
@@ -198,14 +196,10 @@ def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) ->
     source = Path(pattern)
     if len(files) > 1 and any(brace in str(source.parent) for brace in ("{", "_OP_")):
         raise ManifestError(f"{pattern}: braces are supported in the file name only; list the folders instead.")
-    target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        lines = [json.dumps(_staged_line(row), ensure_ascii=False) for row in by_file.get(str(file), [])]
-        # Every rank writes the same copies, perhaps while another reads them: a rename never shows half a file.
+        # Every rank writes the same copies, perhaps while another reads them.
         name = file.name.removesuffix(".gz") if len(files) > 1 else _plain_name(file)
-        temporary = target / f".{name[-99:]}.{os.getpid()}"
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(target / name)
+        write_manifest(target / name, map(_staged_line, by_file.get(str(file), [])))
     return str(target / (source.name.removesuffix(".gz") if len(files) > 1 else _plain_name(files[0])))
 
 

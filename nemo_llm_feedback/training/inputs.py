@@ -103,15 +103,13 @@ def readable(rows: Sequence[Row], manifest: Any, *, skip: bool = True) -> list[R
         ManifestError: there are others and they are not skipped, or there are only such.
     """
     broken = unreadable(rows)
-    if not broken:
-        return list(rows)
-    reasons = [reason for _, reason in broken]
-    message = list_faults(f"{len(broken)} row(s) of the manifest {manifest} have unreadable audio:", reasons)
-    if not skip or len(broken) == len(rows):
-        raise ManifestError(message)
-    logging.warning(f"left out: {message}")
-    unread = {id(row) for row, _ in broken}
-    return [row for row in rows if id(row) not in unread]
+    if broken:
+        head = f"{len(broken)} row(s) of the manifest {manifest} have unreadable audio:"
+        message = list_faults(head, broken.values())
+        if not skip or len(broken) == len(rows):
+            raise ManifestError(message)
+        logging.warning(f"left out: {message}")
+    return [row for i, row in enumerate(rows) if i not in broken]
 
 
 def everyday_rows(config: RunConfig, vocabulary: Vocabulary, *, replays: bool) -> tuple[Row, ...]:

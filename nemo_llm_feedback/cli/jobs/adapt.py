@@ -211,10 +211,10 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
 
 def _readable(rows: Sequence[Row]) -> list[int]:
     """Positions of the rows whose audio can still be read; the others are named."""
-    lost = {id(row): reason for row, reason in unreadable(rows)}
+    lost = unreadable(rows)
     if lost:
         show(list_faults(f"warning: {len(lost)} row(s) left out, broken in the middle of the run:", lost.values()))
-    return [i for i, row in enumerate(rows) if id(row) not in lost]
+    return [i for i in range(len(rows)) if i not in lost]
 
 
 def _early_stopping(model: Any) -> HeldOutEarlyStopping:

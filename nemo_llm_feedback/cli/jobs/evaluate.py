@@ -77,23 +77,21 @@ def evaluate(
     ready = [read_predictions(path, rows, name=names[path]) for path in files]
     if not nemos:
         return Evaluation(compare(rows, ready, scoring), (), len(rows))
-    broken = unreadable(rows)
-    bad = {id(row): reason for row, reason in broken}
-    if len(bad) == len(rows):
-        raise ManifestError(f"no audio of {manifest} can be read, e.g. {broken[0][1]}")
-    failed = {i: bad[id(row)] for i, row in enumerate(rows) if id(row) in bad}
+    failed = unreadable(rows)
+    if len(failed) == len(rows):
+        raise ManifestError(f"no audio of {manifest} can be read, e.g. {failed[0]}")
     # Every fault of the manifest shows before the first model is loaded.
     compare(rows, [System("references", tuple(row.text for row in rows))], scoring)
     usable = [i for i in range(len(rows)) if i not in failed]
     decoded = []
     for path in nemos:
-        name, given = names[path], [rows[i] for i in usable]
-        system, failures = _decode(path, given, name, scoring, head, batch_size, oracle, device)
-        failed |= {usable[k]: f"{given[k].origin}: {name}: {why}" for k, why in failures.items()}
+        given = [rows[i] for i in usable]
+        system, failures = _decode(path, given, names[path], scoring, head, batch_size, oracle, device)
+        failed |= {usable[k]: f"{given[k].origin}: {names[path]}: {why}" for k, why in failures.items()}
         decoded.append(system)
     kept = [i for i in range(len(rows)) if i not in failed]
-    positions = [k for k, i in enumerate(usable) if i not in failed]
-    systems = [system.select(positions) for system in decoded] + [system.select(kept) for system in ready]
+    places = [k for k, i in enumerate(usable) if i not in failed]
+    systems = [system.select(places) for system in decoded] + [system.select(kept) for system in ready]
     comparison = compare([rows[i] for i in kept], systems, scoring)
     return Evaluation(comparison, tuple(failed[i] for i in sorted(failed)), len(rows))
 
@@ -165,13 +163,13 @@ def system_names(paths: Sequence[str]) -> dict[str, str]:
     parts = {path: (*file.parent.parts, stem(file)) for path, file in files.items()}
     if len(set(parts.values())) < len(paths):
         raise ConfigError(f"every system needs another file, got {', '.join(map(str, paths))}.")
-    depth = dict.fromkeys(parts, 1)
-    while True:
-        names = {path: "/".join(parts[path][-depth[path] :]) for path in parts}
-        clashes = [path for path, name in names.items() if list(names.values()).count(name) > 1]
-        if not clashes:
-            return names
-        depth.update({path: depth[path] + 1 for path in clashes})
+
+    def _name(own: tuple[str, ...]) -> str:
+        """The shortest end of a path that no other one has."""
+        ends = (own[-length:] for length in range(1, len(own) + 1))
+        return "/".join(next(end for end in ends if sum(o[-len(end) :] == end for o in parts.values()) == 1))
+
+    return {path: _name(own) for path, own in parts.items()}
 
 
 def _rows(models: Sequence[str], manifest: str | Path | None, predictions: Sequence[str]) -> list[Row]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,7 +14,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_fault
 from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines, to_number
 from nemo_llm_feedback.core.types import ExternalText
 from nemo_llm_feedback.data.external import KEY, parse_hypotheses, source_name
-from nemo_llm_feedback.data.manifests import Row, json_lines, read_manifest, resolve
+from nemo_llm_feedback.data.manifests import Row, json_lines, read_manifest, resolve, write_manifest
 
 _NAMES = ("audio_filepath", "audio_filename", "audio", "path", "file")
 _UNFIT = ("fit no row", "are of whole recordings whose rows are segments", "have no text")
@@ -136,11 +134,11 @@ def add_hypotheses(
     Raises:
         ManifestError: a row would have more texts than can be read; nothing is written.
     """
-    target = Path(os.path.realpath(Path(out).expanduser()))
+    folder = Path(os.path.realpath(os.path.expanduser(out))).parent
     rows = read_manifest(manifest)
     lines, faults = [], []
     for row in rows:
-        line, new = relocated(row, target.parent), found.get(row.utterance, ())
+        line, new = relocated(row, folder), found.get(row.utterance, ())
         if new:
             sources = {text.source for text in new}
             known = zip(line.get(KEY) or (), row.external, strict=True)
@@ -149,17 +147,10 @@ def add_hypotheses(
             parse_hypotheses(line.get(KEY))
         except ValueError as error:
             faults.append(f"{row.origin}: {error}")
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        lines.append(line)
     if faults:
         raise ManifestError(list_faults(f"{len(faults)} row(s) cannot take the texts:", faults))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        content = "".join(lines).encode()
-        temporary.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_manifest(out, lines)
     given = [text for row in rows for text in found.get(row.utterance, ())]
     with_texts = sum(bool(found.get(row.utterance)) for row in rows)
     return Joined(Path(out), len(rows), Counter(text.source for text in given), with_texts, left_out or {})

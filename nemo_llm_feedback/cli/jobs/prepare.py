@@ -7,7 +7,6 @@ read by soundfile.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,14 +19,16 @@ from numpy.typing import NDArray
 
 from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.console import progress, quiet
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults, reason
 from nemo_llm_feedback.data.audio import audio_files
+from nemo_llm_feedback.data.manifests import write_manifest
 from nemo_llm_feedback.evaluation.records import facts_text
 
 _SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 """What counts as a recording in a folder; a file that is named itself is always tried."""
 
+_KEYS = ("audio_filepath", "offset", "duration")
 _RATE = 16000
 _BLOCK_SECONDS = 60
 
@@ -92,7 +93,7 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
                     source = converted[path] = _convert(path, _copies(target))
                 recordings.append(_cut(source, detect, settings))
             except (soundfile.SoundFileError, RuntimeError, OSError, EOFError, ValueError) as error:
-                unreadable.append(f"{path}: {_first_line(error)}")
+                unreadable.append(f"{path}: {reason(error)}")
             on_file(number)
     if not recordings:
         raise ManifestError(list_faults(f"none of {len(files)} file(s) can be read:", unreadable))
@@ -101,13 +102,8 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
             f"no speech of at least {settings.min_duration} s in {len(recordings)} file(s); lower --threshold "
             f"({settings.threshold}) or --min-duration."
         )
-    lines = [
-        json.dumps({"audio_filepath": str(r.path.absolute()), "offset": start, "duration": length}, ensure_ascii=False)
-        for r in recordings
-        for start, length in r.segments
-    ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    segments = [(str(r.path.absolute()), *segment) for r in recordings for segment in r.segments]
+    write_manifest(target, [dict(zip(_KEYS, segment, strict=True)) for segment in segments])
     return Prepared(target, tuple(recordings), tuple(unreadable), converted)
 
 
@@ -231,7 +227,7 @@ def _convert(path: Path, folder: Path) -> Path:
             warnings.simplefilter("ignore")
             samples, rate = librosa.load(str(path), sr=None, mono=False)
     except Exception as error:  # each of its backends raises another kind of error
-        raise RuntimeError(f"neither soundfile nor librosa can read it ({_first_line(error)})") from None
+        raise RuntimeError(f"neither soundfile nor librosa can read it ({reason(error)})") from None
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{path.stem}.flac"
     number = 1
@@ -244,10 +240,6 @@ def _convert(path: Path, folder: Path) -> Path:
 def _copies(manifest: Path) -> Path:
     """The folder beside the manifest for converted files."""
     return manifest.parent / f"{manifest.stem}_audio"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _clock(seconds: float) -> str:
