@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,16 +114,14 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         message: names keys, e.g. ``llm.model is missing`` or ``reward.alpha=2``.
         flags: key → flag, of the flags that the command has.
     """
+    lines = message.split("\n")
     for key, flag in flags.items():
         named = rf"(?<![\w.-]){re.escape(key)}(?!\w|\.\w)"
         named += "" if "." in key else "(?==| must )"  # `output` and `seed` are words, too
-        # What is said of an unknown key stays: it came as a key.
-        lines = [
-            line if "unknown key" in line else re.sub(named, flag, re.sub(rf"{named}=(?=\S)", f"{flag} ", line))
-            for line in message.split("\n")
-        ]
-        message = "\n".join(lines)
-    return message
+        for i, line in enumerate(lines):
+            if "unknown key" not in line:  # it came as a key, and stays one
+                lines[i] = re.sub(named, flag, re.sub(rf"{named}=(?=\S)", f"{flag} ", line))
+    return "\n".join(lines)
 
 
 def given(*groups: Any, **flags: Any) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def compose(flags: Mapping[str, Any], overrides: Sequence[str] = (), **files: An
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     """What judges hypotheses; None leaves the value of the configuration.
 
@@ -203,7 +201,6 @@ class JudgeOptions:
         overrides: settings as `adapt` takes them, e.g. reward=entity reward.settings.weight=3
     """
 
-    _: KW_ONLY
     llm: str | None = None
     quantization: Literal["nf4", "int8", "none"] | None = None
     description: str | None = None
@@ -215,7 +212,7 @@ class JudgeOptions:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaptOptions:
     """The settings of `adapt` that are given most often; every other one, and these too, as KEY=VALUE.
 
@@ -234,7 +231,6 @@ class AdaptOptions:
         resume: auto goes on with an unfinished run of the same settings
     """
 
-    _: KW_ONLY
     base: Annotated[str | None, Parameter(name=("--base", "--model", "--model-path", "--pretrained-name"))] = None
     manifest: Annotated[tuple[str, ...], Manifest] = ()
     judge: JudgeOptions = field(default_factory=JudgeOptions)
@@ -251,7 +247,7 @@ class AdaptOptions:
 
 
 @Parameter(name="*", group=_RESCORING)
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RescoringFlags:
     """What rescoring is made of beside its judge.
 
@@ -264,7 +260,6 @@ class RescoringFlags:
         term_swap: more hypotheses with terms swapped in
     """
 
-    _: KW_ONLY
     rescore: bool = False
     no_context: bool = False
     beam_size: int | None = None
@@ -275,7 +270,7 @@ class RescoringFlags:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoringFlags:
     """How transcripts are scored.
 
@@ -290,7 +285,6 @@ class ScoringFlags:
         seed: seed of the bootstrap
     """
 
-    _: KW_ONLY
     normalizer: Literal["none", "lower", "basic"] = "basic"
     description: Annotated[str, Parameter(name=("--description", "--context"))] = ""
     terms: tuple[str, ...] = ()
@@ -303,7 +297,7 @@ class ScoringFlags:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Segmenting:
     """How recordings are cut, in seconds.
 
@@ -315,7 +309,6 @@ class Segmenting:
         threshold: speech probability from which a frame is speech, 0 to 1
     """
 
-    _: KW_ONLY
     min_duration: float = 1.0
     max_duration: float = 20.0
     merge_gap: float = 0.5
