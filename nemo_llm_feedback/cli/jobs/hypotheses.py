@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults
-from nemo_llm_feedback.core.text_files import parse_json, read_text, text_lines, to_number
+from nemo_llm_feedback.core.text_files import parse_json, read_text, stem, text_lines, to_number
 from nemo_llm_feedback.core.types import ExternalText
 from nemo_llm_feedback.data.external import KEY, parse_hypotheses, source_name
 from nemo_llm_feedback.data.manifests import Row, json_lines, read_manifest, resolve, write_manifest
@@ -63,10 +63,8 @@ def named_source(given: str | None, origin: str | Path) -> str:
     Raises:
         ConfigError: it cannot be called so.
     """
-    stem = Path(origin).name.removesuffix(".gz")
-    stem = re.sub(r"\.(nemo|jsonl?|txt)$", "", stem)
     try:
-        return source_name(given or re.sub(r"[\s,=]+", "_", stem))
+        return source_name(given or re.sub(r"[\s,=]+", "_", stem(origin).removesuffix(".txt")))
     except ValueError as error:
         raise ConfigError(f"--source: {error}") from None
 
@@ -88,14 +86,14 @@ def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: st
     name = named_source(source, other)
     rows = read_manifest(manifest)
     faults: list[str] = []
-    rows_of, folder = _Places(rows), Path(other).expanduser()
+    by_name, folder = _by_name(rows), Path(other).expanduser()
     found: dict[str, tuple[ExternalText, ...]] = {}
     unfit: tuple[list[str], ...] = ([], [], [])
     entries = list(_items(folder, faults))
     for origin, item in entries:
         try:
             entry = _entry(item, name)
-            places = rows_of(entry, folder.parent)
+            places = _utterances(entry, by_name, folder.parent)
         except ValueError as error:
             faults.append(f"{origin}: {error}")
             continue
@@ -170,31 +168,28 @@ def _plain(text: ExternalText) -> dict[str, Any]:
     return {"text": text.text, "source": text.source, **score}
 
 
-class _Places:
-    """Finds the utterances that an entry of another file is about: by path, else by the file's name."""
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every recording, by its path, its file's name, and that without its suffix."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for name in {row.audio, Path(row.audio).name, Path(row.audio).stem}:
+            found[name].append(row)
+    return found
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows: dict[str, list[Row]] = defaultdict(list)
-        self._paths: dict[str, set[str]] = defaultdict(set)
-        for row in rows:
-            self._rows[row.audio].append(row)
-            for key in (Path(row.audio).name, Path(row.audio).stem):
-                self._paths[key].add(row.audio)
 
-    def __call__(self, entry: _Entry, folder: Path) -> list[str]:
-        """Names of the utterances, several where the entry is about all of a recording that was cut.
+def _utterances(entry: _Entry, by_name: Mapping[str, Sequence[Row]], folder: Path) -> list[str]:
+    """The utterances that an entry of a file in that folder is about, several where it is about all of a recording.
 
-        Raises:
-            ValueError: several recordings have the name.
-        """
-        path, name = resolve(entry.name, folder), Path(entry.name).name
-        paths = {path} if path in self._rows else self._paths.get(name) or self._paths.get(Path(name).stem) or set()
-        if len(paths) > 1:
-            raise ValueError(f"{entry.name!r} is the name of {len(paths)} recordings: give their paths.")
-        rows = [row for found in paths for row in self._rows[found]]
-        if entry.offset is not None:
-            rows = [row for row in rows if abs(row.offset - entry.offset) < _SAME_PLACE]
-        return list(dict.fromkeys(row.utterance for row in rows))
+    Raises:
+        ValueError: several recordings have the name.
+    """
+    name = Path(entry.name).name
+    rows = next((by_name[n] for n in (resolve(entry.name, folder), name, Path(name).stem) if n in by_name), ())
+    if (recordings := len({row.audio for row in rows})) > 1:
+        raise ValueError(f"{entry.name!r} is the name of {recordings} recordings: give their paths.")
+    place = entry.offset
+    kept = [row for row in rows if place is None or abs(row.offset - place) < _SAME_PLACE]
+    return list(dict.fromkeys(row.utterance for row in kept))
 
 
 def _items(path: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from nemo_llm_feedback.cli.options import Segmenting
-from nemo_llm_feedback.core.console import progress, quiet
+from nemo_llm_feedback.core.console import quiet, track
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults, reason
 from nemo_llm_feedback.data.audio import audio_files
 from nemo_llm_feedback.data.manifests import write_manifest
@@ -85,16 +85,13 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     recordings: list[Recording] = []
     unreadable: list[str] = []
     converted: dict[Path, Path] = {}
-    with progress("recordings", len(files), unit="file") as on_file:
-        for number, path in enumerate(files, 1):
-            try:
-                source = path
-                if not _soundfile_reads(path):
-                    source = converted[path] = _convert(path, _copies(target))
-                recordings.append(_cut(source, detect, settings))
-            except (soundfile.SoundFileError, RuntimeError, OSError, EOFError, ValueError) as error:
-                unreadable.append(f"{path}: {reason(error)}")
-            on_file(number)
+    for path in track(files, "recordings", unit="file"):
+        try:
+            if not _soundfile_reads(path):
+                converted[path] = _convert(path, _copies(target))
+            recordings.append(_cut(converted.get(path, path), detect, settings))
+        except (soundfile.SoundFileError, RuntimeError, OSError, EOFError, ValueError) as error:
+            unreadable.append(f"{path}: {reason(error)}")
     if not recordings:
         raise ManifestError(list_faults(f"none of {len(files)} file(s) can be read:", unreadable))
     if not any(recording.segments for recording in recordings):
