@@ -10,6 +10,7 @@ import torch
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_llm_feedback.core.config import plain
 from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError
 from nemo_llm_feedback.core.text_files import to_number
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
@@ -225,7 +226,7 @@ def training_config(
         ConfigError: a setting under which rows cannot be identified or would be dropped silently; names the fix.
     """
     faults = []
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config)
+    config = OmegaConf.create(plain(config))
     lhotse = bool(config.get("use_lhotse"))
     if lhotse and (config.get("min_tps") is not None or config.get("max_tps") is not None):
         faults.append("model.train_ds.min_tps/max_tps count tokens, which unlabeled rows lack: remove them.")

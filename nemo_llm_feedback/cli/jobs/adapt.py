@@ -25,7 +25,7 @@ from nemo_llm_feedback.cli.jobs import run_choice, start
 from nemo_llm_feedback.cli.jobs.devices import check_memory
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
-from nemo_llm_feedback.core.config import parse_run_config
+from nemo_llm_feedback.core.config import parse_run_config, plain
 from nemo_llm_feedback.core.console import Session, quiet, show
 from nemo_llm_feedback.core.errors import ConfigError, list_faults
 from nemo_llm_feedback.core.run_folder import LOG_FILE, RESULT_FILE, SETTINGS_FILE, newest, write_json
@@ -132,7 +132,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
 
 
 def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
-    tree = _plain(cfg)
+    tree = plain(cfg)
     config, first = check_settings(tree, reward).config, is_global_rank_zero()
     base = start.source(cfg)
     supported_class(read_config(base), origin=base)
@@ -365,7 +365,7 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
     if reward is not None:  # what the run's settings say of it, in `runs` and to a resumed run
-        cfg = OmegaConf.create({**_plain(cfg), "reward": {"name": "python"}})
+        cfg = OmegaConf.create({**plain(cfg), "reward": {"name": "python"}})
     config = parse_run_config(cfg)
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
@@ -378,7 +378,7 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
-    inputs = run_choice.input_digests(_plain(cfg), base=base, llm=config.needs_llm)
+    inputs = run_choice.input_digests(plain(cfg), base=base, llm=config.needs_llm)
     files = []
     for number, part in enumerate(parts, 1):
         finished = _finished(part, inputs)
@@ -407,15 +407,9 @@ def averaged_text(result: AveragedRuns) -> str:
     return "\n".join([*lines, f"\nmean of {len(result.runs)} runs: {result.nemo}"])
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain mappings."""
-    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    return tree
-
-
 def _one(cfg: DictConfig, seed: int) -> DictConfig:
     """The settings of the run with this seed, in a folder of its own."""
-    part = OmegaConf.create(_plain(cfg))
+    part = OmegaConf.create(plain(cfg))
     part.seed, part.runs, part.output = seed, 1, None
     part.exp_manager.name = f"{part.exp_manager.get('name') or part.name}_seed{seed}"
     if part.exp_manager.get("explicit_log_dir"):
@@ -430,9 +424,8 @@ def _finished(cfg: DictConfig, inputs: dict[str, str]) -> Path | None:
     places = [Path(explicit)] if explicit else sorted(folder.glob("*"))
     for place in places if cfg.get("resume", "auto") == "auto" else ():
         settings, result = newest(place, SETTINGS_FILE), newest(place, RESULT_FILE)
-        if settings and result and settings.read_text(encoding="utf-8") == run_choice.settings_text(cfg):
-            if run_choice.changed_inputs(run_choice.inputs_of(place) or inputs, inputs):
-                continue
+        same = settings is not None and settings.read_text(encoding="utf-8") == run_choice.settings_text(cfg)
+        if result and same and not run_choice.changed_inputs(place, inputs):
             nemo = Path(json.loads(result.read_text(encoding="utf-8"))["nemo"])
             if nemo.is_file():
                 return nemo

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
-from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.core.errors import refused
 from nemo_llm_feedback.evaluation.model_card import card_path
+
+_REFUSALS = (OSError, ValueError)  # all that the Hub's client raises derives from them
 
 
 def check_login(repo: str) -> None:
@@ -22,7 +22,8 @@ def check_login(repo: str) -> None:
     Raises:
         ConfigError: the name is not one, nobody is logged in, or the Hub cannot be reached.
     """
-    with _refusals(f"--push-to-hub {repo}: give OWNER/NAME, and log in (`hf auth login`, or set HF_TOKEN):"):
+    head = f"--push-to-hub {repo}: give OWNER/NAME, and log in (`hf auth login`, or set HF_TOKEN):"
+    with refused(head, *_REFUSALS):
         validate_repo_id(repo)
         huggingface_hub.HfApi().whoami()
 
@@ -42,7 +43,7 @@ def push_to_hub(nemo: str | Path, repo: str) -> str:
     """
     path, api = Path(nemo), huggingface_hub.HfApi()
     files = {path.name: path, "README.md": card_path(path)}
-    with _refusals(f"{path} is written, but could not be uploaded to {repo}:"):
+    with refused(f"{path} is written, but could not be uploaded to {repo}:", *_REFUSALS):
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.create_commit(
             repo,
@@ -50,12 +51,3 @@ def push_to_hub(nemo: str | Path, repo: str) -> str:
             commit_message=f"Upload {path.name}",
         )
     return commit.commit_url
-
-
-@contextmanager
-def _refusals(head: str) -> Iterator[None]:
-    """What the Hub's client raises, as an error of ours; all of it derives from these two."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{head} {' '.join(str(error).split())}") from None

@@ -21,20 +21,10 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_llm_feedback.core import run_folder as files
+from nemo_llm_feedback.core.config import plain
 from nemo_llm_feedback.core.console import show
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.run_folder import (
-    RESULT_FILE,
-    RUN_FILE,
-    SETTINGS_FILE,
-    FolderLock,
-    collect,
-    in_use,
-    newest,
-    package_versions,
-    write_json,
-    write_text,
-)
 from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.data.manifests import expand_paths, read_manifest
 from nemo_llm_feedback.llm.folder import local_folder
@@ -68,7 +58,7 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
     Raises:
         ConfigError: another process trains in the folder.
     """
-    manager: Any = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
+    manager: Any = OmegaConf.create(plain(cfg.exp_manager))
     # NeMo's answer to SIGTERM ends a job with status 0, as if it were done.
     manager.create_preemption_callback = False
     first, created = is_global_rank_zero(), None
@@ -95,27 +85,24 @@ def run_folder(cfg: DictConfig, inputs: Mapping[str, str]) -> Iterator[DictConfi
         return
     os.environ[_CHOICE] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder) as lock:
+    with files.FolderLock(folder) as lock:
         if not lock.held:
             raise ConfigError(f"another process is training in {folder}: wait for it, or choose another run folder.")
-        collect(folder)
-        if manager.get("resume_if_exists"):
-            changed = changed_inputs(inputs_of(folder) or inputs, inputs)
-            if changed:
-                show(f"warning: {', '.join(changed)} changed since this run began, and it goes on as you ask for it.")
+        files.collect(folder)
+        if manager.get("resume_if_exists") and (changed := changed_inputs(folder, inputs)):
+            show(f"warning: {', '.join(changed)} changed since this run began, and it goes on as you ask for it.")
         _take_up(manager)
         try:
             yield manager
         finally:
             os.environ.pop(_CHOICE, None)
-            if created is not None and newest(created, RUN_FILE) is None:
+            if created is not None and files.newest(created, files.RUN_FILE) is None:
                 shutil.rmtree(created, ignore_errors=True)
 
 
 def settings_text(cfg: DictConfig) -> str:
     """The composed configuration as YAML without secrets, by which runs are known to be the same."""
-    tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    return OmegaConf.to_yaml(OmegaConf.create(masked({k: v for k, v in tree.items() if k not in _FREE_KEYS})))
+    return OmegaConf.to_yaml(OmegaConf.create(masked({k: v for k, v in plain(cfg).items() if k not in _FREE_KEYS})))
 
 
 def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None, inputs: Mapping[str, str]) -> None:
@@ -128,23 +115,28 @@ def record_start(cfg: DictConfig, folder: Path, *, checkpoint: str | None, input
         checkpoint: file name of what this attempt goes on from; None at the start.
         inputs: what the run reads (:func:`input_digests`).
     """
-    collect(folder)
-    settings, run = folder / SETTINGS_FILE, folder / RUN_FILE
+    files.collect(folder)
+    settings, run = folder / files.SETTINGS_FILE, folder / files.RUN_FILE
     attempts = json.loads(run.read_text(encoding="utf-8"))["attempts"] if run.is_file() and settings.is_file() else []
     attempts.append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": checkpoint})
     if (nemos := folder / "cmd-args.log").is_file():  # exp_manager's copy of the command
         nemos.write_text(" ".join(own_command()), encoding="utf-8")
-    content = {"command": own_command(), "versions": package_versions(), "attempts": attempts, "inputs": inputs}
-    write_json(run, content)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    write_text(settings, settings_text(cfg))
+    content = {"command": own_command(), "versions": files.package_versions(), "attempts": attempts, "inputs": inputs}
+    files.write_json(run, content)
+    (folder / files.RESULT_FILE).unlink(missing_ok=True)
+    files.write_text(settings, settings_text(cfg))
 
 
-def inputs_of(folder: Path) -> dict[str, str]:
-    """The digests that a run has recorded; empty where it has none, as an earlier version of this package began it."""
-    run = newest(folder, RUN_FILE)
-    found: dict[str, str] = json.loads(run.read_text(encoding="utf-8")).get("inputs", {}) if run else {}
-    return found
+def changed_inputs(folder: Path, now: Mapping[str, str]) -> list[str]:
+    """Names of what a run has read otherwise than it would now, or not at all; none if it has recorded nothing.
+
+    Args:
+        folder: of the run, which an earlier version of this package may have begun.
+        now: what it would read (:func:`input_digests`).
+    """
+    run = files.newest(folder, files.RUN_FILE)
+    then: dict[str, str] = (json.loads(run.read_text(encoding="utf-8")).get("inputs") if run else None) or {}
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name)) if then else []
 
 
 def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str, str]:
@@ -159,11 +151,11 @@ def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str
         ManifestError: a manifest cannot be read.
     """
     named = [Path(text).expanduser() for text in _texts([tree.get(name) for name in _SECTIONS])]
-    files = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
+    parts = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
     if llm and not os.path.isfile(Path(tree["llm"]["model"]).expanduser()):
         folder = local_folder(tree["llm"]["model"], tree["llm"].get("revision"), key="llm.model")
-        files["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
-    found = {name: _digest(paths, whole=_WHOLE) for name, paths in files.items()}
+        parts["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
+    found = {name: _digest(paths, whole=_WHOLE) for name, paths in parts.items()}
     for section in (tree["model"].get("train_ds"), tree["model"].get("validation_ds"), tree.get("guards")):
         section = section or {}
         for manifest in expand_paths(section.get("manifest_filepath") or []):
@@ -171,11 +163,6 @@ def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str
             audio = {} if tarred else {row.audio: Path(row.audio) for row in read_manifest(manifest)}
             found[f"the audio of {manifest}"] = _digest(filter(os.path.isfile, audio.values()), whole=_WHOLE_AUDIO)
     return found
-
-
-def changed_inputs(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of what differs, or is read only then or only now."""
-    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
 def own_command() -> list[str]:
@@ -203,15 +190,15 @@ def _unfinished(base: Path, settings: str, inputs: Mapping[str, str]) -> Path | 
     first = is_global_rank_zero()
     folders = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if first and in_use(folder):
+        if first and files.in_use(folder):
             continue
         # A rank that the launcher started reads while rank 0, which may hold the folder already, moves its files.
-        known = newest(folder, SETTINGS_FILE)
-        if known is None or newest(folder, RESULT_FILE) is not None:
+        known = files.newest(folder, files.SETTINGS_FILE)
+        if known is None or files.newest(folder, files.RESULT_FILE) is not None:
             continue
         if known.read_text(encoding="utf-8") != settings:
             show(f"{folder} holds an unfinished run of other settings; its command goes on with it.")
-        elif first and (changed := changed_inputs(inputs_of(folder) or inputs, inputs)):
+        elif first and (changed := changed_inputs(folder, inputs)):
             show(
                 f"{folder} holds an unfinished run of these settings, but {', '.join(changed)} changed since: a new "
                 "run begins. To go on with that one on what there is now, add "
@@ -238,13 +225,12 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     """
     found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     whole = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    lasts = [path for path in whole if path.stem.endswith("last")]
     if is_global_rank_zero():
-        lasts = [path for path in whole if path.stem.endswith("last")]
         for path in [path for path in found if path not in whole] + lasts[:-1]:
             path.unlink()
         for marker in folder.glob(f"*{NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
             marker.unlink()
-    lasts = [path for path in whole if path.stem.endswith("last")]
     return lasts[-1] if lasts else (whole[-1] if whole else None)
 
 

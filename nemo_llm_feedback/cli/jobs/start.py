@@ -19,19 +19,19 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nemo.utils.exceptions import NeMoBaseException
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_llm_feedback.asr.look_ahead import look_aheads
 from nemo_llm_feedback.cli.jobs.devices import check_gpu
-from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig
+from nemo_llm_feedback.core.config import SOURCE_NAMES, RewardConfig, RunConfig, plain
 from nemo_llm_feedback.core.config.faults import refuse
 from nemo_llm_feedback.core.console import Session
-from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, TrainingError
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, TrainingError, refused
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.llm import estimate_memory, pick_placement, resolve_folder
 from nemo_llm_feedback.training.models import locate
 
-_REFUSALS = (MisconfigurationException, NeMoBaseException)
+_REFUSALS = (ValueError, TypeError, RuntimeError, MisconfigurationException, NeMoBaseException)
 _SETTINGS = {"run": "exp_manager.exp_dir", "output": "output", "temporary files": "the environment's TMPDIR"}
 _LITTLE = _MB = 2**20  # bytes
 
@@ -61,7 +61,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: half precision, whose gradient scaler overflows on purpose and fails where all gradients are gone.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    settings = plain(cfg.trainer)
     if str(settings.get("precision")) in ("16", "16-mixed", "16-true"):
         raise ConfigError(f"trainer.precision={settings['precision']} is not supported: use bf16-mixed, or 32.")
     # Ours is one bar for the whole run (``training.callbacks.run_bar``).
@@ -82,10 +82,8 @@ def make_trainer(cfg: DictConfig) -> pl.Trainer:
         ConfigError: Lightning refuses the settings.
     """
     settings = trainer_settings(cfg)
-    try:
+    with refused("Lightning refuses the section trainer:", *_REFUSALS):
         return pl.Trainer(**settings)
-    except (ValueError, TypeError, RuntimeError, *_REFUSALS) as error:
-        raise ConfigError(f"Lightning refuses the section trainer: {' '.join(str(error).split())}") from None
 
 
 def make_folder(trainer: pl.Trainer, manager: DictConfig) -> Path:
@@ -94,10 +92,8 @@ def make_folder(trainer: pl.Trainer, manager: DictConfig) -> Path:
     Raises:
         ConfigError: NeMo or Lightning refuse the settings.
     """
-    try:
+    with refused("NeMo refuses the section exp_manager:", *_REFUSALS, AttributeError, OSError):
         return Path(exp_manager(trainer, manager))
-    except (ValueError, TypeError, AttributeError, RuntimeError, OSError, *_REFUSALS) as error:
-        raise ConfigError(f"NeMo refuses the section exp_manager: {' '.join(str(error).split())}") from None
 
 
 def result_folders(cfg: DictConfig) -> dict[str, Path]:
@@ -221,17 +217,14 @@ def typed_if_full(folders: Mapping[str, Path]) -> Iterator[None]:
     except (OSError, RuntimeError, sqlite3.Error) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         # torch and sqlite give no number.
-        if not full and (isinstance(error, OSError) or all(map(_has_room, folders.values()))):
+        has_room = all(shutil.disk_usage(folder).free > _LITTLE for folder in folders.values())
+        if not full and (isinstance(error, OSError) or has_room):
             raise
         places = " or ".join(map(str, folders.values()))
         raise TrainingError(
             f"the disk is full ({places}): {error}. The last checkpoint is still there: free some room and give the "
             "same command again."
         ) from error
-
-
-def _has_room(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free > _LITTLE
 
 
 def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:

@@ -6,7 +6,7 @@ stay NeMo's; the sections here are ours, are checked before any work, and unknow
 
 from nemo_llm_feedback.core.config.context import ContextConfig, read_terms
 from nemo_llm_feedback.core.config.reward import RewardConfig
-from nemo_llm_feedback.core.config.run import SECTIONS, RunConfig, check_keys, parse_run_config
+from nemo_llm_feedback.core.config.run import SECTIONS, RunConfig, check_keys, parse_run_config, plain
 from nemo_llm_feedback.core.config.sections import (
     OBJECTIVE_NAMES,
     SOURCE_NAMES,

@@ -15,7 +15,7 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_llm_feedback.core.config import SECTIONS, check_keys
+from nemo_llm_feedback.core.config import SECTIONS, check_keys, plain
 from nemo_llm_feedback.core.config.faults import keys_of, refuse
 from nemo_llm_feedback.core.config.nemo_sections import TopLevel
 from nemo_llm_feedback.core.config.renames import renamed
@@ -64,7 +64,7 @@ def compose_config(
         with initialize_config_dir(config_dir=str(folder), version_base=None):
             groups = {entry.name for base in (folder, conf_dir()) for entry in base.iterdir() if entry.is_dir()}
             cfg = compose(config_name, overrides=search + [_open(o, groups) for o in overrides])
-            tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+            tree = plain(cfg)
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(_kind(error, overrides)) from None
     finally:
@@ -116,9 +116,7 @@ def with_defaults(settings: Any) -> dict[str, Any]:
     known = [f"{group}={name}" for group, name in chosen.items() if (conf_dir() / group / f"{name}.yaml").is_file()]
     if OmegaConf.select(given, "model.optim.name") not in (None, "adamw"):
         known.append("~model.optim.betas")  # other optimizers have none
-    complete = given if "exp_manager" in given else OmegaConf.merge(compose_config(known), given)
-    tree: Any = OmegaConf.to_container(complete, resolve=True, throw_on_missing=False)
-    return tree
+    return plain(given if "exp_manager" in given else OmegaConf.merge(compose_config(known), given))
 
 
 def _open(override: str, groups: set[str]) -> str:

@@ -12,14 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field, make_dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from nemo_llm_feedback.core.config.faults import STRICT, Section, build, keys_of

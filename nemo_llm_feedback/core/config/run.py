@@ -125,16 +125,21 @@ class RunConfig:
 SECTIONS: dict[str, type[Section]] = {**get_type_hints(RunConfig), "llm": LLMConfig}
 
 
+def plain(settings: Any) -> dict[str, Any]:
+    """A configuration of OmegaConf as plain mappings and lists, with its references resolved; others as they are."""
+    from omegaconf import OmegaConf
+
+    tree: Any = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else settings
+    return tree
+
+
 def parse_run_config(tree: Mapping[str, Any]) -> RunConfig:
     """Builds the checked configuration from nested mappings or an OmegaConf config; NeMo's sections are checked, too.
 
     Raises:
         ConfigError: one message that lists every unknown key with the nearest known one, and every fault.
     """
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_config(tree):
-        tree = OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    tree = plain(tree)
     faults = value_faults(tree)
     made: dict[str, Any] = {}
     for name, cls in SECTIONS.items():
