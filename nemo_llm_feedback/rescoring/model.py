@@ -70,13 +70,8 @@ def enable_rescoring(
         CheckpointError: the model's class is not supported.
         ConfigError: the settings or the model's decoding configuration cannot be used.
     """
-    given: dict[str, Any] = {
-        "nbest": nbest,
-        "boosted": boosted,
-        "term_swap": term_swap,
-        "boosting_weight": boosting_weight,
-    }
-    given |= {"normalizer": normalizer, "memory_budget_mb": memory_budget_mb, "reward": None}
+    given: dict[str, Any] = {"nbest": nbest, "boosted": boosted, "term_swap": term_swap, "reward": None}
+    given |= {"boosting_weight": boosting_weight, "normalizer": normalizer, "memory_budget_mb": memory_budget_mb}
     settings = make(RescoringConfig, given, where="rescoring", what="the rescoring settings have")
     attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
 

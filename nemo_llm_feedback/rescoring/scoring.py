@@ -152,24 +152,19 @@ class Rescorer:
             spelled: Any = {"vocabulary": head.vocabulary, "normalize": self._normalize}
             keep = build_members(row, **spelled, max_members=len(row), distinct=True)
             members = tuple(to_hypothesis(c, **spelled) for c in keep)
-            groups.append(self._kept(HypothesisGroup(name, members, context, tuple(c.logp for c in keep))))
+            groups.append(self._trusted(HypothesisGroup(name, members, context, tuple(c.logp for c in keep))))
         return self._ordered(groups)
 
-    def _kept(self, group: HypothesisGroup) -> HypothesisGroup:
-        """The group without texts of other recognisers that are not trusted so far."""
+    def _trusted(self, group: HypothesisGroup) -> tuple[HypothesisGroup, list[float]]:
+        """The group without texts that are not trusted so far, and what members get for the trust in them, in nats."""
         if self.trust is None:
-            return group
-        trusted = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
-        keep = [n for n, sources in enumerate(trusted) if sources is not None]
-        members = tuple(group.hypotheses[n] for n in keep)
-        return replace(group, hypotheses=members, ref_logp=tuple(group.ref_logp[n] for n in keep))
-
-    def _bonuses(self, group: HypothesisGroup) -> list[float]:
-        """What the members get for the trust in their sources, in nats."""
-        if self.trust is None:
-            return [0.0] * len(group)
-        trusted = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
-        return bonuses(group.hypotheses, group.ref_logp, [sources or () for sources in trusted])
+            return group, [0.0] * len(group)
+        found = trusted_sources(group.hypotheses, group.ref_logp, self.trust.limits)
+        kept = [n for n, sources in enumerate(found) if sources is not None]
+        members = tuple(group.hypotheses[n] for n in kept)
+        logp = tuple(group.ref_logp[n] for n in kept)
+        bonus = bonuses(members, logp, [sources for sources in found if sources is not None])
+        return replace(group, hypotheses=members, ref_logp=logp), bonus
 
     def _rows(self, count: int) -> tuple[tuple[str, ...], tuple[Context, ...], tuple[tuple[ExternalText, ...], ...]]:
         """Names, contexts and other recognisers' texts of the rows that are decoded."""
@@ -182,9 +177,10 @@ class Rescorer:
             )
         return self.batch
 
-    def _ordered(self, groups: Sequence[HypothesisGroup]) -> list[list[ScoredHypothesis]]:
+    def _ordered(self, groups: Sequence[tuple[HypothesisGroup, list[float]]]) -> list[list[ScoredHypothesis]]:
         """The groups' members by score, best first; those that cannot be judged come last, by log p(y|x)."""
-        output = self.reward(groups) if self.reward is not None else RewardOutput(torch.empty(0))
+        given = [group for group, _ in groups]
+        output = self.reward(given) if self.reward is not None else RewardOutput(torch.empty(0))
         weighed = "asr" in output.parts
         if weighed and (self.alpha is not None or self.beta is not None):
             raise ConfigError(
@@ -195,9 +191,9 @@ class Rescorer:
         alpha = alpha if self.alpha is None else self.alpha
         beta = self.beta if self.beta is not None else beta if self.reward is not None else 0.0
         ranked = []
-        for b, group in enumerate(groups):
+        for b, (group, trust) in enumerate(groups):
             members = []
-            rows = zip(group.hypotheses, group.ref_logp, self._bonuses(group), strict=True)
+            rows = zip(group.hypotheses, group.ref_logp, trust, strict=True)
             for n, (hyp, asr, bonus) in enumerate(rows):
                 length = float(text_length(hyp.text))
                 parts = {"asr": asr, "length": length}

@@ -7,9 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.core.config.faults import refuse
-
-DEFAULT_NBEST = 8
-"""Beam size where a greedy strategy is replaced by a beam and no size is given."""
+from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST
 
 GREEDY = ("greedy", "greedy_batch")
 BATCHED_BEAM = {"ctc": "beam_batch", "transducer": "malsd_batch"}

@@ -17,7 +17,7 @@ def _texts(rescorer: Rescorer) -> list[tuple[str, float, float | None]]:
         Hypothesis("a liar", (3,) * 10, "liar"),
     )
     group = HypothesisGroup("u", members, Context(), (-10.0, -70.0, -40.0))
-    (ranked,) = rescorer._ordered([rescorer._kept(group)])
+    (ranked,) = rescorer._ordered([rescorer._trusted(group)])
     return [(member.text, member.score, member.parts.get("trust")) for member in ranked]
 
 

@@ -17,6 +17,8 @@ from nemo_llm_feedback.core.config.sections import LLMConfig, NormalizerName, Pr
 from nemo_llm_feedback.core.errors import ConfigError
 
 SHARED_SECTIONS = ("reward", "llm", "context")
+DEFAULT_NBEST = 8
+"""Beam size where a greedy strategy is replaced by a beam and no size is given."""
 
 
 @dataclass(frozen=True, config=STRICT)
