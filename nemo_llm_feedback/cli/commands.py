@@ -214,7 +214,6 @@ def transcribe(
           --nbest 5 --output out.json
     """
     from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, named_source
-    from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
     from nemo_llm_feedback.evaluation.records import check_writable
 
     if target := output or add_to:
@@ -224,13 +223,8 @@ def transcribe(
         raise ConfigError(
             "--add-to MANIFEST takes its rows, without AUDIO and --manifest, and --source names the model."
         )
-    if add_to:
-        nbest = nbest or _ADDED
-    tree = _rescoring(choice, nbest)
-    if add_to and tree is not None:  # the model's own texts, as it writes them
-        tree = {**tree, "external": 0, "normalizer": "none"}
-    if tree is not None:
-        parse_rescoring_config(tree)  # refuses faults before NeMo is imported
+    nbest = nbest or (_ADDED if add_to else 0)
+    tree = _rescoring(choice, nbest, own_texts=bool(add_to))
     place = flags.torch_device(device)
     with quiet():
         from nemo_llm_feedback.cli.jobs import transcribe as job
@@ -403,13 +397,19 @@ _ADDED = 8  # hypotheses of another model per utterance
 COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
 
 
-def _rescoring(choice: flags.RescoringFlags, nbest: int) -> dict[str, Any] | None:
+def _rescoring(choice: flags.RescoringFlags, nbest: int, *, own_texts: bool) -> dict[str, Any] | None:
     """The rescoring settings that the flags name; None = the checkpoint's decoding.
 
+    Args:
+        choice: the flags.
+        nbest: hypotheses to write per utterance.
+        own_texts: for another model's manifest: only texts of this model, as it writes them.
+
     Raises:
-        ConfigError: flags of the rescoring without ``--rescore``, or settings of other sections.
+        ConfigError: flags of the rescoring without ``--rescore``, or settings of other sections or with faults.
     """
-    from nemo_llm_feedback.core.config.rescoring import SHARED_SECTIONS
+    from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, SHARED_SECTIONS, parse_rescoring_config
+    from nemo_llm_feedback.core.config.run import plain
 
     keys, overrides = flags.keys_of(flags.given(choice)), choice.judge.overrides
     if not choice.rescore and (overrides or any(key.startswith(("reward.", "llm.")) for key in keys)):
@@ -422,15 +422,13 @@ def _rescoring(choice: flags.RescoringFlags, nbest: int) -> dict[str, Any] | Non
             f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has to set "
             "has other flags."
         )
-    from omegaconf import OmegaConf
-
-    composed: Any = OmegaConf.to_container(flags.compose(flags.given(choice)), resolve=True, throw_on_missing=False)
+    composed = plain(flags.compose(flags.given(choice)))
     tree = {name: composed[name] for name in (*SHARED_SECTIONS, *(key for key in keys if "." not in key))}
     tree["context"]["required"] &= not choice.no_context
     if not choice.rescore:
         tree["reward"] = None
     if nbest and not tree.get("nbest"):
-        from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
-
         tree["nbest"] = max(nbest, DEFAULT_NBEST)
+    tree |= {"external": 0, "normalizer": "none"} if own_texts else {}
+    parse_rescoring_config(tree)  # refuses faults before NeMo is imported
     return tree

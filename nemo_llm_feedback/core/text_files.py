@@ -70,7 +70,8 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [child for node in level if isinstance(node, (list, dict)) for child in _children(node)]
+        nodes = [list(node.values()) if isinstance(node, dict) else node for node in level]
+        level = [child for node in nodes if isinstance(node, list) for child in node]
         if not level:
             return value
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
@@ -83,7 +84,3 @@ def to_number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if number is not None and abs(number) != float("inf") and number == number else None
-
-
-def _children(node: list[Any] | dict[str, Any]) -> list[Any]:
-    return list(node.values()) if isinstance(node, dict) else node

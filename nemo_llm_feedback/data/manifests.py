@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ def merge_context(run: Context, utterance: Context) -> Context:
     come before the run's."""
     terms = tuple(dict.fromkeys(utterance.terms + run.terms))
     return Context(utterance.description or run.description, terms, utterance.previous or run.previous)
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """``count`` rows at even distances, since neighbours in a manifest are often alike; all of them for 0."""
+    if not 0 < count < len(rows):
+        return list(rows)
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
 def split_paths(manifest_filepath: str | Path) -> list[str]:

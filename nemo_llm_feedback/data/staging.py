@@ -9,6 +9,7 @@ them, and neither reads manifests with a byte order mark.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.data.audio import unreadable, unreadable_members
-from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, split_paths, write_manifest
+from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest, split_paths, spread, write_manifest
 
 MIN_HELD_OUT = 4
 # Keys that would take the place of those set here, or tell Lhotse that a file has one channel.
@@ -100,15 +101,14 @@ def stage(
     rows = read_manifest(manifest_filepath, use_text=use_text, tarred=tarred)
     if labelled == "reward":
         rows = [replace(row, replay="reward") if row.text and not row.replay else row for row in rows]
-    longest, shortest = config.get("max_duration"), config.get("min_duration")
-    left_out = {
-        "over max_duration": [row for row in rows if longest is not None and row.duration > longest],
-        "under min_duration": [row for row in rows if shortest is not None and row.duration < shortest],
+    given = config.get("min_duration"), config.get("max_duration")
+    shortest, longest = given[0] or 0.0, math.inf if given[1] is None else given[1]
+    listed = {
+        "over max_duration": tuple(f"{row.origin}: {row.duration:.2f} s" for row in rows if row.duration > longest),
+        "under min_duration": tuple(f"{row.origin}: {row.duration:.2f} s" for row in rows if row.duration < shortest),
     }
-    listed = {why: tuple(f"{row.origin}: {row.duration:.2f} s" for row in out) for why, out in left_out.items()}
-    dropped = {id(row) for out in left_out.values() for row in out}
     progress(f"checking the audio of {len(rows)} rows …")
-    usable = [row for row in rows if id(row) not in dropped]
+    usable = [row for row in rows if shortest <= row.duration <= longest]
     lhotse = bool(config.get("use_lhotse"))
     bad = unreadable_members(usable, tar_paths, lhotse=lhotse) if tarred else unreadable(usable)
     if bad and on_bad_audio == "error":
@@ -123,8 +123,9 @@ def stage(
             "no row is left to train on: " + (", ".join(f"{len(n)} {why}" for why, n in listed.items() if n) + ".")
         )
     # A pool that is listed several times, to be seen oftener than the replay rows, is held out once.
-    distinct = {row.utterance: row for row in kept if row.unlabeled}
-    held = () if tarred else _spread(list(distinct.values()), held_out_share, held_out)
+    distinct = list({row.utterance: row for row in kept if row.unlabeled}.values())
+    number = min(held_out, int(held_out_share * len(distinct)))
+    held = () if tarred or number < MIN_HELD_OUT else tuple(spread(distinct, number))
     out = {row.utterance for row in held}
     kept = [row for row in kept if not row.unlabeled or row.utterance not in out]
     staged_path = write_copies(manifest_filepath, kept, folder, patterns=not lhotse)
@@ -149,14 +150,6 @@ def _spelled(
         labelled = sum(bool(row.text) for row in rows)
         progress(f"{len(changed)} of {labelled} labels are written in the checkpoint's letters, e.g. {changed[0]}")
     return kept, tuple(unwritten)
-
-
-def _spread(rows: list[Row], share: float, most: int) -> tuple[Row, ...]:
-    """Rows evenly spaced over the list; none where they would be too few to measure anything."""
-    number = min(most, int(share * len(rows)))
-    if number < MIN_HELD_OUT:
-        return ()
-    return tuple(rows[int((k + 0.5) * len(rows) / number)] for k in range(number))
 
 
 def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, patterns: bool = True) -> Any:

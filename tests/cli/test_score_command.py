@@ -168,7 +168,7 @@ def test_faults_are_told_before_any_work(flags, manifest, tmp_path, capsys):
 
 
 def test_rows_are_spread_over_the_manifest():
-    from nemo_llm_feedback.cli.jobs.nbest_probe import spread
+    from nemo_llm_feedback.data.manifests import spread
 
     rows: Any = list(range(10))
     assert spread(rows, 0) == spread(rows, 10) == spread(rows, 99) == rows

@@ -17,11 +17,11 @@ from nemo_llm_feedback.cli.options import torch_device
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
-from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.data.manifests import read_manifest, spread
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
-from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
-from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust
+from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
+from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import Reward, corrector_from_config, reward_from_config
 from nemo_llm_feedback.training.inputs import readable
@@ -100,10 +100,6 @@ class NBestProbe:
                 on_batch=on_batch,
             )
 
-    def trust(self, nbest: NBestBatch) -> dict[str, SourceTrust]:
-        """The trust in other recognisers that ``adapt`` would find on these rows."""
-        return measured_trust(self.model, self.rows, nbest, config=self.config, batch_size=self.batch_size)
-
     def llm_line(self) -> str:
         """Whether the LLM was needed at all, and which share of the scores so far the cache knew."""
         if self.scorer is None:
@@ -125,13 +121,6 @@ def judged_by(reward: Reward, nbest: NBestBatch, trust: Trust | None, *, texts: 
         texts: B normalised transcripts, for a reward that reads them.
     """
     return judged(nbest.utterances, nbest.contexts, nbest.hypotheses, nbest.ref_logp, reward, trust, texts=texts)
-
-
-def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """``count`` rows at even distances, since neighbours in a manifest are often alike; all of them for 0."""
-    if not 0 < count < len(rows):
-        return list(rows)
-    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
 def greedy_members(nbest: NBestBatch) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
+from nemo_llm_feedback.cli.jobs.tuning import Weights
 from nemo_llm_feedback.core.config import LLMConfig, RunConfig
 from nemo_llm_feedback.core.errors import ConfigError, LLMError, list_faults
 from nemo_llm_feedback.evaluation.rank_agreement import RankAgreement, best_members, rank_agreement
@@ -70,8 +71,8 @@ def other_llm(config: RunConfig, quantization: Literal["nf4", "int8", "none"]) -
     return other
 
 
-def compare_quantization(
-    probe: NBestProbe, nbest: NBestBatch, other: LLMConfig, *, alpha: float, beta: float, trust: Trust | None
+def compare_llms(
+    probe: NBestProbe, nbest: NBestBatch, other: LLMConfig, *, weights: Weights, trust: Trust | None
 ) -> QuantizationComparison:
     """Judges an N-best again, by the other LLM; the two are in memory one after the other.
 
@@ -79,13 +80,13 @@ def compare_quantization(
         probe: holds the LLM that judged the N-best.
         nbest: the N-best with its rewards.
         other: what :func:`other_llm` gave.
-        alpha, beta, trust: by which the N-best was judged.
+        weights, trust: by which the N-best was judged.
     """
     assert probe.scorer is not None
     probe.scorer.unload()
     scorer = open_llm(other)
     reward: Any = reward_from_config(probe.config, scorer)
-    again = judged_by(reward.with_weights(alpha=alpha, beta=beta), nbest, trust)
+    again = judged_by(reward.with_weights(alpha=weights.alpha, beta=weights.beta), nbest, trust)
     names = (probe.scorer.identity, scorer.identity)
     return compare_scores(nbest, again, part=probe.config.reward.weighed_part, names=names)
 

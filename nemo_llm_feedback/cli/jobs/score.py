@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.cli.jobs.nbest_probe import NBestProbe, greedy_members, judged_by
-from nemo_llm_feedback.cli.jobs.quantization import (
-    QuantizationComparison,
-    compare_quantization,
-    comparison_text,
-    other_llm,
-)
+from nemo_llm_feedback.cli.jobs.quantization import QuantizationComparison, compare_llms, comparison_text, other_llm
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread, tune_by_labels, tuned_text
 from nemo_llm_feedback.core.config import RewardConfig
 from nemo_llm_feedback.core.console import quiet
@@ -33,7 +28,7 @@ from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.evaluation.tables import build_table
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.reward_scale import component_deviations, component_spread
-from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references
+from nemo_llm_feedback.hypotheses.scored_nbest import JudgedReference, judged_references, measured_trust
 from nemo_llm_feedback.hypotheses.trust import SourceTrust, Trust, trust_text
 from nemo_llm_feedback.training.group_math import signal
 
@@ -121,14 +116,13 @@ def score(
     if settings.scaled_by_pool:
         weights = by_spread(nbest, settings)
         reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)  # type: ignore[attr-defined]
-    trusted = probe.trust(nbest) if settings.trusts_by_pool else {}
+    shared: Any = {"config": config, "batch_size": probe.batch_size}
+    trusted = measured_trust(probe.model, probe.rows, nbest, **shared) if settings.trusts_by_pool else {}
     trust = Trust.of(replace(settings, trust={s: of.trust for s, of in trusted.items()}) if trusted else settings)
     if settings.scaled_by_pool or trust is not None:
         normalize = get_normalizer(config.feedback.normalizer)
         nbest = judged_by(reward, nbest, trust, texts=[normalize(row.text) for row in probe.rows])
-    references = judged_references(
-        probe.model, probe.rows, nbest, config=config, reward=reward, trust=trust, batch_size=probe.batch_size
-    )
+    references = judged_references(probe.model, probe.rows, nbest, reward=reward, trust=trust, **shared)
     (rewards,) = nbest.rewards.values()
     greedy = greedy_members(nbest)
     chosen = best_members(rewards, otherwise=greedy)
@@ -139,9 +133,8 @@ def score(
     elif tune:
         tuned = by_spread(nbest, replace(settings, beta=None))
     if compared is not None:
-        assert weights is not None
-        by_weights = {"alpha": weights.alpha, "beta": weights.beta}
-        comparison = compare_quantization(probe, nbest, compared, **by_weights, trust=trust)
+        assert weights is not None  # `other_llm` refuses a reward without any
+        comparison = compare_llms(probe, nbest, compared, weights=weights, trust=trust)
     with_signal = signal(rewards, nbest.mask, min_spread=config.objective.min_spread)
     return ScoreReport(
         rows=probe.rows,
@@ -301,19 +294,17 @@ def _row_text(report: ScoreReport, i: int, members: int) -> str:
     found, greedy = record["members"], report.greedy[i]
     rewards = [member["reward"] if math.isfinite(member["reward"]) else -math.inf for member in found]
     order = sorted(range(len(found)), key=lambda n: -rewards[n])
-    rows: list[list[Any]] = []
-    for n in order[:members] + [greedy] * (greedy not in order[:members]):
+    shown = order[:members] + [greedy] * (greedy not in order[:members])
+    columns = [*names, *(["word_errors"] if i in report.errors else []), "source", "text"]
+    rows = []
+    for n in shown:
         mark = (">" if n == report.chosen[i] else " ") + ("=" if n == greedy else " ")
-        values = [found[n][name] for name in names]
-        rows.append([mark, *values, found[n].get("word_errors", ""), found[n]["source"], found[n]["text"]])
+        rows.append([mark, *(found[n][name] for name in columns)])
     if (true := record.get("reference")) is not None:
-        fit = "" if true["feasible"] else "too long"
-        rows.append(["ref", *(true[name] for name in names), 0, fit, true["text"]])
-    table, name = Table(["", *names, "errors", "source", "text"], rows), record["utterance"].rsplit("/", 1)[-1]
-    if i not in report.errors:
-        table = Table(["", *names, "source", "text"], [row[:-3] + row[-2:] for row in rows])
-    shown = len(rows) - (true is not None)
-    return f"{name}  ({shown} of {len(found)} hypotheses)\n{table.to_text()}"
+        true |= {"word_errors": 0, "source": "" if true["feasible"] else "too long"}
+        rows.append(["ref", *(true[name] for name in columns)])
+    table = Table(["", *("errors" if name == "word_errors" else name for name in columns)], rows)
+    return f"{record['utterance'].rsplit('/', 1)[-1]}  ({len(shown)} of {len(found)} hypotheses)\n{table.to_text()}"
 
 
 def report_record(report: ScoreReport) -> dict[str, Any]:

@@ -21,20 +21,18 @@ from nemo_llm_feedback.asr.checkpoints import restored
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.cli.jobs.hypotheses import relocated
-from nemo_llm_feedback.cli.jobs.nbest_probe import spread
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
 from nemo_llm_feedback.core.config import FeedbackConfig, RunConfig
-from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
+from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet
-from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError, RewardError, list_faults
+from nemo_llm_feedback.core.errors import ConfigError, ManifestError, RewardError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
-from nemo_llm_feedback.data.audio import audio_files, load_audio
-from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.data.audio import audio_files, unreadable
+from nemo_llm_feedback.data.manifests import Row, read_manifest, spread
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
 from nemo_llm_feedback.hypotheses.trust import Trust, trust_text
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
-from nemo_llm_feedback.rescoring.strategies import DEFAULT_NBEST
 from nemo_llm_feedback.training.models import locate
 from nemo_llm_feedback.training.setup import warn_of_external
 
@@ -248,41 +246,27 @@ def _set_weights(rescorer: Rescorer, model: Any, rows: Sequence[Row], *, head: s
     reward: Any = rescorer.reward
     if settings.reward is None or not settings.reward.weighed:
         return ""
-    weights = Weights(*settings.reward.weights, "settings")
+    weights, about = Weights(*settings.reward.weights, "settings"), ""
     trusts = settings.reward.trusts_by_pool and any(row.external for row in rows)
-    measured = settings.reward.scaled_by_pool or trusts
-    few = spread(rows, FeedbackConfig.pool_utterances) if measured else []
-    if few := [row for row in few if _loads(row)]:
-        proposals = dataclasses.replace(rescorer.proposals, beam=settings.nbest or DEFAULT_NBEST)
-        feedback = FeedbackConfig(
-            heads=head,  # type: ignore[arg-type]
-            normalizer=settings.normalizer,
-            memory_budget_mb=settings.memory_budget_mb,
-        )
-        config = RunConfig(feedback=feedback, proposals=proposals, context=settings.context)
-        nbest = scored_nbest(model, few, config=config, reward=reward, batch_size=batch_size)
-        trusted = measured_trust(model, few, nbest, config=config, batch_size=batch_size) if trusts else {}
-        about = f"; {trust_text(trusted)}" if trusted else ""
-        if trusted:
-            limits = {source: of.trust for source, of in trusted.items()}
-            rescorer.trust = Trust(limits, settings.reward.asr_weight)
-        if not settings.reward.scaled_by_pool:
-            return weights.sentence + about
+    few = spread(rows, FeedbackConfig.pool_utterances) if settings.reward.scaled_by_pool or trusts else []
+    broken = unreadable(few)
+    few = [row for i, row in enumerate(few) if i not in broken]
+    if not few:
+        return weights.sentence
+    shared: Any = {"heads": head, "normalizer": settings.normalizer, "memory_budget_mb": settings.memory_budget_mb}
+    proposals = dataclasses.replace(rescorer.proposals, beam=settings.nbest or DEFAULT_NBEST)
+    config = RunConfig(feedback=FeedbackConfig(**shared), proposals=proposals, context=settings.context)
+    nbest = scored_nbest(model, few, config=config, reward=reward, batch_size=batch_size)
+    if trusts and (trusted := measured_trust(model, few, nbest, config=config, batch_size=batch_size)):
+        rescorer.trust = Trust({source: of.trust for source, of in trusted.items()}, settings.reward.asr_weight)
+        about = f"; {trust_text(trusted)}"
+    if settings.reward.scaled_by_pool:
         try:
             weights = by_spread(nbest, settings.reward)
         except RewardError:
             return f"{weights}, as the groups of these rows have no spread to measure them by{about}"
         rescorer.reward = reward.with_weights(alpha=weights.alpha, beta=weights.beta)
-        return weights.sentence + about
-    return weights.sentence
-
-
-def _loads(row: Row) -> bool:
-    try:
-        load_audio([row], sample_rate=16000, device=torch.device("cpu"))
-    except DecodingError:
-        return False
-    return True
+    return weights.sentence + about
 
 
 def _decode(model: Any, timestamps: bool, audio: Audio, encoded: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
