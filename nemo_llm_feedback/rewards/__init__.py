@@ -2,8 +2,8 @@
 
 # ruff: noqa: F401  (what the other rooms and users import from here)
 
+from nemo_llm_feedback.rewards.asking import ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.base import Reward, build_reward, register, reward_names
-from nemo_llm_feedback.rewards.cache import ScoreCache, open_cache, score_key
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.correction import CorrectionReward
 from nemo_llm_feedback.rewards.entity import EntityReward

@@ -16,9 +16,8 @@ from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm import TextScore
 from nemo_llm_feedback.llm.generation import Corrector
-from nemo_llm_feedback.rewards.asking import AskingReward
+from nemo_llm_feedback.rewards.asking import AskingReward, ScoreCache, score_key
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.rules import word_distance
 
 logger = logging.getLogger(__name__)

@@ -28,9 +28,8 @@ from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput,
 from nemo_llm_feedback.llm import LLMScorer, TextScore
 from nemo_llm_feedback.llm.queries import score_terms
 from nemo_llm_feedback.llm.term_ranking import find_terms, likeness
-from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
+from nemo_llm_feedback.rewards.asking import AskingReward, Pair, ScoreCache, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import ScoreCache
 from nemo_llm_feedback.rewards.rules import GroupRuleReward, best_transcript
 
 

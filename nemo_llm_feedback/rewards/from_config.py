@@ -20,8 +20,8 @@ from nemo_llm_feedback.core.errors import ConfigError, LLMError, RewardError
 from nemo_llm_feedback.llm.generation import Corrector
 from nemo_llm_feedback.llm.prompts import read_template
 from nemo_llm_feedback.llm.view import LLMView
+from nemo_llm_feedback.rewards.asking import open_cache
 from nemo_llm_feedback.rewards.base import Reward, build_reward, find_factory, import_object
-from nemo_llm_feedback.rewards.cache import open_cache
 from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 from nemo_llm_feedback.rewards.remote.config import parse_remote
 

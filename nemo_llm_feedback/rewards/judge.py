@@ -18,9 +18,8 @@ from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput,
 from nemo_llm_feedback.llm import LLMScorer, TextScore
 from nemo_llm_feedback.llm.prompts import ANSWERS, read_template
 from nemo_llm_feedback.llm.queries import AnswerScorer
-from nemo_llm_feedback.rewards.asking import AskingReward, View
+from nemo_llm_feedback.rewards.asking import AskingReward, ScoreCache, View
 from nemo_llm_feedback.rewards.base import register
-from nemo_llm_feedback.rewards.cache import ScoreCache
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,8 @@ from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.text import text_length
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm import TextScore
-from nemo_llm_feedback.rewards.asking import AskingReward, Pair, View
+from nemo_llm_feedback.rewards.asking import AskingReward, Pair, ScoreCache, View
 from nemo_llm_feedback.rewards.base import reference_scores, register
-from nemo_llm_feedback.rewards.cache import ScoreCache
 
 NORMALIZATIONS = ("sum", "token", "word", "pmi")
 _NO_CONTEXT = Context()

@@ -285,7 +285,7 @@ MUTANTS = (
     ),
     Mutant(
         "the cache keeps −inf",
-        "rewards/cache.py",
+        "rewards/asking.py",
         "if math.isfinite(logp)]",
         "if not math.isnan(logp)]",
         f"{CHOICE}::test_a_score_that_is_not_finite_is_not_kept",

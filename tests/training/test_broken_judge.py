@@ -14,7 +14,7 @@ from helpers.tiny import write_manifest
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.llm.engine import Engine
 from nemo_llm_feedback.rewards import asking
-from nemo_llm_feedback.rewards.cache import ScoreCache
+from nemo_llm_feedback.rewards.asking import ScoreCache
 from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 from nemo_llm_feedback.training.weights import snapshot
 

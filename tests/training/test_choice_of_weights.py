@@ -23,7 +23,7 @@ from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, RewardOutpu
 from nemo_llm_feedback.data.staging import stage
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.llm import TextScore
-from nemo_llm_feedback.rewards.cache import ScoreCache
+from nemo_llm_feedback.rewards.asking import ScoreCache
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator, _Transcripts, judged_gains

@@ -22,9 +22,8 @@ from nemo_llm_feedback.llm.encoding import PromptEncoder, hash_of
 from nemo_llm_feedback.llm.folder import fingerprint
 from nemo_llm_feedback.llm.loading import load_tokenizer
 from nemo_llm_feedback.llm.view import LLMView
-from nemo_llm_feedback.rewards.asking import FailedGroups, Pair
+from nemo_llm_feedback.rewards.asking import FailedGroups, Pair, ScoreCache, score_key
 from nemo_llm_feedback.rewards.base import RefusedError, register
-from nemo_llm_feedback.rewards.cache import ScoreCache, score_key
 from nemo_llm_feedback.rewards.lm import LLMReward
 from nemo_llm_feedback.rewards.remote.config import SETTINGS_KEY, RemoteConfig, parse_remote
 
