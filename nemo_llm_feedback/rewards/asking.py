@@ -6,7 +6,6 @@ number of tokens, so that one entry serves every normalisation. Scores that are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import Context, HypothesisGroup
 from nemo_llm_feedback.llm import TextScore
+from nemo_llm_feedback.llm.encoding import hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def score_key(identity: str, context: Context, text: str) -> str:
     parts = [identity, context.description, list(context.terms), text]
     if context.previous:  # keys of contexts without it stay what they were
         parts.append(list(context.previous))
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+    return hash_of(parts)
 
 
 class ScoreCache:

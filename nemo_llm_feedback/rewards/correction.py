@@ -6,8 +6,6 @@ LLM's opinion of the other members does not enter: a coarse reward that needs an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +13,7 @@ from collections.abc import Callable, Sequence
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context, HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.llm import TextScore
+from nemo_llm_feedback.llm.encoding import hash_of
 from nemo_llm_feedback.llm.generation import Corrector
 from nemo_llm_feedback.rewards.asking import AskingReward, ScoreCache, score_key
 from nemo_llm_feedback.rewards.base import register
@@ -68,8 +67,7 @@ class CorrectionReward(AskingReward):
         keys = {}
         for item in items:
             context, nbest, texts = item
-            name = f"{self._identity}:{hashlib.sha256(json.dumps(nbest).encode()).hexdigest()}"
-            keys[item] = [score_key(name, context, text) for text in texts]
+            keys[item] = [score_key(f"{self._identity}:{hash_of(nbest)}", context, text) for text in texts]
         found = self._look_up(keys, self._ask)
         values = pad_groups([[value for value, _ in found[item]] for item in items])
         return RewardOutput(values, {self.name: values})

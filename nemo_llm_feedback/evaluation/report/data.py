@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pydantic
 import yaml
-from omegaconf import OmegaConf
 
 from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.core.config.run import plain
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.run_folder import RUN_FILE, SETTINGS_FILE, STEPS_FILE, package_versions
 from nemo_llm_feedback.core.secrets import masked, masked_command
@@ -276,8 +276,7 @@ def changed_settings(settings: Mapping[str, Any]) -> str:
     """The settings that differ from the defaults of ``adapt``, as YAML with secrets hidden."""
     if not settings:
         return ""
-    defaults: Any = OmegaConf.to_container(compose_config([]), resolve=True, throw_on_missing=False)
-    return yaml.safe_dump(masked(_differing(settings, defaults)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(masked(_differing(settings, plain(compose_config([])))), sort_keys=False, allow_unicode=True)
 
 
 def _differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
