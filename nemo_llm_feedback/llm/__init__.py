@@ -4,17 +4,8 @@ transformers is imported only when a tokenizer or a model is loaded; ``check_llm
 unusable LLM without it.
 """
 
+# ruff: noqa: F401  (what the other rooms and users import from here)
+
 from nemo_llm_feedback.llm.folder import check_llm_folder, resolve_folder
 from nemo_llm_feedback.llm.loading import estimate_memory, pick_placement
 from nemo_llm_feedback.llm.scorer import LLMScorer, TextScore, load_llm, open_llm
-
-__all__ = [
-    "LLMScorer",
-    "TextScore",
-    "check_llm_folder",
-    "estimate_memory",
-    "load_llm",
-    "open_llm",
-    "pick_placement",
-    "resolve_folder",
-]
