@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import multiprocessing
 import os
 import resource
-import select
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,27 +107,25 @@ def chat_frame(tokenizer: Any, settings: Mapping[str, Any]) -> ChatFrame:
 
 def _bounded(work: Callable[[], list[str]]) -> tuple[list[str], str]:
     """What a function returns in a copy of this process that may use little time and memory, and what went wrong."""
-    source, target = os.pipe()
-    child = os.fork()
-    if not child:
-        _answer(work, target)
-    os.close(target)
-    pieces: list[bytes] = []
+    processes = multiprocessing.get_context("fork")
+    receiver, sender = processes.Pipe(duplex=False)
+    child = processes.Process(target=_answer, args=(work, sender))
+    child.start()
+    sender.close()
     try:
-        while select.select([source], [], [], _SECONDS)[0] and (piece := os.read(source, 2**16)):
-            pieces.append(piece)
+        if receiver.poll(_SECONDS):
+            texts, fault = json.loads(receiver.recv_bytes())
+            return texts, fault
+    except (EOFError, OSError):  # it was ended by a limit
+        pass
     finally:
-        os.close(source)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    try:
-        texts, fault = json.loads(b"".join(pieces))
-    except ValueError:
-        return [], f"it takes more than {_CPU_SECONDS} s or {_MEMORY >> 20} MiB"
-    return texts, fault
+        receiver.close()
+        child.kill()
+        child.join()
+    return [], f"it takes more than {_CPU_SECONDS} s or {_MEMORY >> 20} MiB"
 
 
-def _answer(work: Callable[[], list[str]], target: int) -> None:  # pragma: no cover (in the other process)
+def _answer(work: Callable[[], list[str]], sender: Connection) -> None:  # pragma: no cover (in the other process)
     """Sends what the function returns, and ends the process."""
     try:
         with contextlib.suppress(OSError, ValueError):  # no such file elsewhere than on Linux, or a lower limit
@@ -141,6 +139,6 @@ def _answer(work: Callable[[], list[str]], target: int) -> None:  # pragma: no c
         texts, fault = [], f"it takes more than {_MEMORY >> 20} MiB"
     except BaseException as error:  # whatever it is, the other process reports it
         texts, fault = [], f"{type(error).__name__}: {str(error)[:500]}"
-    with contextlib.suppress(BaseException), open(target, "wb") as file:
-        file.write(json.dumps([texts, fault]).encode())
-    os._exit(0)
+    with contextlib.suppress(BaseException):
+        sender.send_bytes(json.dumps([texts, fault]).encode())
+    os._exit(0)  # nothing of this process's own ending, such as its temporary files, is the copy's
