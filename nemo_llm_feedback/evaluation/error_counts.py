@@ -32,13 +32,12 @@ def word_counts(
     ref: list[str], alignment: list[jiwer.AlignmentChunk], spans: set[tuple[int, int]] | None
 ) -> dict[str, int]:
     """WER counts, and their split by entity spans unless ``spans`` is None."""
-    totals = Counter({"substitute": 0, "delete": 0, "insert": 0})
+    totals = Counter[str]()
     for chunk in alignment:
         totals[chunk.type] += chunk_errors(chunk)
-    errors = totals["substitute"] + totals["delete"] + totals["insert"]
     counts = {
         "words": len(ref),
-        "word_errors": errors,
+        "word_errors": totals.total(),
         "substitutions": totals["substitute"],
         "deletions": totals["delete"],
         "insertions": totals["insert"],
@@ -56,7 +55,7 @@ def word_counts(
         "entity_words": int(inside.sum()),
         "entity_errors": entity_errors,
         "other_words": len(ref) - int(inside.sum()),
-        "other_errors": errors - entity_errors,
+        "other_errors": totals.total() - entity_errors,
         "entities": len(spans),
         "entities_recalled": sum(recalled_spans(len(ref), alignment, spans)),
     }

@@ -289,7 +289,5 @@ def _resample(systems: list[CorpusScores], metric: str, *, samples: int, seed: i
 
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
     defined = values[~np.isnan(values)]
-    if not len(defined):
-        return float("nan"), float("nan")
-    low, high = np.quantile(defined, (0.025, 0.975))
+    low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (np.nan, np.nan)
     return float(low), float(high)

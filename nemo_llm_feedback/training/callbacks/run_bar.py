@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -130,11 +131,10 @@ class RunClock:
 
     def left(self) -> float:
         """Seconds; there must have been a step."""
-        alone = self._steps or self._measurements
-        a_step = sum(alone) / len(alone)
+        a_step = fmean(self._steps or self._measurements)
         left = (self.total - self._step) * a_step
         if self._every and self._measurements:
-            extra = sum(self._measurements) / len(self._measurements) - a_step
+            extra = fmean(self._measurements) - a_step
             # The last step is always measured.
             left += max(0.0, extra) * (-(-self.total // self._every) - self._step // self._every)
         return left
