@@ -52,10 +52,9 @@ def adapt(
     Raises:
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
-    listed = None if isinstance(terms, (str, Path)) else tuple(terms)
-    named = terms if isinstance(terms, (str, Path)) else None
     found = flags.given(base=base, manifest=manifest, validation=validation, output=output, max_steps=max_steps)
-    found |= flags.given(objective=objective, llm=llm, description=description, terms=listed, terms_file=named)
+    found |= flags.given(objective=objective, llm=llm, description=description)
+    found |= flags.given(terms_file=terms) if isinstance(terms, (str, Path)) else flags.given(terms=tuple(terms))
     return adapt_runs(flags.compose(found, overrides), reward=None if reward is None else as_reward(reward))
 
 

@@ -217,8 +217,8 @@ def typed_if_full(folders: Mapping[str, Path]) -> Iterator[None]:
     except (OSError, RuntimeError, sqlite3.Error) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         # torch and sqlite give no number.
-        has_room = all(shutil.disk_usage(folder).free > _LITTLE for folder in folders.values())
-        if not full and (isinstance(error, OSError) or has_room):
+        roomy = (shutil.disk_usage(folder).free > _LITTLE for folder in folders.values())
+        if not full and (isinstance(error, OSError) or all(roomy)):
             raise
         places = " or ".join(map(str, folders.values()))
         raise TrainingError(
@@ -247,37 +247,36 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         sources += f", {config.proposals.external} of each of {', '.join(staged.sources)}"
     context, many = config.context.load(), config.feedback.generations
     several = look_aheads(model.encoder)
-    lines = [
-        "plan",
-        f"  checkpoint   {source.name}: {model.stock().__name__}, {parameters / 1e6:.1f} M parameters, "
+    rate = f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"
+    llm = ""
+    if config.llm is not None and config.needs_llm:
+        device, dtype = pick_placement(config.llm)
+        size = estimate_memory(resolve_folder(config.llm), config.llm)
+        llm = f"{config.llm.model} ({config.llm.quantization}, {str(dtype)[6:]} on {device}, "
+        llm += f"about {size / _MB:.0f} MB by estimate)"
+    facts = {
+        "checkpoint": f"{source.name}: {model.stock().__name__}, {parameters / 1e6:.1f} M parameters, "
         f"heads {' + '.join(h.name for h in setup.heads)}",
-        f"  pool         {staged.num_unlabeled} {kind} ({staged.hours(unlabeled=True):.2f} h); others: "
+        "pool": f"{staged.num_unlabeled} {kind} ({staged.hours(unlabeled=True):.2f} h); others: "
         f"{others} with text, {held} without that hold the model ({staged.hours(unlabeled=False):.2f} h)",
-        f"  left out     {', '.join(f'{len(n)} {why}' for why, n in staged.left_out.items()) or 'no row'}",
-        f"  general      {setup.general_speech()}",
-        f"  context      {context.description or '(no description)'}; {len(context.terms)} terms",
-        *([f"  look-aheads  {', '.join(map(str, several))}: all are learned and guarded"] if several else []),
-        f"  groups       {sources}; at most {config.proposals.max_members} members, "
+        "left out": ", ".join(f"{len(n)} {why}" for why, n in staged.left_out.items()) or "no row",
+        "general": setup.general_speech(),
+        "context": f"{context.description or '(no description)'}; {len(context.terms)} terms",
+        "look-aheads": several and f"{', '.join(map(str, several))}: all are learned and guarded",
+        "groups": f"{sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
-        *([f"  sources      {given}"] if (given := others_line(staged.rows, config)) else []),
-        *([f"  generations  {many}: the best weights of one are the teacher of the next"] if many > 1 else []),
-        f"  objective    {config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
-        "learning rate "
-        + (f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"),
-        *([f"  reward       {reward_line(config.reward)}"] if config.needs_reward else []),
-        f"  memory       model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
+        "sources": others_line(staged.rows, config),
+        "generations": many > 1 and f"{many}: the best weights of one are the teacher of the next",
+        "objective": f"{config.objective.name}{' under SpecAugment' if config.feedback.augment else ''}; "
+        f"learning rate {rate}",
+        "reward": config.needs_reward and reward_line(config.reward),
+        "memory": f"model, gradients and AdamW {(4 * parameters + 12 * trainable) / _MB:.0f} MB (estimate); "
         f"frozen reference {setup.reference.memory_bytes / _MB:.0f} MB{', twice' if many > 1 else ''}; "
         f"joint at most {config.feedback.memory_budget_mb} MB",
-    ]
-    if config.llm is not None and config.needs_llm:
-        folder = resolve_folder(config.llm)
-        device, dtype = pick_placement(config.llm)
-        lines.append(
-            f"  LLM          {config.llm.model} ({config.llm.quantization}, {str(dtype)[6:]} on {device}, "
-            f"about {estimate_memory(folder, config.llm) / _MB:.0f} MB by estimate)"
-        )
-    lines.append(f"  run folder   {log_dir}")
-    return "\n".join(lines)
+        "LLM": llm,
+        "run folder": log_dir,
+    }
+    return "\n".join(["plan", *(f"  {name:<11}  {value}" for name, value in facts.items() if value)])
 
 
 def others_line(rows: Sequence[Row], config: RunConfig) -> str:
