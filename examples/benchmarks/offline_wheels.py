@@ -5,15 +5,20 @@
     make gpu-check WHEELS=wheels                                         # there
 
 What is needed comes from setup.py with the versions of constraints-cuda.txt, through pip's resolver. Left out are
-torch, CUDA, what --have names in a version that will do, and what NeMo lists but never imports for recognition.
+torch, CUDA, what --have names in a version that will do, what NeMo lists but never imports for recognition, and of
+bitsandbytes the libraries for other versions of CUDA, which are nine tenths of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORMS = [f"manylinux_2_{glibc}_x86_64" for glibc in range(12, 36)]  # pip takes each by its very name
 PLATFORMS += [f"manylinux{year}_x86_64" for year in ("1", "2010", "2014")]
-SOURCE_ONLY = "antlr4-python3-runtime==4.9.3"  # Hydra's parser has no wheel on the index
+SOURCE_ONLY = ("antlr4-python3-runtime==4.9.3", "docopt==0.6.2")  # for Hydra and num2words: no wheels on the index
 TORCH = {"torch", "triton", "cuda-toolkit", "cuda-bindings", "cuda-pathfinder"}
 UNUSED = {"wandb", "aistore", "sacrebleu", "cwevals"}  # logging, object stores, translation scores, text evaluation
 
@@ -37,10 +42,11 @@ def main() -> int:
     parser.add_argument("--python-version", default="3.12", help="of that machine")
     parser.add_argument("--limit-mb", type=float, default=60, help="largest size of all wheels")
     parser.add_argument("--without", nargs="+", default=[], help="leave these out: silero-vad serves prepare alone")
+    parser.add_argument("--cuda", default="130", help="version of CUDA of that machine's torch (torch.version.cuda)")
     parser.add_argument("--dry-run", action="store_true", help="list the wheels and fetch none")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    pip("wheel", "--no-deps", "--wheel-dir", options.folder, SOURCE_ONLY)
+    pip("wheel", "--no-deps", "--wheel-dir", options.folder, *SOURCE_ONLY)
     lines = options.have.read_text(encoding="utf-8").split() if options.have else []
     have = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     metadata = resolved(options.folder, options.python_version)
@@ -49,6 +55,8 @@ def main() -> int:
     if options.dry_run:
         return 0
     pip("download", "--no-deps", "--dest", options.folder, *target(options.folder, options.python_version), *wheels)
+    for wheel in options.folder.glob("bitsandbytes-*.whl"):
+        keep_cuda(wheel, options.cuda.replace(".", ""))
     size = sum(file.stat().st_size for file in options.folder.glob("*.whl")) / 2**20
     print(f"{len(wheels)} wheels, {size:.0f} MB in {options.folder}")
     return int(size > options.limit_mb)
@@ -65,6 +73,31 @@ def pip(*arguments: Any) -> str:
     if run.returncode:
         raise SystemExit(f"pip {arguments[0]} failed:\n{run.stderr[-2000:]}")
     return run.stdout
+
+
+def keep_cuda(wheel: Path, version: str) -> None:
+    """Takes the libraries for other accelerators and other versions of CUDA out of the wheel of bitsandbytes.
+
+    Raises:
+        SystemExit: it has none for this version; the message names those that it has.
+    """
+    out = wheel.with_suffix(".tmp")
+    with zipfile.ZipFile(wheel) as old:
+        libraries = {found for name in old.namelist() for found in re.findall(r"bytes_([^/]*)\.so$", name)}
+    if f"cuda{version}" not in libraries:
+        raise SystemExit(f"{wheel.name} has no library for --cuda {version}, only {', '.join(sorted(libraries))}.")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        others = {f"libbitsandbytes_{name}.so" for name in libraries if name not in ("cpu", f"cuda{version}")}
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename.endswith(".dist-info/RECORD"):
+                rows = csv.reader(io.StringIO(content.decode()))
+                kept = io.StringIO()
+                csv.writer(kept, lineterminator="\n").writerows(row for row in rows if Path(row[0]).name not in others)
+                content = kept.getvalue().encode()
+            if Path(item.filename).name not in others:
+                new.writestr(item.filename, content)
+    out.replace(wheel)
 
 
 def target(folder: Path, version: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,30 @@ def test_a_failure_ends_with_1_and_is_written_down(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True)
     assert run.returncode == 1
     assert "the curves differ" in json.loads((tmp_path / "gpu_check.json").read_text())["failures"][0]
+
+
+def test_of_bitsandbytes_the_library_for_that_cuda_is_carried_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from offline_wheels import keep_cuda
+
+    wheel, facts = tmp_path / "bitsandbytes-1.0-py3-none-any.whl", "bitsandbytes-1.0.dist-info"
+    libraries = [f"bitsandbytes/libbitsandbytes_{name}.so" for name in ("cpu", "cuda126", "cuda130", "rocm70")]
+    files = dict.fromkeys(libraries, "code") | {"bitsandbytes/__init__.py": "found = 1\n"}
+    files |= {f"{facts}/METADATA": "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 1.0\n"}
+    files |= {f"{facts}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    record = "".join(f"{name},,\n" for name in [*files, f"{facts}/RECORD"])
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in (files | {f"{facts}/RECORD": record}).items():
+            archive.writestr(name, content)
+    with pytest.raises(SystemExit, match="no library for --cuda 118, only cpu, cuda126, cuda130, rocm70"):
+        keep_cuda(wheel, "118")
+    keep_cuda(wheel, "130")
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    found = sorted(path.name for path in (tmp_path / "site" / "bitsandbytes").glob("*.so"))
+    assert found == ["libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"]
 
 
 def test_wheels_are_those_that_the_other_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
