@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_llm_feedback.core.errors import TrainingError
+
 Weights = dict[str, Tensor]
 
 
 def snapshot(model: Any) -> Weights:
-    """A copy on the CPU of every parameter that learns and every floating buffer (BatchNorm's statistics)."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in _moving(model)}
+    """A copy on the CPU of every parameter that learns and every floating buffer (BatchNorm's statistics).
+
+    Of a model on a GPU it is in page-locked memory, to and from which copies take the bus's full speed.
+    """
+    return {name: _host_copy(value.detach()) for name, value in _moving(model)}
+
+
+def _host_copy(value: Tensor) -> Tensor:
+    if not value.is_cuda:
+        return value.to("cpu", copy=True)
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
 
 
 @torch.no_grad()
@@ -22,6 +35,48 @@ def put_back(model: Any, weights: Weights) -> None:
     """Writes a snapshot into the model, in place."""
     for name, value in _moving(model):
         value.copy_(weights[name])
+
+
+def kept_name(step: int) -> str:
+    """File name of the weights that were kept at a step."""
+    return f"kept-step={step}.pt"
+
+
+def save_kept(folder: Path, step: int, weights: Weights) -> None:
+    """Writes a snapshot beside the checkpoints that name it, and removes those that none names any more.
+
+    Args:
+        folder: of the checkpoints.
+        step: the snapshot's; later checkpoints name it until another snapshot is kept.
+        weights: the snapshot.
+    """
+    name = kept_name(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.tmp"
+    torch.save(weights, temporary)
+    temporary.replace(folder / name)  # a kill leaves none or all of it
+    steps = [re.search(r"step=(\d+)", path.name) for path in folder.glob("*.ckpt")]
+    if all(steps):  # of checkpoints that are named otherwise it is not known which they need
+        kept = {int(path.stem.rpartition("=")[2]): path for path in folder.glob("kept-step=*.pt")}
+        named = {max((k for k in kept if k <= int(found[1])), default=step) for found in steps if found}
+        for unused in kept.keys() - named - {step}:
+            kept[unused].unlink()
+
+
+def load_kept(name: str, *folders: Path) -> Weights:
+    """Reads what :func:`save_kept` wrote, from the first of the folders that has it.
+
+    Raises:
+        TrainingError: none has.
+    """
+    for folder in folders:
+        if (folder / name).is_file():
+            found: Weights = torch.load(folder / name, map_location="cpu", weights_only=True)
+            return {key: value.pin_memory() if torch.cuda.is_available() else value for key, value in found.items()}
+    raise TrainingError(
+        f"the checkpoint names its best weights, {name}, and neither {' nor '.join(map(str, folders))} has the file: "
+        "put it back, or start again in another folder."
+    )
 
 
 def interpolated(start: Weights, end: Weights, share: float) -> Weights:

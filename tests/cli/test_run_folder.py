@@ -33,6 +33,7 @@ from nemo_llm_feedback.cli.jobs.start import room
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import FolderLock, read_steps
+from nemo_llm_feedback.training.weights import kept_name, save_kept
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -159,14 +160,15 @@ def test_the_room_that_is_asked_for_is_what_the_checkpoints_take(nemo_file: Any,
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     best = {name: value.detach().clone() for name, value in model.named_parameters()}
-    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict(), "best": best}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": weights, "optimizer": optimizer.state_dict()}, tmp_path / "a.ckpt")
+    save_kept(tmp_path / "checkpoints", 1, best)
     size = (tmp_path / "a.ckpt").stat().st_size
+    kept = (tmp_path / "checkpoints" / kept_name(1)).stat().st_size
     tables = 2**17  # names and headers of a small model's tensors
     assert size - tables < needed["temporary files"] <= size
-    assert 2 * (size - tables) < needed["run"] - needed["output"] <= 2 * size
-    (tmp_path / "checkpoints").mkdir()
+    assert 2 * (size + kept - tables) < needed["run"] - needed["output"] <= 2 * (size + kept)
     (tmp_path / "a.ckpt").rename(tmp_path / "checkpoints" / "a.ckpt")
-    assert room(model, cfg, log_dir=tmp_path, folders=folders)["run"] == needed["run"] - size
+    assert room(model, cfg, log_dir=tmp_path, folders=folders)["run"] == needed["run"] - size - kept
 
 
 def test_a_disk_that_fills_up_is_a_typed_error_and_keeps_the_last_checkpoint(

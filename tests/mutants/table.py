@@ -533,6 +533,13 @@ MUTANTS = (
         f"{CHOICE}::test_a_resumed_run_remembers_the_best_gain_its_weights_and_its_patience",
     ),
     Mutant(
+        "best weights that an older checkpoint needs are removed",
+        "training/weights.py",
+        "max((k for k in kept if k <= int(found[1])), default=step)",
+        "max(kept)",
+        f"{CHOICE}::test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them",
+    ),
+    Mutant(
         "a resumed run forgets the kept groups",
         MIXIN,
         "self._feedback.load_nbest(self._resumed, rank=self.global_rank)",

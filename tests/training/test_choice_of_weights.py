@@ -19,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.cli.jobs.run_choice import run_folder
 from nemo_llm_feedback.core.config import GuardConfig, ObjectiveConfig, RunConfig
+from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.types import Audio, Context, Hypothesis, RewardOutput
 from nemo_llm_feedback.data.staging import stage
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
@@ -32,7 +33,7 @@ from nemo_llm_feedback.training.group_math import Groups
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.objectives import dpo
 from nemo_llm_feedback.training.supervision import pseudo_labelled_batch
-from nemo_llm_feedback.training.weights import snapshot
+from nemo_llm_feedback.training.weights import kept_name, load_kept, save_kept, snapshot
 
 NAN = math.nan
 FINE = HeldOutMetrics(1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, NAN)
@@ -171,6 +172,42 @@ def test_a_resumed_run_remembers_the_best_gain_its_weights_and_its_patience() ->
     assert (resumed.kept_step, resumed.kept_gain) == (1, 2.0)
     resumed.finish(SimpleNamespace(global_step=3, is_global_zero=True), model)  # type: ignore[arg-type]
     assert float(model.weight) == 1
+
+
+def test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them(tmp_path: Path) -> None:
+    """They were in every checkpoint. One that is older needs those that were the best up to it."""
+    model = torch.nn.Linear(1, 1)
+    folder = tmp_path / "checkpoints"
+    callback = stopping(model, [1.0, 0.5, 2.0, 3.0, 4.0], standard_errors=0.0)
+    callback._folder = folder
+    states = {}
+    for step in range(1, 6):
+        measure(callback, model, range(step, step + 1))
+        if step == 4:
+            continue  # no checkpoint is written
+        states[step] = callback.state_dict()
+        (folder / f"a--global_step={step}.0000-epoch=0.ckpt").touch()
+        if step == 3:  # of the checkpoints before it one is still there
+            (folder / "a--global_step=1.0000-epoch=0.ckpt").unlink()
+    assert all(state["best"] is None for state in states.values())
+    assert [state["best_file"] for state in states.values()] == [kept_name(step) for step in (1, 1, 3, 5)]
+    assert {path.name for path in folder.glob("*.pt")} == {kept_name(step) for step in (1, 3, 5)}
+    for step, value in ((2, 1), (3, 3), (5, 5)):
+        resumed = stopping(model, [], standard_errors=0.0)
+        resumed._limits = GuardConfig(every=0)
+        resumed.load_state_dict(states[step])
+        checkpoint = SimpleNamespace(dirpath=str(folder))
+        resumed.on_train_start(SimpleNamespace(checkpoint_callback=checkpoint, ckpt_path=folder / "a.ckpt"), model)  # type: ignore[arg-type]
+        assert float(resumed._best["weight"]) == value  # type: ignore[index]
+    (folder / "a--global_step=2.0000-epoch=0.ckpt").unlink()
+    save_kept(folder, 7, snapshot(model))
+    assert {path.name for path in folder.glob("*.pt")} == {kept_name(step) for step in (3, 5, 7)}
+    (folder / "mine.ckpt").touch()  # nobody knows of which step it is
+    save_kept(folder, 8, snapshot(model))
+    assert len(list(folder.glob("*.pt"))) == 4
+    assert not list(folder.glob(".*"))
+    with pytest.raises(TrainingError, match=r"names its best weights, kept-step=1\.pt, and neither"):
+        load_kept(kept_name(1), folder, tmp_path)
 
 
 def test_a_resumed_run_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:

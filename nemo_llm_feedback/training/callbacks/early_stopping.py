@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,19 @@ from nemo_llm_feedback.core.errors import RewardError, TrainingError
 from nemo_llm_feedback.training.callbacks.guards import HeldOutMetrics, as_good, violations
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.callbacks.step_log import log_values
-from nemo_llm_feedback.training.distributed import gather
+from nemo_llm_feedback.training.distributed import gather, this_rank
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
-from nemo_llm_feedback.training.weights import MovingAverage, Weights, holding, interpolated, put_back, snapshot
+from nemo_llm_feedback.training.weights import (
+    MovingAverage,
+    Weights,
+    holding,
+    interpolated,
+    kept_name,
+    load_kept,
+    put_back,
+    save_kept,
+    snapshot,
+)
 
 
 class HeldOutEarlyStopping(pl.Callback):
@@ -47,6 +58,8 @@ class HeldOutEarlyStopping(pl.Callback):
         self._evaluator: HeldOutEvaluator | None = None
         self._average: MovingAverage | None = None
         self._best: Weights | None = None
+        self._folder: Path | None = None  # of the checkpoints
+        self._saved = -1  # step of the best weights that are there
         self._restored: dict[str, Any] = {}
         self._since, self._last_step = 0, -1
         self._violated, self._every, self._generations = False, 0, setup.config.feedback.generations
@@ -68,6 +81,12 @@ class HeldOutEarlyStopping(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Prepares the measurements; a resumed run takes its best weights back."""
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        self._folder = Path(folder) if folder else None
+        if name := self._restored.get("best_file"):
+            beside = [Path(trainer.ckpt_path).parent] if trainer.ckpt_path else []
+            self._best = load_kept(name, *beside, Path(self._restored["best_folder"]))
+            self._saved = self.kept_step if self._folder in beside else -1
         if self._parameters.ema_decay:
             start = self._restored.get("average") or snapshot(pl_module)
             self._average = MovingAverage(self._parameters.ema_decay, start)
@@ -225,10 +244,21 @@ class HeldOutEarlyStopping(pl.Callback):
         return fits / 10
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run continues from, with the best weights up to here; another file could be newer."""
-        average = self._average
+        """What a resumed run continues from.
+
+        The best weights up to here are in a file beside the checkpoints that have the same; in the state itself where
+        it is not known where those are.
+        """
+        average, name = self._average, None
+        if self._best is not None and self._folder is not None:
+            name = kept_name(self.kept_step)
+            if self._saved != self.kept_step and this_rank() == 0:
+                save_kept(self._folder, self.kept_step, self._best)
+            self._saved = self.kept_step
         return {
-            "best": self._best,
+            "best": None if name else self._best,
+            "best_file": name,
+            "best_folder": str(self._folder) if name else None,
             "best_step": self.kept_step,
             "since": self._since,
             "start_wer": self._evaluator.start_wer if self._evaluator is not None else None,
