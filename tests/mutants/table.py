@@ -422,8 +422,8 @@ MUTANTS = (
     Mutant(
         "held-out gain: 0 where nothing could be judged",
         HELD_OUT,
-        "if gains[changed].isnan().all():",
-        "if not texts:",
+        "unknown = bool(changed) and all(math.isnan(gain) for gain in changed)",
+        "unknown = not found",
         f"{CHOICE}::test_the_gain_is_new_minus_old_over_what_can_be_judged",
     ),
     Mutant(
