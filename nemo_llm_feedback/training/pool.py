@@ -257,5 +257,4 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
         for kept in gather(feedback.cache.to_plain()):
             feedback.cache.load_plain(kept)
     feedback.cache.filled = refresh
-    if feedback.scorer is not None:
-        feedback.scorer.unload()
+    feedback.release_llm()

@@ -206,6 +206,11 @@ class Feedback(FeedbackSetup):
             self.cache.put(self.maker.make(audio.select(stale), encoded.detach()[stale], lengths[stale]))
         return self.cache.get(audio.utterances)
 
+    def release_llm(self) -> None:
+        """Takes the LLM out of memory where it works between the steps; the next score loads it again."""
+        if self.scorer is not None and self.config.scores_in_phases:
+            self.scorer.unload()
+
     def to_plain(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data; the same on all ranks, each of which must call this."""
         ranks = gather((self.cache.to_plain(), random_states([self.generator])))

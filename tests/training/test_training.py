@@ -381,6 +381,38 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     assert max(moved[0], moved[2]) < 1e-4 < 1e-3 < min(moved[1], moved[3]), moved
 
 
+def test_measurements_and_the_trial_leave_no_llm_in_memory_that_works_between_the_steps(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement loaded it, and it stayed beside the activations of the steps behind."""
+    measured: list[bool] = []
+    stepped: list[bool] = []
+    gains, step = HeldOutEvaluator._gains, LLMFeedbackMixin.training_step
+
+    def asks(self: Any, now: Any) -> Any:
+        self._feedback.scorer.load()
+        measured.append(self._feedback.scorer.loaded)
+        return gains(self, now)
+
+    def watched(self: Any, *args: Any) -> Any:
+        stepped.append(self.feedback.scorer.loaded)
+        return step(self, *args)
+
+    monkeypatch.setattr(HeldOutEvaluator, "_gains", asks)
+    monkeypatch.setattr(LLMFeedbackMixin, "training_step", watched)
+    trial = ("model.optim.lr=null", "parameters.lr_candidates=[1e-4,2e-4]", "parameters.lr_trial_steps=1")
+    more = (
+        "llm.phase=cached",
+        "feedback.refresh_every=10",
+        "trainer.max_steps=3",
+        "guards.every=1",
+        "guards.max_kl=1e9",
+    )
+    run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *trial, *more)
+    assert measured == [True] * 5
+    assert stepped == [False] * 5
+
+
 def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() -> None:
     best = {0.5: 1.0, 1.0: 3.0, 2.0: 3.04}  # the last two are equal to a tenth: the weaker is taken
 

@@ -106,6 +106,7 @@ class HeldOutEvaluator:
             scored = zip(now.labels, now.logp, now.start, strict=True)
             drift = [(p - f) / max(1, len(y)) if abs(p) + abs(f) < math.inf else None for y, p, f in scored]
             ranks.mine = list(zip(self._places, now.texts, self._start.texts, drift, self._gains(now), strict=True))
+        self._feedback.release_llm()
         rows = sorted(itertools.chain(*ranks.all), key=operator.itemgetter(0))
         _, texts, start_texts, drifts, found = zip(*rows, strict=True)
         gains = judged_gains(found) if self._feedback.maker.reward is not None else ()

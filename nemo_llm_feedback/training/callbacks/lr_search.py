@@ -83,6 +83,7 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
         batches = _batches(model, config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches)
         if not config.on_policy:
             _propose(model, batches)
+        feedback.release_llm()
         for rate in tried:
             put_back(model, start)
             _train(model, batches, rate)
