@@ -595,6 +595,13 @@ MUTANTS = (
         "        pass\n",
         f"{RANKS}::test_two_ranks_share_trial_and_measurements_and_find_what_one_process_finds",
     ),
+    Mutant(
+        "memory: the LLM stays where it works between the steps",
+        "training/state.py",
+        "            self.scorer.unload()\n",
+        "            pass\n",
+        f"{TRAINING}::test_measurements_and_the_trial_leave_no_llm_in_memory_that_works_between_the_steps",
+    ),
     # ------------------------------------------------ a judge that breaks, and what it is shown
     Mutant(
         "the mass term holds groups that nothing judges",

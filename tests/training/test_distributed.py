@@ -14,6 +14,7 @@ from helpers.runs import arguments
 from helpers.tiny import build_nemo, write_manifest
 
 from nemo_llm_feedback.core.errors import RewardError
+from nemo_llm_feedback.training import distributed
 from nemo_llm_feedback.training.distributed import CollectiveBlock, local_lengths, zero_grad_for_unused
 from nemo_llm_feedback.training.losses import LossSum
 
@@ -235,6 +236,21 @@ def test_the_convolutional_encoder_asks_no_other_rank(monkeypatch: Any) -> None:
     signal, lengths = torch.zeros(1, 4, 50), torch.tensor([50])
     output, _ = copy.deepcopy(encoder)(audio_signal=signal, length=lengths)  # asking would raise: there is no group
     assert output.shape == (1, 8, 50)
+
+
+@pytest.mark.parametrize("items", [[1, 2, 3, 4, 5], [1], []])
+def test_each_rank_works_on_its_share_and_gets_all_in_order(items: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: dict[int, list[int]] = {}
+    monkeypatch.setattr(distributed, "num_ranks", lambda: 2)
+    for _ in range(2):  # once to find what each would send
+        for rank in (0, 1):
+            monkeypatch.setattr(distributed, "this_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "gather", lambda value: [(None, shares.get(r, [0] * 5)) for r in (0, 1)])
+            done: list[int] = []
+            found = distributed.shared(items, lambda mine, done=done: done.extend(mine) or [10 * x for x in mine])
+            shares[rank] = [10 * x for x in done]
+    assert [shares[0], shares[1]] == [[10 * x for x in items[0::2]], [10 * x for x in items[1::2]]]
+    assert found == [10 * x for x in items]
 
 
 def test_one_process_fails_as_it_would_alone() -> None:

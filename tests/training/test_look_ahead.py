@@ -11,6 +11,7 @@ from helpers.fits import begin, config, fit, label_reward
 from helpers.tiny import build_nemo, write_manifest
 
 from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.cli.jobs.start import plan_text
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.models import restore
@@ -63,6 +64,16 @@ def test_all_are_guarded(base: Path, tmp_path: Path) -> None:
     metrics = evaluator.measure(model, step=0)
     assert [context for _, context in seen] == CONTEXTS
     assert (metrics.kl, metrics.changed) == (pytest.approx(0, abs=1e-5), 0)
+
+
+def test_the_plan_says_which_are_learned(base: Path, tmp_path: Path) -> None:
+    for name, feedback, said in (
+        ("all", {}, "look-aheads  [4, 1], [4, 0]: all are learned and guarded"),
+        ("one", {"look_ahead": [4, 0]}, "look-aheads  [4, 0] alone is learned and guarded (feedback.look_ahead)"),
+    ):
+        (tmp_path / name).mkdir()
+        model = prepared(base, tmp_path / name, **feedback)
+        assert said in plan_text(model, source=base, log_dir=tmp_path)
 
 
 def test_the_one_that_is_named_is_learned_and_guarded_and_the_export_has_all(base: Path, tmp_path: Path) -> None:

@@ -246,7 +246,10 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
     if staged.sources and config.proposals.external and not config.wants_samples:
         sources += f", {config.proposals.external} of each of {', '.join(staged.sources)}"
     context, many = config.context.load(), config.feedback.generations
-    several = look_aheads(model.encoder)
+    several, named = look_aheads(model.encoder), config.feedback.look_ahead
+    look_ahead = several and f"{', '.join(map(str, several))}: all are learned and guarded"
+    if named:
+        look_ahead = f"{list(named)} alone is learned and guarded (feedback.look_ahead)"
     rate = f"by trial of {', '.join(f'{rate:g}' for rate in rates)}" if rates else f"{model.cfg.optim.lr:g}"
     llm = ""
     if config.llm is not None and config.needs_llm:
@@ -262,7 +265,7 @@ def plan_text(model: Any, *, source: Path, log_dir: Path) -> str:
         "left out": ", ".join(f"{len(n)} {why}" for why, n in staged.left_out.items()) or "no row",
         "general": setup.general_speech(),
         "context": f"{context.description or '(no description)'}; {len(context.terms)} terms",
-        "look-aheads": several and f"{', '.join(map(str, several))}: all are learned and guarded",
+        "look-aheads": look_ahead,
         "groups": f"{sources}; at most {config.proposals.max_members} members, "
         f"new every {config.feedback.refresh_every} steps",
         "sources": others_line(staged.rows, config),
