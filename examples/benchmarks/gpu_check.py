@@ -59,6 +59,7 @@ SMOLLM2 = {
 # Largest mean difference of the two curves, as a share of their mean: the devices round differently, and a beam may
 # then end with another member. Wrong masks or dtypes differ by more than half.
 TOLERANCE, STEPS = 0.05, 30
+LIMIT = 480.0 if CUDA else math.inf  # seconds of all parts
 CURVES = ("feedback/logp", "feedback/reward_policy")
 # Name → kind of tests/helpers/tiny.py, layers, width and mel bands of the encoder, layers of the prediction network.
 SIZES = {"RNN-T of 110 M": ("rnnt_bpe", 17, 512, 80, 1), "TDT of 0.6 B": ("tdt_bpe", 24, 1024, 128, 2)}
@@ -82,6 +83,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     nemo_logging.setLevel(logging.ERROR)
     found: dict[str, Any] = {"device": _device_name(), "torch": torch.__version__, "failures": []}
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as name:
         parts: dict[str, Callable[[Path], Any]] = {"tests": run_tests, "curve": compare_curves, "profile": profile_all}
         for part in [part for part in parts if part not in options.skip]:
@@ -92,6 +94,9 @@ def main() -> int:
                 traceback.print_exc()
                 found["failures"].append(f"{part}: {type(error).__name__}: {error}")
             print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+    found["seconds"] = round(time.perf_counter() - began)
+    if found["seconds"] > LIMIT:
+        found["failures"].append(f"all parts took {found['seconds']} s, more than {LIMIT:g} s")
     (options.out / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.out / "gpu_check.md").write_text(table(found), encoding="utf-8")
     print(table(found))

@@ -43,11 +43,13 @@ def test_the_check_runs_on_a_cpu_and_writes_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failure_ends_with_1_and_is_written_down(tmp_path: Path) -> None:
-    broken = "import sys, gpu_check; gpu_check.TOLERANCE = -1; sys.exit(gpu_check.main())"
+    broken = "import sys, gpu_check; gpu_check.TOLERANCE = gpu_check.LIMIT = -1; sys.exit(gpu_check.main())"
     command = [sys.executable, "-c", broken, "--out", tmp_path, "--skip", "tests", "profile"]
     run = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "the curves differ" in json.loads((tmp_path / "gpu_check.json").read_text())["failures"][0]
+    differ, late = json.loads((tmp_path / "gpu_check.json").read_text())["failures"]
+    assert "the curves differ" in differ
+    assert "more than -1 s" in late
 
 
 def test_of_bitsandbytes_the_library_for_that_cuda_is_carried_alone(
