@@ -101,7 +101,7 @@ MUTANTS = (
     Mutant(
         "transducer: frames behind the end are read",
         LATTICE,
-        "outside = (frame < 0) | (frame >= shape.frames)",
+        "outside = (frame < 0) | (frame >= self.frames)",
         "outside = frame < 0",
         f"{TEST_LATTICE}::test_lattice_ignores_frames_behind_the_end",
     ),

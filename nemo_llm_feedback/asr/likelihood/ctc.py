@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.likelihood.autograd import differentiable_once
-from nemo_llm_feedback.asr.likelihood.inputs import check_labels, check_shapes, empty_result
+from nemo_llm_feedback.asr.likelihood.inputs import check_labels, check_shapes, empty_result, wide
 from nemo_llm_feedback.core.trie import PrefixTrie
 
 _INF = float("inf")
+_BLOCK = 16  # frames
 
 
 def ctc_log_prob(log_probs: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
@@ -63,37 +64,32 @@ class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, lengths: Tensor, trie: PrefixTrie, keep: Tensor) -> Tensor:
         """[H] log p from [B, T, V] log-probabilities; ``keep`` [B, T]: frames that are read."""
-        label_in, blank_in = _emissions(log_probs, trie, keep)
-        states = _forward_pass(label_in, blank_in, trie)
+        states = _forward_pass(log_probs, trie, keep)
         end = lengths[trie.utterance[trie.leaf]]
-        log_prob = states[2, end, trie.leaf]
-        ctx.save_for_backward(states, label_in, log_prob, end)
-        ctx.trie, ctx.like = trie, (log_probs.shape, log_probs.dtype)
+        log_prob = torch.logaddexp(*states[:, end, trie.leaf])
+        # The log-softmax before this keeps the log-probabilities anyway; what the nodes read of them would be more.
+        ctx.save_for_backward(log_probs, keep, states, log_prob, end)
+        ctx.trie = trie
         return log_prob.to(torch.promote_types(log_probs.dtype, torch.float32))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """[H] → [B, T, V]."""
-        states, label_in, log_prob, end = ctx.saved_tensors
-        trie: PrefixTrie = ctx.trie
-        (num_rows, num_frames, num_classes), dtype = ctx.like
+        log_probs, keep, states, log_prob, end = ctx.saved_tensors
         weight = torch.where(log_prob.isfinite(), grad.to(log_prob.dtype), torch.zeros_like(log_prob))
-        flows = _backward_pass(states, label_in, weight, end, trie)
-        label_flow, blank_flow = (flow.to(torch.promote_types(dtype, torch.float32)) for flow in flows)
-        # Several nodes read the same (frame, class): sum their flows.
-        row = trie.utterance * num_classes
-        out = label_flow.new_zeros((num_frames, num_rows * num_classes))
-        out.index_add_(1, row + trie.token.clamp_min(0), label_flow)
-        out.index_add_(1, row + num_classes - 1, blank_flow)
-        return out.view(num_frames, num_rows, num_classes).transpose(0, 1).to(dtype), None, None, None
+        return _backward_pass(states, log_probs, keep, weight, end, ctx.trie).to(log_probs.dtype), None, None, None
+
+
+def _blocks(num_frames: int) -> list[slice]:
+    """The frames in runs; beside the states only what belongs to one run is in memory."""
+    return [slice(first, min(first + _BLOCK, num_frames)) for first in range(0, num_frames, _BLOCK)]
 
 
 def _emissions(log_probs: Tensor, trie: PrefixTrie, keep: Tensor) -> tuple[Tensor, Tensor]:
     """[T, K] y(t, token(k)), −inf at roots, and [T, K] y(t, blank); 0 at frames that must not be read."""
-    wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
-    label_in = log_probs[trie.utterance, :, trie.token.clamp_min(0)].T.to(wide)
-    blank_in = log_probs[:, :, -1].to(wide)[trie.utterance].T
+    label_in = log_probs[trie.utterance, :, trie.token.clamp_min(0)].T.to(wide(log_probs))
+    blank_in = log_probs[:, :, -1].to(label_in.dtype)[trie.utterance].T
     dropped = ~keep[trie.utterance].T
     label_in = label_in.masked_fill(dropped, 0.0).masked_fill_(trie.parent < 0, -_INF)
     return label_in.contiguous(), blank_in.masked_fill(dropped, 0.0).contiguous()
@@ -106,50 +102,76 @@ def _source(trie: PrefixTrie) -> Tensor:
     return torch.where(repeats, parent, parent + trie.num_nodes)
 
 
-def _forward_pass(label_in: Tensor, blank_in: Tensor, trie: PrefixTrie) -> Tensor:
-    """[3, T + 1, K] the states L, B and S after t frames."""
-    num_frames, num_nodes = label_in.shape
-    states = label_in.new_full((3, num_frames + 1, num_nodes), -_INF)
-    ends, blanks, total = states
-    states[1:, 0, trie.parent < 0] = 0.0
+def _forward_pass(log_probs: Tensor, trie: PrefixTrie, keep: Tensor) -> Tensor:
+    """[2, T + 1, K] the states L and B after t frames."""
+    num_frames = log_probs.shape[1]
+    states = log_probs.new_full((2, num_frames + 1, trie.num_nodes), -_INF, dtype=wide(log_probs))
+    ends, blanks = states
+    blanks[0, trie.parent < 0] = 0.0
+    here = blanks[:1].repeat(2, 1)  # B and S after t frames
     source = _source(trie)
-    for t in range(num_frames):
-        entering = states[1:, t].reshape(-1).index_select(0, source)
-        torch.logaddexp(ends[t], entering, out=ends[t + 1]).add_(label_in[t])
-        torch.add(total[t], blank_in[t], out=blanks[t + 1])
-        torch.logaddexp(ends[t + 1], blanks[t + 1], out=total[t + 1])
+    for block in _blocks(num_frames):
+        emissions = _emissions(log_probs[:, block], trie, keep[:, block])
+        for t, label_in, blank_in in zip(range(block.start, block.stop), *emissions, strict=True):
+            entering = here.view(-1).index_select(0, source)
+            torch.logaddexp(ends[t], entering, out=ends[t + 1]).add_(label_in)
+            here[0] = torch.add(here[1], blank_in, out=blanks[t + 1])
+            torch.logaddexp(ends[t + 1], blanks[t + 1], out=here[1])
     return states
 
 
 def _backward_pass(
-    states: Tensor, label_in: Tensor, weight: Tensor, end: Tensor, trie: PrefixTrie
-) -> tuple[Tensor, Tensor]:
-    """[T, K] flow through each label and each blank emission: the gradient with respect to its log-probability.
+    states: Tensor, log_probs: Tensor, keep: Tensor, weight: Tensor, end: Tensor, trie: PrefixTrie
+) -> Tensor:
+    """[B, T, V] gradient: the flow through each label and each blank emission, summed over the nodes that read it.
 
     The β recursion in adjoint form: the gradient-weighted posterior of a state is passed back to its predecessors in
     proportion to their share of it.
     """
-    ends, blanks, total = states
-    num_frames, num_nodes = label_in.shape
+    num_rows, num_frames, num_classes = log_probs.shape
     source = _source(trie)
-    entering = states[1:, :-1].transpose(0, 1).flatten(1).index_select(1, source)
-    stay = _share(ends[:-1] + label_in, ends[1:])
-    enter = _share(entering + label_in, ends[1:])
-    by_label = _share(ends, total)
-    by_blank = _share(blanks, total)
-    gamma = torch.zeros_like(total)  # of S
-    gamma.index_put_((end, trie.leaf), weight, accumulate=True)
-    label_flow, blank_flow = torch.zeros_like(label_in), torch.zeros_like(label_in)
-    carried = label_in.new_zeros(num_nodes)  # gradient that reaches L(t+1) directly from L(t+2)
-    into = label_in.new_zeros(2, num_nodes)  # gradient that reaches B(t+1) and S(t+1) from the children's labels
-    for t in range(num_frames - 1, -1, -1):
-        visits = gamma[t + 1] + into[1]
-        label_flow[t] = visits * by_label[t + 1] + carried
-        blank_flow[t] = visits * by_blank[t + 1] + into[0]
-        carried = label_flow[t] * stay[t]
-        into.zero_().view(-1).index_add_(0, source, label_flow[t] * enter[t])
-        into[1] += blank_flow[t]
-    return label_flow, blank_flow
+    grad = log_probs.new_zeros(log_probs.numel(), dtype=torch.promote_types(log_probs.dtype, torch.float32))
+    carried = states.new_zeros(trie.num_nodes)  # gradient that reaches L(t+1) directly from L(t+2)
+    into = states.new_zeros(2, trie.num_nodes)  # gradient that reaches B(t+1) and S(t+1) from the children's labels
+    for block in reversed(_blocks(num_frames)):
+        label_in, _ = _emissions(log_probs[:, block], trie, keep[:, block])
+        stay, enter, label_flow, blank_flow = _shares(states[:, block.start : block.stop + 1], label_in, source)
+        gamma = torch.zeros_like(label_in)  # of S after each frame, from the hypotheses that end there
+        place = end - 1 - block.start
+        ends_here = (place >= 0) & (place < len(gamma))
+        at = (place.clamp(0, len(gamma) - 1), trie.leaf)
+        gamma.index_put_(at, weight.masked_fill(~ends_here, 0.0), accumulate=True)
+        for t in range(len(gamma) - 1, -1, -1):
+            visits = gamma[t].add_(into[1])
+            label_flow[t].mul_(visits).add_(carried)
+            blank_flow[t].mul_(visits).add_(into[0])
+            carried = label_flow[t] * stay[t]
+            into.zero_().view(-1).index_add_(0, source, enter[t].mul_(label_flow[t]))
+            into[1] += blank_flow[t]
+        frame = torch.arange(block.start, block.stop, device=grad.device)[:, None]
+        first = (trie.utterance * num_frames + frame) * num_classes  # [n, K] place of class 0
+        for token, flow in ((trie.token.clamp_min(0), label_flow), (num_classes - 1, blank_flow)):
+            grad.index_add_(0, (first + token).view(-1), flow.to(grad.dtype).view(-1))
+    return grad.view(num_rows, num_frames, num_classes)
+
+
+def _shares(states: Tensor, label_in: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shares of the predecessors in the states after n frames.
+
+    Args:
+        states: [2, n + 1, K] L and B, also before the first of the frames.
+        label_in: [n, K] y(t, token(k)).
+        source: [K] see ``_source``.
+
+    Returns:
+        [n, K] each: of L(t) and of X(t) in L(t + 1), of L(t + 1) and of B(t + 1) in S(t + 1).
+    """
+    ends, blanks = states
+    total = torch.logaddexp(ends, blanks)
+    entering = torch.cat([blanks[:-1], total[:-1]], dim=1).index_select(1, source)
+    before = ends[:-1] + label_in, entering.add_(label_in)
+    stay, enter = (_share(part, ends[1:]) for part in before)
+    return stay, enter, _share(ends[1:], total[1:]), _share(blanks[1:], total[1:])
 
 
 def _share(part: Tensor, total: Tensor) -> Tensor:

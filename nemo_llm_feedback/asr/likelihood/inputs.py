@@ -55,3 +55,8 @@ def check_labels(trie: PrefixTrie, *, num_classes: int) -> None:
 def empty_result(x: Tensor) -> Tensor:
     """[0] result for a trie without hypotheses, attached to ``x``'s graph so that a backward pass works."""
     return x.reshape(-1)[:0].to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide(like: Tensor) -> torch.dtype:
+    """The dtype of the recursions: float64 where the tensor's device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
