@@ -5,18 +5,18 @@
     python examples/benchmarks/likelihood.py --family ctc --device cuda
 
 All variants run in one process on the same tensors, in turn, forward and backward; a time is the median over the
-rounds and a ratio the median of the rounds' ratios. Memory on a CPU is the growth of the resident set at its peak, in
-a fresh process for each variant; on CUDA it is the allocator's peak. A training step is encoder (shaped like the 110 M
+rounds and a ratio the median of the rounds' ratios. Memory is the peak of the bytes that torch has allocated, so it is
+the same in every run: the resident set also has what the C library keeps of freed blocks, which doubled it in one run
+and not in the next. ``--memory`` counts it and times nothing. A training step is encoder (shaped like the 110 M
 FastConformer), loss, backward pass and AdamW, on groups that are given.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
 import logging
-import multiprocessing
 import platform
 import random
 import statistics
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="B 2, T 94, U 20–30, V 512, joint 320")
     parser.add_argument("--shape", choices=tuple(SHAPES), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="only the memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-step", action="store_true", help="leave the training step out")
     parser.add_argument("--skip", nargs="+", default=[], metavar="VARIANT", help="leave these out, e.g. nemo_expanded")
@@ -66,6 +67,9 @@ def main() -> None:
     if unknown:
         parser.error(f"--skip {', '.join(sorted(unknown))}: {options.family} has {', '.join(variants)}.")
     names = [name for name in variants if name not in options.skip]
+    if options.memory:
+        print(memory_lines(options.family, shape, options.device, names))
+        return
     found = benchmark(
         options.family, shape, options.device, names=names, rounds=options.rounds, step=not options.no_step
     )
@@ -97,9 +101,9 @@ def benchmark(
 ) -> dict[str, Any]:
     """All figures of one family: ``problem``, ``seconds``, ``mebibytes``, ``checks`` and ``ratios``."""
     variants = {name: run for name, run in variants_of(family, device).items() if name in names}
-    memory = {name: peak_mb(family, shape, device, name) for name in variants}  # before this process has run anything
     problem = make_problem(family, SHAPES[shape], device=device)
     checks = compare(problem, variants)
+    memory = {name: peak_mb(problem, variant) for name, variant in variants.items()}
     runs = {name: _run_of(problem, variant) for name, variant in variants.items()}
     if step:
         runs |= step_runs(problem, variants)
@@ -300,39 +304,33 @@ def _sync(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb(family: str, shape: str, device: str, variant: str) -> float:
-    """Peak memory of one variant above what was there before it, in MiB."""
-    if device.startswith("cuda"):
-        run = _run_of(make_problem(family, SHAPES[shape], device=device), variants_of(family, device)[variant])
-        run()
-        gc.collect()
+def peak_mb(problem: Problem, variant: LogProb) -> float:
+    """Peak of what torch has allocated in one forward and backward pass, above what was there before it, in MiB."""
+    run, device = _run_of(problem, variant), problem.encoded.device
+    if device.type == "cuda":
+        run()  # compilers and workspaces
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    # A server process that has only imported gives birth to the fresh ones, so that each is ready at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["likelihood"])
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(_resident_growth, (family, shape, variant, torch.get_num_threads()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    steps = sorted(
+        (event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]"
+    )
+    return max(itertools.accumulate(size for *_, size in steps)) / 2**20
 
 
-def _resident_growth(family: str, shape: str, variant: str, threads: int) -> float:
-    torch.set_num_threads(threads)
-    nemo_logging.setLevel(logging.ERROR)
-    log_prob = variants_of(family, "cpu")[variant]
-    _run_of(make_problem(family, TINY), log_prob)()  # compilers and caches
-    run = _run_of(make_problem(family, SHAPES[shape]), log_prob)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status_kb("VmRSS")
-    run()
-    return (_status_kb("VmHWM") - before) / 2**10
-
-
-def _status_kb(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+def memory_lines(family: str, shape: str, device: str, names: Sequence[str]) -> str:
+    """Peak memory of each variant, also as a share of the single hypotheses' by NeMo's loss and by this package."""
+    problem, variants = make_problem(family, SHAPES[shape], device=device), variants_of(family, device)
+    memory = {name: peak_mb(problem, variants[name]) for name in names}
+    singles = [name for name in ("nemo_single", "single") if name in memory]
+    lines = [f"{family}, {shape} shape{'MiB':>17}" + "".join(f"{'÷ ' + name:>16}" for name in singles)]
+    for name, size in memory.items():
+        lines.append(f"{name:24}{size:10.2f}" + "".join(f"{size / memory[single]:16.2f}" for single in singles))
+    return "\n".join(lines)
 
 
 def compare(problem: Problem, variants: dict[str, LogProb]) -> dict[str, float]:
@@ -386,6 +384,7 @@ def ratios(problem: Problem, seconds: dict[str, list[float]], memory: dict[str, 
         "time_vs_own_single": time_of("trie", "single"),
         "time_vs_own_single_banded": time_of("banded", "single"),
         "memory_vs_single": memory_of("trie", single),
+        "memory_vs_own_single": memory_of("trie", "single"),
         "memory_vs_single_banded": memory_of("banded", single),
         "speedup_vs_expanded": time_of(expanded, "trie"),
         "speedup_vs_expanded_banded": time_of(expanded, "banded"),
