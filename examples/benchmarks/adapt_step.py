@@ -23,6 +23,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -34,6 +35,7 @@ from nemo.utils import logging as nemo_logging
 from refresh import KINDS, WORDS
 
 from nemo_llm_feedback import compose_config, restore
+from nemo_llm_feedback.rewards import ScoreCache
 
 SHAPES = {"full": FULL, "small": SMALL, "tiny": TINY}
 LLM_LAYERS = {"full": 30, "small": 4, "tiny": 2}  # of SmolLM2's width
@@ -108,7 +110,8 @@ def measure(family: str, folder: Path, *, shape: str, rounds: int, own_loss: boo
     callbacks = [clock, *([OwnLoss()] if own_loss else [])]
     trainer = pl.Trainer(**options, **quiet, num_sanity_val_steps=0, callbacks=callbacks)
     model.set_trainer(trainer)
-    trainer.fit(model)
+    with mock.patch.object(ScoreCache, "get_many", return_value={}):  # the LLM judges every fresh group
+        trainer.fit(model)
     times: dict[str, list[float]] = {name: [] for name in STEPS}
     for first in range(len(STEPS), len(clock.seconds), len(STEPS)):
         turn = clock.seconds[first : first + len(STEPS)]

@@ -57,7 +57,7 @@ LIST = (
     "proposals.beam=3 proposals.boosted=3 proposals.term_swap=2 proposals.swap_similarity=20 proposals.max_symbols=3"
 )
 COMMON = f"""{LIST} seed=1 trainer=cpu trainer.max_steps=20 +trainer.enable_progress_bar=false report_audio=false
-    feedback.replay_weight=1 feedback.replay_augment=false
+    feedback.replay_weight=1 feedback.replay_augment=false feedback.band_tolerance=0
     model.train_ds.batch_size=4 model.optim.sched.warmup_steps=4 feedback.refresh_every=8 feedback.pool_utterances=4
     exp_manager.create_checkpoint_callback=false exp_manager.create_tensorboard_logger=false"""
 FIXED = "llm=full model.optim.lr=1e-3 reward.alpha=0.1 reward.beta=1 proposals.boosting_weights=[] guards.every=0"

@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "CTC: the adjoint stays by the share of entering",
         CTC,
-        "carried = label_flow[t] * stay[t]",
-        "carried = label_flow[t] * enter[t]",
+        "torch.mul(label, staying, out=carried)",
+        "torch.mul(label, entering, out=carried)",
         f"{TEST_CTC}::test_gradcheck",
     ),
     Mutant(

@@ -200,6 +200,26 @@ def test_a_banded_loss_is_within_the_tolerance(
     assert calls
 
 
+def test_a_large_joint_is_banded_by_default_and_the_log_gives_the_bound(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.asr import heads
+    from nemo_llm_feedback.training import setup
+
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
+    last = model.joint.joint_net[-1]
+    lines: list[str] = []
+    monkeypatch.setattr(setup.logging, "info", lambda text, *args, **kw: lines.append(str(text)))
+    for size, tolerance, banded in ((0, None, True), (1, None, False), (0, 0.0, False)):
+        monkeypatch.setattr(heads, "BAND_SIZE", last.in_features * last.out_features + size)
+        lines.clear()
+        settings = config(manifest, feedback={"band_tolerance": tolerance})
+        model.setup_feedback(settings, work_dir=tmp_path / f"{size}{tolerance}", reward=label_reward)
+        assert any("loses at most 0.001 nat" in line for line in lines) == banded
+        assert (model.feedback_setup.heads[0]._band is not None) == banded
+
+
 def test_augmented_learning_masks_the_audio_and_keeps_the_hypotheses_of_the_clean_one(
     nemo_file: Any, tmp_path: Path
 ) -> None:

@@ -109,14 +109,16 @@ def _forward_pass(log_probs: Tensor, trie: PrefixTrie, keep: Tensor) -> Tensor:
     ends, blanks = states
     blanks[0, trie.parent < 0] = 0.0
     here = blanks[:1].repeat(2, 1)  # B and S after t frames
+    flat, (blank_here, total) = here.view(-1), here
     source = _source(trie)
     for block in _blocks(num_frames):
-        emissions = _emissions(log_probs[:, block], trie, keep[:, block])
-        for t, label_in, blank_in in zip(range(block.start, block.stop), *emissions, strict=True):
-            entering = here.view(-1).index_select(0, source)
-            torch.logaddexp(ends[t], entering, out=ends[t + 1]).add_(label_in)
-            here[0] = torch.add(here[1], blank_in, out=blanks[t + 1])
-            torch.logaddexp(ends[t + 1], blanks[t + 1], out=here[1])
+        inputs = _emissions(log_probs[:, block], trie, keep[:, block])
+        after = slice(block.start + 1, block.stop + 1)
+        rows = (part.unbind() for part in (ends[block], ends[after], blanks[after], *inputs))
+        for end, next_end, next_blank, label_in, blank_in in zip(*rows, strict=True):
+            torch.logaddexp(end, flat.index_select(0, source), out=next_end).add_(label_in)
+            blank_here.copy_(torch.add(total, blank_in, out=next_blank))
+            torch.logaddexp(next_end, next_blank, out=total)
     return states
 
 
@@ -132,7 +134,8 @@ def _backward_pass(
     source = _source(trie)
     grad = log_probs.new_zeros(log_probs.numel(), dtype=torch.promote_types(log_probs.dtype, torch.float32))
     carried = states.new_zeros(trie.num_nodes)  # gradient that reaches L(t+1) directly from L(t+2)
-    into = states.new_zeros(2, trie.num_nodes)  # gradient that reaches B(t+1) and S(t+1) from the children's labels
+    into = states.new_zeros(2 * trie.num_nodes)  # gradient that reaches B(t+1) and S(t+1) from the children's labels
+    from_blank, from_total = into.view(2, -1)
     for block in reversed(_blocks(num_frames)):
         label_in, _ = _emissions(log_probs[:, block], trie, keep[:, block])
         stay, enter, label_flow, blank_flow = _shares(states[:, block.start : block.stop + 1], label_in, source)
@@ -141,13 +144,14 @@ def _backward_pass(
         ends_here = (place >= 0) & (place < len(gamma))
         at = (place.clamp(0, len(gamma) - 1), trie.leaf)
         gamma.index_put_(at, weight.masked_fill(~ends_here, 0.0), accumulate=True)
-        for t in range(len(gamma) - 1, -1, -1):
-            visits = gamma[t].add_(into[1])
-            label_flow[t].mul_(visits).add_(carried)
-            blank_flow[t].mul_(visits).add_(into[0])
-            carried = label_flow[t] * stay[t]
-            into.zero_().view(-1).index_add_(0, source, enter[t].mul_(label_flow[t]))
-            into[1] += blank_flow[t]
+        rows = (reversed(part.unbind()) for part in (gamma, label_flow, blank_flow, stay, enter))
+        for visits, label, blank, staying, entering in zip(*rows, strict=True):
+            visits.add_(from_total)
+            label.mul_(visits).add_(carried)
+            blank.mul_(visits).add_(from_blank)
+            torch.mul(label, staying, out=carried)
+            into.zero_().index_add_(0, source, entering.mul_(label))
+            from_total.add_(blank)
         frame = torch.arange(block.start, block.stop, device=grad.device)[:, None]
         first = (trie.utterance * num_frames + frame) * num_classes  # [n, K] place of class 0
         for token, flow in ((trie.token.clamp_min(0), label_flow), (num_classes - 1, blank_flow)):
