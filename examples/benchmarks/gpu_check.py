@@ -190,7 +190,7 @@ def profile(name: str, folder: Path, tokenizer: Path, manifest: Path, llm: Path,
         proposals.boosting_weights=[] proposals.swap_similarity=20 guards.every=0"""
     cfg = compose_config(settings.split())
     model = restore(base, map_location=DEVICE)
-    emit_in_a_quarter(model, manifest)
+    emit_labels(model, manifest)
     model.setup_feedback(cfg, work_dir=folder / "run")
     costs = Costs()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
@@ -218,8 +218,8 @@ def layout(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def emit_in_a_quarter(model: Any, manifest: Path) -> None:
-    """Sets the bias of blank so that at the start of a text a quarter of the frames would emit a label."""
+def emit_labels(model: Any, manifest: Path, *, share: float = 0.25) -> None:
+    """Sets the bias of blank so that at the start of a text this share of the frames would emit a label."""
     rows, rate = read_manifest(manifest), int(model.cfg.preprocessor.sample_rate)
     audio = load_audio(rows, sample_rate=rate, device=model.device)
     with evaluation_mode(model):
@@ -228,7 +228,7 @@ def emit_in_a_quarter(model: Any, manifest: Path) -> None:
         scores = model.joint.joint(encoded.transpose(1, 2), start)[:, :, 0].float()  # [B, T, V + 1 + durations]
     blank = model.joint.num_classes_with_blank - 1 - model.joint.num_extra_outputs
     gap = scores[..., :blank].amax(-1) - scores[..., blank]
-    model.joint.joint_net[-1].bias[blank] += gap.quantile(0.75)
+    model.joint.joint_net[-1].bias[blank] += gap.quantile(1 - share)
 
 
 class Costs(pl.Callback):

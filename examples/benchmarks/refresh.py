@@ -2,10 +2,14 @@
 
     python examples/benchmarks/refresh.py [--families rnnt tdt ctc] [--own-lists]
 
-A random model proposes, scores and learns from hypotheses of 8 utterances of 15 s (V 1024), on the CPU. On a GPU each
-operator is about one kernel launch, and a synchronisation waits for the card, so these counts, and not the CPU's time,
-say what keeps a card waiting. Nested operators are not counted. ``--own-lists`` gives every utterance terms of its
-own. Seconds are printed for the parts that are Python alone; do not compare them between machines.
+A random model proposes, scores and learns from hypotheses of 8 utterances of 15 s (V 1024), and a random LLM judges
+them, on the CPU. On a GPU a synchronisation waits for the card, and each operator is about one kernel launch but for
+those that only make a view or empty memory; ``launches`` leaves these out. So the counts, and not the CPU's time, say
+what keeps a card waiting. Nested operators are not counted. The boosting trees' part of the beam is counted by itself:
+on a GPU with Triton it is one kernel per step. The transducer's joint runs in chunks as large as on a GPU. A frame has
+at most one label, so that the random texts are as long as speech. ``--own-lists`` gives every utterance terms of its
+own. Of the parts that are Python alone the CPU time is printed, the parts inside them taken off, and what they count
+stays on the CPU; do not compare times between machines.
 """
 
 from __future__ import annotations
@@ -18,59 +22,79 @@ import logging
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from gpu_check import emit_in_a_quarter
+from gpu_check import emit_labels
 from helpers.tiny import build_nemo, make_tokenizer, write_manifest
+from helpers.tiny_llm import make_tiny_llm
+from nemo.collections.asr.parts.context_biasing.biasing_multi_model import GPUBiasingMultiModel
 from nemo.utils import logging as nemo_logging
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_llm_feedback import restore
 from nemo_llm_feedback.asr.encoded_rows import encoded_rows
 from nemo_llm_feedback.asr.heads import CTCHead, TransducerHead, heads_of
+from nemo_llm_feedback.asr.likelihood import joint
 from nemo_llm_feedback.asr.reference import evaluation_mode
-from nemo_llm_feedback.core.config import ProposalConfig, RunConfig
-from nemo_llm_feedback.data.manifests import read_manifest
-from nemo_llm_feedback.hypotheses import maker, proposals
+from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig, RunConfig
+from nemo_llm_feedback.core.trie import PrefixTrie
+from nemo_llm_feedback.data.manifests import Row, read_manifest
+from nemo_llm_feedback.hypotheses import boosting, maker, proposals
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
+from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm.encoding import PromptEncoder
+from nemo_llm_feedback.llm.engine import Engine
+from nemo_llm_feedback.llm.packing import PackedBatch
+from nemo_llm_feedback.rewards.lm import LLMReward
 
 KINDS = {"rnnt": "rnnt_bpe", "tdt": "tdt_bpe", "ctc": "ctc_bpe"}
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
-WORDS = [a + b + c for a in ("ka", "lo", "mi", "tu", "re") for b in ("na", "sil", "dor") for c in ("ti", "mo", "")]
+NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
+SHARE = 0.1  # of the frames that emit a label at the start of a text; later on more of them do
+COLUMNS = ("calls", "operators", "launches", "syncs")
+SYLLABLES = ("ka", "lo", "mi", "tu", "re", "na", "sil", "dor", "ti", "mo")
+WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES]  # enough for 1024 labels
 SIZES = {"full": {"rows": 8, "seconds": 15, "vocabulary": 1024}, "small": {"rows": 2, "seconds": 2, "vocabulary": 64}}
 
 
 class Counts(TorchDispatchMode):
-    """Counts operators and synchronisations by the stage that runs, and seconds of each stage."""
+    """Counts operators, launches and synchronisations by the stage that runs, and the CPU seconds of each stage."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: Counter[str] = Counter()
-        self.syncs: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.of: dict[str, Counter[str]] = defaultdict(Counter)
         self.seconds: dict[str, float] = defaultdict(float)
-        self._stages = ["other"]
+        self._stages, self._since = ["other"], time.thread_time()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts it."""
-        self.operators[self._stages[-1]] += 1
-        self.syncs[self._stages[-1]] += func.name().split(".")[0] in SYNCS
+        counts, name = self.of[self._stages[-1]], func.name().split(".")[0]
+        counts["operators"] += 1
+        counts["launches"] += not (func.is_view or name in NO_LAUNCH)
+        counts["syncs"] += name in SYNCS
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Inside, everything is this stage's."""
+        self.of[name]["calls"] += 1
+        self._clock()
         self._stages.append(name)
-        self.calls[name] += 1
-        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self._clock()
             self._stages.pop()
+
+    def _clock(self) -> None:
+        """Gives the time since the last change of stage to the stage that has run."""
+        now = time.thread_time()
+        self.seconds[self._stages[-1]] += now - self._since
+        self._since = now
 
     def watch(self, owner: Any, name: str, stage: str) -> Any:
         """A patch that makes a function of a class or module a stage; a beam that boosts is one of its own."""
@@ -81,11 +105,26 @@ class Counts(TorchDispatchMode):
             with self.stage("boosted beam" if kwargs.get("boosting") else stage):
                 return function(*args, **kwargs)
 
-        return mock.patch.object(owner, name, counted)
+        made: Any = staticmethod(counted) if isinstance(vars(owner).get(name), classmethod) else counted
+        return mock.patch.object(owner, name, made)
 
 
-def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[str, Any]:
-    """What one refresh and one step of the policy cost, by stage."""
+def watched(kind: type) -> list[tuple[Any, str, str]]:
+    """Owner, function and stage of everything that is counted by itself."""
+    parts: list[tuple[Any, str, str]] = [(kind, "greedy", "greedy"), (kind, "beam", "beam")]
+    parts += [(GPUBiasingMultiModel, "advance", "boosting trees"), (kind, "score", "log p of candidates")]
+    parts += [(Engine, "_hidden", "LLM"), (Engine, "plain_score", "LLM")]
+    parts += [(PackedBatch, name, "Python: packing") for name in ("__init__", "trie_mask", "sums")]
+    parts += [(PromptEncoder, "encode_text", "Python: encode_text"), (boosting, "boosting_tree", "Python: trees")]
+    parts += [(proposals, name, f"Python: {name}") for name in ("swap_terms", "written_labels")]
+    parts += [(maker, name, f"Python: {name}") for name in ("build_members", "to_hypothesis")]
+    parts += [(PrefixTrie, "build", "Python: PrefixTrie.build")]
+    parts += [(LLMReward, "__call__", "Python: reward"), (maker.NBestMaker, "make", "Python: all else")]
+    return parts
+
+
+def make_model(family: str, folder: Path, *, size: str, own_lists: bool) -> tuple[Any, Path]:
+    """A random model whose texts are as long as speech, and the manifest of its audio."""
     sizes = SIZES[size]
     tokenizer = make_tokenizer(folder / "tokenizer", words=WORDS, size=sizes["vocabulary"])
     manifest = write_manifest(folder / "pool.json", [None] * sizes["rows"], seconds=float(sizes["seconds"]))
@@ -95,24 +134,49 @@ def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[st
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model = restore(build_nemo(KINDS[family], folder / "base.nemo", tokenizer_dir=tokenizer), map_location="cpu")
     if family != "ctc":
-        emit_in_a_quarter(model, manifest)
-    counts, kind = Counts(), CTCHead if family == "ctc" else TransducerHead
-    watched = [(kind, "greedy", "greedy"), (kind, "beam", "beam"), (kind, "score", "log p of candidates")]
-    watched += [(proposals, name, f"Python: {name}") for name in ("swap_terms", "written_labels")]
-    watched += [(maker, "build_members", "Python: build_members")]
-    config, rows = RunConfig(proposals=ProposalConfig(swap_similarity=20)), read_manifest(manifest)
+        emit_labels(model, manifest, share=SHARE)
+        return model, manifest
+    ((_, _, encoded, _),) = encoded_rows(model, read_manifest(manifest), batch_size=len(lines))
+    logits = model.decoder.decoder_layers(encoded)
+    model.decoder.decoder_layers[0].bias.data[-1] += (logits[:, :-1].amax(1) - logits[:, -1]).quantile(1 - SHARE)
+    return model, manifest
+
+
+def refreshed(model: Any, rows: Sequence[Row], folder: Path, *, parts: Sequence[Any]) -> NBestBatch:
+    """The N-best of the rows, proposed and judged by a random LLM as for the first time."""
+    llm = load_llm(LLMConfig(model=str(folder / "llm"), quantization="none"))
+    config = RunConfig(proposals=ProposalConfig(swap_similarity=20, max_symbols=1))
     with contextlib.ExitStack() as stack:
-        for one in watched:
-            stack.enter_context(counts.watch(*one))
-        with counts:
-            nbest = scored_nbest(model, rows, config=config, reward=None, batch_size=len(rows))
+        for part in parts:
+            stack.enter_context(part)
+        return scored_nbest(
+            model, rows, config=config, reward=LLMReward(llm, alpha=0.1, beta=1.0), batch_size=len(rows)
+        )
+
+
+def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[str, Any]:
+    """What one refresh and one step of the policy cost, by stage."""
+    model, manifest = make_model(family, folder, size=size, own_lists=own_lists)
+    joint._CPU_CHUNK_MB = joint.MEMORY_BUDGET_MB
+    with mock.patch("helpers.tiny_llm._CORPUS", (" ".join(WORDS),)):  # two or three tokens per word
+        make_tiny_llm(folder / "llm", chat=True, max_position_embeddings=4096)
+    rows, kind = read_manifest(manifest), CTCHead if family == "ctc" else TransducerHead
+    timed, counts = Counts(), Counts()  # counting takes time, too
+    refreshed(model, rows, folder, parts=[timed.watch(*part) for part in watched(kind)])
+    nbest = refreshed(model, rows, folder, parts=[*(counts.watch(*part) for part in watched(kind)), counts])
     head = heads_of(model)[0]
-    ((_, _, encoded, lengths),) = encoded_rows(model, read_manifest(manifest), batch_size=len(lines))
+    ((_, _, encoded, lengths),) = encoded_rows(model, rows, batch_size=len(rows))
     with evaluation_mode(model), counts, counts.stage("policy: log p and gradient"):
         head.score(encoded.requires_grad_(), lengths, nbest.labels).nan_to_num(neginf=0.0).sum().backward()
-    python = {name: round(1e3 * s / len(lines), 2) for name, s in counts.seconds.items() if name.startswith("Python")}
-    table = {name: [counts.calls[name], counts.operators[name], counts.syncs[name]] for name in counts.operators}
-    return {"members": sum(nbest.sizes) / len(lines), "stages": table, "ms_per_utterance": python}
+    python = {name: round(1e3 * s / len(rows), 2) for name, s in timed.seconds.items() if name.startswith("Python")}
+    labels = [len(y) for row in nbest.labels for y in row]
+    return {
+        "members": len(labels) / len(rows),
+        "labels": sum(labels) / len(labels),
+        "frames": int(lengths.max()),
+        "stages": {name: dict(found) for name, found in counts.of.items() if found["operators"]},
+        "ms_per_utterance": python | {"sum": round(sum(python.values()), 2)},
+    }
 
 
 def main() -> None:
@@ -129,10 +193,13 @@ def main() -> None:
         for family in options.families:
             folder = Path(name) / family
             found[family] = measure(family, folder, size=options.size, own_lists=options.own_lists)
-            print(f"\n{family}, {found[family]['members']:.1f} members per utterance")
-            print(f"{'stage':30}{'calls':>8}{'operators':>12}{'syncs':>8}")
-            for stage, (calls, operators, syncs) in found[family]["stages"].items():
-                print(f"{stage:30}{calls:8}{operators:12}{syncs:8}")
+            sizes = "{frames} frames, {members:.1f} members per utterance of {labels:.0f} labels".format(
+                **found[family]
+            )
+            print(f"\n{family}, {sizes}")
+            print(f"{'stage':30}" + "".join(f"{column:>12}" for column in COLUMNS))
+            for stage, counts in found[family]["stages"].items():
+                print(f"{stage:30}" + "".join(f"{counts.get(column, 0):12}" for column in COLUMNS))
             print("ms per utterance:", found[family]["ms_per_utterance"])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
