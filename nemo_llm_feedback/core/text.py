@@ -23,6 +23,8 @@ with its iteration marks and extensions. Korean has spaces."""
 _MARKS = "".join(char for char in map(chr, range(0x0E00, 0x3100)) if unicodedata.category(char)[0] == "M")
 _WORD = re.compile(rf"{UNSPACED.pattern}[{_MARKS}]*|[^\s{UNSPACED.pattern[1:-1]}]+")
 
+# What separates words in an ASCII text: all but letters, digits and the apostrophes between two of them.
+_ASCII_MARK = re.compile(r"[^0-9a-z']|(?<![0-9a-z])'|'(?![0-9a-z])")
 _QUOTES = "'’ʼ＇`´‘"
 _APOSTROPHES = dict.fromkeys(map(ord, _QUOTES), "'")
 
@@ -46,6 +48,8 @@ def basic(text: str) -> str:
     scripts stay, so that Indic vowel signs and Thai tone marks survive; zero-width format characters go.
     """
     folded = plain_marks(plain_marks(text).casefold())
+    if folded.isascii():
+        return " ".join(_ASCII_MARK.sub(" ", folded).split())
     out = []
     for i, char in enumerate(folded):
         inner = char == "'" and _is_word(folded[i - 1 : i]) and _is_word(folded[i + 1 : i + 2])
@@ -164,7 +168,7 @@ def text_length(text: str) -> int:
 
     A reward for length is thus not to be had with dashes, and ``我要 latte`` has length 3.
     """
-    return sum(any(map(str.isalnum, word)) for word in words(text))
+    return sum(word.isalnum() or any(map(str.isalnum, word)) for word in words(text))
 
 
 def _is_word(char: str) -> bool:

@@ -26,8 +26,22 @@ def spelled(text: str, vocabulary: Vocabulary) -> str | None:
     Returns:
         The spelling; None where a letter or digit cannot be written, or nothing is left.
     """
-    if _labels(text, vocabulary) is not None:
-        return text
+    written = _written(text, vocabulary)
+    return None if written is None else written[0]
+
+
+@lru_cache(maxsize=1 << 14)  # term swaps repeat within a group and from one refresh to the next
+def written_labels(text: str, vocabulary: Vocabulary) -> Labels | None:
+    """The labels of a text that was not decoded; None if the vocabulary cannot express it."""
+    written = _written(text, vocabulary)
+    return None if written is None else written[1]
+
+
+def _written(text: str, vocabulary: Vocabulary) -> tuple[str, Labels] | None:
+    """The spelling of a text with its labels."""
+    labels = _labels(text, vocabulary)
+    if labels is not None:
+        return text, labels
     written = []
     for char in plain_marks(text):
         found = next((form for form in (char, char.lower(), char.upper()) if _writes(form, vocabulary)), None)
@@ -35,13 +49,8 @@ def spelled(text: str, vocabulary: Vocabulary) -> str | None:
             return None
         written.append(found or " ")
     result = " ".join("".join(written).split())
-    return result if _labels(result, vocabulary) is not None else None
-
-
-def written_labels(text: str, vocabulary: Vocabulary) -> Labels | None:
-    """The labels of a text that was not decoded; None if the vocabulary cannot express it."""
-    spelling = spelled(text, vocabulary)
-    return None if spelling is None else _labels(spelling, vocabulary)
+    labels = _labels(result, vocabulary)
+    return None if labels is None else (result, labels)
 
 
 @lru_cache(maxsize=256)
@@ -64,8 +73,8 @@ def unwritable(texts: Iterable[str], vocabulary: Vocabulary) -> list[str]:
 
 def without_unknown(labels: Iterable[int], vocabulary: Vocabulary) -> Labels:
     """A label sequence without the unknown label."""
-    unknown = _unknown(vocabulary)
-    return tuple(label for label in labels if label not in unknown)
+    labels, unknown = tuple(labels), _unknown(vocabulary)
+    return labels if unknown.isdisjoint(labels) else tuple(label for label in labels if label not in unknown)
 
 
 def _labels(text: str, vocabulary: Vocabulary) -> Labels | None:

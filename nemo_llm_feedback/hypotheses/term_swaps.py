@@ -46,12 +46,13 @@ def swap_terms(text: str, terms: Sequence[str], *, min_similarity: float, limit:
     similarity = process.cdist(
         letters, list(map(_letters, terms)), scorer=fuzz.ratio, score_cutoff=min_similarity, workers=1
     )
-    widths, lengths = np.array([[j - i] for i, j in spans]), np.array(sizes)
+    widths, lengths = np.array([j - i for i, j in spans])[:, None], np.array(sizes)
     allowed = np.where(widths <= lengths + _EXTRA_WORDS, similarity, 0.0)  # [spans, terms]
     same = np.where(widths == lengths, similarity, 0.0)
     found: list[tuple[float, str]] = []
+    nearest = allowed.argmax(axis=0).tolist()
     for k in np.flatnonzero(allowed.max(axis=0) > 0).tolist():
-        term, tried = terms[k], {int(allowed[:, k].argmax())}
+        term, tried = terms[k], {nearest[k]}
         if UNSPACED.match(term):
             # Wrong characters are mostly as many as the right ones, where the likest span may lack one.
             tried.add(int(same[:, k].argmax()))
@@ -67,8 +68,10 @@ def _bare_spans(text: str) -> list[tuple[int, int]]:
     """The spans of the words without punctuation around them, which stays when a word is replaced."""
     found = []
     for start, end in word_spans(text):
-        inner = [i for i in range(start, end) if text[i].isalnum()] or [start, end - 1]
-        found.append((inner[0], inner[-1] + 1))
+        if not (text[start].isalnum() and text[end - 1].isalnum()):
+            inner = [i for i in range(start, end) if text[i].isalnum()] or [start, end - 1]
+            start, end = inner[0], inner[-1] + 1
+        found.append((start, end))
     return found
 
 
@@ -78,5 +81,6 @@ def _size(term: str) -> int:
     return len(word_spans(term))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _letters(text: str) -> str:
     return basic(text).replace(" ", "")

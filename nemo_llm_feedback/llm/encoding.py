@@ -26,6 +26,7 @@ from nemo_llm_feedback.llm.prompts import read_template
 logger = logging.getLogger(__name__)
 
 _CACHED_PROMPTS = 4096
+_CACHED_TEXTS = 8192  # ids of as many hypotheses take about 20 MB
 
 
 class PromptEncoder:
@@ -65,12 +66,13 @@ class PromptEncoder:
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
         self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(lambda context: self.fit(context, self._parts)[0])
+        self._cached_text = functools.lru_cache(_CACHED_TEXTS)(self._encode)
         self.num_truncated = 0
         self.end_id = self._find_end_id()
 
     def encode_text(self, text: str) -> Ids:
         """Returns the ids of a hypothesis followed by the end token; the empty text is the end token alone."""
-        return (*(i for i in self.ids(self.safe_text(text)) if i not in self._control), self.end_id)
+        return self._cached_text(text)
 
     def encode_prompt(self, context: Context) -> Ids:
         """Returns the prompt's ids, at least one and at most ``max_tokens``.
@@ -181,6 +183,12 @@ class PromptEncoder:
         if first is None and not prompt:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
         return (() if first is None else (first,)), prompt
+
+    def _encode(self, text: str) -> Ids:
+        ids = self.ids(text)
+        if not self._control.keys().isdisjoint(ids):
+            ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
+        return (*ids, self.end_id)
 
     def _parts(self, context: Context) -> tuple[Ids]:
         """The one part of a scoring prompt: all of it."""

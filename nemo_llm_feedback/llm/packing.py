@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,13 +149,14 @@ class PackedBatch:
         It is additive, because a boolean mask of this shape is silently wrong under eager attention.
         """
         trie, (rows, width) = self._trie, self.real.shape
-        seen = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself: no empty softmax
-        for node in self._levels():
-            row = trie.utterance[node]
-            seen[row, self._column[node]] |= seen[row, self._column[trie.parent[node]]]
+        seen = np.tile(np.eye(width, dtype=bool), (rows, 1))  # [B · L, L]; padding sees itself: no empty softmax
+        place = (trie.utterance * width + self._column).numpy()
+        for node, parent in self._levels():
+            seen[place[node]] |= seen[place[parent]]
         longest = int(self._prompt_lens.max())
         prompt = torch.arange(longest)[None] < self._prompt_lens[:, None]
-        allowed = torch.cat([prompt[:, None].expand(-1, width, -1), seen], dim=2).to(device)
+        nodes = torch.from_numpy(seen).view(rows, width, width)
+        allowed = torch.cat([prompt[:, None].expand(-1, width, -1), nodes], dim=2).to(device)
         mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
@@ -172,13 +174,17 @@ class PackedBatch:
         trie, num_nodes = self._trie, int(self._is_node.sum())
         logp = torch.empty_like(pair_logp)
         logp[self._order] = pair_logp
-        path = torch.zeros(trie.num_nodes, dtype=torch.float64)
-        path[self._is_node] = logp[:num_nodes]
-        for node in self._levels():
-            path[node] += path[trie.parent[node]]
-        return (path[trie.leaf] + logp[num_nodes:]).tolist()
+        path = np.zeros(trie.num_nodes)
+        path[self._is_node.numpy()] = logp[:num_nodes].numpy()
+        for node, parent in self._levels():
+            path[node] += path[parent]
+        return (torch.from_numpy(path)[trie.leaf] + logp[num_nodes:]).tolist()
 
-    def _levels(self) -> Iterator[Tensor]:
-        """Yields the indices of the trie's nodes depth by depth, from those whose parents are nodes too."""
-        for depth in range(2, int(self._trie.depth.max()) + 1):
-            yield (self._trie.depth == depth).nonzero().squeeze(1)
+    def _levels(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the trie's nodes and their parents depth by depth, from those whose parents are nodes too."""
+        depth, parent = self._trie.depth.numpy(), self._trie.parent.numpy()
+        order = np.argsort(depth, kind="stable")
+        ends = np.cumsum(np.bincount(depth))
+        for start, end in itertools.pairwise(ends[1:].tolist()):
+            node = order[start:end]
+            yield node, parent[node]

@@ -64,6 +64,13 @@ def test_basic_leaves_letters_digits_marks_and_inner_apostrophes_only():
             assert all(c == "'" or unicodedata.category(c)[0] in "LMN" for c in word)
 
 
+def test_basic_reads_an_ascii_text_as_it_reads_one_beside_other_letters():
+    rng = random.Random(2)
+    for _ in range(2000):
+        text = "".join(rng.choice("aBz09'' -_.\t\x1c`") for _ in range(8))
+        assert f"{basic(text)} é".strip() == basic(f"{text} é"), ascii(text)
+
+
 def test_get_normalizer_names_the_nearest():
     assert get_normalizer("basic") is basic
     with pytest.raises(ConfigError, match=r"'bascic'.*did you mean 'basic'.*none, lower, basic"):

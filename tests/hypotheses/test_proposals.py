@@ -155,6 +155,7 @@ def test_swaps_keep_the_punctuation_around_and_never_change_it_alone() -> None:
         "A cappuccino, please."
     ]
     assert swap_terms("a Soy-Milk, please", ["soy milk"], min_similarity=60, limit=8) == []
+    assert swap_terms("A LATTE?", ["latte", "a latte"], min_similarity=60, limit=8) == []
     assert "a soy milk, please" in swap_terms("a soymilk, please", ["soy milk"], min_similarity=60, limit=8)
 
 

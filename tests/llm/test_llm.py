@@ -281,6 +281,19 @@ def test_control_tokens_in_untrusted_text_stay_text(tmp_path):
         assert math.isfinite(llm.score([(Context(text, (text,)), [text])])[0][0].logp)
 
 
+def test_a_text_is_tokenized_once_whatever_it_stands_behind(llama, monkeypatch):
+    scorer = open_llm(config(llama))
+    asked: list[str] = []
+    ids = scorer.encoder.ids
+    monkeypatch.setattr(scorer.encoder, "ids", lambda text: asked.append(text) or ids(text))
+    first = [scorer.encoder.encode_text(text) for text in (*TEXTS, *TEXTS)]
+    assert sorted(asked) == sorted(TEXTS)
+    assert first == [(*ids(text), scorer.encoder.end_id) for text in (*TEXTS, *TEXTS)]
+    asked.clear()
+    scorer.score([(COFFEE, TEXTS), (HOME, TEXTS)])
+    assert not set(asked) & {text for text in TEXTS if text}
+
+
 def test_control_tokens_of_the_template_itself_are_kept(tmp_path):
     template = tmp_path / "t.txt"
     template.write_text("<|im_start|>{description}<|im_end|>\n{hypothesis}")
