@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,21 +18,24 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr import likelihood
 from nemo_llm_feedback.asr.likelihood import MEMORY_BUDGET_MB, Band, JointCells
+from nemo_llm_feedback.asr.likelihood.autograd import in_modes
 from nemo_llm_feedback.asr.sampling import collapse, sample_ctc, sample_transducer
+from nemo_llm_feedback.asr.searches import (
+    Boosting,
+    Labels,
+    Searches,
+    beam_labels,
+    fusion,
+    plain_labels,
+    states_of_beams,
+    without_padding,
+)
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
-
-Labels = tuple[int, ...]
-
-# NeMo's boosting tree, or what stands for one per utterance, and its weight in the beam search.
-Boosting = tuple[Any, float]
 
 # The band's bounds cost as much as they save on a narrow joint (docs/performance.md): from this size of the joint's
 # last layer on (labels × width) it is on by default, with this tolerance in nats.
 BAND_SIZE, BAND_TOLERANCE = 160_000, 1e-3
-
-# A log-probability; −∞ would make NaNs in NeMo's beam.
-_IMPOSSIBLE = -1e4
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,22 @@ class Vocabulary:
         """Number of labels without blank."""
         return len(self.labels)
 
-    @property
+    @cached_property
     def cased(self) -> bool:
         """Whether any label has an upper-case letter."""
         return any(label != label.lower() for label in self.labels)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Label → id."""
+        return {label: i for i, label in enumerate(self.labels)}
 
     def text_to_ids(self, text: str) -> list[int]:
         """Label ids of a text; characters the model lacks are left out (character models) or unknown (BPE)."""
         text = text if self.cased else text.lower()
         if self.tokenizer is not None:
             return list(self.tokenizer.text_to_ids(text))
-        ids = {label: i for i, label in enumerate(self.labels)}
-        return [ids[c] for c in text if c in ids]
+        return [self.ids[c] for c in text if c in self.ids]
 
     def ids_to_text(self, ids: Sequence[int]) -> str:
         """The text of label ids."""
@@ -80,6 +89,11 @@ class Head(ABC):
 
     name: str
     vocabulary: Vocabulary
+    _searches: Searches
+
+    def cuda_graphs(self) -> AbstractContextManager[None]:
+        """Inside, where no weight may change, :meth:`beam` and :meth:`greedy` run as NeMo's CUDA graphs on a GPU."""
+        return self._searches.cuda_graphs()
 
     def score(self, encoded: Tensor, lengths: Tensor, labels: Sequence[Sequence[Sequence[int]]]) -> Tensor:
         """log p(y | x) of all hypotheses, i.e. the sum over all alignments.
@@ -96,12 +110,13 @@ class Head(ABC):
             [B, N] natural log, N the most hypotheses of a row, float32 (float64 for a model in float64), with
             gradient; −inf where the audio is too short for the text, and on the padding of rows with fewer hypotheses.
         """
-        places = [(b, n) for b, row in enumerate(labels) for n in range(len(row))]
-        rows, columns = torch.tensor(places, dtype=torch.long, device=encoded.device).reshape(-1, 2).unbind(1)
+        places = torch.tensor([(b, n) for b, row in enumerate(labels) for n in range(len(row))], dtype=torch.long)
+        rows, columns = places.reshape(-1, 2).unbind(1)
         trie = PrefixTrie.build([list(y) for row in labels for y in row], rows).to(encoded.device)
         flat = self.log_prob(encoded, lengths, trie)
-        width = max((len(row) for row in labels), default=0)
-        return flat.new_full((len(labels), width), float("-inf")).index_put((rows, columns), flat)
+        shape = len(labels), max((len(row) for row in labels), default=0)
+        where = rows.to(flat.device), columns.to(flat.device)
+        return flat.new_full(shape, float("-inf")).index_put(where, flat)
 
     @abstractmethod
     def log_prob(self, encoded: Tensor, lengths: Tensor, trie: PrefixTrie) -> Tensor:
@@ -176,6 +191,7 @@ class CTCHead(Head):
     def __init__(self, decoder: Any, vocabulary: Vocabulary) -> None:
         self._decoder = decoder
         self.vocabulary = vocabulary
+        self._searches = Searches()
 
     def _log_probs(self, encoded: Tensor) -> Tensor:
         """[B, T, V+1] log-probabilities in float32 whatever the autocast, or in float64 for a model in float64."""
@@ -201,17 +217,15 @@ class CTCHead(Head):
         """See :class:`Head`; NeMo's ``beam_batch`` without word insertion bonus and with padding made neutral."""
         from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
 
+        def make(graphs: bool) -> Any:
+            options = {"return_best_hypothesis": False, "beam_beta": 0.0, "allow_cuda_graphs": graphs}
+            return BatchedBeamCTCComputer(self.vocabulary.vocab_size, size, **options, **fusion(boosting))
+
         with torch.no_grad():
             log_probs = without_padding(self._log_probs(encoded), lengths)
-            options = {
-                "return_best_hypothesis": False,
-                "beam_beta": 0.0,
-                "allow_cuda_graphs": False,
-                **_fusion(boosting),
-            }
-            search = BatchedBeamCTCComputer(blank_index=self.vocabulary.vocab_size, beam_size=size, **options)
-            found = search(log_probs, lengths).to_nbest_hyps_list(score_norm=False)
-        return nbest_labels(found[: len(lengths)])
+            settings: dict[str, Any] = {"settings": (size,), "boosting": boosting, "dtype": log_probs.dtype}
+            found = self._searches.run(make, log_probs, lengths, kind="beam", **settings)
+        return beam_labels(found, rows=len(lengths), by_length=False, collapse=True)
 
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
         """See :class:`Head`: the best label of every frame, repeats merged, blanks removed."""
@@ -252,8 +266,9 @@ class TransducerHead(Head):
     ) -> None:
         self._decoder, self._joint = decoder, joint
         if hasattr(decoder, "context_size"):  # NeMo's batched beam asks a stateless network for a method it lacks
-            decoder.batch_aggregate_states_beam = _states_of_beams
+            decoder.batch_aggregate_states_beam = states_of_beams
         self.vocabulary = vocabulary
+        self._searches = Searches()
         self.durations = tuple(int(d) for d in durations)
         self._budget, self._band = memory_budget_mb, band
 
@@ -287,12 +302,24 @@ class TransducerHead(Head):
         from nemo.collections.asr.parts.utils.batched_beam_decoding_utils import BlankLMScoreMode, PruningMode
 
         modes = {"blank_lm_score_mode": BlankLMScoreMode.LM_WEIGHTED_FULL, "pruning_mode": PruningMode.LATE}
-        options = {"allow_cuda_graphs": False, "return_best_hypothesis": False, "max_symbols_per_step": max_symbols}
-        search = (BeamBatchedTDTInfer if self.durations else BeamBatchedRNNTInfer)(
-            beam_size=size, search_type="malsd_batch", **modes, **options, **_fusion(boosting), **self._modules()
-        )
-        (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
-        return nbest_labels(found)
+        kind = BeamBatchedTDTInfer if self.durations else BeamBatchedRNNTInfer
+
+        def make(graphs: bool) -> Any:
+            options = {"beam_size": size, "max_symbols_per_step": max_symbols, "allow_cuda_graphs": graphs}
+            search = kind(search_type="malsd_batch", **modes, **options, **fusion(boosting), **self._modules())
+            return lambda x, frames: search.decoding_computer(x=x.transpose(1, 2), out_len=frames)[0]
+
+        parts = (*self._decoder.modules(), *self._joint.modules())
+        with torch.inference_mode(), in_modes([(part, False) for part in parts]):
+            found = self._run(make, encoded, lengths, kind="beam", settings=(size, max_symbols), boosting=boosting)
+            return beam_labels(found, rows=len(lengths), by_length=True, collapse=False)
+
+    def _run(self, make: Any, encoded: Tensor, lengths: Tensor, **what: Any) -> Any:
+        """See :meth:`Searches.run`."""
+        if hasattr(self._decoder, "context_size"):  # NeMo's graphs know the LSTM's state only
+            return make(False)(encoded.detach(), lengths)
+        dtype = next(self._joint.parameters()).dtype
+        return self._searches.run(make, encoded.detach(), lengths, dtype=dtype, **what)
 
     def _modules(self) -> dict[str, Any]:
         """What NeMo's searches need of the model."""
@@ -304,10 +331,13 @@ class TransducerHead(Head):
         """See :class:`Head`; NeMo's batched greedy search."""
         from nemo.collections.asr.parts.submodules import rnnt_greedy_decoding as nemo
 
-        search = (nemo.GreedyBatchedTDTInfer if self.durations else nemo.GreedyBatchedRNNTInfer)(
-            max_symbols_per_step=max_symbols, use_cuda_graph_decoder=False, **self._modules()
-        )
-        (found,) = search(encoder_output=encoded.detach(), encoded_lengths=lengths)
+        kind = nemo.GreedyBatchedTDTInfer if self.durations else nemo.GreedyBatchedRNNTInfer
+
+        def make(graphs: bool) -> Any:
+            search = kind(max_symbols_per_step=max_symbols, use_cuda_graph_decoder=graphs, **self._modules())
+            return lambda x, frames: search(encoder_output=x, encoded_lengths=frames)[0]
+
+        found = self._run(make, encoded, lengths, kind="greedy", settings=(max_symbols,))
         return [plain_labels(hyp.y_sequence) for hyp in found]
 
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
@@ -315,50 +345,6 @@ class TransducerHead(Head):
         parts = encoded.transpose(1, 2), lengths, self._decoder, self._joint
         with torch.no_grad():
             return sample_transducer(*parts, size=size, durations=self.durations, generator=generator)
-
-
-def _states_of_beams(
-    src_states: Sequence[Tensor], batch_size: int, beam_size: int, indices: Tensor, dst_states: Any = None
-) -> list[Tensor]:
-    """NeMo's ``batch_aggregate_states_beam``: each beam takes over the state of the one that it continues.
-
-    Args:
-        src_states: the decoder's state, [batch_size · beam_size, C - 1] labels.
-        batch_size, beam_size: how its rows are ordered.
-        indices: [batch_size, beam_size] the beam of the same utterance that each one continues.
-        dst_states: written to, if given.
-    """
-    first = torch.arange(0, batch_size * beam_size, beam_size, device=indices.device)[:, None]
-    taken = [part[(first + indices).flatten()] for part in src_states]
-    for target, part in zip(dst_states or (), taken, strict=False):
-        target.copy_(part)
-    return taken
-
-
-def _fusion(boosting: Boosting | None) -> dict[str, Any]:
-    """The arguments by which NeMo's beam searches boost phrases."""
-    return {} if boosting is None else {"fusion_models": [boosting[0]], "fusion_models_alpha": [boosting[1]]}
-
-
-def plain_labels(sequence: Any) -> Labels:
-    """Plain integers from a list, a numpy array or an inference tensor."""
-    return tuple(int(i) for i in (sequence.tolist() if hasattr(sequence, "tolist") else sequence))
-
-
-def nbest_labels(found: Sequence[Any]) -> list[list[Labels]]:
-    """The label sequences in NeMo's N-best containers, per row."""
-    return [[plain_labels(hyp.y_sequence) for hyp in row.n_best_hypotheses] for row in found]
-
-
-def without_padding(log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """CTC's [B, T, V+1] log-probabilities, with blank certain in the frames behind each row's length, [B].
-
-    NeMo's beam_batch scores padded frames as audio; a certain blank there leaves every score as it is.
-    """
-    padded = torch.arange(log_probs.shape[1], device=log_probs.device)[None, :] >= lengths[:, None]
-    certain = log_probs.new_full((log_probs.shape[2],), _IMPOSSIBLE)
-    certain[-1] = 0.0
-    return torch.where(padded[..., None], certain, log_probs)
 
 
 def band_of(model: Any, tolerance: float | None) -> Band | None:

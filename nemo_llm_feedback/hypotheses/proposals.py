@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,10 @@ class Proposer:
         """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
         config = self.config
         return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
+
+    def same_weights(self) -> AbstractContextManager[None]:
+        """Inside, where no weight may change, the searches may be captured (``proposals.cuda_graphs``)."""
+        return self._head.cuda_graphs() if self.config.cuda_graphs else nullcontext()
 
     def propose(
         self,
@@ -199,9 +204,10 @@ def build_members(
     for candidate in feasible:
         text = normalize(vocabulary.ids_to_text(candidate.labels))
         known = best.setdefault(text, candidate)
-        source, *also = dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))
-        better = candidate if candidate.logp > known.logp else known
-        best[text] = replace(better, source=source, also=tuple(also))
+        if known is not candidate:
+            source, *also = dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))
+            better = candidate if candidate.logp > known.logp else known
+            best[text] = replace(better, source=source, also=tuple(also))
     return list(best.values())[:max_members]
 
 
@@ -216,6 +222,7 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     first: dict[Labels, Candidate] = {}
     for new in candidates:
         known = first.setdefault(new.labels, new)
-        names = dict.fromkeys((known.source, *known.also, new.source, *new.also))
-        first[new.labels] = replace(known, also=tuple(names)[1:])
+        if known is not new:
+            names = dict.fromkeys((known.source, *known.also, new.source, *new.also))
+            first[new.labels] = replace(known, also=tuple(names)[1:])
     return list(first.values())

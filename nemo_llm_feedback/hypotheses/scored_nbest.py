@@ -75,10 +75,11 @@ def scored_nbest(
     )
     order: list[int] = []
     found: list[NBestBatch] = []
-    for indices, audio, encoded, lengths in itself.batches(rows):
-        found.append(maker.make(audio, encoded, lengths))
-        order += indices
-        on_batch(len(order))
+    with maker.proposer.same_weights():
+        for indices, audio, encoded, lengths in itself.batches(rows):
+            found.append(maker.make(audio, encoded, lengths))
+            order += indices
+            on_batch(len(order))
     return NBestBatch.cat(found).select(sorted(range(len(order)), key=order.__getitem__))
 
 

@@ -17,8 +17,9 @@ from nemo.collections.asr.parts.submodules.ctc_decoding import AbstractCTCDecodi
 from nemo.collections.asr.parts.utils.rnnt_utils import Hypothesis
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels, TransducerHead, nbest_labels, without_padding
+from nemo_llm_feedback.asr.heads import CTCHead, Head, Labels, TransducerHead
 from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.asr.searches import nbest_labels, without_padding
 from nemo_llm_feedback.core.errors import DecodingError
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.rescoring.alignment import align_ctc, align_transducer

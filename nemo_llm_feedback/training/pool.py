@@ -60,7 +60,8 @@ class PoolShare:
         known = [maker.judged_anew(nbest, part.audio.texts) for nbest, part in pairs]
         missing = self.parts[len(known) : batches]
         if missing:
-            made += [maker.make(*part) for part in console.track(missing, label)]
+            with maker.proposer.same_weights():
+                made += [maker.make(*part) for part in console.track(missing, label)]
         return known + made[len(known) : batches]
 
     def contests(self, config: RunConfig, batches: Sequence[NBestBatch], *, head: str) -> dict[str, list[Contest]]:
@@ -248,7 +249,7 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
         pool: batches of this rank's share.
         refresh: index of the refresh.
     """
-    with CollectiveBlock():
+    with CollectiveBlock(), feedback.maker.proposer.same_weights():
         for part in pool:
             nbest = feedback.nbest(*part, refresh=refresh)
             logp = {h.name: h.score(part.encoded, part.lengths, nbest.labels) for h in feedback.heads}

@@ -16,8 +16,10 @@ from helpers.tiny import stock_class, write_manifest
 
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.likelihood import Band
-from nemo_llm_feedback.core.config import LLMConfig
+from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.core.config import LLMConfig, ProposalConfig
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.llm import load_llm
 from nemo_llm_feedback.training.models import restore
 
@@ -99,6 +101,24 @@ def test_decoders_with_cuda_graphs_write_what_the_cpu_writes(kind: str, strategy
         graphs = model.decoding.decoding.decoding_computer.cuda_graphs_mode
         assert graphs is not None or not CUDA
     assert written[DEVICE] == written["cpu"]
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_bpe", "tdt_bpe"])
+def test_captured_searches_propose_what_the_others_do(kind: str, nemo_file: Any) -> None:
+    """NeMo keeps what it computes when it captures; here lists change, and a batch grows."""
+    model = restore(nemo_file(kind), map_location=DEVICE)
+    x, lengths = (part.to(DEVICE) for part in encoded(rows=4, frames=14))
+    lists = [("mocha",) * 4, ("mocha",) * 4, ("mocha", "tea", "large", "tea")]
+    made = {}
+    for graphs in (False, True):
+        proposer = Proposer(heads_of(model)[0], ProposalConfig(beam=4, boosted=4, max_symbols=3, cuda_graphs=graphs))
+        with evaluation_mode(model), torch.no_grad(), proposer.same_weights():
+            made[graphs] = [
+                [[c.labels for c in row] for row in proposer.propose(x[:rows], lengths[:rows], contexts[:rows])]
+                for rows, terms in zip((3, 4, 4), lists, strict=True)
+                for contexts in [[Context(terms=(term,)) for term in terms]]
+            ]
+    assert made[True] == made[False]
 
 
 def test_nf4_scores_equal_those_of_the_cpu(tiny_llm: Path) -> None:

@@ -130,22 +130,22 @@ MUTANTS = (
     Mutant(
         "LLM: a node of a packed row does not see its ancestors",
         "llm/packing.py",
-        "seen[row, self._column[node]] |= seen[row, self._column[trie.parent[node]]]",
-        "seen[row, self._column[node]] |= False",
+        "seen[place[node]] |= seen[place[parent]]",
+        "seen[place[node]] |= False",
         "llm/test_llm_packing.py::test_masks_and_positions_of_a_small_trie",
     ),
     Mutant(
         "LLM: a text's score leaves out what its prefix costs",
         "llm/packing.py",
-        "path[node] += path[trie.parent[node]]",
-        "path[node] += 0 * path[trie.parent[node]]",
+        "path[node] += path[parent]",
+        "path[node] += 0 * path[parent]",
         "llm/test_llm_packing.py::test_every_way_of_sharing_gives_the_plain_scores",
     ),
     Mutant(
         "LLM: the end of the text is not scored",
         "llm/encoding.py",
-        "return (*(i for i in self.ids(self.safe_text(text)) if i not in self._control), self.end_id)",
-        "return tuple(i for i in self.ids(self.safe_text(text)) if i not in self._control) or (self.end_id,)",
+        "        return (*ids, self.end_id)\n",
+        "        return ids or (self.end_id,)\n",
         "llm/test_llm.py::test_context_and_end_of_text_matter",
     ),
     # ------------------------------------------------ objectives
@@ -296,6 +296,13 @@ MUTANTS = (
         "settings.spread_factor * asr / llm",
         "settings.spread_factor * llm / asr",
         "cli/test_score_command.py::test_without_labels_the_spread_sets_alpha",
+    ),
+    Mutant(
+        "searches: a captured one serves another list of terms",
+        "asr/searches.py",
+        "if place not in self._kept or self._kept[place][0] != key:",
+        "if place not in self._kept:",
+        "asr/test_searches.py::test_captured_searches_find_the_same_and_never_outlive_the_weights",
     ),
     Mutant(
         "members: the worse-scored spelling is kept",

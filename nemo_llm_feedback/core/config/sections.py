@@ -193,6 +193,8 @@ class ProposalConfig(Section):
         depth_scaling: NeMo's ``depth_scaling`` of the boosting tree.
         swap_similarity: smallest similarity of a span and the term that replaces it, 0 to 100.
         max_symbols: largest number of labels a transducer beam emits in one frame.
+        cuda_graphs: on a GPU run NeMo's searches as CUDA graphs where many batches are proposed with the same weights:
+            on the pool, in the rounds of ``llm.phase=cached`` and in ``score``. Not yet run on a GPU.
     """
 
     beam: Members = 8
@@ -209,6 +211,7 @@ class ProposalConfig(Section):
     depth_scaling: PositiveFloat = 2.0
     swap_similarity: Annotated[float, Field(gt=0, le=100)] = 50.0
     max_symbols: PositiveInt = 10
+    cuda_graphs: bool = False
 
     def validate(self) -> list[str]:
         """Returns what the values contradict each other in, as sentences."""

@@ -1,0 +1,140 @@
+"""NeMo's searches: copied off the device at once, and captured where the weights stay.
+
+No GPU is at hand: the searches run on the CPU in NeMo's stand-in for graphs, the same code uncaptured. Like a graph it
+keeps what NeMo computes when it captures, so that a search that outlives its weights or its list is seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from helpers.rescored import encoded
+from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
+from nemo.collections.asr.parts.submodules.rnnt_malsd_batched_computer import ModifiedALSDBatchedRNNTComputer
+from nemo.collections.asr.parts.submodules.tdt_malsd_batched_computer import ModifiedALSDBatchedTDTComputer
+from nemo.collections.asr.parts.submodules.transducer_decoding import rnnt_label_looping, tdt_label_looping
+
+from nemo_llm_feedback.asr import heads, searches
+from nemo_llm_feedback.asr.heads import Labels, heads_of
+from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.core.config import ProposalConfig
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.hypotheses.boosting import Boosting, ListBoosting
+from nemo_llm_feedback.hypotheses.proposals import Proposer
+from nemo_llm_feedback.training.models import restore
+
+KINDS = ["ctc_bpe", "rnnt_bpe", "tdt_bpe"]
+LISTS = [("soy latte",), ("mocha", "tea"), ("large",)]
+# NeMo's searches, and what each runs where it captures.
+CAPTURED = {
+    BatchedBeamCTCComputer: "batched_beam_search_cuda_graphs",
+    ModifiedALSDBatchedRNNTComputer: "modified_alsd_cuda_graphs",
+    ModifiedALSDBatchedTDTComputer: "modified_alsd_cuda_graphs",
+    rnnt_label_looping.GreedyBatchedRNNTLabelLoopingComputer: "cuda_graphs_impl",
+    tdt_label_looping.GreedyBatchedTDTLabelLoopingComputer: "cuda_graphs_impl",
+}
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """NeMo's stand-in for graphs, on the CPU; counts what is made and what runs captured."""
+    count: Counter[str] = Counter()
+
+    for kind, name in CAPTURED.items():
+        run, plain = getattr(kind, name), kind.__call__
+
+        def allow(self: Any) -> bool:
+            self.cuda_graphs_mode = self.CudaGraphsMode.NO_GRAPHS if self.allow_cuda_graphs else None
+            self.state = None
+            return bool(self.allow_cuda_graphs)
+
+        def call(
+            self: Any, x: Any, out_len: Any, *args: Any, run: Any = run, plain: Any = plain, **kwargs: Any
+        ) -> Any:
+            if self.cuda_graphs_mode is None:
+                return plain(self, x, out_len, *args, **kwargs)
+            count["made"] += self.state is None
+            count["runs"] += 1
+            return run(self, x, out_len, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "maybe_enable_cuda_graphs", allow)
+        monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(searches, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(ListBoosting, "compatible_with_cuda_graphs", lambda self: True)
+    return count
+
+
+def _found(head: Any, x: torch.Tensor, lengths: torch.Tensor, boosting: Any) -> list[Any]:
+    """What all the searches find."""
+    plain = head.greedy(x, lengths, max_symbols=3), head.beam(x, lengths, size=4, max_symbols=3)
+    boosted = [(boosting.of([LISTS[k]] * 3, x.device), 4.0) for k in (0, 1)] + [(boosting.of(LISTS, x.device), 4.0)]
+    return [*plain, *(head.beam(x, lengths, size=4, max_symbols=3, boosting=b) for b in boosted)]
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_beams_labels_are_those_of_nemos_list(
+    kind: str, boosted: bool, nemo_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (head,) = heads_of(restore(nemo_file(kind), map_location="cpu").eval())
+    x, lengths = encoded(rows=3, frames=14)
+    lengths[2] = 9
+    boosting = (Boosting(head.vocabulary, ProposalConfig()).of(LISTS, x.device), 4.0) if boosted else None
+    theirs: list[list[list[Labels]]] = []
+    ours = heads.beam_labels
+
+    def both(hyps: Any, *, by_length: bool, **options: Any) -> list[list[Labels]]:
+        found = ours(hyps, by_length=by_length, **options)
+        theirs.append(searches.nbest_labels(hyps.to_nbest_hyps_list(score_norm=by_length)))
+        return found
+
+    monkeypatch.setattr(heads, "beam_labels", both)
+    found = head.beam(x, lengths, size=6, max_symbols=3, boosting=boosting)
+    assert found == theirs[0]
+    assert max(map(len, found)) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_searches_find_the_same_and_never_outlive_the_weights(
+    kind: str, nemo_file: Any, captures: Counter[str]
+) -> None:
+    model = restore(nemo_file(kind), map_location="cpu")
+    (head,) = heads_of(model)
+    boosting = Boosting(head.vocabulary, ProposalConfig())
+    x, lengths = encoded(rows=3, frames=14)
+    lengths[2] = 9
+    with evaluation_mode(model):
+        before = _found(head, x, lengths, boosting)
+        assert not captures
+        with head.cuda_graphs():
+            assert _found(head, x, lengths, boosting) == before
+            assert head.beam(x[:2], lengths[:2], size=4, max_symbols=3) == before[1][:2]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        after = _found(head, x, lengths, boosting)
+        assert after != before
+        with head.cuda_graphs():
+            assert _found(head, x, lengths, boosting) == after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_setting_captures_once_for_all_batches_with_one_list(
+    kind: str, nemo_file: Any, captures: Counter[str]
+) -> None:
+    model = restore(nemo_file(kind), map_location="cpu")
+    (head,) = heads_of(model)
+    x, lengths = encoded(rows=3, frames=14)
+    contexts = [Context(terms=LISTS[0])] * 3
+    made = {}
+    for graphs in (False, True):
+        proposer = Proposer(head, ProposalConfig(beam=4, boosted=4, cuda_graphs=graphs, max_symbols=3))
+        with evaluation_mode(model), torch.no_grad(), proposer.same_weights():
+            made[graphs] = [proposer.propose(x, lengths, contexts) for _ in range(3)]
+        assert bool(captures) is graphs
+    assert made[True] == made[False]
+    searched = 2 if kind == "ctc_bpe" else 3  # beam, boosted beam, and a transducer's greedy search
+    assert captures == {"made": searched, "runs": 3 * searched}
