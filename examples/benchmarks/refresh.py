@@ -1,15 +1,16 @@
 """What a refresh of hypotheses costs beyond arithmetic: operators, synchronisations, and Python per utterance.
 
-    python examples/benchmarks/refresh.py [--families rnnt tdt ctc] [--own-lists]
+    python examples/benchmarks/refresh.py [--families rnnt tdt ctc] [--own-lists] [--cuda-graphs]
 
 A random model proposes, scores and learns from hypotheses of 8 utterances of 15 s (V 1024), and a random LLM judges
 them, on the CPU. On a GPU a synchronisation waits for the card, and each operator is about one kernel launch but for
 those that only make a view or empty memory; ``launches`` leaves these out. So the counts, and not the CPU's time, say
 what keeps a card waiting. Nested operators are not counted. The boosting trees' part of the beam is counted by itself:
-on a GPU with Triton it is one kernel per step. The transducer's joint runs in chunks as large as on a GPU. A frame has
-at most one label, so that the random texts are as long as speech. ``--own-lists`` gives every utterance terms of its
-own. Of the parts that are Python alone the CPU time is printed, the parts inside them taken off, and what they count
-stays on the CPU; do not compare times between machines.
+on a GPU with Triton it is one kernel per step. With ``--cuda-graphs`` so is what a graph holds, which is one launch
+(its capture, some hundred, is not counted). The transducer's joint runs in chunks as large as on a GPU. A frame has at
+most one label, so that the random texts are as long as speech. ``--own-lists`` gives every utterance terms of its own.
+Of the parts that are Python alone the CPU time is printed, the parts inside them taken off, and what they count stays
+on the CPU; do not compare times between machines.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 from gpu_check import emit_labels
+from helpers import captured
 from helpers.tiny import build_nemo, make_tokenizer, write_manifest
 from helpers.tiny_llm import make_tiny_llm
 from nemo.collections.asr.parts.context_biasing.biasing_multi_model import GPUBiasingMultiModel
@@ -113,6 +115,7 @@ def watched(kind: type) -> list[tuple[Any, str, str]]:
     """Owner, function and stage of everything that is counted by itself."""
     parts: list[tuple[Any, str, str]] = [(kind, "greedy", "greedy"), (kind, "beam", "beam")]
     parts += [(GPUBiasingMultiModel, "advance", "boosting trees"), (kind, "score", "log p of candidates")]
+    parts += [(captured.Replay, "replay", "inside CUDA graphs")]
     parts += [(Engine, "_hidden", "LLM"), (Engine, "plain_score", "LLM")]
     parts += [(PackedBatch, name, "Python: packing") for name in ("__init__", "trie_mask", "sums")]
     parts += [(PromptEncoder, "encode_text", "Python: encode_text"), (boosting, "boosting_tree", "Python: trees")]
@@ -142,10 +145,10 @@ def make_model(family: str, folder: Path, *, size: str, own_lists: bool) -> tupl
     return model, manifest
 
 
-def refreshed(model: Any, rows: Sequence[Row], folder: Path, *, parts: Sequence[Any]) -> NBestBatch:
+def refreshed(model: Any, rows: Sequence[Row], folder: Path, *, parts: Sequence[Any], cuda_graphs: bool) -> NBestBatch:
     """The N-best of the rows, proposed and judged by a random LLM as for the first time."""
     llm = load_llm(LLMConfig(model=str(folder / "llm"), quantization="none"))
-    config = RunConfig(proposals=ProposalConfig(swap_similarity=20, max_symbols=1))
+    config = RunConfig(proposals=ProposalConfig(swap_similarity=20, max_symbols=1, cuda_graphs=cuda_graphs))
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(part)
@@ -154,7 +157,7 @@ def refreshed(model: Any, rows: Sequence[Row], folder: Path, *, parts: Sequence[
         )
 
 
-def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[str, Any]:
+def measure(family: str, folder: Path, *, size: str, own_lists: bool, cuda_graphs: bool = False) -> dict[str, Any]:
     """What one refresh and one step of the policy cost, by stage."""
     model, manifest = make_model(family, folder, size=size, own_lists=own_lists)
     joint._CPU_CHUNK_MB = joint.MEMORY_BUDGET_MB
@@ -162,8 +165,12 @@ def measure(family: str, folder: Path, *, size: str, own_lists: bool) -> dict[st
         make_tiny_llm(folder / "llm", chat=True, max_position_embeddings=4096)
     rows, kind = read_manifest(manifest), CTCHead if family == "ctc" else TransducerHead
     timed, counts = Counts(), Counts()  # counting takes time, too
-    refreshed(model, rows, folder, parts=[timed.watch(*part) for part in watched(kind)])
-    nbest = refreshed(model, rows, folder, parts=[*(counts.watch(*part) for part in watched(kind)), counts])
+    refreshed(model, rows, folder, parts=[timed.watch(*part) for part in watched(kind)], cuda_graphs=False)
+    parts = [*(counts.watch(*part) for part in watched(kind)), counts]
+    with contextlib.ExitStack() as stack:
+        if cuda_graphs:
+            captured.stand_in(lambda *where: stack.enter_context(mock.patch.object(*where)))
+        nbest = refreshed(model, rows, folder, parts=parts, cuda_graphs=cuda_graphs)
     head = heads_of(model)[0]
     ((_, _, encoded, lengths),) = encoded_rows(model, rows, batch_size=len(rows))
     with evaluation_mode(model), counts, counts.stage("policy: log p and gradient"):
@@ -184,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(KINDS), choices=list(KINDS), help="heads to measure")
     parser.add_argument("--own-lists", action="store_true", help="a list of terms per utterance")
+    parser.add_argument("--cuda-graphs", action="store_true", help="proposals.cuda_graphs, with stand-ins for graphs")
     parser.add_argument("--size", default="full", choices=list(SIZES), help="small: to test this script")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
@@ -192,7 +200,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="refresh_") as name:
         for family in options.families:
             folder = Path(name) / family
-            found[family] = measure(family, folder, size=options.size, own_lists=options.own_lists)
+            chosen = {"own_lists": options.own_lists, "cuda_graphs": options.cuda_graphs}
+            found[family] = measure(family, folder, size=options.size, **chosen)
             sizes = "{frames} frames, {members:.1f} members per utterance of {labels:.0f} labels".format(
                 **found[family]
             )

@@ -1,7 +1,7 @@
 """NeMo's searches: copied off the device at once, and captured where the weights stay.
 
-No GPU is at hand: the searches run on the CPU in NeMo's stand-in for graphs, the same code uncaptured. Like a graph it
-keeps what NeMo computes when it captures, so that a search that outlives its weights or its list is seen.
+No GPU is at hand: the searches run on the CPU with a stand-in for their graphs. Like a graph it keeps what NeMo
+computes when it captures, so that a search that outlives its weights or its list is seen.
 """
 
 from __future__ import annotations
@@ -11,59 +11,34 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import captured
 from helpers.rescored import encoded
-from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
-from nemo.collections.asr.parts.submodules.rnnt_malsd_batched_computer import ModifiedALSDBatchedRNNTComputer
-from nemo.collections.asr.parts.submodules.tdt_malsd_batched_computer import ModifiedALSDBatchedTDTComputer
-from nemo.collections.asr.parts.submodules.transducer_decoding import rnnt_label_looping, tdt_label_looping
 
 from nemo_llm_feedback.asr import heads, searches
 from nemo_llm_feedback.asr.heads import Labels, heads_of
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.hypotheses.boosting import Boosting, ListBoosting
+from nemo_llm_feedback.hypotheses.boosting import Boosting
 from nemo_llm_feedback.hypotheses.proposals import Proposer
 from nemo_llm_feedback.training.models import restore
 
 KINDS = ["ctc_bpe", "rnnt_bpe", "tdt_bpe"]
 LISTS = [("soy latte",), ("mocha", "tea"), ("large",)]
-# NeMo's searches, and what each runs where it captures.
-CAPTURED = {
-    BatchedBeamCTCComputer: "batched_beam_search_cuda_graphs",
-    ModifiedALSDBatchedRNNTComputer: "modified_alsd_cuda_graphs",
-    ModifiedALSDBatchedTDTComputer: "modified_alsd_cuda_graphs",
-    rnnt_label_looping.GreedyBatchedRNNTLabelLoopingComputer: "cuda_graphs_impl",
-    tdt_label_looping.GreedyBatchedTDTLabelLoopingComputer: "cuda_graphs_impl",
-}
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """NeMo's stand-in for graphs, on the CPU; counts what is made and what runs captured."""
+    """Searches run captured; counts captures and replays."""
     count: Counter[str] = Counter()
+    capture, replay = captured.capture, captured.Replay.replay
 
-    for kind, name in CAPTURED.items():
-        run, plain = getattr(kind, name), kind.__call__
+    def counted(name: str, function: Any) -> Any:
+        return lambda one: count.update([name]) or function(one)
 
-        def allow(self: Any) -> bool:
-            self.cuda_graphs_mode = self.CudaGraphsMode.NO_GRAPHS if self.allow_cuda_graphs else None
-            self.state = None
-            return bool(self.allow_cuda_graphs)
-
-        def call(
-            self: Any, x: Any, out_len: Any, *args: Any, run: Any = run, plain: Any = plain, **kwargs: Any
-        ) -> Any:
-            if self.cuda_graphs_mode is None:
-                return plain(self, x, out_len, *args, **kwargs)
-            count["made"] += self.state is None
-            count["runs"] += 1
-            return run(self, x, out_len, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "maybe_enable_cuda_graphs", allow)
-        monkeypatch.setattr(kind, "__call__", call)
-    monkeypatch.setattr(searches, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(ListBoosting, "compatible_with_cuda_graphs", lambda self: True)
+    monkeypatch.setattr(captured, "capture", counted("captures", capture))
+    monkeypatch.setattr(captured.Replay, "replay", counted("replays", replay))
+    captured.stand_in(monkeypatch.setattr)
     return count
 
 
@@ -137,4 +112,4 @@ def test_the_setting_captures_once_for_all_batches_with_one_list(
         assert bool(captures) is graphs
     assert made[True] == made[False]
     searched = 2 if kind == "ctc_bpe" else 3  # beam, boosted beam, and a transducer's greedy search
-    assert captures == {"made": searched, "runs": 3 * searched}
+    assert captures == {"captures": searched, "replays": 3 * searched}
