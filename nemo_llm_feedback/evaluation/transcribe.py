@@ -64,7 +64,7 @@ def decode_rows(
     Args:
         model: a NeMo CTC, transducer or hybrid model.
         rows: manifest rows, not tarred.
-        head: ``ctc``, ``transducer``, or ``auto`` = the one that ``transcribe`` would use.
+        head: ``ctc``, ``transducer``, or ``auto`` and ``both`` = the one that ``transcribe`` would use.
         batch_size: rows per batch.
         nbest: settings of the N-best lists; None = no such lists.
         run_context: the run's context; its terms and the row's are boosted in the N-best.
@@ -132,8 +132,7 @@ def score_sets(
     found, head, context = {}, config.feedback.heads, config.context.load()
     for name, rows in sets.items():
         with progress(f"transcribing {name}", len(rows)) as on_batch:
-            which = "auto" if head == "both" else head
-            texts = decode(model, rows, head=which, batch_size=batch_size, on_batch=on_batch).texts
+            texts = decode(model, rows, head=head, batch_size=batch_size, on_batch=on_batch).texts
         found[name] = score_rows(rows, texts, run_context=context, normalizer=config.feedback.normalizer)
     return found
 

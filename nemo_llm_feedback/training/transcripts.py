@@ -53,7 +53,7 @@ def transcribed(
         batch_size: rows per batch of the sets.
     """
     scores = score_sets(model, sets, config, batch_size=batch_size, decode=decode_shared)
-    return scores, decode_shared(model, pool)
+    return scores, decode_shared(model, pool, head=config.feedback.heads)
 
 
 class StartTranscripts(pl.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from helpers.tiny import KINDS, stock_class, write_manifest
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
+from nemo_llm_feedback.data.manifests import read_manifest
+from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.training.callbacks import entity_validation
 from nemo_llm_feedback.training.models import restore
+from nemo_llm_feedback.training.transcripts import transcribed
 
 
 class Preference:
@@ -177,6 +182,31 @@ def test_hybrid_adapts_only_the_head_asked_for(nemo_file: Any, tmp_path: Path) -
     moved = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"encoder", "ctc_decoder"}
     assert [h.name for h in heads_of(model)] == ["transducer", "ctc"]
+
+
+def test_what_is_measured_of_a_hybrid_is_the_head_that_learns(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curve during training, and what stands before and after it, were of two heads."""
+    model = restore(nemo_file("hybrid_bpe"), map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 2)
+    rows = read_manifest(write_manifest(tmp_path / "dev.json", TEXTS[:2]))
+    model.setup_feedback(config(manifest, feedback={"heads": "ctc"}), work_dir=tmp_path, reward=label_reward)
+    settings = begin(model).config
+    expected = [transcribe_rows(model, rows, head=head) for head in ("ctc", "transducer")]
+    assert expected[0] != expected[1]
+
+    scored: list[list[str]] = []
+    score = entity_validation.score_rows
+    monkeypatch.setattr(
+        entity_validation,
+        "score_rows",
+        lambda rows, texts, **kw: scored.append(list(texts)) or score(rows, texts, **kw),
+    )
+    trainer: Any = SimpleNamespace(sanity_checking=False, global_step=1, loggers=[], callbacks=[])
+    entity_validation.EntityValidation({"dev": rows}).on_validation_end(trainer, model)
+    scores, pool = transcribed(model, {"dev": rows}, rows, settings, batch_size=2)
+    assert [scored[0], list(scores["dev"].hypotheses), list(pool.texts)] == [expected[0]] * 3
 
 
 def test_a_banded_loss_is_within_the_tolerance(

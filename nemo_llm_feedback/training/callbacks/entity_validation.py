@@ -41,7 +41,7 @@ class EntityValidation(pl.Callback):
         config = pl_module.feedback.config
         context, normalizer = config.context.load(), config.feedback.normalizer
         for name, rows in self._sets.items():
-            texts = decode_shared(pl_module, rows).texts
+            texts = decode_shared(pl_module, rows, head=config.feedback.heads).texts
             scores = score_rows(rows, texts, run_context=context, normalizer=normalizer)
             values = {f"val/{name}/{m}": scores.value(m) for m in _METRICS}
             values = {key: value for key, value in values.items() if value == value}
