@@ -6,10 +6,10 @@
 
 Each step is ``training_step``, backward pass, clipping and AdamW, in one run of Lightning's trainer on one model. Its
 batches take turns: a batch with text, which is NeMo's step and nothing else, then the same audio without text, whose
-hypotheses are proposed and scored anew (*fresh*) or kept. A ratio is the median over the rounds of seconds of CPU time
-÷ the supervised step's of that round. NeMo has no TDT loss on a CPU and a slow one for RNN-T: there, and for RNN-T by
-``--own-loss``, rows with text are learned by the exact likelihood of this package. The models and the LLM are random;
-the bias of blank is set so that a quarter of the frames emit.
+eight hypotheses are proposed and scored anew (*fresh*) or kept. A ratio is the median over the rounds of the step's
+CPU time ÷ the supervised step's of that round. NeMo has no TDT loss on a CPU and a slow one for RNN-T: there, and for
+RNN-T by ``--own-loss``, rows with text are learned by this package's exact likelihood. Models and LLM are random; the
+bias of blank is set so that a quarter of the frames emit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STEPS = ("supervised", "fresh", "supervised", "kept")  # of a round; the first r
 FRAME = 0.08  # seconds
 SETTINGS = """trainer=cpu seed=1 model.train_ds.shuffle=false model.train_ds.num_workers=0 feedback.refresh_every=4
     model.optim.lr=1e-5 reward.alpha=0.1 reward.beta=1 proposals.boosting_weights=[] proposals.swap_similarity=20
-    guards.every=0 guards.held_out=0 context.terms=[{terms}]"""
+    proposals.max_symbols=2 proposals.max_members=8 guards.every=0 guards.held_out=0 context.terms=[{terms}]"""
 
 
 class Clock(pl.Callback):
@@ -107,10 +107,9 @@ def measure(family: str, folder: Path, *, shape: str, rounds: int, own_loss: boo
         emit_in_a_quarter(model, manifest)
     model.setup_feedback(compose_config([*SETTINGS.format(terms=",".join(WORDS[:20])).split(), *places]))
     clock = Clock()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    options = {"accelerator": "cpu", "devices": 1, "max_steps": (rounds + 1) * len(STEPS), "gradient_clip_val": 1.0}
-    callbacks = [clock, *([OwnLoss()] if own_loss else [])]
-    trainer = pl.Trainer(**options, **quiet, num_sanity_val_steps=0, callbacks=callbacks)
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options |= {"accelerator": "cpu", "devices": 1, "max_steps": (rounds + 1) * len(STEPS), "gradient_clip_val": 1.0}
+    trainer = pl.Trainer(**options, num_sanity_val_steps=0, callbacks=[clock, *([OwnLoss()] if own_loss else [])])
     model.set_trainer(trainer)
     with mock.patch.object(ScoreCache, "get_many", return_value={}):  # the LLM judges every fresh group
         trainer.fit(model)
