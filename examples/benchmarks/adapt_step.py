@@ -28,7 +28,7 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-from gpu_check import SMOLLM2, emit_in_a_quarter
+from gpu_check import SMOLLM2, emit_labels
 from helpers.tiny import build_nemo, make_tokenizer, write_manifest
 from helpers.tiny_llm import make_tiny_llm
 from likelihood_problem import FULL, SMALL, TINY, Shape
@@ -104,7 +104,7 @@ def measure(family: str, folder: Path, *, shape: str, rounds: int, own_loss: boo
     places += [f"model.train_ds.batch_size={sizes.rows}", f"feedback.pool_utterances={sizes.rows}"]
     model = restore(base, map_location="cpu")
     if family != "ctc":
-        emit_in_a_quarter(model, manifest)
+        emit_labels(model, manifest)
     model.setup_feedback(compose_config([*SETTINGS.format(terms=",".join(WORDS[:20])).split(), *places]))
     clock = Clock()
     options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
