@@ -33,6 +33,9 @@ from nemo_llm_feedback.asr.searches import (
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.trie import PrefixTrie
 
+UNKNOWN = ("<unk>", "[UNK]")
+"""Labels that stand for whatever the checkpoint lacks."""
+
 # The band's bounds cost as much as they save on a narrow joint (docs/performance.md): from this size of the joint's
 # last layer on (labels × width) it is on by default, with this tolerance in nats.
 BAND_SIZE, BAND_TOLERANCE = 160_000, 1e-3
@@ -64,6 +67,11 @@ class Vocabulary:
     def ids(self) -> dict[str, int]:
         """Label → id."""
         return {label: i for i, label in enumerate(self.labels)}
+
+    @cached_property
+    def unknown(self) -> frozenset[int]:
+        """Ids of the labels that stand for whatever the checkpoint lacks."""
+        return frozenset(i for i, label in enumerate(self.labels) if label in UNKNOWN)
 
     def text_to_ids(self, text: str) -> list[int]:
         """Label ids of a text; characters the model lacks are left out (character models) or unknown (BPE)."""

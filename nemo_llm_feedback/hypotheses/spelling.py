@@ -6,11 +6,10 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-from nemo_llm_feedback.asr.heads import Labels, Vocabulary
+from nemo_llm_feedback.asr.heads import UNKNOWN, Labels, Vocabulary
 from nemo_llm_feedback.core.text import plain_marks
 
-_UNKNOWN = ("<unk>", "[UNK]")
-UNKNOWN_SIGNS = ("⁇", *_UNKNOWN)
+UNKNOWN_SIGNS = ("⁇", *UNKNOWN)
 """What decoders write for the unknown label."""
 
 
@@ -73,7 +72,7 @@ def unwritable(texts: Iterable[str], vocabulary: Vocabulary) -> list[str]:
 
 def without_unknown(labels: Iterable[int], vocabulary: Vocabulary) -> Labels:
     """A label sequence without the unknown label."""
-    labels, unknown = tuple(labels), _unknown(vocabulary)
+    labels, unknown = tuple(labels), vocabulary.unknown
     return labels if unknown.isdisjoint(labels) else tuple(label for label in labels if label not in unknown)
 
 
@@ -88,8 +87,3 @@ def _labels(text: str, vocabulary: Vocabulary) -> Labels | None:
 @lru_cache(maxsize=65536)
 def _writes(char: str, vocabulary: Vocabulary) -> bool:
     return char.isspace() or _labels(char, vocabulary) is not None
-
-
-@lru_cache(maxsize=64)
-def _unknown(vocabulary: Vocabulary) -> frozenset[int]:
-    return frozenset(i for i, label in enumerate(vocabulary.labels) if label in _UNKNOWN)

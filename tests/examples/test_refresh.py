@@ -15,8 +15,15 @@ def test_a_refresh_scores_its_candidates_once_whatever_the_lists(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     refresh = load_script("examples/benchmarks/refresh.py")
-    found = refresh.measure("rnnt", tmp_path, size="small", own_lists=own_lists)
-    calls = {stage: numbers[0] for stage, numbers in found["stages"].items()}
-    assert calls["boosted beam"] == calls["beam"] == calls["greedy"] == calls["log p of candidates"] == 1
-    assert all(numbers[1] > 0 for numbers in found["stages"].values())
+    monkeypatch.setattr(refresh.joint, "_CPU_CHUNK_MB", refresh.joint._CPU_CHUNK_MB)  # is set
+    found = refresh.measure("rnnt", tmp_path / "plain", size="small", own_lists=own_lists)
+    counts = found["stages"]
+    searches = ("boosted beam", "beam", "greedy")
+    assert {counts[stage]["calls"] for stage in (*searches, "log p of candidates")} == {1}
+    assert all(numbers["operators"] >= numbers["launches"] for numbers in counts.values())
     assert found["members"] >= 2
+    captured = refresh.measure("rnnt", tmp_path / "graphs", size="small", own_lists=own_lists, cuda_graphs=True)
+    assert captured["members"] == found["members"]
+    assert captured["stages"]["inside CUDA graphs"]["calls"] == 3
+    for stage in searches:
+        assert captured["stages"][stage]["launches"] < counts[stage]["launches"] / 2
