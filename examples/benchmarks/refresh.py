@@ -192,10 +192,12 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(KINDS), choices=list(KINDS), help="heads to measure")
     parser.add_argument("--own-lists", action="store_true", help="a list of terms per utterance")
     parser.add_argument("--cuda-graphs", action="store_true", help="proposals.cuda_graphs, with stand-ins for graphs")
+    parser.add_argument("--rows", type=int, help="utterances in the batch")
     parser.add_argument("--size", default="full", choices=list(SIZES), help="small: to test this script")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
     nemo_logging.setLevel(logging.ERROR)
+    SIZES[options.size]["rows"] = options.rows or SIZES[options.size]["rows"]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="refresh_") as name:
         for family in options.families:
