@@ -225,14 +225,14 @@ class CTCHead(Head):
         """See :class:`Head`; NeMo's ``beam_batch`` without word insertion bonus and with padding made neutral."""
         from nemo.collections.asr.parts.submodules.ctc_batched_beam_decoding import BatchedBeamCTCComputer
 
-        def make(graphs: bool) -> Any:
+        def _make(graphs: bool) -> Any:
             options = {"return_best_hypothesis": False, "beam_beta": 0.0, "allow_cuda_graphs": graphs}
             return BatchedBeamCTCComputer(self.vocabulary.vocab_size, size, **options, **fusion(boosting))
 
         with torch.no_grad():
             log_probs = without_padding(self._log_probs(encoded), lengths)
             settings: dict[str, Any] = {"settings": (size,), "boosting": boosting, "dtype": log_probs.dtype}
-            found = self._searches.run(make, log_probs, lengths, kind="beam", **settings)
+            found = self._searches.run(_make, log_probs, lengths, kind="beam", **settings)
         return beam_labels(found, rows=len(lengths), by_length=False, collapse=True)
 
     def greedy(self, encoded: Tensor, lengths: Tensor, *, max_symbols: int) -> list[Labels]:
@@ -312,14 +312,14 @@ class TransducerHead(Head):
         modes = {"blank_lm_score_mode": BlankLMScoreMode.LM_WEIGHTED_FULL, "pruning_mode": PruningMode.LATE}
         kind = BeamBatchedTDTInfer if self.durations else BeamBatchedRNNTInfer
 
-        def make(graphs: bool) -> Any:
+        def _make(graphs: bool) -> Any:
             options = {"beam_size": size, "max_symbols_per_step": max_symbols, "allow_cuda_graphs": graphs}
             search = kind(search_type="malsd_batch", **modes, **options, **fusion(boosting), **self._modules())
             return lambda x, frames: search.decoding_computer(x=x.transpose(1, 2), out_len=frames)[0]
 
         parts = (*self._decoder.modules(), *self._joint.modules())
         with torch.inference_mode(), in_modes([(part, False) for part in parts]):
-            found = self._run(make, encoded, lengths, kind="beam", settings=(size, max_symbols), boosting=boosting)
+            found = self._run(_make, encoded, lengths, kind="beam", settings=(size, max_symbols), boosting=boosting)
             return beam_labels(found, rows=len(lengths), by_length=True, collapse=False)
 
     def _run(self, make: Any, encoded: Tensor, lengths: Tensor, **what: Any) -> Any:
@@ -341,11 +341,11 @@ class TransducerHead(Head):
 
         kind = nemo.GreedyBatchedTDTInfer if self.durations else nemo.GreedyBatchedRNNTInfer
 
-        def make(graphs: bool) -> Any:
+        def _make(graphs: bool) -> Any:
             search = kind(max_symbols_per_step=max_symbols, use_cuda_graph_decoder=graphs, **self._modules())
             return lambda x, frames: search(encoder_output=x, encoded_lengths=frames)[0]
 
-        found = self._run(make, encoded, lengths, kind="greedy", settings=(max_symbols,))
+        found = self._run(_make, encoded, lengths, kind="greedy", settings=(max_symbols,))
         return [plain_labels(hyp.y_sequence) for hyp in found]
 
     def sample(self, encoded: Tensor, lengths: Tensor, *, size: int, generator: torch.Generator) -> list[list[Labels]]:
