@@ -58,7 +58,9 @@ def save_kept(folder: Path, step: int, weights: Weights) -> None:
     steps = [re.search(r"step=(\d+)", path.name) for path in folder.glob("*.ckpt")]
     if all(steps):  # of checkpoints that are named otherwise it is not known which they need
         kept = {int(path.stem.rpartition("=")[2]): path for path in folder.glob("kept-step=*.pt")}
-        named = {max((k for k in kept if k <= int(found[1])), default=step) for found in steps if found}
+        # NeMo logs the step before it is taken, so a checkpoint may be of the step after the one in its name.
+        taken = [int(found[1]) + late for found in steps if found for late in (0, 1)]
+        named = {max((k for k in kept if k <= last), default=step) for last in taken}
         for unused in kept.keys() - named - {step}:
             kept[unused].unlink()
 

@@ -274,6 +274,7 @@ def _cached(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
 def _statistics(folder: Path) -> dict[str, Any]:
     """Pool statistics of two ranks, of which the second has a single hypothesis per utterance: no spread."""
+    from contextlib import nullcontext
     from dataclasses import asdict
     from types import SimpleNamespace
 
@@ -289,7 +290,8 @@ def _statistics(folder: Path) -> dict[str, Any]:
     scores = torch.tensor([[0.0, 2.0]])[:, :size]
     parts = {"llm": 3 * scores, "asr": -scores, "length": scores}
     nbest = NBestBatch((f"u{rank}",), (Context(),), (members,), {"ctc": -scores}, {"ctc": scores}, parts=parts)
-    maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest, texts: nbest)
+    proposer = SimpleNamespace(same_weights=nullcontext)
+    maker: Any = SimpleNamespace(make=lambda *args: nbest, judged_anew=lambda nbest, texts: nbest, proposer=proposer)
     pool: Any = [
         EncodedAudio(SimpleNamespace(utterances=("u",), contexts=(Context(),), external=(), texts=()), 0, 0)  # type: ignore[arg-type]
     ]

@@ -542,9 +542,16 @@ MUTANTS = (
     Mutant(
         "best weights that an older checkpoint needs are removed",
         "training/weights.py",
-        "max((k for k in kept if k <= int(found[1])), default=step)",
+        "max((k for k in kept if k <= last), default=step)",
         "max(kept)",
         f"{CHOICE}::test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them",
+    ),
+    Mutant(
+        "best weights of a checkpoint that is a step older than its name are removed",
+        "training/weights.py",
+        "for late in (0, 1)",
+        "for late in (0,)",
+        f"{CHOICE}::test_best_weights_stay_for_a_checkpoint_that_is_of_the_step_after_its_name",
     ),
     Mutant(
         "a resumed run forgets the kept groups",

@@ -210,6 +210,15 @@ def test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them(tmp
         load_kept(kept_name(1), folder, tmp_path)
 
 
+def test_best_weights_stay_for_a_checkpoint_that_is_of_the_step_after_its_name(tmp_path: Path) -> None:
+    """NeMo names a checkpoint by the step that it logged, which is the one before the step that was taken."""
+    weights = snapshot(torch.nn.Linear(1, 1))
+    save_kept(tmp_path, 3, weights)
+    (tmp_path / "a--global_step=2.0000-epoch=0.ckpt").touch()
+    save_kept(tmp_path, 5, weights)
+    assert load_kept(kept_name(3), tmp_path).keys() == weights.keys()
+
+
 def test_a_resumed_run_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     checkpoints = tmp_path / "n" / "checkpoints"
     checkpoints.mkdir(parents=True)

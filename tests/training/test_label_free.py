@@ -188,7 +188,7 @@ def test_a_rate_is_judged_by_the_loss_and_a_trial_in_which_it_never_falls_is_tol
     evaluator: Any = SimpleNamespace(measure=lambda model, *, step: SimpleNamespace(gain=-3.0), audio=[])
     config = parse_run_config({"reward": {"name": "length"}, "parameters": {"lr_trial_steps": 2}})
     model = SimpleNamespace(
-        feedback=SimpleNamespace(config=config, rates=(1e-4, 1e-5)),
+        feedback=SimpleNamespace(config=config, rates=(1e-4, 1e-5), release_llm=lambda: None),
         trainer=SimpleNamespace(accumulate_grad_batches=1),
         pool_batches=lambda: iter("abc"),
     )

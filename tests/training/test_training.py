@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,7 +419,8 @@ def test_the_strength_of_boosting_is_the_one_with_the_best_rewarded_members() ->
 
     def build(config: RunConfig) -> Any:
         values = [best[config.proposals.boosting_weight], float("nan"), -5.0]
-        return SimpleNamespace(make=lambda *args: SimpleNamespace(rewards={"ctc": torch.tensor([values, values])}))
+        made = SimpleNamespace(rewards={"ctc": torch.tensor([values, values])})
+        return SimpleNamespace(make=lambda *args: made, proposer=SimpleNamespace(same_weights=nullcontext))
 
     def chosen(context: Context) -> float:
         audio = SimpleNamespace(utterances=("a", "b"), contexts=(context,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ class _Maker:
 
     def __init__(self, config: RunConfig) -> None:
         self._trust = Trust.of(config.reward)
-        self.proposer = SimpleNamespace(config=config.proposals)
+        self.proposer = SimpleNamespace(config=config.proposals, same_weights=nullcontext)
 
     def make(self, *batch: Any) -> NBestBatch:
         members, logp = [], []
