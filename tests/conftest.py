@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+settings.register_profile("the same examples in every run", derandomize=True)
+settings.load_profile("the same examples in every run")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -19,6 +24,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _quiet() -> None:
     torch.set_num_threads(1)
     logging.getLogger("nemo_logger").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, alone or behind others; Hypothesis likewise, by its profile."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

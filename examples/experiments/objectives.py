@@ -47,7 +47,7 @@ PROBED = {
 }
 # What a run adds to the quickstart: as many updates and refreshes for all, no held-out choice of weights.
 RUN = ["trainer.max_steps=60", "trainer.val_check_interval=60", "feedback.refresh_every=20", "guards.every=0"]
-COMPARED = ("distill", "gspo", "dpo, no reference", "mwer", "grpo", "grpo, for samples")
+COMPARED = ("distill", "gspo, label", "gspo", "dpo, no reference", "mwer", "grpo")
 RATES = (1e-3, 3e-4)
 COLUMNS = ("best", "favourite", "outside", "chosen", "clipped", "pull_best", "pull_favourite", "pull_others")
 

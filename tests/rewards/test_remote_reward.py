@@ -201,6 +201,7 @@ def test_the_deadline_holds_for_all_requests_together(stub: Stub, llm: Path) -> 
 
 
 def test_waits_grow_with_jitter_and_have_a_limit(stub: Stub, llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "random", SimpleNamespace(Random=lambda: random.Random(0)))
     remote = scorer(stub, llm, retries=11, deadline_s=1e6)
     monkeypatch.setattr(client_module, "_FIRST_WAIT", 0.5)
     waits: list[float] = []
