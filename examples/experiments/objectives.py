@@ -46,7 +46,8 @@ PROBED = {
     "dpo, worst": ["objective=dpo", "objective.reference_free=false", "objective.rejected=worst"],
 }
 # What a run adds to the quickstart: as many updates and refreshes for all, no held-out choice of weights.
-RUN = ["trainer.max_steps=60", "trainer.val_check_interval=60", "feedback.refresh_every=20", "guards.every=0"]
+RUN = ["trainer.max_steps=60", "trainer.val_check_interval=60", "feedback.refresh_every=20"]
+RUN += ["guards.every=0", "guards.everyday=none"]
 COMPARED = ("distill", "gspo, label", "gspo", "dpo, no reference", "mwer", "grpo")
 RATES = (1e-3, 3e-4)
 COLUMNS = ("best", "favourite", "outside", "chosen", "clipped", "pull_best", "pull_favourite", "pull_others")
@@ -169,10 +170,7 @@ def run(options: argparse.Namespace) -> None:
     for rate, name in itertools.product(RATES, options.only or COMPARED):
         if (name, rate) in known:
             continue
-        more = [f"model.optim.lr={rate}", f"exp_manager.exp_dir={options.out / 'runs'}"]
-        more += [f"name={name.replace(', ', '_').replace(' ', '_')}_{rate:g}", "trainer=cpu"]
-        more += [f"model.validation_ds.manifest_filepath={options.target}", "+trainer.enable_progress_bar=false"]
-        result: Any = adapt(settings(options, *more, *RUN, *PROBED[name]))
+        result: Any = adapt(run_settings(options, name, rate))
         (before,), (after,) = result.before.values(), result.after.values()
         found = {
             f"{metric}_{when}": round(scores.value(metric), 1)
@@ -182,6 +180,21 @@ def run(options: argparse.Namespace) -> None:
         done.append({"objective": name, "rate": rate, **found})
         write_csv(table, done)
         print(done[-1], flush=True)
+
+
+def run_settings(options: argparse.Namespace, name: str, rate: float) -> Any:
+    """The settings of one run."""
+    return settings(
+        options,
+        f"model.optim.lr={rate}",
+        f"exp_manager.exp_dir={options.out / 'runs'}",
+        f"name={name.replace(', ', '_').replace(' ', '_')}_{rate:g}",
+        "trainer=cpu",
+        f"model.validation_ds.manifest_filepath={options.target}",
+        "+trainer.enable_progress_bar=false",
+        *RUN,
+        *PROBED[name],
+    )
 
 
 def picture(options: argparse.Namespace) -> None:

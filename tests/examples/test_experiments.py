@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +206,20 @@ def test_a_fresh_draw_leaves_out_what_pool_and_dev_say(
         (row,) = bed.read_rows(fresh / f"{name}.json")
         assert row["text"] == f"new 7 {name}"
         assert row["audio_filepath"] == str(fresh / f"new 7 {name}.ogg")
+
+
+def test_every_run_of_an_objective_has_settings_that_adapt_accepts(
+    bed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import objectives
+
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(objectives.importlib.util, "find_spec", lambda _: package)
+    options = argparse.Namespace(out=tmp_path, target=tmp_path / "dev.json")
+    for name, rate in itertools.product(objectives.COMPARED, objectives.RATES):
+        cfg = objectives.run_settings(options, name, rate)
+        assert parse_run_config(cfg).objective.name == name.partition(",")[0]
+        assert cfg.model.optim.lr == rate
 
 
 def test_settings_given_reach_every_row(bed: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
