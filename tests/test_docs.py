@@ -69,6 +69,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, nemo_file: Any, tiny_llm: Pa
     shutil.copy(nemo_file("rnnt_bpe"), pretrained)
     shutil.copytree(tiny_llm, folder / "Qwen" / "Qwen2.5-7B-Instruct")
     write_manifest(folder / "calls_unlabeled.json", [None] * 12)
+    for side in ("agent", "caller"):
+        write_manifest(folder / f"{side}.json", [None] * 2)
     write_manifest(folder / "dev.json", ["a latte", "one mocha", "soy milk"], entities=[["latte"], ["mocha"], []])
     write_manifest(folder / "transcribed.json", ["a latte", "one mocha", "soy milk"] * 4)
     for i in range(2):

@@ -57,7 +57,7 @@ class ScoreReport:
         weights: the reward's weights; None for a reward without any.
         formula: the reward as a sum of its parts; empty for a reward without weights.
         trusted: other recogniser → what these rows say of it; empty where trust is set or there is none.
-        chosen, greedy: index of each row's best-rewarded member, and of the recogniser's choice.
+        chosen, greedy: index of each row's best-rewarded member, and of the recogniser's own text.
         signal_fraction: share of groups whose rewards differ by more than ``objective.min_spread``.
         spread: reward and component → mean within-group standard deviation, in its unit.
         unjudged: members that the reward could not judge.
@@ -242,7 +242,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
     formula = f"reward = {report.formula}; " if report.formula else ""
-    lines = [f"{formula}> best-rewarded, = the recogniser's choice, ref the row's text", ""] if show > 0 else []
+    lines = [f"{formula}> the choice: highest reward, = greedy: the recogniser's own text, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
         lines += [_row_text(report, i, members), ""]
     texts, sizes = report.nbest.texts, report.nbest.sizes
