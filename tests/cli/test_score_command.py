@@ -133,7 +133,7 @@ def test_a_second_run_takes_all_from_the_cache_and_loads_no_llm(scored, flags, t
     assert "not loaded: every score was in the cache" in text
     assert "cache hit rate 100.0 %" in text
     assert text.count(" hypotheses)") == 1
-    assert re.search(r"^reward = [\d.]+·llm \+ [\d.]+·length \+ asr; > the choice: highest reward, = greedy: the", text)
+    assert re.search(r"^reward = [\d.]+·llm \+ [\d.]+·length \+ asr; > the choice \(highest reward\), = greedy", text)
     assert re.search(r"^\S+@0\.000\+[\d.]+  \([23] of \d+ hypotheses\)$", text, flags=re.M), text
     assert " errors " in text
     assert "groups with signal" in text

@@ -242,7 +242,7 @@ def report_text(report: ScoreReport, *, show: int, members: int) -> str:
         members: how many of each are printed, the best-rewarded first; greedy is always among them.
     """
     formula = f"reward = {report.formula}; " if report.formula else ""
-    lines = [f"{formula}> the choice: highest reward, = greedy: the recogniser's own text, ref the row's text", ""] if show > 0 else []
+    lines = [f"{formula}> the choice (highest reward), = greedy, ref the row's text", ""] if show > 0 else []
     for i in range(min(show, len(report.rows))):
         lines += [_row_text(report, i, members), ""]
     texts, sizes = report.nbest.texts, report.nbest.sizes
