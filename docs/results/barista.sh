@@ -104,3 +104,7 @@ python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --ag
     $(row long self_training) $(row long self_training_others) $(row long feedback) $(row long feedback_others) \
     wide_self_training_others=wide408/self_training_others_seed1.nemo wide_feedback=wide408/feedback_seed1.nemo \
     wide_others=wide408/feedback_others_seed1.nemo   # on dev with $B/dev.json and $(row generations feedback) as well
+python examples/experiments/bars.py docs/results/barista_smollm2_test.csv docs/img/barista_bars.png "base=base" \
+    "self-training=long: self-training on the 1-best" "LLM feedback=long: LLM feedback" "… more updates, wider general speech=wide: LLM feedback" \
+    "… and Whisper's transcripts=wide: LLM feedback with Whisper's transcripts as hypotheses" \
+    "training on Whisper's transcripts=wide: self-training on Whisper's transcripts"
