@@ -70,14 +70,14 @@ def check(overrides: list[str]) -> None:
     assert type(tree["report_audio"]) is bool
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None)
 @given(OVERRIDES)
 def test_some_overrides_end_in_sense_or_in_a_typed_error(parts: tuple[str, str, str]) -> None:
     check(_overridden(parts))
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(OVERRIDES, min_size=1, max_size=2))
 def test_a_thousand_overrides_end_in_sense_or_in_a_typed_error(several: list[tuple[str, str, str]]) -> None:
     check([*NEEDED, *(_overridden(parts)[-1] for parts in several)])

@@ -79,7 +79,6 @@ def _fuzz(folder: Path, count: int) -> None:
         max_examples=count // LINES,
         deadline=None,
         database=None,
-        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.lists(lines, min_size=LINES, max_size=LINES))
