@@ -45,7 +45,7 @@ WORDS = ["".join(random.Random(i).choices(SOUNDS, k=3)) for i in range(4000)]  #
 STEPS = ("supervised", "fresh", "supervised", "kept")  # of a round; the first round warms up
 FRAME = 0.08  # seconds
 SETTINGS = """trainer=cpu seed=1 model.train_ds.shuffle=false model.train_ds.num_workers=0 feedback.refresh_every=4
-    model.optim.lr=1e-5 reward.alpha=0.1 reward.beta=1 proposals.boosting_weights=[] proposals.swap_similarity=20
+    model.optim.lr=1e-9 reward.alpha=0.1 reward.beta=1 proposals.boosting_weights=[] proposals.swap_similarity=20
     proposals.max_symbols=2 proposals.max_members=8 guards.every=0 guards.held_out=0 context.terms=[{terms}]"""
 
 

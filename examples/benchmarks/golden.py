@@ -62,7 +62,7 @@ COMMON = f"""{LIST} seed=1 trainer=cpu trainer.max_steps=20 +trainer.enable_prog
     exp_manager.create_checkpoint_callback=false exp_manager.create_tensorboard_logger=false"""
 FIXED = "llm=full model.optim.lr=1e-3 reward.alpha=0.1 reward.beta=1 proposals.boosting_weights=[] guards.every=0"
 SAMPLES = "proposals.beam=0 proposals.boosted=0 proposals.term_swap=0 proposals.samples=4"
-OBJECTIVES = dict.fromkeys(("distill", "mwer", "grpo", "dpo", "self_training"), "") | {"reinforce": SAMPLES}
+OBJECTIVES = dict.fromkeys(("distill", "mwer", "grpo", "gspo", "dpo", "self_training"), "") | {"reinforce": SAMPLES}
 # A hybrid samples from one head; of a random TDT most samples leave the audio, and a group needs one that does not.
 OF_BOTH = {("hybrid", "reinforce"): "feedback.heads=transducer", ("tdt", "reinforce"): "proposals.samples=24"}
 PHASES = {"inline": "llm.phase=inline", "cached": "llm.phase=cached"}

@@ -47,7 +47,7 @@ from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.hypotheses import boosting, maker, proposals
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
-from nemo_llm_feedback.llm import load_llm
+from nemo_llm_feedback.llm import engine, load_llm
 from nemo_llm_feedback.llm.encoding import PromptEncoder
 from nemo_llm_feedback.llm.engine import Engine
 from nemo_llm_feedback.llm.packing import PackedBatch
@@ -116,9 +116,9 @@ def watched(kind: type) -> list[tuple[Any, str, str]]:
     parts: list[tuple[Any, str, str]] = [(kind, "greedy", "greedy"), (kind, "beam", "beam")]
     parts += [(GPUBiasingMultiModel, "advance", "boosting trees"), (kind, "score", "log p of candidates")]
     parts += [(captured.Replay, "replay", "inside CUDA graphs")]
-    parts += [(Engine, "_hidden", "LLM"), (Engine, "plain_score", "LLM")]
+    parts += [(Engine, "_hidden", "LLM"), (Engine, "plain_score", "LLM"), (engine, "pair_logp", "LLM")]
     parts += [(PackedBatch, name, "Python: packing") for name in ("__init__", "trie_mask", "sums")]
-    parts += [(PromptEncoder, "encode_text", "Python: encode_text"), (boosting, "boosting_tree", "Python: trees")]
+    parts += [(PromptEncoder, "encode_texts", "Python: encode_texts"), (boosting, "boosting_tree", "Python: trees")]
     parts += [(proposals, name, f"Python: {name}") for name in ("swap_terms", "written_labels")]
     parts += [(maker, name, f"Python: {name}") for name in ("build_members", "to_hypothesis")]
     parts += [(PrefixTrie, "build", "Python: PrefixTrie.build")]

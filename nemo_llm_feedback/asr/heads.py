@@ -69,6 +69,21 @@ class Vocabulary:
         return {label: i for i, label in enumerate(self.labels)}
 
     @cached_property
+    def by_word(self) -> bool:
+        """Whether the labels of a text are those of its words in turn, as no label spans a space (SentencePiece)."""
+        if self.tokenizer is None or "▁" not in self.labels or any("▁" in label[1:] for label in self.labels):
+            return False
+        letter = next((label[-1] for label in self.labels if label[-1:].isalpha()), "")
+        return bool(letter) and self.text_to_ids(f"{letter} {letter}") == 2 * self.text_to_ids(letter)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.labels)
+
+    def __hash__(self) -> int:  # as a key of caches it is hashed per text
+        return self._hash
+
+    @cached_property
     def unknown(self) -> frozenset[int]:
         """Ids of the labels that stand for whatever the checkpoint lacks."""
         return frozenset(i for i, label in enumerate(self.labels) if label in UNKNOWN)

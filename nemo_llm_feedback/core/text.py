@@ -22,6 +22,7 @@ with its iteration marks and extensions. Korean has spaces."""
 # Vowel signs and tones that combine with the character before them, in these scripts.
 _MARKS = "".join(char for char in map(chr, range(0x0E00, 0x3100)) if unicodedata.category(char)[0] == "M")
 _WORD = re.compile(rf"{UNSPACED.pattern}[{_MARKS}]*|[^\s{UNSPACED.pattern[1:-1]}]+")
+_ASCII_WORD = re.compile(r"\S+")  # the same there, many times faster
 
 # What separates words in an ASCII text: all but letters, digits and the apostrophes between two of them.
 _ASCII_MARK = re.compile(r"[^0-9a-z']|(?<![0-9a-z])'|'(?![0-9a-z])")
@@ -92,12 +93,12 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
     A combining mark (a Thai vowel sign or tone) belongs to the character before it.
     """
-    return [match.span() for match in _WORD.finditer(text)]
+    return [match.span() for match in (_ASCII_WORD if text.isascii() else _WORD).finditer(text)]
 
 
 def words(text: str) -> list[str]:
     """The words of a text, by which everything counts errors, entities and terms; see :func:`word_spans`."""
-    return _WORD.findall(text)
+    return text.split() if text.isascii() else _WORD.findall(text)
 
 
 def occurrences(words: list[str], phrase: list[str]) -> list[tuple[int, int]]:

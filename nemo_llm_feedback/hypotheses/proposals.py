@@ -202,7 +202,7 @@ def build_members(
         return feasible[:max_members]
     best: dict[str, Candidate] = {}  # keeps the order in which the texts were seen first
     for candidate in feasible:
-        text = normalize(vocabulary.ids_to_text(candidate.labels))
+        text = _normalized(candidate.labels, vocabulary, normalize)
         known = best.setdefault(text, candidate)
         if known is not candidate:
             source, *also = dict.fromkeys((known.source, *known.also, candidate.source, *candidate.also))
@@ -211,9 +211,14 @@ def build_members(
     return list(best.values())[:max_members]
 
 
+@functools.lru_cache(maxsize=1 << 14)  # members are compared by text, and keep it
+def _normalized(labels: Labels, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> str:
+    return normalize(vocabulary.ids_to_text(labels))
+
+
 def to_hypothesis(candidate: Candidate, vocabulary: Vocabulary, normalize: Callable[[str], str]) -> Hypothesis:
     """The member of a group that a candidate becomes."""
-    text = normalize(vocabulary.ids_to_text(candidate.labels))
+    text = _normalized(candidate.labels, vocabulary, normalize)
     return Hypothesis(text, candidate.labels, candidate.source, candidate.also)
 
 

@@ -12,6 +12,8 @@ from nemo_llm_feedback.core.text import plain_marks
 UNKNOWN_SIGNS = ("⁇", *UNKNOWN)
 """What decoders write for the unknown label."""
 
+_MOST_WORDS = 1 << 16  # that are kept with their labels
+
 
 def spelled(text: str, vocabulary: Vocabulary) -> str | None:
     """The text in the checkpoint's letters: as it is where they suffice, else letter by letter in the other case.
@@ -77,6 +79,30 @@ def without_unknown(labels: Iterable[int], vocabulary: Vocabulary) -> Labels:
 
 
 def _labels(text: str, vocabulary: Vocabulary) -> Labels | None:
+    if not vocabulary.by_word:
+        return _checked(text, vocabulary)
+    known = _known_words(vocabulary)
+    if len(known) > _MOST_WORDS:
+        known.clear()
+    found: list[int] = []
+    for word in text.split():
+        if word not in known:
+            known[word] = _checked(word, vocabulary)
+        labels = known[word]
+        if labels is None:
+            return None
+        found += labels
+    return tuple(found) or None
+
+
+@lru_cache(maxsize=8)
+def _known_words(vocabulary: Vocabulary) -> dict[str, Labels | None]:
+    """Word → labels: swapped texts share all their words but a few with others."""
+    return {}
+
+
+def _checked(text: str, vocabulary: Vocabulary) -> Labels | None:
+    """The labels of a text that stand for its letters and nothing else."""
     labels = tuple(vocabulary.text_to_ids(text))
     if not labels or len(without_unknown(labels, vocabulary)) < len(labels):
         return None

@@ -66,13 +66,22 @@ class PromptEncoder:
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
         self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(lambda context: self.fit(context, self._parts)[0])
-        self._cached_text = functools.lru_cache(_CACHED_TEXTS)(self._encode)
+        self._texts: dict[str, Ids] = {}
         self.num_truncated = 0
         self.end_id = self._find_end_id()
 
     def encode_text(self, text: str) -> Ids:
         """Returns the ids of a hypothesis followed by the end token; the empty text is the end token alone."""
-        return self._cached_text(text)
+        return self.encode_texts([text])[0]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
+        """Returns what ``encode_text`` returns per text; the new ones go through the tokenizer in one call."""
+        if len(self._texts) + len(texts) > _CACHED_TEXTS:
+            self._texts.clear()
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
+            found = self._tokenizer(missing, add_special_tokens=False, verbose=False)["input_ids"]
+            self._texts.update((text, self._ended(text, tuple(ids))) for text, ids in zip(missing, found, strict=True))
+        return [self._texts[text] for text in texts]
 
     def encode_prompt(self, context: Context) -> Ids:
         """Returns the prompt's ids, at least one and at most ``max_tokens``.
@@ -184,8 +193,8 @@ class PromptEncoder:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
         return (() if first is None else (first,)), prompt
 
-    def _encode(self, text: str) -> Ids:
-        ids = self.ids(text)
+    def _ended(self, text: str, ids: Ids) -> Ids:
+        """The ids of a text without control tokens, and the end token."""
         if not self._control.keys().isdisjoint(ids):
             ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
         return (*ids, self.end_id)

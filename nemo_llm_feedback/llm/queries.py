@@ -66,7 +66,7 @@ class AnswerScorer:
         rows: list[tuple[Ids, list[Ids]]] = []
         for context, texts in requests:
             head, tail = encoder.fit(context, self._halves)
-            asked = [(*encoder.encode_text(text)[:-1], *tail) for text in texts]
+            asked = [(*ids[:-1], *tail) for ids in encoder.encode_texts(texts)]
             rows.append((head, [(*ids, *end) for ids in asked for end in ((), *((i,) for i in self._answer_ids))]))
         answers = []
         for sums in self._scorer.score_ids(rows):

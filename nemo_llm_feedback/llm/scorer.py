@@ -145,7 +145,7 @@ class LLMScorer:
             LLMError: out of memory with a single text, or the template alone exceeds the prompt's limit.
         """
         prompts = [self.encoder.encode_prompt(context) for context, _ in requests]
-        encoded = [[self.encoder.encode_text(text) for text in texts] for _, texts in requests]
+        encoded = [self.encoder.encode_texts(texts) for _, texts in requests]
         sums = self.score_ids(list(zip(prompts, encoded, strict=True)))
         return [list(map(TextScore, row, map(len, texts))) for row, texts in zip(sums, encoded, strict=True)]
 
@@ -213,7 +213,7 @@ class LLMScorer:
             LLMError: the two differ, or a score is not finite.
         """
         prompt = self.encoder.encode_prompt(_PROBE_CONTEXT)
-        texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
+        texts = self.encoder.encode_texts(_PROBE_TEXTS)
         plain = [engine.plain_score(prompt, ids) for ids in texts]
         while (deviation := _deviation(engine, prompt, texts, plain)) > self._tolerance:
             if engine.sharing is not Sharing.TRIE:

@@ -8,7 +8,17 @@ import unicodedata
 import pytest
 
 from nemo_llm_feedback.core.errors import ConfigError
-from nemo_llm_feedback.core.text import NORMALIZERS, basic, get_normalizer, lower, none, text_length
+from nemo_llm_feedback.core.text import (
+    _WORD,
+    NORMALIZERS,
+    basic,
+    get_normalizer,
+    lower,
+    none,
+    text_length,
+    word_spans,
+    words,
+)
 
 
 @pytest.mark.parametrize("text", ["", " A  b\t", "Don’t!"])
@@ -110,3 +120,12 @@ def test_text_length(text, length):
 
 def test_length_adds_up_over_words():
     assert text_length("你好 hello สวัสดี") == text_length("你好") + text_length("hello") + text_length("สวัสดี")
+
+
+def test_the_words_of_an_ascii_text_are_those_of_any_script():
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(map(chr, rng.choices([*range(128), *b" \t\n ab'-"], k=30)))
+        spans = [match.span() for match in _WORD.finditer(text)]
+        assert word_spans(text) == spans
+        assert words(text) == [text[i:j] for i, j in spans]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from helpers.fits import config, label_reward
 from helpers.tiny import write_manifest
+from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 from nemo_llm_feedback.asr.heads import Vocabulary, heads_of
 from nemo_llm_feedback.asr.reference import evaluation_mode
@@ -172,3 +176,28 @@ def test_shared_cases(shared: Path) -> None:
     texts = [row["text"] for row in map(json.loads, lines) if row.get("text")]
     assert len(texts) == 20
     assert all(spelled(text, PIECES) not in (None, text) for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "bpe_over_spaces"])
+def test_labels_word_by_word_are_those_of_the_whole_text(kind: str, tmp_path: Path) -> None:
+    """Swapped texts share their words, so a word is tokenized once; a label that spans a space forbids it."""
+    rng = random.Random(3)
+    words = ["".join(rng.choices("aeiou'lmnst", k=rng.randint(1, 7))) for _ in range(60)]
+    lines = [" ".join(rng.choices(words, k=6)) for _ in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "pieces"),
+        vocab_size=400 if "spaces" in kind else 120,
+        model_type=kind.split("_")[0],
+        split_by_whitespace="spaces" not in kind,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(str(tmp_path / "pieces.model"))
+    vocabulary = Vocabulary(tokenizer, tuple(tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))))
+    assert vocabulary.by_word == ("spaces" not in kind)
+    whole = dataclasses.replace(vocabulary)
+    vars(whole)["by_word"] = False
+    strange = ["", " ", "tea\u3000time", "  sane  lion ", "ｌion", "a⁇b", "café", "x", "▁", "a▁b"]
+    for text in [*strange, *(" ".join(rng.choices([*words, "q"], weights=[*[9] * 60, 9], k=5)) for _ in range(300))]:
+        assert written_labels.__wrapped__(text, vocabulary) == written_labels.__wrapped__(text, whole), text

@@ -14,7 +14,7 @@ from helpers.tiny_llm import ARCHITECTURES, make_tiny_llm, train_tiny_llm
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm import load_llm, open_llm
+from nemo_llm_feedback.llm import encoding, load_llm, open_llm
 from nemo_llm_feedback.llm import scorer as scorer_module
 
 SHARED_LM = Path(__file__).parents[3] / "shared" / "checkpoints" / "lm"
@@ -284,14 +284,29 @@ def test_control_tokens_in_untrusted_text_stay_text(tmp_path):
 def test_a_text_is_tokenized_once_whatever_it_stands_behind(llama, monkeypatch):
     scorer = open_llm(config(llama))
     asked: list[str] = []
-    ids = scorer.encoder.ids
-    monkeypatch.setattr(scorer.encoder, "ids", lambda text: asked.append(text) or ids(text))
-    first = [scorer.encoder.encode_text(text) for text in (*TEXTS, *TEXTS)]
+    kind, ids = type(scorer.encoder._tokenizer), scorer.encoder.ids
+    plain = kind.__call__
+
+    def counted(tokenizer, texts, **options):
+        asked.extend([texts] if isinstance(texts, str) else texts)
+        return plain(tokenizer, texts, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    first = [*scorer.encoder.encode_texts((*TEXTS, *TEXTS)), *map(scorer.encoder.encode_text, TEXTS)]
     assert sorted(asked) == sorted(TEXTS)
-    assert first == [(*ids(text), scorer.encoder.end_id) for text in (*TEXTS, *TEXTS)]
+    assert first == [(*ids(text), scorer.encoder.end_id) for text in (*TEXTS, *TEXTS, *TEXTS)]
     asked.clear()
     scorer.score([(COFFEE, TEXTS), (HOME, TEXTS)])
     assert not set(asked) & {text for text in TEXTS if text}
+
+
+def test_no_more_texts_are_kept_than_memory_allows(llama, monkeypatch):
+    monkeypatch.setattr(encoding, "_CACHED_TEXTS", 3)
+    encoder = open_llm(config(llama)).encoder
+    for text in ("a", "b", "c", "d", "a"):
+        assert encoder.encode_text(text) == (*encoder.ids(text), encoder.end_id)
+        assert len(encoder._texts) <= 3
+    assert len(encoder.encode_texts(["x", "y", "z", "latte"])) == 4
 
 
 def test_control_tokens_of_the_template_itself_are_kept(tmp_path):

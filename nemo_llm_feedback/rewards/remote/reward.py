@@ -109,8 +109,7 @@ class RemoteScorer:
             LLMError: the template alone exceeds the prompt's limit.
         """
         encoded = [
-            (self.encoder.encode_prompt(context), [self.encoder.encode_text(text) for text in texts])
-            for context, texts in requests
+            (self.encoder.encode_prompt(context), self.encoder.encode_texts(texts)) for context, texts in requests
         ]
         wanted: dict[Ids, dict[Ids, TextScore]] = {}
         for prompt, texts in encoded:
@@ -169,7 +168,7 @@ class RemoteScorer:
             RewardError: they differ, a score is not finite, or the server does not answer as it should.
         """
         prompt, deadline = self.encoder.encode_prompt(_PROBE_CONTEXT), self._deadline()
-        texts = [self.encoder.encode_text(text) for text in _PROBE_TEXTS]
+        texts = self.encoder.encode_texts(_PROBE_TEXTS)
         try:
             sums = self.client.sums(prompt, texts, deadline=deadline)
             for ids, whole in zip(texts, sums, strict=True):
