@@ -7,23 +7,31 @@
 ``probe`` makes the groups of 24 recordings once and updates the base on them under each objective: what becomes of the
 best member by reward, of the transcript that the base would write, of the probability of the group, and how much the
 clip removes (``probe.csv``). ``run`` adapts by the quickstart's settings, each objective at each of its rates, and
-scores DEV_MANIFEST (``runs.csv``); it goes on where it was stopped. Both keep the LLM's scores in OUT.
+scores DEV_MANIFEST (``runs.csv``); it goes on where it was stopped. By name it also tries what may teach more:
+``distill`` under noise and speed, with two augmented views of every recording, by LoRA. Both keep the LLM's scores
+in OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from nemo_llm_feedback.core.config import ObjectiveConfig
 from nemo_llm_feedback.core.config.compose import compose_config
+from nemo_llm_feedback.core.types import Audio
+from nemo_llm_feedback.training.losses import LossSum
+from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 DESCRIPTION = "an order at a coffee shop"
@@ -45,6 +53,16 @@ PROBED = {
     "dpo": ["objective=dpo", "objective.reference_free=false"],
     "dpo, worst": ["objective=dpo", "objective.reference_free=false", "objective.rejected=worst"],
 }
+# What may teach more from the same recordings, one setting each; rooms are missing, as there are no impulse responses.
+NOISE = "+model.train_ds.augmentor.white_noise={prob:0.5,min_level:-60,max_level:-40}"
+SPEED = (
+    "+model.train_ds.augmentor.speed={prob:0.5,sr:16000,resample_type:soxr_mq,min_speed_rate:0.9,max_speed_rate:1.1}"
+)
+TRIED = {
+    "distill, noise and speed": ["objective=distill", NOISE, SPEED],
+    "distill, two views": ["objective=distill"],
+    "distill, LoRA": ["objective=distill", "parameters.lora_rank=16"],
+}
 # What a run adds to the quickstart: as many updates and refreshes for all, no held-out choice of weights.
 RUN = ["trainer.max_steps=60", "trainer.val_check_interval=60", "feedback.refresh_every=20"]
 RUN += ["guards.every=0", "guards.everyday=none"]
@@ -62,6 +80,7 @@ def main() -> None:
     made.add_argument("--updates", type=int, default=12)
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--only", nargs="*")
+    made.add_argument("--rates", nargs="+", type=float, default=RATES)
     options = made.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     {"probe": probe, "run": run, "picture": picture}[options.what](options)
@@ -167,10 +186,11 @@ def run(options: argparse.Namespace) -> None:
     table = options.out / "runs.csv"
     done = list(csv.DictReader(table.open(encoding="utf-8"))) if table.is_file() else []
     known = {(line["objective"], float(line["rate"])) for line in done}
-    for rate, name in itertools.product(RATES, options.only or COMPARED):
+    for rate, name in itertools.product(options.rates, options.only or COMPARED):
         if (name, rate) in known:
             continue
-        result: Any = adapt(run_settings(options, name, rate))
+        with several_views(2 if name.endswith("two views") else 1):
+            result: Any = adapt(run_settings(options, name, rate))
         (before,), (after,) = result.before.values(), result.after.values()
         found = {
             f"{metric}_{when}": round(scores.value(metric), 1)
@@ -180,6 +200,21 @@ def run(options: argparse.Namespace) -> None:
         done.append({"objective": name, "rate": rate, **found})
         write_csv(table, done)
         print(done[-1], flush=True)
+
+
+@contextlib.contextmanager
+def several_views(number: int) -> Iterator[None]:
+    """Inside, a step's feedback loss is the mean over as many draws of SpecAugment, against the same groups."""
+    once = LLMFeedbackMixin.feedback_loss
+
+    def of_all(model: LLMFeedbackMixin, audio: Audio, batch_nb: int = 0) -> LossSum:
+        loss = LossSum()
+        for view in range(number):
+            loss.join(once(model, audio, batch_nb), weight=1 / number, head=f"view_{view}")
+        return loss
+
+    with mock.patch.object(LLMFeedbackMixin, "feedback_loss", of_all if number > 1 else once):
+        yield
 
 
 def run_settings(options: argparse.Namespace, name: str, rate: float) -> Any:
@@ -193,7 +228,7 @@ def run_settings(options: argparse.Namespace, name: str, rate: float) -> Any:
         f"model.validation_ds.manifest_filepath={options.target}",
         "+trainer.enable_progress_bar=false",
         *RUN,
-        *PROBED[name],
+        *(PROBED | TRIED)[name],
     )
 
 
