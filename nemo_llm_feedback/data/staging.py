@@ -170,9 +170,9 @@ def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, p
     folder = Path(os.path.abspath(folder))
     if strange := sorted(set(str(folder)) & set("," if patterns else _PATTERN)):
         raise ManifestError(f"{folder}: NeMo cannot read a path with {' '.join(strange)}; choose another run folder.")
-    by_file: dict[str, list[Row]] = {}
+    by_file: dict[str, dict[str, Row]] = {}  # by line, as a file that is listed twice gives its rows twice
     for row in rows:
-        by_file.setdefault(row.origin.rsplit(":", 1)[0], []).append(row)
+        by_file.setdefault(row.origin.rsplit(":", 1)[0], {})[row.origin] = row
     targets = (folder / str(k) for k in itertools.count())
 
     def _copy(node: Any) -> Any:
@@ -183,16 +183,17 @@ def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, p
     return _copy(manifest_filepath)
 
 
-def _write_copy(pattern: str, by_file: Mapping[str, list[Row]], target: Path) -> str:
+def _write_copy(pattern: str, by_file: Mapping[str, Mapping[str, Row]], target: Path) -> str:
     """Copies the files of one pattern, and returns the pattern of the copies."""
-    files = [Path(file).expanduser() for file in expand_paths(pattern)]
+    names = list(map(os.path.expanduser, expand_paths(pattern)))
+    files = list(map(Path, names))
     source = Path(pattern)
     if len(files) > 1 and any(brace in str(source.parent) for brace in ("{", "_OP_")):
         raise ManifestError(f"{pattern}: braces are supported in the file name only; list the folders instead.")
-    for file in files:
+    for name, file in zip(names, files, strict=True):
         # Every rank writes the same copies, perhaps while another reads them.
-        name = file.name.removesuffix(".gz") if len(files) > 1 else _plain_name(file)
-        write_manifest(target / name, map(_staged_line, by_file.get(str(file), [])))
+        copy = file.name.removesuffix(".gz") if len(files) > 1 else _plain_name(file)
+        write_manifest(target / copy, map(_staged_line, by_file.get(name, {}).values()))
     return str(target / (source.name.removesuffix(".gz") if len(files) > 1 else _plain_name(files[0])))
 
 

@@ -34,6 +34,24 @@ def test_text_present_absent_empty_and_null(tmp_path: Path) -> None:
     assert staged.hours(unlabeled=True) == pytest.approx(3 / 3600)
 
 
+@pytest.mark.parametrize("spelled", ["m.json", "./m.json", ".//m.json", "../{}/m.json", "~/m.json", "{}"])
+def test_a_copy_has_the_rows_of_its_file_however_the_path_is_spelled(
+    spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = {"audio_filepath": str(write_audio(tmp_path / "a.wav", seconds=1, seed=0)), "duration": 1.0}
+    path = _manifest(tmp_path / "m.json", [audio, {**audio, "text": "hi"}])
+    other = _manifest(tmp_path / "other.json", [{**audio, "replay": "kl"}])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = spelled.format(path if spelled == "{}" else tmp_path.name)
+    # Twice, as a pool is listed to be seen oftener, and between them another file: ids are places in all lines.
+    for given in ([named, str(other), named], [named, named, str(other)], f"{named},{other}", named):
+        staged = stage({"manifest_filepath": given}, tmp_path / "s", use_text=True, on_bad_audio="error")
+        written = read_manifest(staged.manifest_filepath)
+        assert [(row.text, row.replay) for row in written] == [(row.text, row.replay) for row in staged.rows]
+        assert len(written) == len(read_manifest(given))
+
+
 def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     good = {"audio_filepath": "a.wav", "duration": 1.0}
     lines: list[object] = [
