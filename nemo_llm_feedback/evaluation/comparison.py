@@ -10,7 +10,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_fault
 from nemo_llm_feedback.core.text import NORMALIZER_WORDS, get_normalizer, join_words, words
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
-from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, row_entities, typed_spans
+from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, entities_or_terms, row_entities, typed_spans
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 from nemo_llm_feedback.evaluation.metrics import oracle as find_oracle
 from nemo_llm_feedback.evaluation.tables import ScoreTable, build_table, table_metrics
@@ -140,10 +140,12 @@ class Comparison:
 
     @property
     def basis(self) -> list[str]:
-        """The text normalisation and the term list behind the numbers, in sentences."""
-        name = self.scoring.normalizer
-        terms = [f"False alarms: {self.terms} different terms, {self.terms_from}."] if self.terms else []
-        return [f"Text normalisation: {name} ({NORMALIZER_WORDS[name]}).", *terms]
+        """The text normalisation, the entities and the term list behind the numbers, in sentences."""
+        name, key = self.scoring.normalizer, self.scoring.entities_key
+        lines = [f"Text normalisation: {name} ({NORMALIZER_WORDS[name]})."]
+        if self.terms and not any(row.data.get(key) for row in self.rows):
+            lines.append(f"Entities: the terms that a reference holds, as no row has the key `{key}`.")
+        return lines + ([f"False alarms: {self.terms} different terms, {self.terms_from}."] if self.terms else [])
 
     @property
     def breakdowns(self) -> list[Breakdown]:
@@ -191,8 +193,9 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     """
     _check(rows, systems, scoring)
     normalize = get_normalizer(scoring.normalizer)
-    entities = row_entities(rows, scoring.entities_key)
-    terms, source = _term_lists(rows, entities, scoring.context)
+    lists = [merge_context(scoring.context, row.context).terms for row in rows]
+    entities = entities_or_terms(rows, lists, normalize, key=scoring.entities_key)
+    terms, source = (lists, "the context's terms") if any(lists) else _all_entities(rows, entities)
     bias = None
     if scoring.bias_key:  # the single words of an utterance's list: the published scorer has no phrases
         listed = row_entities(rows, scoring.bias_key)
@@ -253,13 +256,10 @@ def _check(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) -> 
         raise ConfigError(f"no row of the manifest has the key {', '.join(faults)}; there are: {', '.join(known)}.")
 
 
-def _term_lists(
-    rows: Sequence[Row], entities: Sequence[Sequence[TypedEntity]], context: Context
+def _all_entities(
+    rows: Sequence[Row], entities: Sequence[Sequence[TypedEntity]]
 ) -> tuple[list[tuple[str, ...]] | None, str]:
-    """The list for false alarms of each row, and where it is from."""
-    lists = [merge_context(context, row.context).terms for row in rows]
-    if any(lists):
-        return lists, "the context's terms"
+    """The list for false alarms of each row without a context, and where it is from."""
     pool = tuple(dict.fromkeys(t for row, listed in zip(rows, entities, strict=True) for t in _strings(row, listed)))
     return ([pool] * len(rows), "all entities of the manifest") if pool else (None, "")
 

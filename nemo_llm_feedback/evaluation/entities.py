@@ -1,5 +1,7 @@
 """Entities of a manifest: strings or word spans, with an optional type, and where they occur in the reference.
 
+Where a manifest marks none, the context's terms that a reference holds are its entities.
+
 The manifest key holds a list whose items are strings, word spans ``[start, end)`` counted from 0 (in scripts without
 spaces each character is a word, see ``core.text.words``), or objects
 ``{"text": …}``, ``{"span": [start, end]}`` or ``{"start": …, "end": …}`` with an optional ``type``; or an object that
@@ -8,12 +10,13 @@ maps each type to a string or a list of such items.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
-from nemo_llm_feedback.core.text import occurrences, word_spans, words
+from nemo_llm_feedback.core.text import occurrences, term_spans, word_spans, words
 from nemo_llm_feedback.data.manifests import Row
 
 Entity = str | Sequence[int]
@@ -92,6 +95,35 @@ def row_entities(rows: Sequence[Row], key: str = "entities") -> list[list[TypedE
     if faults:
         raise ManifestError(list_faults(f"{len(faults)} row(s) have entities that cannot be read:", faults))
     return out
+
+
+def entities_or_terms(
+    rows: Sequence[Row], terms: Sequence[Sequence[str]], clean: Callable[[str], str], *, key: str = "entities"
+) -> list[list[TypedEntity]]:
+    """The entities of each row; where no row has any, the terms of its list that its reference holds.
+
+    Args:
+        rows: with text.
+        terms: the list of each row.
+        clean: the normalisation.
+        key: of the manifest.
+
+    Raises:
+        ManifestError: entities of unknown form, all of them listed.
+    """
+    marked = row_entities(rows, key)
+    if any(marked):
+        return marked
+    split = _word_splitter(clean)
+    return [
+        [TypedEntity(term) for term in dict.fromkeys(t for *_, t in term_spans(split(row.text), listed, split=split))]
+        for row, listed in zip(rows, terms, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=8)  # one object per normalisation, by which `term_spans` knows its lists again
+def _word_splitter(clean: Callable[[str], str]) -> Callable[[str], Sequence[str]]:
+    return lambda text: words(clean(text))
 
 
 def locate_all(

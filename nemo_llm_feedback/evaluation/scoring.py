@@ -8,7 +8,7 @@ from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row, merge_context
-from nemo_llm_feedback.evaluation.entities import row_entities
+from nemo_llm_feedback.evaluation.entities import entities_or_terms
 from nemo_llm_feedback.evaluation.metrics import CorpusScores, score_corpus
 
 
@@ -17,10 +17,12 @@ def score_rows(
 ) -> CorpusScores:
     """Scores transcripts against the rows' ``text`` and ``entities``; false alarms count the context's terms.
 
+    Where no row has ``entities``, these are the context's terms that a reference holds.
+
     Args:
         rows: with text.
         texts: one transcript per row.
-        run_context: the run's context; its terms and the row's are the list for false alarms.
+        run_context: the run's context; its terms and the row's are the row's list.
         normalizer: name of the text normalisation of both sides.
 
     Raises:
@@ -31,12 +33,12 @@ def score_rows(
         raise ManifestError(
             f"{len(bare)} row(s) have no reference text, e.g. {bare[0]}; evaluation needs `text` in every row."
         )
-    entities = [[e.entity for e in row] for row in row_entities(rows)]
-    terms = [merge_context(run_context, row.context).terms for row in rows]
+    terms, normalize = [merge_context(run_context, row.context).terms for row in rows], get_normalizer(normalizer)
+    entities = [[e.entity for e in row] for row in entities_or_terms(rows, terms, normalize)]
     return score_corpus(
         [row.text for row in rows],
         texts,
-        normalize=get_normalizer(normalizer),
+        normalize=normalize,
         entities=entities if any(entities) else None,
         terms=terms if any(terms) else None,
     )

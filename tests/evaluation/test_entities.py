@@ -1,0 +1,46 @@
+"""Which words of a reference are entities: those that the manifest marks, else the context's terms in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.data.manifests import Row
+from nemo_llm_feedback.evaluation.comparison import Scoring, System, compare
+from nemo_llm_feedback.evaluation.scoring import score_rows
+
+MENU = Context("an order", ("latte", "Soy-Milk", "milk", "mocha"))
+TEXTS = ["a latte with soy milk", "one tea", "milk, soy milk and a mocha"]
+HEARD = ["a lottie with soy milk", "one tea", "milk so milk and a mocha"]
+
+
+def _row(text: str, **data: Any) -> Row:
+    return Row("a.wav", 1.0, 0.0, text, Context(), "m.json:1", data)
+
+
+def test_without_marked_entities_the_terms_that_were_said_are_the_entities() -> None:
+    rows = [_row(text) for text in TEXTS]
+    scores = score_rows(rows, HEARD, run_context=MENU)
+    # latte, soy milk | | milk, soy milk, mocha: seven words, of which "latte" and one "soy" are wrong
+    assert scores.value("ewer") == pytest.approx(100 * 2 / 7)
+    comparison = compare(rows, [System("a", HEARD)], Scoring(context=MENU))
+    assert comparison.scores["a"].value("ewer") == scores.value("ewer")
+    assert [(span.start, span.end) for span in comparison.spans[0]] == [(1, 2), (3, 5)]
+    assert "Entities: the terms that a reference holds, as no row has the key `entities`." in comparison.basis
+    assert "ewer" in comparison.metrics
+
+
+def test_marked_entities_are_all_that_count() -> None:
+    rows = [_row(TEXTS[0], entities=["latte"]), _row(TEXTS[1]), _row(TEXTS[2])]
+    scores = score_rows(rows, HEARD, run_context=MENU)
+    assert scores.value("ewer") == 100.0
+    comparison = compare(rows, [System("a", HEARD)], Scoring(context=MENU))
+    assert not any("Entities" in line for line in comparison.basis)
+
+
+def test_without_terms_there_are_no_entities() -> None:
+    comparison = compare([_row(text) for text in TEXTS], [System("a", HEARD)], Scoring())
+    assert "ewer" not in comparison.metrics
+    assert not any("Entities" in line for line in comparison.basis)
