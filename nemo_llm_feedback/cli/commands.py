@@ -6,6 +6,7 @@ help, which the examples end, and it returns the exit status. Nothing heavy is i
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any, Literal
 
@@ -218,6 +219,8 @@ def transcribe(
 
     if target := output or add_to:
         check_writable(target)
+    if output and os.path.realpath(output) in map(os.path.realpath, filter(None, (manifest, *audio))):
+        raise ConfigError(f"--output {output} is what is transcribed: give another file, or --add-to {output}.")
     name = named_source(source, model) if add_to else ""
     if (source and not add_to) or (add_to and (audio or manifest)):
         raise ConfigError(
@@ -362,6 +365,7 @@ def export(
     interpolation: float = 1.0,
     output: Annotated[str | None, flags.Output] = None,
     manifest: Annotated[str | None, flags.Manifest] = None,
+    device: flags.Device = "auto",
     push_to_hub: str | None = None,
 ) -> int:
     r"""Turns a training checkpoint, or the average of several, into a plain .nemo.
@@ -372,6 +376,7 @@ def export(
         interpolation: share of the way from the base's weights to the run's: above 0, to 1
         output: where to write; default: beside the checkpoint; needed for several
         manifest: labelled rows: before/after for the model card, which is written beside it
+        device: where the rows of --manifest are transcribed
         push_to_hub: OWNER/NAME on the Hugging Face Hub, to upload the .nemo and its card; a new one is private
 
     Examples:
@@ -385,7 +390,10 @@ def export(
         hub.check_login(push_to_hub)
     with quiet():
         from nemo_llm_feedback.cli.jobs import export as job
-    nemo = job.export(checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation)
+    place = flags.torch_device(device) if manifest else "cpu"
+    nemo = job.export(
+        checkpoint, base=base, output=output, manifest=manifest, interpolation=interpolation, device=place
+    )
     print(nemo)
     if push_to_hub:
         print(hub.push_to_hub(nemo, push_to_hub))

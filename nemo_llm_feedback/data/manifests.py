@@ -96,7 +96,8 @@ def parse_context(value: Any) -> Context:
 def merge_context(run: Context, utterance: Context) -> Context:
     """The utterance's context over the run's: its description and previous utterances replace the run's, and its terms
     come before the run's."""
-    terms = tuple(dict.fromkeys(utterance.terms + run.terms))
+    # One list for all rows without terms: it may be long, and the rows many.
+    terms = tuple(dict.fromkeys(utterance.terms + run.terms)) if utterance.terms else run.terms
     return Context(utterance.description or run.description, terms, utterance.previous or run.previous)
 
 

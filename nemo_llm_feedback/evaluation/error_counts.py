@@ -81,7 +81,7 @@ def _marks(num_words: int, alignment: list[jiwer.AlignmentChunk]) -> tuple[NDArr
     return wrong, inserted
 
 
-def term_counts(ref: list[str], hyp: list[str], terms: list[str]) -> dict[str, int]:
+def term_counts(ref: list[str], hyp: list[str], terms: Sequence[str]) -> dict[str, int]:
     """Term occurrences of the hypothesis, and those beyond what the reference has."""
     found = heard_terms(ref, hyp, terms).values()
     totals = {"hyp_terms": sum(heard for heard, _ in found), "false_alarms": sum(false for _, false in found)}

@@ -160,6 +160,7 @@ def score_corpus(
     _check_lengths(references, hypotheses=hypotheses, entities=entities, terms=terms, bias_words=bias_words)
     # The terms of a run recur in every utterance.
     clean = functools.cache(lambda text: " ".join(normalize(text).split()))
+    listed = functools.lru_cache(maxsize=1)(lambda given: tuple(map(clean, given)))
     refs, hyps = [clean(t) for t in references], [clean(t) for t in hypotheses]
     spans, missing = locate_all(references, refs, entities, clean)
     ref_words, hyp_words = [words(t) for t in refs], [words(t) for t in hyps]
@@ -170,7 +171,7 @@ def score_corpus(
         row = word_counts(ref, word_alignments[u], None if entities is None else spans[u])
         row |= {"chars": len(refs[u]), "char_errors": sum(chunk_errors(c) for c in char_alignments[u])}
         if terms is not None:
-            row |= term_counts(ref, hyp, [clean(t) for t in terms[u]])
+            row |= term_counts(ref, hyp, listed(terms[u]))
         if bias_words is not None:
             row |= bias_counts(ref, hyp, {clean(w) for w in bias_words[u]})
         rows.append([row.get(name, 0) for name in COLUMNS])

@@ -86,7 +86,8 @@ def labelled_rows(manifests: Any, *, skip: bool = False) -> dict[str, list[Row]]
         if bare := [row.origin for row in rows if not row.text]:
             raise ManifestError(list_faults(f"{len(bare)} row(s) of the manifest {path} have no `text`:", bare))
         stem = Path(path).stem
-        name = stem if stem not in sets else f"{Path(path).parent.name}_{stem}"
+        names = (stem, f"{Path(path).parent.name}_{stem}", *(f"{stem}_{k}" for k in range(2, len(sets) + 2)))
+        name = next(name for name in names if name not in sets)
         sets[name] = readable(rows, path, skip=skip)
     return sets
 

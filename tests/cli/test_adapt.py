@@ -18,7 +18,9 @@ from helpers.runs import MIXED, arguments, run, weights
 from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.cli.main import main
-from nemo_llm_feedback.core.errors import ConfigError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError
+from nemo_llm_feedback.data.manifests import read_manifest
+from nemo_llm_feedback.training.callbacks import HeldOutEarlyStopping
 
 KINDS = ("ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_bpe", "ctc_char", "rnnt_char")
 
@@ -291,6 +293,26 @@ def test_a_refused_run_leaves_no_folder(nemo_file: Any, tiny_llm: Path, tmp_path
     with pytest.raises(ManifestError):
         run(nemo_file("ctc_bpe"), manifest, tiny_llm, runs, f"exp_manager.explicit_log_dir={tmp_path / 'mine'}")
     assert list((tmp_path / "mine").rglob("notes.txt"))
+
+
+def test_a_fault_of_the_second_measurement_loses_no_checkpoint(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation audio that goes away in the last stretch raises behind all steps, and before the report."""
+    dev = write_manifest(tmp_path / "dev.json", ["a latte", "tea"])
+    manifest = write_manifest(tmp_path / "m.json", [None] * 3)
+    finish = HeldOutEarlyStopping.finish
+
+    def finished(self: Any, *args: Any) -> None:
+        finish(self, *args)
+        for row in read_manifest(dev):
+            Path(row.audio).unlink()
+
+    monkeypatch.setattr(HeldOutEarlyStopping, "finish", finished)
+    more = [f"model.validation_ds.manifest_filepath={dev}", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
+    with pytest.raises(DecodingError):
+        run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "run", f"output={tmp_path / 'a.nemo'}", *more)
+    assert len(weights(tmp_path / "a.nemo")) == len(weights(nemo_file("ctc_bpe")))
 
 
 def test_before_and_after_are_transcribed_on_the_trainers_device(

@@ -9,8 +9,10 @@ import pytest
 import torch
 from helpers.runs import arguments, weights
 from helpers.tiny import write_manifest
+from omegaconf import OmegaConf
 
 from nemo_llm_feedback.cli.jobs import adapt as job
+from nemo_llm_feedback.cli.jobs.devices import one_device
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
@@ -61,5 +63,7 @@ def test_several_runs_are_refused_where_they_cannot_work(nemo_file: Any, tmp_pat
     needed += ["model.train_ds.manifest_filepath=m.json"]
     with pytest.raises(ConfigError, match=r"runs=3 trains on one device"):
         job.adapt_runs(compose_config([*needed, "trainer.devices=2"]))
+    assert all(map(one_device, (1, "1", [2], OmegaConf.create([2]))))
+    assert not any(map(one_device, (2, -1, "auto", [0, 1], OmegaConf.create([0, 1]))))
     with pytest.raises(ConfigError, match=r"is a folder: name the file"):  # one run: tests/cli/test_run_folder.py
         job.adapt_runs(compose_config([*needed, f"output={tmp_path}", f"exp_manager.exp_dir={tmp_path / 'runs'}"]))

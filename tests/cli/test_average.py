@@ -132,6 +132,14 @@ def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, ti
         torch.testing.assert_close(value, ((each[0][name].float() + start[name].float()) / 2).to(value.dtype))
 
 
+def test_the_base_is_never_written_over(nemo_file: Any, tmp_path: Path) -> None:
+    base = nemo_file("ctc_bpe")
+    before = base.read_bytes()
+    with pytest.raises(CheckpointError, match="is the base, which would be lost"):
+        export([base], base=base, interpolation=0.5, output=base)
+    assert base.read_bytes() == before
+
+
 def test_an_output_with_dots_in_its_name_keeps_them_in_its_card(nemo_file: Any, tmp_path: Path) -> None:
     """The card of ``parakeet-tdt-0.6b-v2-menu`` was ``parakeet-tdt-0.md``, which another run's would overwrite."""
     one = _moved(nemo_file("ctc_char"), tmp_path / "run-0.5.nemo", 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import write_manifest
+from helpers.tiny import write_audio, write_manifest
 
 from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, join, named_source
 from nemo_llm_feedback.cli.main import main
@@ -137,6 +137,12 @@ def test_links_packed_manifests_and_other_folders_are_written_right(pool: Path, 
     content = gzip.decompress((tmp_path / "deep" / "new.json.gz").read_bytes()).decode()
     assert json.loads(content.splitlines()[0])["audio_filepath"] == str(tmp_path / "wav" / "a.wav")
     assert [len(row.external) for row in read_manifest(tmp_path / "deep" / "new.json.gz")] == [2, 2, 0, 0]
+    # Another recording of that name lies beside the new manifest.
+    write_audio(tmp_path / "day2" / "wav" / "a.wav", seconds=1.0, seed=9)
+    join(pool, other, out=tmp_path / "day2" / "new.json")
+    assert read_manifest(tmp_path / "day2" / "new.json")[0].audio == str(tmp_path / "wav" / "a.wav")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        join(pool, other, out=tmp_path / "day2")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         prepare(folder / "silence.ogg", out=out)
     with pytest.raises(ConfigError, match=r"0 < min < max.*--threshold must be in \(0, 1\)"):
         prepare(folder, out=out, settings=Segmenting(min_duration=30.0, threshold=1.0))
+    with pytest.raises(ConfigError, match="cannot be written"):  # before any recording is read
+        prepare(folder, out=tmp_path)
     monkeypatch.setitem(sys.modules, "silero_vad", None)
     with pytest.raises(ConfigError, match="pip install silero-vad"):
         prepare(folder, out=out)

@@ -67,6 +67,13 @@ def test_an_output_that_is_a_folder_is_refused_before_any_work(nemo_file: Any, t
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     with pytest.raises(ConfigError, match="is a folder: name the file"):
         run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", f"output={tmp_path}")
+    # Nor is the base written over, under whatever name.
+    base = tmp_path / "base.nemo"
+    shutil.copy(nemo_file("ctc_bpe"), base)
+    (tmp_path / "link.nemo").symlink_to(base)
+    for name in ("base.nemo", "link.nemo"):
+        with pytest.raises(ConfigError, match="is the base checkpoint, which would be lost"):
+            run(base, manifest, tiny_llm, tmp_path / "runs", f"output={tmp_path / name}")
     assert not list((tmp_path / "runs").rglob("version_*"))
 
 

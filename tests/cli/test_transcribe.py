@@ -15,6 +15,7 @@ from nemo_llm_feedback.cli.jobs import transcribe as job
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig, parse_rescoring_config
 from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.rewards import register
 from nemo_llm_feedback.rewards.rules import CallableReward
 
@@ -216,6 +217,21 @@ def test_wrong_input_is_told_with_its_fix(
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+def test_the_manifest_that_is_transcribed_is_never_written_over(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_manifest(tmp_path / "m.json", ["a latte", "tea"])
+    before = (tmp_path / "m.json").read_bytes()
+    (tmp_path / "link.json").symlink_to("m.json")
+    for rows in (["--manifest", str(tmp_path / "m.json")], [str(tmp_path / "m.json")]):
+        assert main(["transcribe", str(nemo_file("ctc_bpe")), *rows, "--output", str(tmp_path / "link.json")]) == 1
+        assert "give another file, or --add-to" in capsys.readouterr().err
+    assert (tmp_path / "m.json").read_bytes() == before
+    packed = tmp_path / "new" / "out.json.gz"
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), str(tmp_path / "m.json"), "--output", str(packed)]) == 0
+    assert len(read_manifest(packed)) == 2
 
 
 def test_settings_are_checked_all_at_once() -> None:

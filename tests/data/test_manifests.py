@@ -52,6 +52,12 @@ def test_a_copy_has_the_rows_of_its_file_however_the_path_is_spelled(
         assert len(written) == len(read_manifest(given))
 
 
+def test_rows_without_terms_share_the_runs_list() -> None:
+    run = Context("x", ("a", "b"))
+    assert merge_context(run, Context("y")).terms is run.terms
+    assert merge_context(run, Context("", ("b", "c"))).terms == ("b", "c", "a")
+
+
 def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     good = {"audio_filepath": "a.wav", "duration": 1.0}
     lines: list[object] = [

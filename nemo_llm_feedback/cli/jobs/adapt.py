@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_llm_feedback.asr.checkpoints import remove_leftovers, supported_class
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs import run_choice, start
-from nemo_llm_feedback.cli.jobs.devices import check_memory
+from nemo_llm_feedback.cli.jobs.devices import check_memory, one_device
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.jobs.runs import list_runs, runs_text
 from nemo_llm_feedback.core.config import parse_run_config, plain
@@ -155,8 +155,10 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
             remove_leftovers(target)
         session.log.move_to(log_dir / (LOG_FILE if first else f"log_rank{trainer.global_rank}.txt"))
         show(start.plan_text(model, source=base, log_dir=log_dir))
+        if first and target.is_file():
+            show(f"warning: {target} is there and will be replaced at the end of the run.")
         try:
-            before, after, pool = _train(model, batch_size=int(cfg.evaluate_batch_size))
+            before, after, pool = _train(model, target, batch_size=int(cfg.evaluate_batch_size))
         except SystemExit:
             show(_how_to_go_on(log_dir))
             raise
@@ -180,8 +182,13 @@ Changed = tuple[Sequence[Row], Decoded, Decoded]
 _TAKEN = ("learning_rate", "alpha", "beta", "boosting_weight", "steps", "kept_step", "generation", "gain", "ended")
 
 
-def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
-    """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts."""
+def _train(
+    model: Any, target: Path, *, batch_size: int
+) -> tuple[dict[str, CorpusScores], dict[str, CorpusScores], Changed]:
+    """Trains; gives the scores of the validation sets before and after, and the pool's sample with its transcripts.
+
+    Should the second measurement fail, the checkpoint is written to ``target`` before the error goes on.
+    """
     trainer, setup = model.trainer, model.feedback_setup
     sets, pool = setup.validation, setup.staged.held_out or setup.some_rows(setup.config.feedback.pool_utterances)
     start_transcripts = StartTranscripts(sets, pool, setup.config, batch_size=batch_size)
@@ -205,7 +212,12 @@ def _train(model: Any, *, batch_size: int) -> tuple[dict[str, CorpusScores], dic
             before[name] = before[name].select(kept)
         kept = _readable(pool)
         pool, pool_before = [pool[i] for i in kept], pool_before.select(kept)
-    after, pool_after = transcribed(model, sets, pool, setup.config, batch_size=batch_size)
+    try:
+        after, pool_after = transcribed(model, sets, pool, setup.config, batch_size=batch_size)
+    except BaseException:
+        model.save_to(str(target))
+        show(f"the adapted checkpoint is whole, and only its measurement failed: {target}")
+        raise
     return before, after, (pool, pool_before, pool_after)
 
 
@@ -369,14 +381,15 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
     config = parse_run_config(cfg)
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
-    if str(cfg.trainer.get("devices", 1)).strip("[]") not in ("0", "1") or cfg.trainer.get("num_nodes", 1) != 1:
+    if not one_device(cfg.trainer.get("devices", 1)) or cfg.trainer.get("num_nodes", 1) != 1:
         raise ConfigError(
             f"runs={cfg.runs} trains on one device, one run after the other: set trainer.devices=1, or give a command "
             "per seed (runs=1 seed=1 …) and average them with `nemo-llm-feedback export`."
         )
     base, _ = start.source(cfg), start.result_folders(cfg)
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
-    validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"))
+    skip = config.feedback.on_bad_audio == "skip"
+    validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"), skip=skip)
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
     inputs = run_choice.input_digests(plain(cfg), base=base, llm=config.needs_llm)
     files = []
@@ -388,7 +401,8 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         files.append(finished or adapt(part, reward=reward).nemo)
     with quiet():
         export(files, output=target)
-        models = (restore(path, map_location="cpu") for path in (base, target) if validation)
+        device = start.make_trainer(cfg).strategy.root_device
+        models = (restore(path, map_location=device) for path in (base, target) if validation)
         size = int(cfg.evaluate_batch_size)
         before, after = [score_sets(model, validation, config, batch_size=size) for model in models] or ({}, {})
         facts: Any = OmegaConf.to_container(read_config(target).adaptation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from nemo.utils import logging
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from nemo_llm_feedback.asr.reference import layers_of
 from nemo_llm_feedback.core.errors import ConfigError
@@ -37,6 +37,11 @@ def check_gpu(cfg: DictConfig) -> None:
             f"trainer.precision={precision} needs a GPU that computes in bfloat16 (compute capability 8.0 and more), "
             f"which {torch.cuda.get_device_name()} does not: set trainer.precision=32."
         )
+
+
+def one_device(devices: Any) -> bool:
+    """Whether Lightning's ``devices`` is a single one: 1, or a list with one index."""
+    return str(devices) in ("0", "1") or (isinstance(devices, (list, ListConfig)) and len(devices) == 1)
 
 
 @dataclass(frozen=True)

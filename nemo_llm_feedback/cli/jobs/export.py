@@ -38,6 +38,7 @@ def export(
     output: str | Path | None = None,
     manifest: str | Path | None = None,
     interpolation: float = 1.0,
+    device: str = "cpu",
 ) -> Path:
     """Writes the plain ``.nemo`` of a checkpoint, or of the average of several, and its model card.
 
@@ -52,13 +53,14 @@ def export(
         interpolation: 0 < W ≤ 1, share of the way from the base's weights to the adapted ones: below 1, less of what
             was learned and less of what was lost of other speech. Below 1 it needs an output, and ``base`` unless a
             ``.ckpt`` names it.
+        device: where base and export are scored, ``cpu`` or ``cuda:0`` ….
 
     Returns:
         The path written; the card has the suffix ``.md``. A ``.nemo`` rewritten in place keeps the card it has.
 
     Raises:
-        CheckpointError: unusable files, a missing base, weights of another model, or several or an interpolation
-            without an output.
+        CheckpointError: unusable files, a missing base, the base as output, weights of another model, or several or
+            an interpolation without an output.
         ConfigError: ``interpolation`` is out of range.
         ManifestError: the manifest cannot be read or has rows without text.
     """
@@ -73,6 +75,8 @@ def export(
     if mean and not output:
         raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
     target = Path(output).expanduser() if output else sources[0].with_name(f"{stem(sources[0])}.nemo")
+    if base and target.is_file() and os.path.isfile(base) and target.samefile(base):
+        raise CheckpointError(f"--output {output} is the base, which would be lost: choose another name.")
     rows = labelled_rows(str(manifest)) if manifest else {}
     if (rows or interpolation < 1) and not base and any(source.suffix == ".nemo" for source in sources):
         what = "is mixed with" if interpolation < 1 else "is scored against"
@@ -81,10 +85,10 @@ def export(
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))
     if rows or target not in sources or not card_path(target).is_file():
-        before = score_sets(restore(str(run.base), map_location="cpu"), rows) if rows else {}
-        write_model_card(
-            target, facts=run.facts, before=before, after=score_sets(run.model, rows), normalizer=_NORMALIZER
-        )
+        place = torch.device(device)
+        before = score_sets(restore(str(run.base), map_location=place), rows) if rows else {}
+        after = score_sets(run.model.to(place), rows)
+        write_model_card(target, facts=run.facts, before=before, after=after, normalizer=_NORMALIZER)
     return target
 
 

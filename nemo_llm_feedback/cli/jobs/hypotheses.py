@@ -15,6 +15,7 @@ from nemo_llm_feedback.core.text_files import parse_json, read_text, stem, text_
 from nemo_llm_feedback.core.types import ExternalText
 from nemo_llm_feedback.data.external import KEY, parse_hypotheses, source_name
 from nemo_llm_feedback.data.manifests import Row, json_lines, read_manifest, resolve, write_manifest
+from nemo_llm_feedback.evaluation.records import check_writable
 
 _NAMES = ("audio_filepath", "audio_filename", "audio", "path", "file")
 _UNFIT = ("fit no row", "are of whole recordings whose rows are segments", "have no text")
@@ -84,6 +85,7 @@ def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: st
             fits any; nothing is written.
     """
     name = named_source(source, other)
+    check_writable(out)
     rows = read_manifest(manifest)
     faults: list[str] = []
     by_name, folder = _by_name(rows), Path(other).expanduser()
@@ -155,10 +157,10 @@ def add_hypotheses(
 
 
 def relocated(row: Row, folder: Path) -> dict[str, Any]:
-    """The row's line for a manifest in that folder: a path relative to another one becomes absolute."""
+    """The row's line for a manifest in that folder: a path that would be another file from there becomes absolute."""
     line = dict(row.data)
     name = "audio_filepath" if "audio_filepath" in line else "audio_filename"
-    if not Path(line[name]).is_absolute() and not (folder / line[name]).exists():
+    if not Path(line[name]).is_absolute() and os.path.realpath(folder / line[name]) != os.path.realpath(row.audio):
         line[name] = row.audio
     return line
 

@@ -22,7 +22,7 @@ from nemo_llm_feedback.core.console import quiet, track
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults, reason
 from nemo_llm_feedback.data.audio import audio_files
 from nemo_llm_feedback.data.manifests import write_manifest
-from nemo_llm_feedback.evaluation.records import facts_text
+from nemo_llm_feedback.evaluation.records import check_writable, facts_text
 
 _SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
@@ -72,14 +72,14 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
         settings: lengths, gaps and threshold of the cuts; the defaults of `Segmenting` if None.
 
     Raises:
-        ConfigError: settings out of range, or silero-vad is not installed.
+        ConfigError: settings out of range, ``out`` cannot be written, or silero-vad is not installed.
         ManifestError: no recording there, none that can be read, or no speech in any.
     """
     settings = settings or Segmenting()
     faults = settings.validate()
     if faults:
         raise ConfigError(" ".join(faults))
-    target = Path(out).expanduser().absolute()
+    target = check_writable(out).absolute()
     files = audio_files(folder, SUFFIXES, skip=_copies(target))
     detect = _detector(settings)
     recordings: list[Recording] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,6 +27,7 @@ from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, parse_rescori
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, RewardError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
+from nemo_llm_feedback.data import manifests
 from nemo_llm_feedback.data.audio import audio_files, unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest, spread
 from nemo_llm_feedback.evaluation.scoring import score_rows
@@ -201,10 +202,8 @@ def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0
         transcripts: rows that failed are left out.
         nbest: members of the ``nbest`` list, each with ``text``, ``score`` and its parts.
     """
-    file = Path(path).expanduser()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [_line(row, hyp, folder=file.parent, nbest=nbest) for row, hyp in transcripts.worked]
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    folder = Path(os.path.realpath(os.path.expanduser(path))).parent
+    manifests.write_manifest(path, [_line(row, hyp, folder=folder, nbest=nbest) for row, hyp in transcripts.worked])
 
 
 def nbest_texts(transcripts: Transcripts, *, source: str, nbest: int) -> dict[str, list[ExternalText]]:
