@@ -339,10 +339,10 @@ class TransducerHead(Head):
 
     def _run(self, make: Any, encoded: Tensor, lengths: Tensor, **what: Any) -> Any:
         """See :meth:`Searches.run`."""
-        if hasattr(self._decoder, "context_size"):  # NeMo's graphs know the LSTM's state only
-            return make(False)(encoded.detach(), lengths)
+        # NeMo's graphs know the LSTM's state only.
+        searches = Searches() if hasattr(self._decoder, "context_size") else self._searches
         dtype = next(self._joint.parameters()).dtype
-        return self._searches.run(make, encoded.detach(), lengths, dtype=dtype, **what)
+        return searches.run(make, encoded.detach(), lengths, dtype=dtype, **what)
 
     def _modules(self) -> dict[str, Any]:
         """What NeMo's searches need of the model."""

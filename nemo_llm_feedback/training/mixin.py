@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_llm_feedback.asr.checkpoints import atomic_path, stock_config
@@ -44,7 +45,7 @@ from nemo_llm_feedback.training.losses import LossSum, nbest_metrics, objective_
 from nemo_llm_feedback.training.pool import EncodedAudio, fill_cache, pool_share
 from nemo_llm_feedback.training.replay_kl import replay_kl
 from nemo_llm_feedback.training.resume import count_finished_batch, place_in_data
-from nemo_llm_feedback.training.setup import build_setup, check_starts, start
+from nemo_llm_feedback.training.setup import build_setup, check_precision, check_starts, start
 from nemo_llm_feedback.training.state import Feedback, FeedbackSetup
 from nemo_llm_feedback.training.supervision import exact_supervised_step, pseudo_labelled_batch
 
@@ -82,11 +83,11 @@ class LLMFeedbackMixin(_Base):
         if feedback is None:
             return super().training_step(batch, batch_nb)
         self._in_step += (batch[-1],)
-        rows, weights = feedback.reader.split(batch), feedback.config.feedback
-        if rows.all_labelled and num_ranks() == 1:
-            return self._labelled_step(rows.labelled, batch_nb)
-        output: dict[str, Any] = {"log": {}}
+        weights, output = feedback.config.feedback, dict[str, Any](log={})
         with LossSum() as loss:  # one exchange between ranks; if one fails, all do
+            rows = feedback.reader.split(batch)
+            if rows.all_labelled and num_ranks() == 1:
+                return self._labelled_step(rows.labelled, batch_nb)
             if rows.replay is not None:
                 loss.join(replay_kl(self, feedback, rows.replay), weight=weights.replay_weight)
             if rows.labelled is not None and (rows.unlabeled is None or weights.supervised_weight > 0):
@@ -123,7 +124,7 @@ class LLMFeedbackMixin(_Base):
             if augment and config.on_policy:
                 logp = self._with_clean_values(logp, clean, nbest)
         if by_nemo:
-            return self._pseudo_label_loss(audio, nbest, batch_nb, zero=encoded.sum() * 0)
+            return self._pseudo_label_loss(audio, nbest, batch_nb, zero=zero_grad_for_unused(self))
         nbest = nbest.with_old_logp(logp)
         feedback.cache.put(nbest)
         loss, first = LossSum(), feedback.heads[0].name
@@ -239,6 +240,7 @@ class LLMFeedbackMixin(_Base):
         super().on_fit_start()
         if self._setup is None:
             return
+        check_precision(getattr(self.trainer, "precision", None))
         check_starts(self.trainer.ckpt_path)
         with evaluation_mode(self), self.run_precision():
             self._feedback = start(self, self._setup, self.encoded_pool, self._resumed)
@@ -273,7 +275,9 @@ class LLMFeedbackMixin(_Base):
 
     def pool_batches(self) -> Iterator[Any]:
         """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""
-        loader = self._setup_dataloader_from_config(self.feedback_setup.train_ds)
+        # NeMo's Lhotse loader repeats several manifests and tarred data for ever, unless it is told to end.
+        ends = {"force_finite": True} if self.feedback_setup.train_ds.get("use_lhotse") else {}
+        loader = self._setup_dataloader_from_config(OmegaConf.merge(self.feedback_setup.train_ds, ends))
         self.feedback_setup.reader.attach(loader)
         for batch in pool_share(loader, rank=self.global_rank):
             yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]

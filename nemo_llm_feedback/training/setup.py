@@ -141,6 +141,19 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     return setup
 
 
+def check_precision(precision: Any) -> None:
+    """Refuses precisions of Lightning's trainer in which a run cannot be right.
+
+    Float16's gradient scaler overflows on purpose, and fails where all gradients of a step are gone; with weights in
+    half precision the audio is rounded too, and is not the audio of the pool's statistics and of the frozen reference.
+
+    Raises:
+        ConfigError: such a precision.
+    """
+    if str(precision) in ("16", "16-mixed", "16-true", "bf16-true"):
+        raise ConfigError(f"trainer.precision={precision} is not supported: use bf16-mixed, or 32.")
+
+
 def check_settings(tree: Mapping[str, Any], judge: Reward | None = None) -> Settings:
     """Checks everything that needs neither the model nor the training manifest.
 

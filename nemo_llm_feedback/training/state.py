@@ -213,11 +213,14 @@ class Feedback(FeedbackSetup):
 
     def to_plain(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data; the same on all ranks, each of which must call this."""
-        ranks = gather((self.cache.to_plain(), random_states([self.generator])))
+        # After a pool is scored every rank has all of it: one copy is enough.
+        shared = self.cache.filled == self.cache.refresh
+        mine = self.cache.to_plain()
+        ranks = gather((None if shared else mine, random_states([self.generator])))
         return {
             "statistics": asdict(self.statistics) if self.statistics else None,
             "generation": vars(self.generation),
-            "nbest": [kept for kept, _ in ranks],
+            "nbest": [mine] if shared else [kept for kept, _ in ranks],
             "random": [states for _, states in ranks],
             "chat_date": self.chat_date,
         }

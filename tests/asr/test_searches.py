@@ -113,3 +113,20 @@ def test_the_setting_captures_once_for_all_batches_with_one_list(
     assert made[True] == made[False]
     searched = 2 if kind == "ctc_bpe" else 3  # beam, boosted beam, and a transducer's greedy search
     assert captures == {"captures": searched, "replays": 3 * searched}
+
+
+@pytest.mark.parametrize("kind", ["rnnt_bpe", "tdt_bpe"])
+def test_under_autocast_beams_add_up_their_scores_in_full_precision(
+    kind: str, nemo_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NeMo's beams take the dtype of their inputs for sums: in bfloat16 −40 nats swallow all that is below 0.1."""
+    (head,) = heads_of(restore(nemo_file(kind), map_location="cpu").eval())
+    x, lengths = encoded(rows=3, frames=14)
+    seen: list[torch.dtype] = []
+    read = heads.beam_labels
+    monkeypatch.setattr(heads, "beam_labels", lambda hyps, **how: seen.append(hyps.scores.dtype) or read(hyps, **how))
+    expected = head.beam(x, lengths, size=4, max_symbols=3), head.greedy(x, lengths, max_symbols=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head.beam(x, lengths, size=4, max_symbols=3), head.greedy(x, lengths, max_symbols=3)
+    assert found == expected
+    assert seen == [torch.float32] * 2

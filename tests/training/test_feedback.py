@@ -311,3 +311,22 @@ def test_ratios_compare_policies_and_not_masks_while_the_gradient_is_that_of_the
         gradients[augment] = torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None])
     assert gradients[True].abs().max() > 0
     assert not torch.allclose(gradients[False], gradients[True])
+
+
+def test_a_pool_that_all_ranks_hold_is_stored_once(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.training import state as module
+
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    model.setup_feedback(config(write_manifest(tmp_path / "m.json", [None] * 2)), reward=label_reward)
+    state = begin(model)
+    with torch.no_grad():
+        for part in model.encoded_pool():
+            state.nbest(*part, refresh=0)
+    monkeypatch.setattr(module, "gather", lambda value: [value, value])
+    assert len(state.to_plain()["nbest"]) == 2  # each rank has proposed what it has met
+    state.cache.filled = state.cache.refresh
+    (kept,) = state.to_plain()["nbest"]
+    assert len(kept["kept"]["utterances"]) == 2
+    assert len(state.to_plain()["random"]) == 2

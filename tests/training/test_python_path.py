@@ -279,3 +279,32 @@ def test_without_setup_a_restored_model_trains_as_the_stock_one(nemo_file: Any, 
     for (key, a), (other, b) in zip(stock.state_dict().items(), ours.state_dict().items(), strict=True):
         assert key == other
         assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_cannot_be_right_are_refused_on_an_own_trainer(
+    precision: str, model: Any, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(minimal(manifest, guards={"every": 0}), reward=label_reward)
+    with pytest.raises(ConfigError, match=f"precision={precision} is not supported: use bf16-mixed"):
+        fit(model, steps=1, precision=precision)
+
+
+def test_accumulated_steps_are_measured_once_and_the_start_is_not(model: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 10)
+    settings = minimal(manifest, guards={"every": 1, "held_out": 0.4, **LENIENT})
+    model.setup_feedback(settings, reward=label_reward)
+    trainer = fit(model, steps=2, accumulate_grad_batches=2)
+    (guards,) = [callback for callback in trainer.callbacks if isinstance(callback, HeldOutEarlyStopping)]
+    assert [found.step for found in guards.history] == [1, 2]
+
+
+def test_a_batch_without_a_pseudo_label_is_no_fault_where_the_encoder_is_frozen(model: Any, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    objective = {"name": "self_training", "augment": True, "min_confidence": 0.999}
+    settings = minimal(manifest, guards={"every": 0}, objective=objective, parameters={"freeze_encoder": True})
+    model.setup_feedback(settings, reward=label_reward)
+    before = snapshot(model)
+    fit(model, steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())

@@ -21,6 +21,7 @@ from nemo_llm_feedback.core.config.compose import compose_config
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.run_folder import read_steps
 from nemo_llm_feedback.core.types import Context
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.training import pool
 from nemo_llm_feedback.training.callbacks.early_stopping import HeldOutEarlyStopping
@@ -380,6 +381,26 @@ def test_a_phase_of_its_own_has_the_llm_in_memory_only_while_the_pool_is_scored(
     assert len(unloads) == 2  # two refreshes
     # Ratios are to the policy that proposed a group, not to the one that first learns from it.
     assert max(moved[0], moved[2]) < 1e-4 < 1e-3 < min(moved[1], moved[3]), moved
+
+
+def test_a_pool_of_several_manifests_is_scored_once_by_lhotse(
+    nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NeMo's Lhotse loader repeats a list of manifests for ever; the run sat before its first step."""
+    made: list[str] = []
+    make = NBestMaker.make
+    monkeypatch.setattr(
+        NBestMaker, "make", lambda self, audio, *rest: made.extend(audio.utterances) or make(self, audio, *rest)
+    )
+    manifests = [write_manifest(tmp_path / f"{name}.json", [None] * 3) for name in "ab"]
+    lhotse = ("model.train_ds.use_lhotse=true", "+model.train_ds.use_bucketing=false", "llm.phase=cached")
+    more = (
+        f"model.train_ds.manifest_filepath=[{','.join(map(str, manifests))}]",
+        "guards.every=0",
+        "trainer.max_steps=3",
+    )
+    run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *lhotse, *more, "reward.alpha=1", "feedback.refresh_every=10")
+    assert len(set(made)) == 6
 
 
 def test_measurements_and_the_trial_leave_no_llm_in_memory_that_works_between_the_steps(

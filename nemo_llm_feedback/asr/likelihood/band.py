@@ -183,6 +183,7 @@ def _visited(visits: Tensor, among: Tensor, cells: JointCells, *, spare: float) 
     for _, start, stop in cells.trie.spans:
         part = visits[:, start:stop]
         ordered = part.reshape(-1).sort().values
-        left_out = int((ordered.cumsum(0) <= spare).sum())
+        # On the CPU: a GPU has no deterministic cumsum of floats, and the sum is needed here anyway.
+        left_out = int((ordered.cpu().cumsum(0) <= spare).sum())
         needed[:, start:stop] = part >= ordered[min(left_out, len(ordered) - 1)]
     return needed

@@ -30,6 +30,7 @@ from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, Training
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.llm import estimate_memory, pick_placement, resolve_folder
 from nemo_llm_feedback.training.models import locate
+from nemo_llm_feedback.training.setup import check_precision
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, MisconfigurationException, NeMoBaseException)
 _SETTINGS = {"run": "exp_manager.exp_dir", "output": "output", "temporary files": "the environment's TMPDIR"}
@@ -59,11 +60,10 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     """Keyword arguments of Lightning's trainer.
 
     Raises:
-        ConfigError: half precision, whose gradient scaler overflows on purpose and fails where all gradients are gone.
+        ConfigError: see ``check_precision``.
     """
     settings = plain(cfg.trainer)
-    if str(settings.get("precision")) in ("16", "16-mixed", "16-true"):
-        raise ConfigError(f"trainer.precision={settings['precision']} is not supported: use bf16-mixed, or 32.")
+    check_precision(settings.get("precision"))
     # Ours is one bar for the whole run (``training.callbacks.run_bar``).
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     if settings.get("limit_val_batches") == 0 or not cfg.model.validation_ds.get("manifest_filepath"):

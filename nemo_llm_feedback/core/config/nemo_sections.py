@@ -114,7 +114,8 @@ _KEYS: dict[str, list[tuple[str, Any]]] = {
         ("deterministic", Literal[True, False, "warn"] | None),
         ("gradient_clip_val", NonNegativeFloat | None),
         ("strategy devices precision logger callbacks fast_dev_run max_time benchmark gradient_clip_algorithm", Any),
-        ("inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins sync_batchnorm", Any),
+        ("inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins", Any),
+        ("sync_batchnorm", Literal[False] | None),  # ranks without labelled rows would not come to its exchange
         ("default_root_dir enable_checkpointing enable_progress_bar enable_model_summary limit_val_batches", Any),
         ("limit_test_batches limit_predict_batches min_epochs num_sanity_val_steps", Any),
         ("reload_dataloaders_every_n_epochs", Any),

@@ -81,6 +81,7 @@ class HeldOutEarlyStopping(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Prepares the measurements; a resumed run takes its best weights back."""
+        self._last_step = trainer.global_step
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         self._folder = Path(folder) if folder else None
         if name := self._restored.get("best_file"):
