@@ -55,9 +55,7 @@ PROBED = {
 }
 # What may teach more from the same recordings, one setting each; rooms are missing, as there are no impulse responses.
 NOISE = "+model.train_ds.augmentor.white_noise={prob:0.5,min_level:-60,max_level:-40}"
-SPEED = (
-    "+model.train_ds.augmentor.speed={prob:0.5,sr:16000,resample_type:fft,min_speed_rate:0.9,max_speed_rate:1.1}"
-)
+SPEED = "+model.train_ds.augmentor.speed={prob:0.5,sr:16000,resample_type:fft,min_speed_rate:0.9,max_speed_rate:1.1}"
 TRIED = {
     "distill, noise and speed": ["objective=distill", NOISE, SPEED],
     "distill, two views": ["objective=distill"],

@@ -34,11 +34,13 @@ class ChatFrame:
     Attributes:
         before, after: the text around the message, up to where the answer begins.
         end: the text behind an answer.
+        gap: a space that is written before an answer that is given; no template writes it before one to generate.
     """
 
     before: str
     after: str
     end: str
+    gap: str = ""
 
     def __call__(self, message: str) -> str:
         """The prompt of a message."""
@@ -74,6 +76,8 @@ def chat_frame(tokenizer: Any, settings: Mapping[str, Any]) -> ChatFrame:
     if not tokenizer.chat_template:
         raise LLMError("llm.chat=on, but the tokenizer has no chat template: set llm.chat=off.")
     name = f"The chat template of {tokenizer.name_or_path}"
+    if "enable_thinking" in str(tokenizer.chat_template):  # an answer is a transcript and nothing else
+        settings = {"enable_thinking": False, **settings}
     moment = datetime.datetime.fromisoformat(today())
 
     def _rendered() -> list[str]:
@@ -96,13 +100,18 @@ def chat_frame(tokenizer: Any, settings: Mapping[str, Any]) -> ChatFrame:
     before, *after = question.split(_MARK)
     if len(after) != 1 or other != before + _PROBE + after[0]:
         raise LLMError(f"{name} does not write the message once and as it is given: set llm.chat=off.")
-    if not whole.startswith(question + _PROBE):
+    behind = whole.removeprefix(question)
+    answer = behind.lstrip()
+    gap = behind[: len(behind) - len(answer)]
+    if not (whole.startswith(question) and answer.startswith(_PROBE)):
         raise LLMError(
             f"{name} writes one thing before a given answer and another before a generated one, so a transcript "
-            "cannot be scored as the answer: set llm.chat_template_kwargs={enable_thinking: false} for a thinking "
-            "model, llm.chat=off for another."
+            "cannot be scored as the answer: for a thinking model name its switch (enable_thinking is off already) "
+            "in llm.chat_template_kwargs={NAME: false}, for another set llm.chat=off."
         )
-    return ChatFrame(before, after[0], whole[len(question + _PROBE) :])
+    end = answer.removeprefix(_PROBE)
+    # Other white space than one space is the prompt's: no tokenizer joins it to a word.
+    return ChatFrame(before, after[0], end, gap) if gap == " " else ChatFrame(before, after[0] + gap, end)
 
 
 def _bounded(work: Callable[[], list[str]]) -> tuple[list[str], str]:

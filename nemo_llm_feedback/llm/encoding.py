@@ -8,6 +8,7 @@ Descriptions, terms and hypotheses are untrusted: the LLM's control tokens in th
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,12 +20,13 @@ from typing import Any
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.llm.chat import chat_frame
+from nemo_llm_feedback.llm.chat import ChatFrame, chat_frame
 from nemo_llm_feedback.llm.packing import Ids
 from nemo_llm_feedback.llm.prompts import read_template
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = {"add_special_tokens": False, "verbose": False}
 _CACHED_PROMPTS = 4096
 _CACHED_TEXTS = 8192  # ids of as many hypotheses take about 20 MB
 
@@ -60,7 +62,11 @@ class PromptEncoder:
         # Its text as rendered, too: a template may write what nobody gave it, such as today's date.
         rendered = self._frame("transcript") if self._frame else None
         chat = [tokenizer.chat_template, config.chat_template_kwargs, rendered] if self.chat else None
-        limit = config.max_context_tokens
+        self._lead = ""
+        if self._frame and self._frame.gap:
+            self._frame, self._lead = self._led(self._frame)
+            chat = [*(chat or []), self._lead, self._frame.after]
+        limit = min(config.max_context_tokens, self.max_tokens)
         self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": limit}
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
@@ -79,7 +85,7 @@ class PromptEncoder:
         if len(self._texts) + len(texts) > _CACHED_TEXTS:
             self._texts.clear()
         if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
-            found = self._tokenizer(missing, add_special_tokens=False, verbose=False)["input_ids"]
+            found = self._tokenizer([self._lead * bool(text) + text for text in missing], **_PLAIN)["input_ids"]
             self._texts.update((text, self._ended(text, tuple(ids))) for text, ids in zip(missing, found, strict=True))
         return [self._texts[text] for text in texts]
 
@@ -156,7 +162,7 @@ class PromptEncoder:
 
     def ids(self, text: str) -> Ids:
         """Returns the ids of a text as it is (control tokens in it are kept), without an end token."""
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tuple(self._tokenizer(text, **_PLAIN)["input_ids"])
 
     def text_spans(self, text: str) -> tuple[Ids, list[tuple[int, int]], str]:
         """Returns the ids that ``encode_text`` returns, and which characters each token stands for.
@@ -170,14 +176,15 @@ class PromptEncoder:
         """
         shown = self.safe_text(text)
         try:
-            found = self._tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            found = self._tokenizer(self._lead * bool(shown) + shown, return_offsets_mapping=True, **_PLAIN)
         except NotImplementedError as error:
             raise LLMError(
                 "The LLM's tokenizer does not know which characters its tokens stand for: use a checkpoint with "
                 "tokenizer.json, or another reward than entity."
             ) from error
         pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        kept = [(i, (int(start), int(end))) for i, (start, end) in pairs if i not in self._control]
+        led = len(self._lead)
+        kept = [(i, (max(0, start - led), max(0, end - led))) for i, (start, end) in pairs if i not in self._control]
         return (*(i for i, _ in kept), self.end_id), [span for _, span in kept], shown
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -196,8 +203,20 @@ class PromptEncoder:
     def _ended(self, text: str, ids: Ids) -> Ids:
         """The ids of a text without control tokens, and the end token."""
         if not self._control.keys().isdisjoint(ids):
-            ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
+            ids = tuple(i for i in self.ids(self._lead + self._safe(text)) if i not in self._control)
         return (*ids, self.end_id)
+
+    def _led(self, frame: ChatFrame) -> tuple[ChatFrame, str]:
+        """A frame whose template writes a space before an answer, and what stands before a transcript for it.
+
+        Nothing where the tokenizer writes that space itself, as those with word marks do; the space where it becomes
+        a part of the first word's token; else it is the end of the prompt.
+        """
+        prompt, whole = self.ids(frame("a")), self.ids(f"{frame('a')}{frame.gap}transcript")
+        for lead in ("", frame.gap):
+            if whole == (*prompt, *self.ids(f"{lead}transcript")):
+                return frame, lead
+        return dataclasses.replace(frame, after=frame.after + frame.gap), ""
 
     def _parts(self, context: Context) -> tuple[Ids]:
         """The one part of a scoring prompt: all of it."""

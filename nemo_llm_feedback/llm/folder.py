@@ -126,7 +126,10 @@ def fetch(model: str, revision: str | None, *, key: str, patterns: Sequence[str]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        # Mistral's repositories hold all weights a second time, in a format of their own.
+        twice = ["consolidated*"]
+        found = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=twice)
+        return Path(found)
     except LocalEntryNotFoundError as error:
         raise LLMError(
             f"{key}={model} (revision {revision or 'main'}) is not in the local hub cache and the hub cannot be "

@@ -14,11 +14,15 @@ from safetensors import safe_open
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
+from nemo_llm_feedback.core.text_files import parse_json, read_text
 from nemo_llm_feedback.llm.folder import TOKENIZER_FILES, fingerprint, local_folder
 from nemo_llm_feedback.llm.gguf import is_gguf
 
 logger = logging.getLogger(__name__)
 
+# Parts of the names of matrices that bitsandbytes leaves as they are: transformers holds all experts of a layer in one
+# tensor, which is no linear layer.
+_UNQUANTIZED = ("embed", "lm_head", "wte", "wpe", ".experts.")
 _UNUSABLE = (Exception,)  # tokenizers raises it bare on bad files, transformers whatever a wrong value leads to
 
 
@@ -65,7 +69,8 @@ def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tup
 
     folder = local_folder(source, revision, key=key, patterns=TOKENIZER_FILES)
     try:
-        return folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Where mistral-common is installed it would take the place of the tokenizer that scores are made for.
+        return folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
     except _UNUSABLE as error:
         raise LLMError(f"{key}={source}: its tokenizer cannot be loaded ({error}): give the model's.") from error
 
@@ -109,22 +114,31 @@ def estimate_memory(folder: Path, config: LLMConfig) -> int:
 
     Args:
         folder: the LLM's folder.
-        config: the LLM's settings, of which quantisation and dtype count. Matrices other than embeddings and output
-            matrix take 0.52 bytes per weight in NF4 with double quantisation (4 bits, and 0.127 bits of scales), 1 in
-            int8.
+        config: the LLM's settings, of which quantisation and dtype count. Matrices other than embeddings, output
+            matrix and experts take 0.52 bytes per weight in NF4 with double quantisation (4 bits, and 0.127 bits of
+            scales), 1 in int8.
     """
     size = _unquantized_dtype(config).itemsize
     factor = {"nf4": 0.52, "int8": 1.0}.get(config.quantization, float(size))
     total = 0.0
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_slice(name)
                 shape = tensor.get_shape()
-                keeps = len(shape) < 2 or any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+                keeps = len(shape) < 2 or any(part in name for part in _UNQUANTIZED)
                 stored = tensor.get_dtype() in ("U8", "I8")
                 total += prod(shape) * (1 if stored else size if keeps else factor)
     return round(total)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's LLM is loaded from: those of its index, where it has one."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = set(map(str, (parse_json(read_text(index)).get("weight_map") or {}).values()))
+        return [folder / name for name in sorted(names) if (folder / name).is_file()]
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _unquantized_dtype(config: LLMConfig) -> torch.dtype:
@@ -171,6 +185,12 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
             "tokens: put the tokenizer of the model there."
         )
     _freeze(model, dtype)
+    if config.quantization != "none" and any(p.ndim == 3 and p.is_floating_point() for p in model.parameters()):
+        logger.warning(
+            "LLM %s: the experts of a mixture stay as they are, only its other matrices are in %s: it takes several "
+            "times the memory of a dense LLM of its size.",
+            *(config.model, config.quantization),
+        )
     chosen = device.type == "cpu" and dtype == torch.bfloat16 and config.compute_dtype == "auto"
     why = ", as this CPU has AVX512-BF16 (llm.compute_dtype=float32 is exact and slower)" if chosen else ""
     logger.info("LLM %s: %s on %s, computing in %s%s.", config.model, config.quantization, device, dtype, why)

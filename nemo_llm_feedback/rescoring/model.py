@@ -164,6 +164,8 @@ class RescoringMixin(_Base):
         rescorer: Rescorer = self._rescorer
         characters = getattr(self, "tokenizer", None) is None
         cfg = nbest_config(asked, kind=kind, nbest=rescorer.settings.nbest, characters=characters)
+        if kind == "transducer" and hasattr(self.decoder, "context_size"):
+            cfg.beam.allow_cuda_graphs = False  # NeMo's graphs know the LSTM's state only
         if kind == "transducer" and self.joint.num_extra_outputs:
             cfg.model_type = "tdt"  # without it NeMo takes a character TDT's durations for labels
         # Models with one head know no decoder_type.

@@ -22,6 +22,7 @@ from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_me
 from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
+from nemo_llm_feedback.rewards.composite import CompositeReward
 from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
 
 
@@ -48,9 +49,9 @@ class ScoredHypothesis:
 class Rescorer:
     """Chooses among hypotheses by log p(y|x) + α·reward + β·length. It is not a module, so that it is never saved.
 
-    A reward whose parts include ``asr``, such as ``LLMReward``, has weighed log p(y|x) itself, and its value is the
-    score. A member that the reward cannot judge (NaN) ranks below all that it can judge; among members that it cannot
-    judge, log p(y|x) decides.
+    ``LLMReward``, rewards whose parts include ``asr``, and composites of the settings have weighed log p(y|x)
+    themselves, and their value is the score. A member that the reward cannot judge (NaN) ranks below all that it can
+    judge; among members that it cannot judge, log p(y|x) decides.
 
     Attributes:
         reward: judges the hypotheses; None for log p(y|x) + β·length.
@@ -181,7 +182,9 @@ class Rescorer:
         """The groups' members by score, best first; those that cannot be judged come last, by log p(y|x)."""
         given = [group for group, _ in groups]
         output = self.reward(given) if self.reward is not None else RewardOutput(torch.empty(0))
-        weighed = "asr" in output.parts
+        # With asr_weight=0 such a reward has no part of this name, and is the whole score all the same.
+        composed = isinstance(self.reward, CompositeReward) and self.settings.reward is not None
+        weighed = "asr" in output.parts or composed or isinstance(self.reward, LLMReward)
         if weighed and (self.alpha is not None or self.beta is not None):
             raise ConfigError(
                 f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "  # type: ignore[union-attr]

@@ -102,10 +102,10 @@ class LLMReward(AskingReward):
         Raises:
             RewardError: a group has no context or no reference scores, or too many groups get no score.
         """
+        length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])  # as it is written
         groups = self._shown(groups)
         asr = _padded([list(reference_scores(group)) for group in groups]) if self._asr_weight else None
         llm = _padded(self._counted(groups))
-        length = _padded([[float(text_length(text)) for text in group.texts] for group in groups])
 
         def _combined(asr: Tensor) -> Tensor:
             value = self._alpha * llm + self._asr_weight * asr.double() + self._beta * length

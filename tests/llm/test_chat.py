@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 import resource
+import string
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_llm import make_tiny_llm
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import LLMScorer, chat
+from nemo_llm_feedback.llm.encoding import PromptEncoder
 
 COFFEE = Context("an order at a coffee shop", ("latte", "oat milk"))
 
@@ -33,12 +36,69 @@ def chat_llm(folder, template):
 
 
 def test_chat_template_that_rewrites_answers_is_refused(tmp_path):
-    think = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+    think = "{% if add_generation_prompt and reason is not defined %}<think>{% endif %}"
     folder = chat_llm(tmp_path, "CHATML" + think)
     with pytest.raises(LLMError, match="enable_thinking"):
         LLMScorer(config(folder))
-    assert LLMScorer(config(folder, chat_template_kwargs={"enable_thinking": False})).encoder.uses_context
+    assert LLMScorer(config(folder, chat_template_kwargs={"reason": False})).encoder.uses_context
     assert LLMScorer(config(folder, chat="off")).encoder.end_id == 1
+
+
+def test_a_model_that_can_think_is_not_asked_to(tmp_path):
+    """An answer is a transcript; a template that thinks by default (Qwen3, SmolLM3) would have it thought about."""
+    think = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+    folder = chat_llm(tmp_path, "CHATML" + think)
+    scorer = LLMScorer(config(folder))
+    given = LLMScorer(config(folder, chat_template_kwargs={"enable_thinking": False}))
+    assert scorer.encoder.encode_prompt(COFFEE) == given.encoder.encode_prompt(COFFEE)
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %}GAP{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("gap", "marks", "lead"),
+    [
+        (" ", None, " "),  # byte-level: the space is a part of the first word's token
+        (" ", "first", ""),  # the tokenizer writes it before every text by itself
+        (" ", "always", ""),
+        ("\n", None, ""),  # the prompt ends with it
+    ],
+)
+def test_white_space_before_an_answer_is_where_the_template_has_it(gap, marks, lead, tmp_path):
+    """Mistral's templates write a space before an answer: prompt and text are the tokens of the whole chat."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = chat_llm(tmp_path, MISTRAL.replace("GAP", gap))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if marks:
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=marks)
+        special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+        letters = {"initial_alphabet": [*string.printable], "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, **letters)
+        backend.train_from_iterator(["a large latte please", "milk and a transcript"] * 9, trainer)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        marked = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        marked.chat_template = tokenizer.chat_template
+        tokenizer = marked
+    encoder = PromptEncoder(tokenizer, config(folder), max_positions=512)
+    for text in ("milk", "a large latte please"):
+        chat = [{"role": "user", "content": encoder._template.render(COFFEE).strip()}]
+        chat.append({"role": "assistant", "content": text})
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        expected = tuple(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        assert (*encoder.encode_prompt(COFFEE), *encoder.encode_text(text)) == expected
+        ids, spans, shown = encoder.text_spans(text)
+        assert ids == encoder.encode_text(text)
+        assert shown == text
+        assert spans[0][0] == 0
+        assert spans[-1][1] == len(text)
+    assert encoder._lead == lead
+    assert encoder.encode_text("") == (encoder.end_id,)
 
 
 def test_a_date_that_the_chat_template_writes_is_part_of_the_identity_and_stays_over_midnight(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from nemo_llm_feedback.core.config.faults import build
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
+from nemo_llm_feedback.llm.folder import fetch
 
 HOME = Context("a voice command to an assistant")
 TEXTS = ["turn on the light", "milk", ""]
@@ -283,6 +284,34 @@ def test_memory_estimate_is_close(tmp_path):
         settings = config(folder, quantization=kind)
         actual = load_llm(settings).model.get_memory_footprint()
         assert estimate_memory(folder, settings) == pytest.approx(actual, rel=0.1)
+
+
+def test_weights_that_are_not_loaded_are_neither_counted_nor_fetched(tmp_path, monkeypatch):
+    """Mistral's repositories hold all weights twice: ``consolidated.safetensors`` is for another library."""
+    import huggingface_hub
+
+    folder, settings = make_tiny_llm(tmp_path / "llm"), config(tmp_path / "llm", quantization="nf4")
+    once = estimate_memory(folder, settings)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert estimate_memory(folder, settings) == once
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert estimate_memory(folder, settings) == once
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *name, **how: asked.update(how) or str(folder))
+    fetch("mistralai/Mistral-7B-Instruct-v0.3", None, key="llm.model")
+    assert asked["ignore_patterns"] == ["consolidated*"]
+
+
+def test_the_experts_of_a_mixture_are_counted_and_said_to_stay_as_they_are(tmp_path, caplog):
+    """transformers holds them in one tensor per layer, which bitsandbytes leaves alone."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "decoder_sparse_step": 1}
+    folder = make_tiny_llm(tmp_path, architecture="qwen3_moe", hidden_size=128, norm_topk_prob=True, **sizes)
+    settings = config(folder, quantization="nf4")
+    actual = load_llm(settings).model.get_memory_footprint()
+    assert estimate_memory(folder, settings) == pytest.approx(actual, rel=0.1)
+    assert "the experts of a mixture stay as they are" in caplog.text
 
 
 # ---------------------------------------------------------------- pinned revisions, and folders that look like hub ids

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import FrozenReference
+from nemo_llm_feedback.core.config.rescoring import parse_rescoring_config
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, DecodingError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.rescoring import disable_rescoring, enable_rescoring, utterance_contexts
+from nemo_llm_feedback.rescoring import Rescorer, attach, disable_rescoring, enable_rescoring, utterance_contexts
 from nemo_llm_feedback.rewards import CallableReward, LLMReward, build_reward
 
 FAMILIES = ("ctc_char", "ctc_bpe", "rnnt_bpe", "tdt_bpe", "tdt_char", "hybrid_bpe", "hybrid_tdt_char")
@@ -74,6 +75,28 @@ def test_an_llm_reward_gives_the_one_parameterisation(stock: Any, tiny_llm: Path
         for member in hyp.n_best:
             parts = member.parts
             wanted = 0.5 * parts["llm"] + parts["asr"] + 3.0 * parts["length"]
+            assert member.score == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_reward_without_the_recognisers_part_is_the_whole_score_all_the_same(stock: Any, tiny_llm: Path) -> None:
+    """With ``asr_weight=0`` log p(y|x) was added again, and alpha and beta counted twice."""
+    from nemo_llm_feedback.core.config import LLMConfig
+    from nemo_llm_feedback.llm import load_llm
+
+    model, llm = stock("ctc_bpe"), load_llm(LLMConfig(model=str(tiny_llm), quantization="none"))
+    context = Context("an order at a coffee shop")
+    enable_rescoring(model, LLMReward(llm, alpha=0.5, beta=3.0, asr_weight=0.0), context=context)
+    for hyp in decode(model, *encoded()):
+        for member in hyp.n_best:
+            wanted = 0.5 * member.parts["llm"] + 3.0 * member.parts["length"]
+            assert member.score == pytest.approx(wanted, abs=1e-3)
+    components = [{"name": "length", "weight": 2.0}, {"name": "repetition", "weight": -4.0}]
+    settings = parse_rescoring_config({"reward": {"name": "composite", "settings": {"components": components}}})
+    rescorer = Rescorer.from_settings(settings)
+    attach(model, rescorer)
+    for hyp in decode(model, *encoded()):
+        for member in hyp.n_best:
+            wanted = 2.0 * member.parts["length"] - 4.0 * member.parts["repetition"]
             assert member.score == pytest.approx(wanted, abs=1e-3)
 
 

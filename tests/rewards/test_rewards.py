@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -366,3 +367,13 @@ def test_dotted_paths_need_permission(tmp_path, monkeypatch):
     ):
         with pytest.raises(RewardError, match=match):
             build_reward(path, allow_dotted=True)
+
+
+def test_the_length_is_that_of_the_text_and_not_of_what_the_llm_is_shown():
+    """Truecasing writes a listed spelling: "coca cola" is shown as "Coca-Cola" and was one word."""
+    shown = lambda g: dataclasses.replace(  # noqa: E731
+        g,
+        hypotheses=tuple(dataclasses.replace(h, text=h.text.replace("coca cola", "Coca-Cola")) for h in g.hypotheses),
+    )
+    found = LLMReward(FakeScorer(), alpha=1.0, beta=2.0, view=shown)([group("a coca cola", "a coca colla")])
+    assert found.parts["length"].tolist() == [[3.0, 3.0]]
