@@ -250,7 +250,7 @@ class LLMConfig(PromptConfig):
             built-in one.
         correction_template: path of a template for ``correction`` rewards and proposals; null = the built-in one.
         chat: wrap the prompt in the tokenizer's chat template: ``auto`` = where it has one, ``on``, ``off``.
-        chat_template_kwargs: extra variables of the chat template, e.g. ``{enable_thinking: false}``.
+        chat_template_kwargs: extra variables of the chat template; ``enable_thinking`` is false unless given.
         max_context_tokens: longest prompt in tokens; a longer context loses terms from its end, with a warning.
         max_terms: a longer term list is cut for each group to the terms that look or sound most like something in its
             hypotheses, a quarter of them distractors; such groups no longer share one prompt (docs/rewards.md).
