@@ -193,6 +193,9 @@ def write_manifest(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     temporary = target.with_name(f".{target.name[-99:]}.{os.getpid()}")
+    if target.exists() and not target.is_file():  # a pipe or a device takes what is written, and has no other place
+        target.write_bytes(content)
+        return
     try:
         temporary.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
         temporary.replace(target)

@@ -115,10 +115,14 @@ def entities_or_terms(
     if any(marked):
         return marked
     split = _word_splitter(clean)
-    return [
-        [TypedEntity(term) for term in dict.fromkeys(t for *_, t in term_spans(split(row.text), listed, split=split))]
-        for row, listed in zip(rows, terms, strict=True)
-    ]
+    return [_spoken(row.text, listed, split) for row, listed in zip(rows, terms, strict=True)]
+
+
+def _spoken(raw: str, terms: Sequence[str], split: Callable[[str], Sequence[str]]) -> list[TypedEntity]:
+    """The mentions of terms in a reference, the longest where they overlap, as spans of its words."""
+    units = [(unit, i) for i, (start, end) in enumerate(word_spans(raw)) for unit in split(raw[start:end])]
+    found = term_spans([unit for unit, _ in units], terms, split=split)
+    return [TypedEntity((units[start][1], units[end - 1][1] + 1)) for start, end, _ in found]
 
 
 @functools.lru_cache(maxsize=8)  # one object per normalisation, by which `term_spans` knows its lists again

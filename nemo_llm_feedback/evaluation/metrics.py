@@ -171,7 +171,7 @@ def score_corpus(
         row = word_counts(ref, word_alignments[u], None if entities is None else spans[u])
         row |= {"chars": len(refs[u]), "char_errors": sum(chunk_errors(c) for c in char_alignments[u])}
         if terms is not None:
-            row |= term_counts(ref, hyp, listed(terms[u]))
+            row |= term_counts(ref, hyp, listed(tuple(terms[u])))
         if bias_words is not None:
             row |= bias_counts(ref, hyp, {clean(w) for w in bias_words[u]})
         rows.append([row.get(name, 0) for name in COLUMNS])

@@ -110,8 +110,9 @@ def chat_frame(tokenizer: Any, settings: Mapping[str, Any]) -> ChatFrame:
             "in llm.chat_template_kwargs={NAME: false}, for another set llm.chat=off."
         )
     end = answer.removeprefix(_PROBE)
-    # Other white space than one space is the prompt's: no tokenizer joins it to a word.
-    return ChatFrame(before, after[0], end, gap) if gap == " " else ChatFrame(before, after[0] + gap, end)
+    # Only the last space can be a part of the answer's first token; what stands before it is the prompt's.
+    space = " " if gap.endswith(" ") else ""
+    return ChatFrame(before, after[0] + gap.removesuffix(" "), end, space)
 
 
 def _bounded(work: Callable[[], list[str]]) -> tuple[list[str], str]:

@@ -66,8 +66,7 @@ class PromptEncoder:
         if self._frame and self._frame.gap:
             self._frame, self._lead = self._led(self._frame)
             chat = [*(chat or []), self._lead, self._frame.after]
-        limit = min(config.max_context_tokens, self.max_tokens)
-        self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": limit}
+        self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": self.max_tokens}
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
@@ -80,12 +79,18 @@ class PromptEncoder:
         """Returns the ids of a hypothesis followed by the end token; the empty text is the end token alone."""
         return self.encode_texts([text])[0]
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Returns what ``encode_text`` returns per text; the new ones go through the tokenizer in one call."""
+    def encode_texts(self, texts: Sequence[str], *, answer: bool = True) -> list[Ids]:
+        """Returns what ``encode_text`` returns per text; the new ones go through the tokenizer in one call.
+
+        Args:
+            texts: hypotheses.
+            answer: whether they stand as answers, before which some chat templates write a space.
+        """
         if len(self._texts) + len(texts) > _CACHED_TEXTS:
             self._texts.clear()
+        texts = [self._lead + text if answer and text else text for text in texts]
         if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
-            found = self._tokenizer([self._lead * bool(text) + text for text in missing], **_PLAIN)["input_ids"]
+            found = self._tokenizer(missing, **_PLAIN)["input_ids"]
             self._texts.update((text, self._ended(text, tuple(ids))) for text, ids in zip(missing, found, strict=True))
         return [self._texts[text] for text in texts]
 
@@ -191,6 +196,11 @@ class PromptEncoder:
         """Returns the text of ids that the LLM wrote, without control tokens."""
         return str(self._tokenizer.decode([i for i in ids if i not in self._control], skip_special_tokens=True))
 
+    @property
+    def gap(self) -> str:
+        """What the chat template writes between a prompt and its answer, and the prompt does not end with."""
+        return self._frame.gap if self._frame else ""
+
     def frame(self, prompt: str) -> tuple[Ids, str]:
         """Returns the ids that begin a prompt (a begin token or none), and its text, wrapped in the chat template."""
         if self._frame:
@@ -203,7 +213,7 @@ class PromptEncoder:
     def _ended(self, text: str, ids: Ids) -> Ids:
         """The ids of a text without control tokens, and the end token."""
         if not self._control.keys().isdisjoint(ids):
-            ids = tuple(i for i in self.ids(self._lead + self._safe(text)) if i not in self._control)
+            ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
         return (*ids, self.end_id)
 
     def _led(self, frame: ChatFrame) -> tuple[ChatFrame, str]:
@@ -216,7 +226,7 @@ class PromptEncoder:
         for lead in ("", frame.gap):
             if whole == (*prompt, *self.ids(f"{lead}transcript")):
                 return frame, lead
-        return dataclasses.replace(frame, after=frame.after + frame.gap), ""
+        return dataclasses.replace(frame, after=frame.after + frame.gap, gap=""), ""
 
     def _parts(self, context: Context) -> tuple[Ids]:
         """The one part of a scoring prompt: all of it."""

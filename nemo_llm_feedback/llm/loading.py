@@ -133,9 +133,9 @@ def estimate_memory(folder: Path, config: LLMConfig) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a folder's LLM is loaded from: those of its index, where it has one."""
+    """The safetensors files that a folder's LLM is loaded from: the one of that name, or those of the index."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    if index.is_file() and not whole.is_file():
         names = set(map(str, (parse_json(read_text(index)).get("weight_map") or {}).values()))
         return [folder / name for name in sorted(names) if (folder / name).is_file()]
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
@@ -185,7 +185,8 @@ def load_model(config: LLMConfig, folder: Path, tokenizer: Any) -> Any:
             "tokens: put the tokenizer of the model there."
         )
     _freeze(model, dtype)
-    if config.quantization != "none" and any(p.ndim == 3 and p.is_floating_point() for p in model.parameters()):
+    large = [name for name, value in model.named_parameters() if value.ndim == 3 and value.is_floating_point()]
+    if config.quantization != "none" and any(".experts." in name for name in large):
         logger.warning(
             "LLM %s: the experts of a mixture stay as they are, only its other matrices are in %s: it takes several "
             "times the memory of a dense LLM of its size.",

@@ -66,7 +66,7 @@ class AnswerScorer:
         rows: list[tuple[Ids, list[Ids]]] = []
         for context, texts in requests:
             head, tail = encoder.fit(context, self._halves)
-            asked = [(*ids[:-1], *tail) for ids in encoder.encode_texts(texts)]
+            asked = [(*ids[:-1], *tail) for ids in encoder.encode_texts(texts, answer=False)]
             rows.append((head, [(*ids, *end) for ids in asked for end in ((), *((i,) for i in self._answer_ids))]))
         answers = []
         for sums in self._scorer.score_ids(rows):
@@ -91,7 +91,8 @@ class AnswerScorer:
         encoder = self._scorer.encoder
         _, tail = self._halves(_PROBE)
         after = encoder.frame(self._template.render_question(_PROBE))[1].split(MARK)[1]
-        found = [encoder.ids(after + answer) for answer in self.answers]
+        gaps = ["" if answer.startswith(" ") else encoder.gap for answer in self.answers]
+        found = [encoder.ids(after + gap + answer) for gap, answer in zip(gaps, self.answers, strict=True)]
         if any(ids[:-1] != tail for ids in found) or len(set(found)) < max(2, len(found)):
             tokens = ", ".join(f"{answer!r} {list(encoder.ids(answer))}" for answer in self.answers)
             raise LLMError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_llm_feedback.asr.heads import Head, Labels
 from nemo_llm_feedback.core.config import ProposalConfig, RewardConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
+from nemo_llm_feedback.core.config.reward import ASR_WEIGHTED_REWARDS
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
 from nemo_llm_feedback.core.types import Context, ExternalText, HypothesisGroup, RewardOutput
@@ -22,7 +23,6 @@ from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_me
 from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
-from nemo_llm_feedback.rewards.composite import CompositeReward
 from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
 
 
@@ -183,7 +183,8 @@ class Rescorer:
         given = [group for group, _ in groups]
         output = self.reward(given) if self.reward is not None else RewardOutput(torch.empty(0))
         # With asr_weight=0 such a reward has no part of this name, and is the whole score all the same.
-        composed = isinstance(self.reward, CompositeReward) and self.settings.reward is not None
+        named = self.settings.reward.name if self.settings.reward is not None else ""
+        composed = named in ("composite", *ASR_WEIGHTED_REWARDS)
         weighed = "asr" in output.parts or composed or isinstance(self.reward, LLMReward)
         if weighed and (self.alpha is not None or self.beta is not None):
             raise ConfigError(

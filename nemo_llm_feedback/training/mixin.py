@@ -275,9 +275,12 @@ class LLMFeedbackMixin(_Base):
 
     def pool_batches(self) -> Iterator[Any]:
         """NeMo's batches of this rank's share of the training data, by a loader for this purpose."""
-        # NeMo's Lhotse loader repeats several manifests and tarred data for ever, unless it is told to end.
-        ends = {"force_finite": True} if self.feedback_setup.train_ds.get("use_lhotse") else {}
-        loader = self._setup_dataloader_from_config(OmegaConf.merge(self.feedback_setup.train_ds, ends))
+        settings = self.feedback_setup.train_ds
+        # NeMo's Lhotse loader repeats several manifests and tarred data for ever, unless it is told to end, and every
+        # worker reads all of tarred data.
+        once: dict[str, Any] = {"force_finite": True, "max_open_streams": None} if settings.get("use_lhotse") else {}
+        once |= {"num_workers": 0} if once and settings.get("tarred_audio_filepaths") else {}
+        loader = self._setup_dataloader_from_config(OmegaConf.merge(settings, once))
         self.feedback_setup.reader.attach(loader)
         for batch in pool_share(loader, rank=self.global_rank):
             yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]

@@ -232,9 +232,10 @@ def _best_rewards(batches: Sequence[NBestBatch], *, head: str) -> list[float]:
 def pool_share(loader: Any, *, rank: int) -> Iterator[Any]:
     """The batches of a loader that are this rank's.
 
-    Lhotse's samplers and tarred data are split over the ranks by NeMo; of the classic loader every rank sees all.
+    Lhotse's samplers and the classic loader's tarred data are split over the ranks by NeMo; of other classic data and
+    of Lhotse's tarred data every rank sees all.
     """
-    split = loader.batch_size is None or isinstance(loader.dataset, IterableDataset)
+    split = (loader.batch_size is None) != isinstance(loader.dataset, IterableDataset)
     return itertools.islice(iter(loader), 0 if split else rank, None, 1 if split else num_ranks())
 
 
@@ -249,6 +250,7 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
         pool: batches of this rank's share.
         refresh: index of the refresh.
     """
+    feedback.cache.start(refresh)  # also where this rank's share has no unlabeled row
     with CollectiveBlock(), feedback.maker.proposer.same_weights():
         for part in pool:
             nbest = feedback.nbest(*part, refresh=refresh)

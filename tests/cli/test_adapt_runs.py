@@ -63,6 +63,11 @@ def test_several_runs_are_refused_where_they_cannot_work(nemo_file: Any, tmp_pat
     needed += ["model.train_ds.manifest_filepath=m.json"]
     with pytest.raises(ConfigError, match=r"runs=3 trains on one device"):
         job.adapt_runs(compose_config([*needed, "trainer.devices=2"]))
+    base = tmp_path / "adapted_mean.nemo"
+    base.write_bytes(Path(nemo_file("ctc_bpe")).read_bytes())
+    again = [f"init_from_nemo_model={base}", f"exp_manager.exp_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="is the base checkpoint, which would be lost"):
+        job.adapt_runs(compose_config([*needed[1:], *again]))
     assert all(map(one_device, (1, "1", [2], OmegaConf.create([2]))))
     assert not any(map(one_device, (2, -1, "auto", [0, 1], OmegaConf.create([0, 1]))))
     with pytest.raises(ConfigError, match=r"is a folder: name the file"):  # one run: tests/cli/test_run_folder.py

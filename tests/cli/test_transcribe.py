@@ -232,6 +232,8 @@ def test_the_manifest_that_is_transcribed_is_never_written_over(
     packed = tmp_path / "new" / "out.json.gz"
     assert main(["transcribe", str(nemo_file("ctc_bpe")), str(tmp_path / "m.json"), "--output", str(packed)]) == 0
     assert len(read_manifest(packed)) == 2
+    # What is no file, a pipe for one, is written to and not replaced.
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), str(tmp_path / "m.json"), "--output", "/dev/stdout"]) == 0
 
 
 def test_settings_are_checked_all_at_once() -> None:

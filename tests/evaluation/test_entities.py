@@ -28,8 +28,20 @@ def test_without_marked_entities_the_terms_that_were_said_are_the_entities() -> 
     comparison = compare(rows, [System("a", HEARD)], Scoring(context=MENU))
     assert comparison.scores["a"].value("ewer") == scores.value("ewer")
     assert [(span.start, span.end) for span in comparison.spans[0]] == [(1, 2), (3, 5)]
+    # Inside a longer term a term is no mention of its own; by itself it is.
+    assert [(span.start, span.end) for span in comparison.spans[2]] == [(0, 1), (1, 3), (5, 6)]
+    assert comparison.scores["a"].column("entities").tolist() == [2, 0, 3]
     assert "Entities: the terms that a reference holds, as no row has the key `entities`." in comparison.basis
     assert "ewer" in comparison.metrics
+
+
+def test_typed_entities_have_scores_of_their_own() -> None:
+    rows = [_row(TEXTS[0], entities=[{"text": "latte", "type": "drink"}, {"text": "soy milk", "type": "extra"}])]
+    comparison = compare(rows, [System("a", HEARD[:1])], Scoring())
+    assert {name: scores["a"].value("ewer") for name, scores in comparison.by_type.items()} == {
+        "drink": 100,
+        "extra": 0,
+    }
 
 
 def test_marked_entities_are_all_that_count() -> None:

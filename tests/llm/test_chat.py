@@ -98,6 +98,20 @@ def test_white_space_before_an_answer_is_where_the_template_has_it(gap, marks, l
         assert spans[0][0] == 0
         assert spans[-1][1] == len(text)
     assert encoder._lead == lead
+    # In the middle of a question a text has no such space, and an answer of the judge has it.
+    (inside,) = encoder.encode_texts(["milk"], answer=False)
+    assert inside == (*encoder.ids("milk"), encoder.end_id)
+    after = encoder.frame("x")[1]
+    ours, theirs = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (
+            after + encoder.gap + "milk",
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": "milk"}], tokenize=False
+            ),
+        )
+    )
+    assert ours == theirs[: len(ours)]
     assert encoder.encode_text("") == (encoder.end_id,)
 
 

@@ -400,7 +400,7 @@ def test_a_pool_of_several_manifests_is_scored_once_by_lhotse(
         "trainer.max_steps=3",
     )
     run(nemo_file("ctc_bpe"), tiny_llm, tmp_path, *lhotse, *more, "reward.alpha=1", "feedback.refresh_every=10")
-    assert len(set(made)) == 6
+    assert len(made) == len(set(made)) == 6
 
 
 def test_measurements_and_the_trial_leave_no_llm_in_memory_that_works_between_the_steps(

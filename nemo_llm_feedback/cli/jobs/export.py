@@ -75,13 +75,13 @@ def export(
     if mean and not output:
         raise CheckpointError("an average of checkpoints, or with the base, needs a name: add --output AVERAGE.nemo.")
     target = Path(output).expanduser() if output else sources[0].with_name(f"{stem(sources[0])}.nemo")
-    if base and target.is_file() and os.path.isfile(base) and target.samefile(base):
-        raise CheckpointError(f"--output {output} is the base, which would be lost: choose another name.")
     rows = labelled_rows(str(manifest)) if manifest else {}
     if (rows or interpolation < 1) and not base and any(source.suffix == ".nemo" for source in sources):
         what = "is mixed with" if interpolation < 1 else "is scored against"
         raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
     run = _averaged(sources, base, interpolation) if mean else _opened(sources[0], base)
+    if run.base and os.path.isfile(run.base) and target.is_file() and target.samefile(run.base):
+        raise CheckpointError(f"--output {output} is the base, which would be lost: choose another name.")
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))
     if rows or target not in sources or not card_path(target).is_file():

@@ -112,8 +112,8 @@ def result_folders(cfg: DictConfig) -> dict[str, Path]:
         folders["output"] = output.parent
         if output.is_dir():
             faults.append(f"output={cfg.output} is a folder: name the file, e.g. output={output / 'adapted.nemo'}.")
-        elif output.is_file() and output.samefile(source(cfg)):
-            faults.append(f"output={cfg.output} is the base checkpoint, which would be lost: choose another name.")
+        else:
+            keep_base(output, source(cfg))
     for what, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +125,16 @@ def result_folders(cfg: DictConfig) -> dict[str, Path]:
             )
     refuse("the results could not be written;", faults)
     return folders
+
+
+def keep_base(target: Path, base: Path) -> None:
+    """Refuses to write over the starting checkpoint.
+
+    Raises:
+        ConfigError: they are one file.
+    """
+    if target.is_file() and target.samefile(base):
+        raise ConfigError(f"output={target} is the base checkpoint, which would be lost: choose another name.")
 
 
 def check_room(folders: Mapping[str, Path], needed: Mapping[str, int]) -> None:
