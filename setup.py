@@ -35,7 +35,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nemo_llm_feedback*"]), "nemo_llm_feedback.conf"],
     package_dir={"nemo_llm_feedback.conf": "conf"},
     package_data={
