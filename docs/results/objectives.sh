@@ -7,3 +7,4 @@ python $E/objectives.py run runs/objectives ../shared/data/barista/dev.json
 python $E/labelled_rl.py ../shared/data ../shared/checkpoints/ctc.nemo runs/labelled_rl --rows nemo mwer gspo   # needs flite; 1e-4, 3e-4
 python $E/labelled_rl.py ../shared/data ../shared/checkpoints/ctc.nemo runs/labelled_rl --rows nemo mwer --rates 3e-4 --seeds 2 3
 python $E/labelled_rl.py ../shared/data ../shared/checkpoints/ctc.nemo runs/labelled_rl --rows gspo --rates 1e-4 --seeds 2 3
+nemo-llm-feedback evaluate runs/labelled_rl/taught_1.nemo --manifest runs/labelled_rl/data/pool_labels.json --oracle 8
