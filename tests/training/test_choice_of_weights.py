@@ -196,8 +196,8 @@ def test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them(tmp
         resumed = stopping(model, [], standard_errors=0.0)
         resumed._limits = GuardConfig(every=0)
         resumed.load_state_dict(states[step])
-        checkpoint = SimpleNamespace(dirpath=str(folder))
-        resumed.on_train_start(SimpleNamespace(checkpoint_callback=checkpoint, ckpt_path=folder / "a.ckpt"), model)  # type: ignore[arg-type]
+        places = {"checkpoint_callback": SimpleNamespace(dirpath=str(folder)), "ckpt_path": folder / "a.ckpt"}
+        resumed.on_train_start(SimpleNamespace(global_step=step, **places), model)  # type: ignore[arg-type]
         assert float(resumed._best["weight"]) == value  # type: ignore[index]
     (folder / "a--global_step=2.0000-epoch=0.ckpt").unlink()
     save_kept(folder, 7, snapshot(model))

@@ -100,7 +100,7 @@ def result_folders(cfg: DictConfig) -> dict[str, Path]:
     """Where a run writes: ``run``, ``temporary files`` and, where one is given, ``output``.
 
     Raises:
-        ConfigError: ``output`` is a folder or the base, or folders cannot be written to; all are listed.
+        ConfigError: ``output`` is a folder, or folders cannot be written to; all are listed.
     """
     manager = cfg.exp_manager
     folders = {"run": Path(manager.get("explicit_log_dir") or manager.get("exp_dir") or "nemo_experiments")}
@@ -112,8 +112,6 @@ def result_folders(cfg: DictConfig) -> dict[str, Path]:
         folders["output"] = output.parent
         if output.is_dir():
             faults.append(f"output={cfg.output} is a folder: name the file, e.g. output={output / 'adapted.nemo'}.")
-        else:
-            keep_base(output, source(cfg))
     for what, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
