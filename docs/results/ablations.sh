@@ -41,3 +41,6 @@ for llm in $C/lm $LLM gemma-3-270m-Q4_K_M.gguf Qwen2.5-Coder-0.5B-Instruct-Q4_K_
     nemo-llm-feedback score $C/ctc.nemo --manifest $B/dev.json --terms-file $B/menu.json --description "an order at a coffee shop" \
         --llm $llm --quantization none --utterances 0 --show 0
 done
+python examples/experiments/bars.py docs/results/ablations_llm.csv docs/img/llm_ladder.png "the recogniser's own text=greedy" \
+    "3.7 M, has read orders=own LM (../shared/checkpoints/lm)" "SmolLM2-135M-Instruct=SmolLM2-135M-Instruct" "Gemma-3-270M=Gemma-3-270M" \
+    "Qwen2.5-Coder-0.5B=Qwen2.5-Coder-0.5B-Instruct" "the best of each group (oracle)=oracle" --of "50 dev orders, choice of the base's groups"

@@ -2,7 +2,7 @@
 
     python examples/experiments/bars.py docs/results/barista_smollm2_test.csv TARGET.png "LABEL=SYSTEM" …
 
-SYSTEM is a row's name in the CSV file, LABEL how the picture calls it.
+SYSTEM is a row's name in the CSV file's first column, LABEL how the picture calls it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def main() -> None:
     made.add_argument("table", type=Path)
     made.add_argument("target", type=Path)
     made.add_argument("rows", nargs="+", metavar="LABEL=SYSTEM")
+    made.add_argument("--of", default="140 test orders", help="what the errors were counted on")
     options = made.parse_args()
     with options.table.open(encoding="utf-8", newline="") as file:
-        known = {row["system"]: row for row in csv.DictReader(file)}
+        known = {next(iter(row.values())): row for row in csv.DictReader(file)}
     labels, systems = zip(*(item.split("=", 1) for item in options.rows), strict=True)
     figure, axes = plt.subplots(figsize=(9, 0.6 + 0.55 * len(labels)), constrained_layout=True)
     for k, (metric, name, colour) in enumerate((("WER", "WER", "#9bb8b4"), ("EWER", "entity WER", "#00897b"))):
@@ -34,7 +35,7 @@ def main() -> None:
         places = [i + (k - 0.5) * 0.38 for i in range(len(labels))]
         spans = [[v - low for v, low, _ in values], [high - v for v, _, high in values]]
         axes.barh(places, [v for v, _, _ in values], 0.36, xerr=spans, label=name, color=colour, ecolor="#444444")
-    axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel="errors on 140 test orders, %, with 95 % intervals")
+    axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel=f"errors on {options.of}, %, with 95 % intervals")
     axes.invert_yaxis()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
