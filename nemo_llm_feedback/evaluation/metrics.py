@@ -198,7 +198,8 @@ def paired_difference(first: CorpusScores, second: CorpusScores, metric: str, *,
     """Compares two systems on the same utterances, resampled together.
 
     The p-value is twice the share of resamples on the far side of 0, counting the observed sample as one of them, so
-    it is never 0 and is 1 for equal outputs.
+    it is never 0 and is 1 for equal outputs. Where k utterances differ it is at least 2^(1−k), the smallest p-value of
+    the exact test by signs: resampling few utterances would claim what they cannot show.
 
     Args:
         first, second: scores over the same references in the same order.
@@ -217,7 +218,10 @@ def paired_difference(first: CorpusScores, second: CorpusScores, metric: str, *,
     deltas = deltas[~np.isnan(deltas)]
     low, high = _percentiles(deltas)
     tail = min(int((deltas <= 0).sum()), int((deltas >= 0).sum()))
-    p_value = min(1.0, 2 * (tail + 1) / (len(deltas) + 1)) if len(deltas) else float("nan")
+    parts = zip(first.ratio(metric), second.ratio(metric), strict=True)
+    differing = int(np.any([a != b for a, b in parts], axis=0).sum())
+    smallest = max(2 * (tail + 1) / (len(deltas) + 1), 2.0 ** (1 - differing))
+    p_value = min(1.0, smallest) if len(deltas) else float("nan")
     return Interval(first.value(metric) - second.value(metric), low, high, p_value)
 
 

@@ -129,10 +129,14 @@ class FeedbackSetup(Settings):
         """Steps of a generation of a run of ``max_steps``; the last one may have fewer."""
         return -(-max_steps // self.config.feedback.generations)
 
-    def general_speech(self) -> str:
-        """How the run keeps or watches general speech, as a line of its plan."""
+    def general_speech(self, *, watched: bool = True) -> str:
+        """How the run keeps or watches general speech, as a line of its plan.
+
+        Args:
+            watched: False where the guard set has turned out to be of another language.
+        """
         kept = ["held by replay rows"] if self.reader.replays else []
-        if self.guard_rows and self.held_out_rows():
+        if watched and self.guard_rows and self.held_out_rows():
             what = f"{len(self.guard_rows)} English sentences that ship with the package (guards.everyday)"
             kept.append(f"watched on {what if self.everyday else 'guards.manifest_filepath'}")
         return " and ".join(kept) or (

@@ -277,7 +277,10 @@ def scores_of(references: list[str], nbest: NBestBatch, entities: list[list[str]
     [({}, "2·llm + 4·length + asr"), ({"name": "entity", "asr_weight": 0.5}, "2·entity + 4·length + 0.5·asr")],
 )
 def test_the_formula_names_the_parts_that_are_weighed(given: dict[str, Any], sum_of_parts: str) -> None:
-    assert _formula(Weights(2.0, 4.0, "settings"), RewardConfig(**given)) == sum_of_parts
+    weights, settings = Weights(2.0, 4.0, "settings"), RewardConfig(**given)
+    assert _formula(weights, settings, trusted=False) == sum_of_parts
+    trust = "trust" if settings.asr_weight == 1 else f"{settings.asr_weight:g}·trust"
+    assert _formula(weights, settings, trusted=True) == f"{sum_of_parts} + {trust}"
 
 
 def test_choice_follows_the_formula() -> None:

@@ -106,6 +106,18 @@ def test_paired_difference_uses_the_pairing():
     assert result.p_value > 0.3
 
 
+def test_few_utterances_prove_nothing():
+    """All resamples of one utterance agree, which is no evidence; the exact test by signs has 2^(1−k) at best."""
+    for differing in (1, 3, 4, 8):
+        references = ["a b c d"] * 100
+        worse = ["a x c d"] * differing + references[differing:]
+        bad = score_corpus(references, worse, normalize=none)
+        good = score_corpus(references, references, normalize=none)
+        result = paired_difference(good, bad, "wer", samples=2000, seed=0)
+        assert result.p_value >= 2.0 ** (1 - differing)
+    assert result.p_value < 0.05
+
+
 def test_equal_systems_have_p_one():
     scores = random_corpus(1, 20, 0.3)
     result = paired_difference(scores, scores, "wer", samples=200, seed=0)

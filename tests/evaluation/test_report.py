@@ -30,7 +30,7 @@ from nemo_llm_feedback.evaluation.report import (
     write_report,
 )
 from nemo_llm_feedback.evaluation.report.data import Run, changed_settings
-from nemo_llm_feedback.evaluation.report.page import GuardRow, _with_base, guard_rows
+from nemo_llm_feedback.evaluation.report.page import GuardRow, _data_uri, _with_base, guard_rows
 from nemo_llm_feedback.evaluation.report.plots import curves, read_numbers
 from nemo_llm_feedback.evaluation.report.utterances import NBest, list_utterances
 from nemo_llm_feedback.evaluation.report.words import align, diff_pieces, term_changes, term_rows
@@ -445,3 +445,28 @@ def test_the_report_scores_the_labels_that_were_decoded(trained: tuple[Any, list
             encoded = feedback.reference.encode(audio.signal, audio.signal_len)
             logp = feedback.reference.heads[0].score(*encoded, [[before.labels[i]]])
             assert change.scores["asr"][0] == pytest.approx(float(logp), abs=1e-2)
+
+
+def test_terms_are_counted_in_all_transcripts_of_the_pool(rows: list[Row], tmp_path: Path) -> None:
+    """Counted in the changed ones alone a term that stood in ten others had "appeared"."""
+    pool = [(rows[0], "a latte", "a latte")] * 10 + [(rows[0], "a lada", "a latte")]
+    data = adaptation_report(
+        log_dir=tmp_path,
+        rows={},
+        before={},
+        after={},
+        context=Context("an order", ("latte",)),
+        normalizer="basic",
+        facts={},
+        settings={},
+        pool=pool,
+    )
+    assert data.surveyed == 11
+    assert data.run is not None
+    assert data.run.terms == {"latte": (10, 11)}
+
+
+def test_audio_of_ready_transcripts_without_a_duration_is_played(rows: list[Row]) -> None:
+    found = _data_uri(dataclasses.replace(rows[0], duration=0.0))
+    assert found is not None
+    assert found.startswith("data:audio/")

@@ -59,7 +59,7 @@ def test_text_form():
     assert set(lines[1]) == {"-", " "}
     assert "50.0 [50.0, 50.0]" in lines[2]
     low, high = table().rows["ours"][0].low, table().rows["ours"][0].high
-    assert f"30.0 [{low:.1f}, {high:.1f}] (−40.0 %)*" in lines[3]
+    assert f"30.0 [{low:.1f}, {high:.1f}] (−40.0 %) " in lines[3]  # four utterances that differ are too few for a *
     column = lines[0].index("WER")
     assert lines[2].index("50.0") == lines[3].index("30.0") == column
     assert lines[3].endswith("–")  # no term list: false alarms are undefined

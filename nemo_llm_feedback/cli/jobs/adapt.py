@@ -252,7 +252,7 @@ def _result(model: Any, target: Path, log_dir: Path, before: Any, after: Any, po
         ended=stopping.reason,
         steps=int(model.trainer.global_step),
         share=stopping.share,
-        general=model.feedback_setup.general_speech(),
+        general=model.feedback_setup.general_speech(watched=stopping.watching),
         guard_wer=stopping.guard_wer,
         history=stopping.history,
         generation=stopping.kept_generation,
@@ -309,7 +309,7 @@ def _write_reports(result: AdaptResult, model: Any, settings: Mapping[str, Any],
             for name, rows in validation.items()
         },
         changes=judged_changes(model, *pool),
-        surveyed=len(pool[0]),
+        pool=list(zip(pool[0], pool[1].texts, pool[2].texts, strict=True)),
     )
     save_report(data, result.log_dir)
     write_report(data, result.log_dir / "report.html", audio=bool(settings.get("report_audio", True)))
@@ -415,7 +415,7 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
 def averaged_text(result: AveragedRuns) -> str:
     """The runs, the scores of base and mean on each validation set, and the path, for a terminal."""
     runs = [replace(list_runs(folder)[0], folder=f"{folder.parent.name}/{folder.name}") for folder in result.runs]
-    still = [run.folder for run in runs if run.result["kept_step"] == 0]
+    still = [run.folder for run in runs if run.result["kept_step"] == 0 or run.result["share"] == 0]
     lines = [runs_text(runs), *_tables(result, "base", "mean")]
     if still:
         share = f"{len(still)} of {len(runs)} parts of the mean are the base's weights"

@@ -94,6 +94,7 @@ def runs_text(runs: list[Run]) -> str:
             if score in before and score in (after := run.result["after"].get(name, {}))
         ]
         facts += [f"{k}={_short(v, 40)}" for k, v in run.settings.items() if not _is_usual(k, v, runs)]
+        facts += [f"{100 * run.result['share']:.0f} % of the update"] if run.result["share"] < 1 else []
         facts += [f"kept generation {run.result['generation']}"] if run.result["generation"] > 1 else []
         facts += [f"ended early: {run.result['ended']}"] if run.result["ended"] else []
         lines += textwrap.wrap(f"{run.folder}: {', '.join(facts)}", 80, subsequent_indent="  ") if facts else []
@@ -110,7 +111,7 @@ def _run(top: Path, path: Path, settings: dict[str, Any], differing: list[str]) 
         "learning_rate": max((rate for rate in rates if rate is not None), default=None),
         "alpha": settings.get("reward.alpha"),
         "gain": max((line["held_out/gain"] for line in steps if "held_out/gain" in line), default=None),
-    } | {"kept_step": None, "generation": 1, "before": {}, "after": {}, "ended": "", "nemo": None}
+    } | {"kept_step": None, "share": 1.0, "generation": 1, "before": {}, "after": {}, "ended": "", "nemo": None}
     return Run(
         folder=str(path.relative_to(top)),
         state="finished" if found else ("running" if in_use(path) else "interrupted"),

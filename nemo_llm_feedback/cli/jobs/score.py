@@ -141,7 +141,7 @@ def score(
         total=probe.total,
         nbest=nbest,
         weights=weights,
-        formula=_formula(weights, settings) if weights is not None else "",
+        formula=_formula(weights, settings, trusted="trust" in nbest.parts) if weights is not None else "",
         trusted=trusted,
         chosen=chosen,
         greedy=greedy,
@@ -159,9 +159,10 @@ def score(
     )
 
 
-def _formula(weights: Weights, settings: RewardConfig) -> str:
+def _formula(weights: Weights, settings: RewardConfig, *, trusted: bool) -> str:
     """The reward as a sum of the columns that are shown."""
     parts = {settings.weighed_part: weights.alpha, "length": weights.beta, "asr": settings.asr_weight}
+    parts |= {"trust": settings.asr_weight} if trusted else {}
     return " + ".join(name if w == 1 else f"{w:g}·{name}" for name, w in parts.items() if w)
 
 

@@ -37,7 +37,7 @@ _LABELS = {
     "reward": "Reward",
     "learning_rate": "Learning rate",
     "boosting_weight": "Boosting weight",
-    "pool_rows": "Unlabeled rows",
+    "pool_rows": "Rows learned from",
     "pool_hours": "Hours of audio",
     "steps": "Steps",
     "kept_step": "Kept step",
@@ -175,7 +175,7 @@ def adaptation_report(
     settings: Mapping[str, Any],
     nbest: Mapping[str, Sequence[tuple[Member, ...]]] | None = None,
     changes: Sequence[Change] = (),
-    surveyed: int = 0,
+    pool: Sequence[tuple[Row, str, str]] = (),
 ) -> ReportData:
     """The report of a finished adaptation.
 
@@ -189,7 +189,7 @@ def adaptation_report(
         settings: the composed configuration as plain containers; values of secret keys are hidden.
         nbest: validation set → the adapted model's N-best of each row, empty where none was made.
         changes: utterances without reference whose transcript changed.
-        surveyed: utterances without reference that were compared.
+        pool: all utterances without reference that were compared, each with its transcripts before and after.
     """
     sets = {}
     for name, labelled in rows.items():
@@ -198,14 +198,14 @@ def adaptation_report(
         scoring = Scoring(normalizer=normalizer, context=context, missing_entities="skip", group_by=groups)
         adapted = System("adapted", after[name].hypotheses, tuple((nbest or {}).get(name, ())))
         sets[name] = compare(labelled, [System("base", before[name].hypotheses), adapted], scoring)
-    terms = [merge_context(context, change.row.context).terms for change in changes]
-    found = term_changes([(c.before, c.after) for c in changes], terms, normalizer=normalizer)
+    terms = [merge_context(context, row.context).terms for row, _, _ in pool]
+    found = term_changes([(old, new) for _, old, new in pool], terms, normalizer=normalizer)
     return ReportData(
         title="Adaptation",
         subtitle=f"{facts.get('base') or 'the base model'}, adapted to {context.description or 'unlabeled audio'}",
         sets=sets,
         changes=tuple(changes),
-        surveyed=surveyed,
+        surveyed=len(pool),
         facts=_shown_facts(facts),
         run=_run(facts, settings, terms=found),
         settings=changed_settings(settings),

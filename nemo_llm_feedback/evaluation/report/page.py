@@ -132,8 +132,10 @@ def _data_uri(row: Row) -> str | None:
         The address, or None where the file is gone or cannot be read.
     """
     try:
-        length = min(row.duration or _MAX_SECONDS, _MAX_SECONDS)
-        mono = read_audio(row.audio, offset=row.offset, duration=length, sample_rate=_RATE)
+        length = min(row.duration, _MAX_SECONDS)  # 0, of ready transcripts without one: to the end of the file
+        mono = read_audio(row.audio, offset=row.offset, duration=length, sample_rate=_RATE)[
+            : int(_MAX_SECONDS * _RATE)
+        ]
     except DecodingError:
         return None
     kind = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"

@@ -68,6 +68,11 @@ class HeldOutEarlyStopping(pl.Callback):
         self.guard_wer: tuple[float, ...] = ()
 
     @property
+    def watching(self) -> bool:
+        """Whether the guard set, where there is one, says anything of general speech to this model."""
+        return self._evaluator is None or self._evaluator.watching
+
+    @property
     def kept_gain(self) -> float:
         """Held-out gain of the kept weights, in the reward's unit; NaN without a reward."""
         if self._evaluator is None or not self._evaluator.rewarded:
