@@ -174,6 +174,7 @@ def set_optimizer(model: Any, settings: Mapping[str, Any], *, rates: Sequence[fl
         raise ConfigError(f"model.optim_param_groups.{unknown[0]}: the model has no such part; it has {parts}.")
     with open_dict(model.cfg):
         model.cfg.optim = OmegaConf.create(optim)
+        model.cfg.pop("optim_param_groups", None)  # of the run that made the base
         if groups:
             model.cfg.optim_param_groups = OmegaConf.create(dict(groups))
 

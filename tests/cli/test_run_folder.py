@@ -176,6 +176,10 @@ def test_the_room_that_is_asked_for_is_what_the_checkpoints_take(nemo_file: Any,
     assert 2 * (size + kept - tables) < needed["run"] - needed["output"] <= 2 * (size + kept)
     (tmp_path / "a.ckpt").rename(tmp_path / "checkpoints" / "a.ckpt")
     assert room(model, cfg, log_dir=tmp_path, folders=folders)["run"] == needed["run"] - size - kept
+    # A teacher of its own is in every checkpoint of a later generation.
+    cfg.feedback.generations = 2
+    learned = sum(4 * value.numel() for value in best.values())
+    assert room(model, cfg, log_dir=tmp_path / "new", folders=folders)["run"] == needed["run"] + 2 * learned
 
 
 def test_a_disk_that_fills_up_is_a_typed_error_and_keeps_the_last_checkpoint(

@@ -210,6 +210,22 @@ def test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them(tmp
         load_kept(kept_name(1), folder, tmp_path)
 
 
+@pytest.mark.parametrize("violated", [False, True])
+def test_a_run_that_had_stopped_stays_so_when_it_is_given_again(violated: bool) -> None:
+    """Killed between its last checkpoint and its result, it trained on, behind a violated guard, too."""
+    model = torch.nn.Linear(1, 1)
+    callback = stopping(model, [1.0], standard_errors=0.0)
+    measure(callback, model, range(1, 2))
+    callback.reason, callback._violated = "why", violated
+    resumed = stopping(model, [], standard_errors=0.0)
+    resumed._limits = GuardConfig(every=0)
+    resumed.load_state_dict(callback.state_dict())
+    trainer = SimpleNamespace(global_step=1, should_stop=False, checkpoint_callback=None, ckpt_path=None)
+    resumed.on_train_start(trainer, model)  # type: ignore[arg-type]
+    assert trainer.should_stop
+    assert (resumed.reason, resumed._violated) == ("why", violated)
+
+
 def test_best_weights_stay_for_a_checkpoint_that_is_of_the_step_after_its_name(tmp_path: Path) -> None:
     """NeMo names a checkpoint by the step that it logged, which is the one before the step that was taken."""
     weights = snapshot(torch.nn.Linear(1, 1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.fits import begin, config, fit, label_reward
 from helpers.tiny import stock_class, write_manifest
+from omegaconf import open_dict
 
 from nemo_llm_feedback.core.errors import ConfigError, TrainingError
 from nemo_llm_feedback.core.run_folder import read_steps
@@ -308,3 +309,12 @@ def test_a_batch_without_a_pseudo_label_is_no_fault_where_the_encoder_is_frozen(
     before = snapshot(model)
     fit(model, steps=2)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+def test_rates_per_part_of_an_earlier_run_are_not_those_of_this_one(model: Any, tmp_path: Path) -> None:
+    """The base's configuration keeps them, and its encoder learned at another rate than the plan said."""
+    with open_dict(model.cfg):
+        model.cfg.optim_param_groups = {"encoder": {"lr": 1e-9}}
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model.setup_feedback(minimal(manifest, guards={"every": 0}), reward=label_reward)
+    assert "optim_param_groups" not in model.cfg

@@ -162,6 +162,7 @@ def _only_outputs(cells: JointCells, outputs: Tensor) -> Iterator[None]:
     last = net[-1]
     net[-1] = nn.Linear(last.in_features, len(outputs), bias=last.bias is not None, device="meta")
     net[-1].load_state_dict({name: weight[outputs] for name, weight in last.state_dict().items()}, assign=True)
+    net[-1].requires_grad_(False)  # autocast keeps a copy of what may get a gradient until its context ends
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,6 +152,8 @@ def check_memory(model: Any, cfg: DictConfig) -> None:
     if device.type != "cuda":
         return
     plan = memory_plan(model, mixed="bf16" in str(cfg.trainer.get("precision")), device=device)
+    gc.collect()  # an earlier run of this process may not have given all back
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
     if plan.total <= free:
         return

@@ -162,9 +162,10 @@ def check_room(folders: Mapping[str, Path], needed: Mapping[str, int]) -> None:
 def room(model: Any, cfg: DictConfig, *, log_dir: Path, folders: Mapping[str, Path]) -> dict[str, int]:
     """Bytes that a run writes to each of its folders at most, beside logs.
 
-    A checkpoint holds the weights, AdamW's two moments and, with ``parameters.ema_decay``, the weights' average;
-    beside it are the best weights up to there, at most one file for each. The best ones and the last are there while
-    another is written: to the folder of temporary files, from where another disk has to take it whole.
+    A checkpoint holds the weights, AdamW's two moments, with ``parameters.ema_decay`` the weights' average and with
+    ``feedback.generations`` those of the teacher; beside it are the best weights up to there, at most one file for
+    each. The best ones and the last are there while another is written: to the folder of temporary files, from where
+    another disk has to take it whole.
 
     Args:
         model: after ``setup_feedback``.
@@ -174,7 +175,8 @@ def room(model: Any, cfg: DictConfig, *, log_dir: Path, folders: Mapping[str, Pa
     """
     nemo = sum(4 * value.numel() for value in model.state_dict().values())
     learned = sum(4 * value.numel() for value in model.parameters() if value.requires_grad)
-    checkpoint = nemo + learned * (2 + bool(cfg.parameters.ema_decay))
+    teacher = cfg.feedback.generations > 1
+    checkpoint = nemo + learned * (2 + bool(cfg.parameters.ema_decay) + teacher)
     kept = 1 + max(1, int(cfg.exp_manager.checkpoint_callback_params.get("save_top_k", 1)))
     one_disk = folders["run"].stat().st_dev == folders["temporary files"].stat().st_dev
     there = sum(path.stat().st_size for path in log_dir.glob("checkpoints/*") if path.is_file())

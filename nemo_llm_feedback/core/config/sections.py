@@ -286,7 +286,8 @@ class ParametersConfig(Section):
         lora_rank: rank of LoRA on the encoder's linear layers, which then learn instead of the encoder's weights, and
             are merged on export; 0 = none.
         lora_alpha: LoRA's scale: the update is lora_alpha / lora_rank · B·A.
-        ema_decay: a step's decay of the moving average of the weights that is validated and exported; 0 = none.
+        ema_decay: a step's decay of the moving average of the weights that is measured on held-out rows and exported
+            (NeMo's validation between is of the weights themselves); 0 = none.
         lr_candidates: where ``model.optim.lr`` is null: peak learning rates of which the run takes, after a
             short trial of each, the smallest with at least 0.8 of the greatest fall of the run's loss on held-out
             utterances.

@@ -85,8 +85,10 @@ class HeldOutEarlyStopping(pl.Callback):
         return next((found.generation for found in self.history if found.step == self.kept_step), 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Prepares the measurements; a resumed run takes its best weights back."""
+        """Prepares the measurements; a resumed run takes its best weights back, and one that had stopped stays so."""
         self._last_step = trainer.global_step
+        if self.reason:
+            trainer.should_stop = True
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         self._folder = Path(folder) if folder else None
         if name := self._restored.get("best_file"):
@@ -267,6 +269,8 @@ class HeldOutEarlyStopping(pl.Callback):
             "best_folder": str(self._folder) if name else None,
             "best_step": self.kept_step,
             "since": self._since,
+            "reason": self.reason,
+            "violated": self._violated,
             "start_wer": self._evaluator.start_wer if self._evaluator is not None else None,
             "history": [vars(found) for found in self.history],
             "average": average.weights if average is not None else None,
@@ -278,6 +282,7 @@ class HeldOutEarlyStopping(pl.Callback):
         self._restored = state_dict
         self._best = state_dict["best"]
         self.kept_step, self._since = state_dict["best_step"], state_dict["since"]
+        self.reason, self._violated = state_dict.get("reason", ""), state_dict.get("violated", False)
         self.history = [HeldOutMetrics(**found) for found in state_dict["history"]]
 
 
