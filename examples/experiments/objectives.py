@@ -53,7 +53,7 @@ PROBED = {
     "dpo": ["objective=dpo", "objective.reference_free=false"],
     "dpo, worst": ["objective=dpo", "objective.reference_free=false", "objective.rejected=worst"],
 }
-SAMPLED = "proposals.samples=8 proposals.beam=0 proposals.boosted=0 proposals.term_swap=0".split()
+SAMPLED = ["proposals.samples=8", "proposals.beam=0", "proposals.boosted=0", "proposals.term_swap=0"]
 # What may teach more from the same recordings, one setting each; rooms are missing, as there are no impulse responses.
 NOISE = "+model.train_ds.augmentor.white_noise={prob:0.5,min_level:-60,max_level:-40}"
 SPEED = "+model.train_ds.augmentor.speed={prob:0.5,sr:16000,resample_type:fft,min_speed_rate:0.9,max_speed_rate:1.1}"

@@ -215,7 +215,7 @@ def test_every_run_of_an_objective_has_settings_that_adapt_accepts(
 
     package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(objectives.importlib.util, "find_spec", lambda _: package)
-    options = argparse.Namespace(out=tmp_path, target=tmp_path / "dev.json")
+    options = argparse.Namespace(out=tmp_path, target=tmp_path / "dev.json", llm=None)
     for name, rate in itertools.product([*objectives.COMPARED, *objectives.TRIED], objectives.RATES):
         cfg = objectives.run_settings(options, name, rate)
         assert parse_run_config(cfg).objective.name == name.partition(",")[0]
