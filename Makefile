@@ -58,10 +58,12 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $@
 
 docs: $(DOCS_STAMP)
+	$(BIN)/python docs/site/reference_pages.py
 	PYTHONPATH=$(CURDIR) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gpu-check:
-	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl)
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .wheels $(WHEELS)/*.whl,\
+	    $(PYTHON) -c 'import pytest' 2>/dev/null || $(PYTHON) -m pip install --quiet -c constraints-cuda.txt pytest)
 	PYTHONPATH=$(CURDIR)/.wheels:$(CURDIR) $(PYTHON) examples/benchmarks/gpu_check.py
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-settings.register_profile("the same examples in every run", derandomize=True)
-settings.load_profile("the same examples in every run")
+with contextlib.suppress(ImportError):  # `make gpu-check` runs in an environment of users, which has pytest alone
+    from hypothesis import settings
+
+    settings.register_profile("the same examples in every run", derandomize=True)
+    settings.load_profile("the same examples in every run")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

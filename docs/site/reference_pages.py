@@ -1,6 +1,9 @@
-"""Pages of the site that are made from the code: every command from its help, every key from its dataclass.
+"""Pages that are made from the code: every command from its help, every key from its dataclass.
 
-mkdocs calls ``on_files``; both pages follow the code at every build, and nothing of them is written by hand.
+    python docs/site/reference_pages.py
+
+writes both, as ``make docs`` does, and nothing of them is written by hand. They are in the repository for those who
+read the documentation as text; a test compares them with the code. mkdocs calls ``on_page_markdown``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from mkdocs.structure.files import File, Files
 
 from nemo_llm_feedback.cli.commands import COMMANDS
 from nemo_llm_feedback.cli.main import _app, examples_text
@@ -23,15 +25,16 @@ from nemo_llm_feedback.core.config.nemo_sections import NEMO_SECTIONS, TopLevel
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
 from nemo_llm_feedback.core.config.run import SECTIONS
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
 SIGNS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Adds the generated pages."""
-    for name, text in (("reference/commands.md", commands()), ("reference/configuration.md", configuration())):
-        files.append(File.generated(config, name, content=text))
-    return files
+def pages() -> dict[Path, str]:
+    """The generated pages."""
+    folder = ROOT / "docs" / "reference"
+    made = {folder / "commands.md": commands(), folder / "configuration.md": configuration()}
+    return {page: re.sub(r"[ ]+$", "", text, flags=re.M).rstrip() + "\n" for page, text in made.items()}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -200,3 +203,8 @@ def _bounds(marks: tuple[Any, ...]) -> Iterator[str]:
                     yield f"{sign} {getattr(one, name)}"
             if isinstance(one, MinLen):
                 yield "not empty"
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")

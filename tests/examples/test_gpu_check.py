@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,17 @@ def test_the_check_runs_on_a_cpu_and_writes_its_numbers(tmp_path: Path) -> None:
         assert min(kept["peak_mb"], kept["real_time_factor"]) > 0
         assert kept["members"] > 4  # the random model writes something
     assert "| TDT of 0.6 B | kept |" in (tmp_path / "gpu_check.md").read_text()
+
+
+@pytest.mark.slow
+def test_of_the_tools_for_tests_the_cuda_tests_need_pytest_alone() -> None:
+    """`pip install '.[cuda]'` brings none of them, `make gpu-check` brings pytest."""
+    ours = ("hypothesis", "nbclient", "nbformat", "pytest_cov", "xdist")
+    code = f"import sys; sys.modules.update(dict.fromkeys({ours})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--collect-only", "-p", "no:cacheprovider", "tests/asr/test_cuda.py"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 
 
 @pytest.mark.slow
