@@ -39,10 +39,10 @@ def adapt(
       model.validation_ds.manifest_filepath=dev.json    labelled, for before/after
       objective=distill|mwer|grpo|gspo|dpo|reinforce|self_training
       llm=nf4|int8|full    trainer=auto|cpu|gpu    trainer.max_steps=200
-      model.optim.lr=1e-5    model.train_ds.use_lhotse=true
+      model.optim.lr=1e-4    model.train_ds.use_lhotse=true
       feedback.use_text=false    output=adapted.nemo    runs=3
 
-    Every key with its default: --show-config; keys explained: nemo_llm_feedback/core/config/
+    Every key with its default: --show-config; keys explained: docs/reference/configuration.md
 
     Args:
         overrides: settings, KEY=VALUE; flags win over them
@@ -272,7 +272,7 @@ def evaluate(
     r"""Scores checkpoints or ready transcripts on a labelled manifest.
 
     Args:
-        models: .nemo files; the first system is the base of the comparison
+        models: .nemo files or pretrained names; the first system is the base of the comparison
         manifest: NeMo manifest with text and, optionally, entities and context
         predictions: JSON Lines with audio_filepath and pred_text
         head: head of a hybrid model
@@ -372,7 +372,7 @@ def export(
 
     Args:
         checkpoint: a Lightning .ckpt of a run, or a .nemo; several, of runs from one base: the mean of their weights
-        base: .nemo that the run started from; of a .ckpt, if it has moved since
+        base: .nemo file or pretrained name that the run started from; of a .ckpt, if it has moved since
         interpolation: share of the way from the base's weights to the run's: above 0, to 1
         output: where to write; default: beside the checkpoint; needed for several
         manifest: labelled rows: before/after for the model card, which is written beside it
