@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from nemo_llm_feedback.core.config.reward import BETA_PER_ALPHA, RewardConfig
+from nemo_llm_feedback.core.config.reward import RewardConfig
 from nemo_llm_feedback.core.errors import RewardError
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
@@ -62,4 +62,4 @@ def from_spread(spread: Mapping[str, float], settings: RewardConfig) -> tuple[fl
             "(`score --tune --alpha 1` picks it where rows have text)."
         )
     alpha = float(f"{settings.spread_factor * asr / llm:.2g}")
-    return alpha, float(f"{BETA_PER_ALPHA * alpha:.2g}") if settings.beta is None else settings.beta
+    return alpha, float(f"{settings.beta_beside(alpha):.2g}") if settings.beta is None else settings.beta

@@ -62,10 +62,13 @@ class PromptEncoder:
         # Its text as rendered, too: a template may write what nobody gave it, such as today's date.
         rendered = self._frame("transcript") if self._frame else None
         chat = [tokenizer.chat_template, config.chat_template_kwargs, rendered] if self.chat else None
-        self._lead = ""
+        self._lead, self._cut = "", 0  # what answers are encoded behind, and how many of the ids are then not theirs
         if self._frame and self._frame.gap:
             self._frame, self._lead = self._led(self._frame)
             chat = [*(chat or []), self._lead, self._frame.after]
+        elif found := self._running():
+            self._lead, self._cut = found
+            chat = [*(chat or []), *found]
         self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": self.max_tokens}
         self._control = _control_tokens(tokenizer)
         contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
@@ -84,14 +87,16 @@ class PromptEncoder:
 
         Args:
             texts: hypotheses.
-            answer: whether they stand as answers, before which some chat templates write a space.
+            answer: whether they stand as answers, as the prompt goes on into them.
         """
         if len(self._texts) + len(texts) > _CACHED_TEXTS:
             self._texts.clear()
         texts = [self._lead + text if answer and text else text for text in texts]
         if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
             found = self._tokenizer(missing, **_PLAIN)["input_ids"]
-            self._texts.update((text, self._ended(text, tuple(ids))) for text, ids in zip(missing, found, strict=True))
+            cut = self._cut if answer else 0
+            ended = (self._ended(text, tuple(ids), cut=cut) for text, ids in zip(missing, found, strict=True))
+            self._texts.update(zip(missing, ended, strict=True))
         return [self._texts[text] for text in texts]
 
     def encode_prompt(self, context: Context) -> Ids:
@@ -125,7 +130,7 @@ class PromptEncoder:
 
     def safe_text(self, text: str) -> str:
         """Returns the text, in which whatever the tokenizer would read as a control token is broken up."""
-        return self._safe(text) if self._control.keys() & set(self.ids(text)) else text
+        return self._safe(text) if self._controlled(text) else text
 
     def shorten(self, context: Context, num_tokens: Callable[[Context], int]) -> Context:
         """Returns the context, cut so that its prompt has at most ``max_tokens`` where that is possible.
@@ -190,6 +195,7 @@ class PromptEncoder:
         pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
         led = len(self._lead)
         kept = [(i, (max(0, start - led), max(0, end - led))) for i, (start, end) in pairs if i not in self._control]
+        kept = kept[self._cut :]
         return (*(i for i, _ in kept), self.end_id), [span for _, span in kept], shown
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -210,11 +216,26 @@ class PromptEncoder:
             first = self._tokenizer.eos_token_id  # documents are separated by it in training
         return (() if first is None else (first,)), prompt
 
-    def _ended(self, text: str, ids: Ids) -> Ids:
-        """The ids of a text without control tokens, and the end token."""
+    def _ended(self, text: str, ids: Ids, *, cut: int) -> Ids:
+        """The ids of a text without control tokens and without the first ones, and the end token."""
         if not self._control.keys().isdisjoint(ids):
             ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
-        return (*ids, self.end_id)
+        return (*ids[cut:], self.end_id)
+
+    def _running(self) -> tuple[str, int] | None:
+        """What transcripts are encoded behind, so that their ids are those that running text would have.
+
+        Some SentencePiece tokenizers mark the first word of whatever they are given as one behind a space, where the
+        prompt ends with a line break. None: the ids of prompt and transcript simply follow each other.
+        """
+        prompt = self.frame(self._template.render(Context("a")))[1]
+        whole, lead = self.ids(f"{prompt}transcript"), prompt[-1:]
+        if not lead or whole == (*self.ids(prompt), *self.ids("transcript")):
+            return None
+        before, led = self.ids(lead), self.ids(f"{lead}transcript")
+        running = (*self.ids(prompt), *led[len(before) :])
+        known = self._tokenizer.unk_token_id not in led  # else a line break is nothing to this tokenizer
+        return (lead, len(before)) if known and led[: len(before)] == before and whole == running else None
 
     def _led(self, frame: ChatFrame) -> tuple[ChatFrame, str]:
         """A frame whose template writes a space before an answer, and what stands before a transcript for it.
@@ -246,7 +267,7 @@ class PromptEncoder:
     def _safe_context(self, context: Context) -> Context:
         """Returns the context, in which whatever the tokenizer would read as a control token is broken up."""
         whole = "\n".join((context.description, *context.terms, *context.previous))
-        if not self._control.keys() & set(self.ids(whole)):
+        if not self._controlled(whole):
             return context
         texts = (context.terms, context.previous)
         return Context(self._safe(context.description), *(tuple(map(self._safe, column)) for column in texts))
@@ -257,17 +278,27 @@ class PromptEncoder:
             cut = match.start() + 1
             kept = cut if match.end() > cut else cut - 1  # a single character cannot be broken, only left out
             text = text[:kept] + " " + text[cut:]
-        if self._control.keys() & set(self.ids(text)):  # found only after the tokenizer's normalisation
+        if self._controlled(text):  # found only after the tokenizer's normalisation
             text = " ".join(text)
         return text
 
+    def _controlled(self, text: str) -> bool:
+        """Whether the tokenizer reads a control token in the text."""
+        return not self._control.keys().isdisjoint(self.ids(text))
+
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
-    """Added tokens (id → text) other than ordinary words and white space, special or not (``<tool_call>``)."""
+    """Added tokens (id → text) other than ordinary words and white space, special or not (``<tool_call>``).
+
+    The one for characters that the tokenizer lacks is none of them: a text with such a character is whole but for it.
+    """
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.content.strip() and (token.special or not all(c.isalnum() or c in " \t\n▁" for c in token.content))
+        if (token_id != tokenizer.unk_token_id or token_id in ends)
+        and token.content.strip()
+        and (token.special or not all(c.isalnum() or c in " \t\n▁" for c in token.content))
     }
 
 

@@ -95,8 +95,12 @@ def resolve_folder(config: LLMConfig) -> Path:
     faults = config.validate() or check_llm_folder(config)
     folder = Path(config.model).expanduser()
     if not faults and not folder.is_dir():
-        folder = local_folder(config.model, config.revision, key="llm.model")
-        faults = _folder_faults(folder, config)
+        if not is_gguf(config.model):  # gigabytes are fetched for what can be loaded only
+            settings = fetch(config.model, config.revision, key="llm.model", patterns=TOKENIZER_FILES)
+            faults = _folder_faults(settings, config, weights=False)
+        if not faults:
+            folder = local_folder(config.model, config.revision, key="llm.model")
+            faults = _folder_faults(folder, config)
     if faults:
         raise LLMError(" ".join(faults))
     return folder
@@ -165,15 +169,15 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder_faults(folder: Path, config: LLMConfig) -> list[str]:
-    """Faults of the files in an LLM's folder."""
+def _folder_faults(folder: Path, config: LLMConfig, *, weights: bool = True) -> list[str]:
+    """Faults of the files in an LLM's folder; without ``weights`` of the small ones, where these may still lack."""
     try:
-        return list(_faults_in(folder, config))
+        return list(_faults_in(folder, config, weights=weights))
     except (AttributeError, TypeError) as error:  # whatever a value of another type leads to
         return [f"llm.model={folder}: a config has a value of another type ({error}): fetch the model's files anew."]
 
 
-def _faults_in(folder: Path, config: LLMConfig) -> Iterator[str]:
+def _faults_in(folder: Path, config: LLMConfig, *, weights: bool) -> Iterator[str]:
     odd = [path for pattern in _LLM_FILES for path in folder.glob(pattern) if not path.is_file()]
     odd += [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if _size(path) > _LARGEST]
     if odd:  # whoever opened a pipe would wait for ever
@@ -186,16 +190,9 @@ def _faults_in(folder: Path, config: LLMConfig) -> Iterator[str]:
         yield f"llm.model={folder}: {error} Give the folder of a causal LM saved by transformers."
         return
     settings, _, index = files.values()
-    yield from _weight_faults(folder, index)
-    for name, content in files.items():
-        if "auto_map" in content:
-            yield (
-                f"llm.model={folder} asks for custom code (auto_map in {name}), which is never run: use a checkpoint "
-                "of an architecture that transformers has, or, if it has this one, remove auto_map from that file."
-            )
-    names = settings.get("architectures") or []
-    if settings.get("is_encoder_decoder") or (names and not any(name.endswith(_CAUSAL) for name in names)):
-        yield f"llm.model={folder} is not a causal LM ({', '.join(names)}): give a decoder-only language model."
+    if weights:
+        yield from _weight_faults(folder, index)
+    yield from _architecture_faults(folder, files)
     stored = _stored_quantization(settings)
     if stored not in (None, config.quantization):
         yield (
@@ -204,6 +201,31 @@ def _faults_in(folder: Path, config: LLMConfig) -> Iterator[str]:
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         yield f"llm.model={folder} has no tokenizer (tokenizer.json or tokenizer.model): copy it there."
+
+
+def _architecture_faults(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Faults of what the configs say that the model is: transformers must have it as a causal LM, without its code."""
+    settings = files["config.json"]
+    names, kind = settings.get("architectures") or [], str(settings.get("model_type"))
+    custom = [name for name, content in files.items() if "auto_map" in content]
+    if settings.get("is_encoder_decoder") or (names and not any(name.endswith(_CAUSAL) for name in names)):
+        yield f"llm.model={folder} is not a causal LM ({', '.join(names)}): give a decoder-only language model."
+        return
+    if not custom and not any(name.endswith(_CAUSAL[-1]) for name in names):
+        return  # and transformers, whose import takes seconds, is not asked
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if custom and kind not in CONFIG_MAPPING_NAMES:
+        yield (
+            f"llm.model={folder} asks for custom code (auto_map in {', '.join(custom)}), which is never run: use a "
+            "checkpoint of an architecture that transformers has."
+        )
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        yield (
+            f"llm.model={folder} is of the kind {kind}, which transformers cannot load as a causal LM "
+            f"({', '.join(names)}): give a language model of texts alone."
+        )
 
 
 def _size(path: Path) -> int:

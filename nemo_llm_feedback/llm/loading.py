@@ -78,6 +78,9 @@ def load_tokenizer(source: str, revision: str | None = None, *, key: str) -> tup
 def read_max_positions(folder: Path) -> int:
     """Returns the longest sequence that the LLM in a folder can read, in tokens.
 
+    With LongRoPE it is the length up to which the LLM has one form of positions: beyond, transformers takes another
+    for all sequences of a forward, so that a score would depend on what else is in its batch.
+
     Raises:
         LLMError: transformers does not know the model that the folder's config describes.
     """
@@ -87,7 +90,12 @@ def read_max_positions(folder: Path) -> int:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNUSABLE as error:
         raise LLMError(f"llm.model={folder} cannot be loaded as a causal LM ({error}).") from error
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+    text = config.get_text_config(decoder=True)
+    found = getattr(text, "max_position_embeddings", None) or 2**20
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        name = "original_max_position_embeddings"
+        found = min(found, rope.get(name) or getattr(text, name, found))
     if not isinstance(found, int) or found < 16:
         raise LLMError(f"llm.model={folder}: max_position_embeddings={str(found)[:40]} is not a length.")
     return found

@@ -29,7 +29,8 @@ from nemo_llm_feedback.data.manifests import merge_context
 from nemo_llm_feedback.rescoring.decoding import adopt
 from nemo_llm_feedback.rescoring.scoring import Rescorer
 from nemo_llm_feedback.rescoring.strategies import nbest_config, wants_nbest, wants_timestamps
-from nemo_llm_feedback.rewards import Reward
+from nemo_llm_feedback.rewards import Reward, as_reward
+from nemo_llm_feedback.rewards.rules import RewardFunction
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -39,7 +40,7 @@ else:
 
 def enable_rescoring(
     model: Any,
-    reward: Reward | None = None,
+    reward: Reward | RewardFunction | None = None,
     *,
     alpha: float | None = None,
     beta: float | None = None,
@@ -60,9 +61,9 @@ def enable_rescoring(
 
     Args:
         model: a stock NeMo CTC, RNN-T, TDT or hybrid model, or one of this package.
-        reward: judges the hypotheses, e.g. ``LLMReward``, which weighs log p(y|x) itself; None = log p(y|x) alone.
-        alpha, beta: weights of any other reward and of the length; by default those of ``RewardConfig``, and β = 0
-            without a reward.
+        reward: judges the hypotheses, e.g. ``LLMReward``, which weighs log p(y|x) itself, or a Python function of the
+            texts, as ``adapt`` takes it; None = log p(y|x) alone.
+        alpha, beta: weights of any other reward and of the length; by default 1 and 0.
         context: the context of all utterances; see :func:`utterance_contexts` for one per utterance.
         nbest, boosted, term_swap, boosting_weight, normalizer, memory_budget_mb: see ``RescoringConfig``.
 
@@ -73,7 +74,8 @@ def enable_rescoring(
     given: dict[str, Any] = {"nbest": nbest, "boosted": boosted, "term_swap": term_swap, "reward": None}
     given |= {"boosting_weight": boosting_weight, "normalizer": normalizer, "memory_budget_mb": memory_budget_mb}
     settings = make(RescoringConfig, given, where="rescoring", what="the rescoring settings have")
-    attach(model, Rescorer(reward, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
+    judge = None if reward is None else as_reward(reward)
+    attach(model, Rescorer(judge, alpha=alpha, beta=beta, context=context or Context(), settings=settings))
 
 
 def attach(model: Any, rescorer: Rescorer) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_llm_feedback.asr.heads import Head, Labels
-from nemo_llm_feedback.core.config import ProposalConfig, RewardConfig, RunConfig
+from nemo_llm_feedback.core.config import ProposalConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import RescoringConfig
-from nemo_llm_feedback.core.config.reward import ASR_WEIGHTED_REWARDS
+from nemo_llm_feedback.core.config.reward import DEFAULT_ALPHA
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer, text_length
 from nemo_llm_feedback.core.types import Context, ExternalText, HypothesisGroup, RewardOutput
@@ -23,6 +23,7 @@ from nemo_llm_feedback.hypotheses.proposals import Candidate, Proposer, build_me
 from nemo_llm_feedback.hypotheses.trust import Trust, bonuses, trusted_sources
 from nemo_llm_feedback.llm import open_llm
 from nemo_llm_feedback.rewards import LLMReward, Reward
+from nemo_llm_feedback.rewards.composite import CompositeReward
 from nemo_llm_feedback.rewards.from_config import reward_faults, reward_from_config
 
 
@@ -49,14 +50,13 @@ class ScoredHypothesis:
 class Rescorer:
     """Chooses among hypotheses by log p(y|x) + α·reward + β·length. It is not a module, so that it is never saved.
 
-    ``LLMReward``, rewards whose parts include ``asr``, and composites of the settings have weighed log p(y|x)
-    themselves, and their value is the score. A member that the reward cannot judge (NaN) ranks below all that it can
+    The reward of the settings, as training has it, ``LLMReward``, composites with it, and rewards whose parts include
+    ``asr`` are the whole score. A member that the reward cannot judge (NaN) ranks below all that it can
     judge; among members that it cannot judge, log p(y|x) decides.
 
     Attributes:
         reward: judges the hypotheses; None for log p(y|x) + β·length.
-        alpha, beta: weights of the reward and of the length; None = left to a reward that weighs log p(y|x) itself,
-            and for others those of ``settings.reward`` or its defaults (β = 0 without a reward).
+        alpha, beta: weights of a reward that does not weigh log p(y|x) itself, and of the length; None = 1 and 0.
         context: the context of all utterances; that of each utterance is merged over it.
         settings: beam size, further hypotheses, text normalisation and memory budget.
         trust: how texts of other recognisers are judged; by default as ``settings.reward`` says.
@@ -182,18 +182,13 @@ class Rescorer:
         """The groups' members by score, best first; those that cannot be judged come last, by log p(y|x)."""
         given = [group for group, _ in groups]
         output = self.reward(given) if self.reward is not None else RewardOutput(torch.empty(0))
-        # With asr_weight=0 such a reward has no part of this name, and is the whole score all the same.
-        named = self.settings.reward.name if self.settings.reward is not None else ""
-        composed = named in ("composite", *ASR_WEIGHTED_REWARDS)
-        weighed = "asr" in output.parts or composed or isinstance(self.reward, LLMReward)
+        weighed = self.settings.reward is not None or "asr" in output.parts or _weighs_asr(self.reward)
         if weighed and (self.alpha is not None or self.beta is not None):
             raise ConfigError(
                 f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "  # type: ignore[union-attr]
                 "not on enable_rescoring."
             )
-        alpha, beta = (self.settings.reward or RewardConfig()).weights
-        alpha = alpha if self.alpha is None else self.alpha
-        beta = self.beta if self.beta is not None else beta if self.reward is not None else 0.0
+        alpha, beta = DEFAULT_ALPHA if self.alpha is None else self.alpha, self.beta or 0.0
         ranked = []
         for b, (group, trust) in enumerate(groups):
             members = []
@@ -212,6 +207,12 @@ class Rescorer:
                 members.append(ScoredHypothesis(hyp.tokens, hyp.text, score, parts, hyp.source))
             ranked.append(sorted(members, key=_rank, reverse=True))
         return ranked
+
+
+def _weighs_asr(reward: Reward | None) -> bool:
+    """Whether a reward's value holds log p(y|x) already; a composite does not name the term of a component."""
+    components = reward.components if isinstance(reward, CompositeReward) else ()
+    return isinstance(reward, LLMReward) or any(_weighs_asr(component.reward) for component in components)
 
 
 def _rank(member: ScoredHypothesis) -> tuple[bool, float]:

@@ -40,15 +40,22 @@ class GroupRuleReward:
     def __call__(self, groups: Sequence[HypothesisGroup]) -> RewardOutput:
         """Returns values [B, N], which are also the only part."""
         values = self._values(groups)
-
-        def _revalued(ref_logp: Tensor) -> Tensor:
-            rows = zip(groups, ref_logp.tolist(), strict=True)
-            return self._values([replace(group, ref_logp=tuple(row[: len(group)])) for group, row in rows])
-
-        return RewardOutput(values, {self.name: values}, _revalued)
+        return RewardOutput(values, {self.name: values}, _revalued(groups, self._values))
 
     def _values(self, groups: Sequence[HypothesisGroup]) -> Tensor:
         return pad_groups([[float(value) for value in self._rule(group)] for group in groups])
+
+
+def _revalued(
+    groups: Sequence[HypothesisGroup], judge: Callable[[Sequence[HypothesisGroup]], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What gives the judgement of the groups with other [B, N] reference scores."""
+
+    def judged(ref_logp: Tensor) -> Tensor:
+        rows = zip(groups, ref_logp.tolist(), strict=True)
+        return judge([replace(group, ref_logp=tuple(row[: len(group)])) for group, row in rows])
+
+    return judged
 
 
 class RuleReward(GroupRuleReward):
@@ -239,11 +246,15 @@ class CallableReward:
         Raises:
             RewardError: the function raised, or did not return one number or None per text.
         """
+        values = self._values(groups)
+        reads = self._takes_all or "ref_logp" in self._taken
+        return RewardOutput(values, {self.name: values}, _revalued(groups, self._values) if reads else None)
+
+    def _values(self, groups: Sequence[HypothesisGroup]) -> Tensor:
         batches = [[group] for group in groups] if self._per_group else [groups]
         rest = iter([number for batch in batches for number in self._numbers(batch)])
         values = pad_groups([[next(rest) for _ in group.hypotheses] for group in groups])
-        values[values.isinf()] = math.nan
-        return RewardOutput(values, {self.name: values})
+        return values.masked_fill(values.isinf(), math.nan)
 
     def _numbers(self, groups: Sequence[HypothesisGroup]) -> list[float]:
         texts = [text for group in groups for text in group.texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,16 @@ def train_tiny_llm(folder: Path, *, updates: int = 120) -> Path:
     return folder
 
 
-def make_tiny_gguf(folder: Path, path: Path, *, architecture: str = "llama") -> Path:
+def make_tiny_gguf(
+    folder: Path, path: Path, *, architecture: str = "llama", more: Callable[[Any], None] = lambda _: None
+) -> Path:
     """Writes the Llama in a folder of ``make_tiny_llm`` to a GGUF file, its weights as float32, and returns the path.
 
     Args:
         folder: of a Llama with one file of weights.
         path: the file to write.
         architecture: what the file calls itself.
+        more: writes further fields and tensors with the ``GGUFWriter``.
     """
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
     from safetensors.torch import load_file
@@ -159,6 +163,7 @@ def make_tiny_gguf(folder: Path, path: Path, *, architecture: str = "llama") -> 
             rows, columns = tensor.shape
             tensor = tensor.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
         writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", tensor.float().numpy())
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

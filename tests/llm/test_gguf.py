@@ -6,8 +6,10 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import RopeScalingType
 from helpers.tiny_llm import make_tiny_gguf, make_tiny_llm
 
 from nemo_llm_feedback.core.config import LLMConfig
@@ -99,7 +101,7 @@ def test_a_file_that_is_cut_short_is_refused(file, kept):
 def test_an_architecture_that_transformers_cannot_read_is_refused_by_name(llama, assets, tmp_path):
     file = make_tiny_gguf(llama, tmp_path / "foreign.gguf", architecture="rwkv7")
     (fault,) = check_llm_folder(config(file))
-    assert "architecture rwkv7, which transformers cannot read" in fault
+    assert "architecture rwkv7, and transformers cannot read" in fault
 
 
 def test_a_file_without_some_of_its_weights_is_refused(llama, assets, tmp_path):
@@ -163,3 +165,19 @@ def test_smollm2_prefers_what_people_order_and_scores_as_read_directly(assets):
         with torch.no_grad():
             rows = direct(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert logp == pytest.approx(float(rows[range(len(ids)), ids].sum()), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("what", "lost"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "scaling of positions"),
+        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.LINEAR), "scaling of positions"),
+        (lambda writer: writer.add_sliding_window(64), "sliding window of 64 tokens"),
+    ],
+    ids=["Llama 3.1", "linear", "window"],
+)
+def test_what_transformers_does_not_read_of_positions_is_no_silent_loss(llama, assets, tmp_path, what, lost):
+    file = make_tiny_gguf(llama, tmp_path / "tiny.gguf", more=what)
+    (fault,) = check_llm_folder(config(file))
+    assert lost in fault
+    assert "give the checkpoint that the file was made from" in fault

@@ -20,7 +20,9 @@ from nemo_llm_feedback.core.config.faults import build
 from nemo_llm_feedback.core.errors import LLMError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.llm import check_llm_folder, estimate_memory, load_llm, open_llm
+from nemo_llm_feedback.llm import folder as llm_folder
 from nemo_llm_feedback.llm.folder import fetch
+from nemo_llm_feedback.llm.loading import read_max_positions
 
 HOME = Context("a voice command to an assistant")
 TEXTS = ["turn on the light", "milk", ""]
@@ -164,9 +166,51 @@ def test_weights_that_the_config_asks_for_must_be_there(tiny_llm, tmp_path):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_folder_with_custom_code(tiny_llm, tmp_path, file):
     folder = damaged(tiny_llm, tmp_path)
+    edit(folder / "config.json", model_type="evil")
     edit(folder / file, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
     (folder / "modeling.py").write_text("raise SystemExit('ran')")
     refused(folder, "custom code")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_transformers_has_is_loaded_without_its_custom_code(tiny_llm, tmp_path, file, scorer):
+    """Phi-4-mini and others bring code for older versions."""
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / file, auto_map={"AutoModelForCausalLM": "modeling.Evil", "AutoTokenizer": ["modeling.Evil", None]})
+    (folder / "modeling.py").write_text("raise SystemExit('ran')")
+    assert load_llm(config(folder)).score([(HOME, TEXTS)]) == scorer.score([(HOME, TEXTS)])
+
+
+def test_a_multimodal_model_without_a_causal_lm_is_refused(tiny_llm, tmp_path):
+    folder = damaged(tiny_llm, tmp_path)
+    edit(folder / "config.json", model_type="mistral3", architectures=["Mistral3ForConditionalGeneration"])
+    refused(folder, "mistral3, which transformers cannot load as a causal LM")
+
+
+def test_with_longrope_the_first_form_of_positions_is_the_window(tmp_path):
+    """Phi-3.5, Phi-4-mini: beyond it a score would depend on what else is in its batch."""
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 512}
+    Phi3Config(**shape, original_max_position_embeddings=64, rope_parameters=rope).save_pretrained(tmp_path)
+    assert read_max_positions(tmp_path) == 64
+    Phi3Config(**shape).save_pretrained(tmp_path)
+    assert read_max_positions(tmp_path) == 512
+
+
+def test_of_a_hub_id_the_configs_are_judged_before_the_weights_are_fetched(tiny_llm, tmp_path, monkeypatch):
+    folder, asked = damaged(tiny_llm, tmp_path), []
+    edit(folder / "config.json", quantization_config={"quant_method": "awq"})
+
+    def fetched(model, revision, *, key, patterns=("*.safetensors",)):
+        asked.append(patterns)
+        return folder
+
+    monkeypatch.setattr(llm_folder, "fetch", fetched)
+    with pytest.raises(LLMError, match="stored in awq"):
+        llm_folder.resolve_folder(config("someone/tiny-AWQ"))
+    assert asked == [llm_folder.TOKENIZER_FILES]
 
 
 def test_folder_without_tokenizer(tiny_llm, tmp_path):
@@ -247,7 +291,7 @@ def test_all_faults_are_reported_at_once(tiny_llm, tmp_path):
     folder = damaged(tiny_llm, tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").unlink()
-    edit(folder / "config.json", auto_map={})
+    edit(folder / "config.json", model_type="evil", auto_map={})
     assert len(check_llm_folder(config(folder, template="/no/such"))) == 4
     bad = {"quantization": "nf3", "device": "gpu", "compute_dtype": "half", "chat": "yes", "token_budget": 0}
     made, faults = build(LLMConfig, {"model": "x", **bad}, where="llm")

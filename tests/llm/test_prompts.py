@@ -6,6 +6,8 @@ import logging
 
 import pytest
 from helpers.tiny_llm import make_tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from nemo_llm_feedback.core.config import LLMConfig
 from nemo_llm_feedback.core.errors import LLMError
@@ -206,3 +208,55 @@ def test_faults_of_questions(text, kind, words):
 def test_a_question_keeps_its_one_mark_whatever_the_context_holds():
     template = read_template(None, chat=True, use="yes_no")
     assert template.render_question(Context("\ue000", ("\ue000{hypothesis}",))).count("\ue000") == 1
+
+
+# ---------------------------------------------------------------- tokenizers with a mark before the first word
+
+ZEPHYR = (
+    "{% for m in messages %}"
+    "{{ ('<|user|>\n' if m['role'] == 'user' else '<|assistant|>\n') + m['content'] + eos_token }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+)
+
+
+def sentencepiece(template: str | None) -> LlamaTokenizer:
+    """A Llama-2 tokenizer, which puts a mark before the first word of whatever it is given."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = []
+    for char in "▁abcdefghijklmnopqrstuvwxyz.,:<|>[]/":
+        vocab.setdefault(char, len(vocab))
+    for word in ("▁latte", "latte", "▁mocha", "▁transcript", "transcript"):
+        for end in range(2, len(word) + 1):
+            pair = (word[: end - 1], word[end - 1])
+            merges += [pair] if pair not in merges else []
+            vocab.setdefault(word[:end], len(vocab))
+    made = LlamaTokenizer(vocab=vocab, merges=merges)
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("template", [None, ZEPHYR], ids=["base", "chat"])
+def test_the_first_word_behind_a_line_break_has_no_space_before_it(template):
+    """TinyLlama-Chat, Zephyr, and Llama-2 and Mistral bases: `<0x0A>`, `latte` and not `<0x0A>`, `▁latte`."""
+    tokenizer = sentencepiece(template)
+    encoder = PromptEncoder(tokenizer, LLMConfig(model="x"), max_positions=512)
+    ids = [*encoder.encode_prompt(Context("a test")), *encoder.encode_text("latte mocha")]
+    assert tokenizer.convert_ids_to_tokens(ids)[-4:] == ["<0x0A>", "latte", "▁mocha", "</s>"]
+    if template:
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "latte mocha"}]
+        assert tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)[-4:] == ids[-4:]
+    spanned, spans, shown = encoder.text_spans("latte mocha")
+    assert list(spanned) == ids[-3:]
+    assert [shown[start:end].strip() for start, end in spans] == ["latte", "mocha"]
+    assert encoder.encode_text("") == (tokenizer.eos_token_id,)
+    assert tokenizer.convert_ids_to_tokens(encoder.encode_texts(["latte"], answer=False)[0]) == ["▁latte", "</s>"]
+
+
+def test_a_character_that_the_tokenizer_lacks_is_lost_alone():
+    """It is no control token, whose text is broken up into letters."""
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁latte", -1.0), ("▁caf", -1.0), ("▁", -9.0)], unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>", eos_token="</s>")
+    encoder = PromptEncoder(tokenizer, LLMConfig(model="x"), max_positions=512)
+    assert tokenizer.convert_ids_to_tokens(encoder.encode_text("café latte")) == ["▁caf", "<unk>", "▁latte", "</s>"]
+    assert encoder.shorten(Context("a café"), lambda _: 0) == Context("a café")

@@ -21,6 +21,7 @@ from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, Decoding
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.rescoring import Rescorer, attach, disable_rescoring, enable_rescoring, utterance_contexts
 from nemo_llm_feedback.rewards import CallableReward, LLMReward, build_reward
+from nemo_llm_feedback.rewards.composite import Component, CompositeReward
 
 FAMILIES = ("ctc_char", "ctc_bpe", "rnnt_bpe", "tdt_bpe", "tdt_char", "hybrid_bpe", "hybrid_tdt_char")
 SHORT = build_reward("negative_length")
@@ -98,6 +99,41 @@ def test_a_reward_without_the_recognisers_part_is_the_whole_score_all_the_same(s
         for member in hyp.n_best:
             wanted = 2.0 * member.parts["length"] - 4.0 * member.parts["repetition"]
             assert member.score == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_reward_of_the_settings_is_the_whole_score_as_in_training(
+    stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that reads log p(y|x) itself had it added once more, and two nats per word."""
+    code = "def audio_and_es(texts, ref_logp): return [p + 2 * t.count('e') for t, p in zip(texts, ref_logp)]\n"
+    (tmp_path / "judging.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, settings = stock("ctc_bpe"), {"name": "callable", "settings": {"function": "judging:audio_and_es"}}
+    attach(model, Rescorer.from_settings(parse_rescoring_config({"reward": settings})))
+    for hyp in decode(model, *encoded()):
+        for member in hyp.n_best:
+            wanted = member.parts["asr"] + 2 * member.text.count("e")
+            assert member.score == pytest.approx(wanted, abs=1e-3) == pytest.approx(member.parts["audio_and_es"])
+
+
+def test_a_composite_with_an_llm_reward_weighs_the_audio_once(stock: Any, tiny_llm: Path) -> None:
+    from nemo_llm_feedback.core.config import LLMConfig
+    from nemo_llm_feedback.llm import load_llm
+
+    model, llm = stock("ctc_bpe"), load_llm(LLMConfig(model=str(tiny_llm), quantization="none"))
+    judge = CompositeReward([Component(LLMReward(llm, alpha=0.5, beta=3.0), 1.0), Component(SHORT, 2.0)])
+    enable_rescoring(model, judge, context=Context("an order at a coffee shop"))
+    for hyp in decode(model, *encoded()):
+        for member in hyp.n_best:
+            wanted = member.parts["llm"] + 2.0 * member.parts["negative_length"]
+            assert member.score == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_plain_function_is_a_reward_beside_the_audio(stock: Any) -> None:
+    model = stock("ctc_bpe")
+    enable_rescoring(model, lambda texts: [float(text.count("e")) for text in texts])
+    for hyp in decode(model, *encoded()):
+        assert hyp.score == pytest.approx(hyp.score_parts["asr"] + hyp.text.count("e"), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ctc_char", "tdt_bpe"])

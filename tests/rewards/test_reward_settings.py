@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_llm_feedback.core.config import RunConfig, parse_run_config
+from nemo_llm_feedback.core.config import RewardConfig, RunConfig, parse_run_config
 from nemo_llm_feedback.core.config.compose import compose_config, conf_dir
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.types import Hypothesis, HypothesisGroup
@@ -126,3 +126,12 @@ def test_every_form_is_documented_with_when_to_use_it_and_how_it_is_hacked():
         (section,) = (text for text in sections if text.startswith(f"`{name}`"))
         assert "Use it" in section, name
         assert "hacked" in section.lower(), name
+
+
+def test_a_length_bonus_stands_only_beside_log_probabilities_which_fall_with_every_word():
+    """Beside the others it paid more for an inserted word than a wrong word costs."""
+    assert RewardConfig(alpha=1.5).weights == (1.5, 3.0)
+    assert RewardConfig(name="entity").weights == (1.0, 2.0)
+    for name in ("judge", "correction", "rules"):
+        assert RewardConfig(name=name, alpha=10.0).weights == (10.0, 0.0)
+        assert RewardConfig(name=name, beta=0.5).weights == (1.0, 0.5)

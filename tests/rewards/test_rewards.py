@@ -284,6 +284,13 @@ def test_functions_may_take_everything_or_only_texts():
     assert_rows(CallableReward(lambda texts: [1] * len(texts), name="one")([group("a")]).values, [[1]])
 
 
+def test_a_function_that_reads_the_reference_judges_each_head_of_a_hybrid_by_its_own():
+    out = CallableReward(lambda texts, ref_logp: [2 * p for p in ref_logp])([group("a", "b"), group("c")])
+    assert_rows(out.values, [[-2, -4], [-2, NAN]])
+    assert_rows(out.with_reference(torch.tensor([[-5.0, -6.0], [-7.0, 0.0]])), [[-10, -12], [-14, NAN]])
+    assert CallableReward(lambda texts: [0] * len(texts))([group("a")]).revalue is None
+
+
 def test_functions_that_take_a_context_are_called_per_group():
     def judge(texts, context):
         return [None if text == "b" else len(text) + len(context.terms) for text in texts]

@@ -34,8 +34,9 @@ class RewardConfig(Section):
             ``callable``, ``wer``, a reward by path and ``composite`` are the whole reward (docs/rewards.md).
         alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
             ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
-        beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha. 0 to 4·alpha did
-            alike on two dev sets (docs/results.md), and much more teaches insertions.
+        beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha for ``llm``,
+            ``remote`` and ``entity``, whose log-probability falls with every word, and 0 for all else. 0 to 4·alpha
+            did alike on two dev sets (docs/results.md), and much more teaches insertions.
         spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
             times that of asr_weight·logP_ref. From 3 on the choice hardly changes, and more only costs false alarms
             (docs/results/trust.md).
@@ -77,7 +78,12 @@ class RewardConfig(Section):
     def weights(self) -> tuple[float, float]:
         """(alpha, beta), with what stands for null where there is no pool to go by."""
         alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
-        return alpha, BETA_PER_ALPHA * alpha if self.beta is None else self.beta
+        return alpha, self.beta_beside(alpha)
+
+    def beta_beside(self, alpha: float) -> float:
+        """Beta, with what stands for null beside this alpha."""
+        by_length = BETA_PER_ALPHA * alpha if self.name in SCALED_REWARDS else 0.0
+        return by_length if self.beta is None else self.beta
 
     @property
     def scaled_by_pool(self) -> bool:
