@@ -22,7 +22,7 @@ from nemo_llm_feedback.cli.jobs.hypotheses import join
 
 POOL_BATCH = 8  # rows of the pool in a batch
 # Ordinary training on labels that were made before: NeMo's step, and no held-out part, as no row is unlabeled.
-LABELLED = ["objective=self_training", "feedback.weight=0", "guards.every=0"]
+LABELLED = ["objective=self_training", "feedback.weight=0", "feedback.supervised_weight=1", "guards.every=0"]
 ROWS: dict[str, list[str]] = {
     "self_training": ["objective=self_training"],
     "self_training_boosted": LABELLED,

@@ -86,8 +86,29 @@ def _features(parts: Any, signal: Tensor, signal_len: Tensor, *, augment: bool) 
     """[B, F, T] features and [B] frames, as the encoder's arguments."""
     features, lengths = parts.preprocessor(input_signal=signal, length=signal_len)
     if augment:
-        features = parts.spec_augmentation(input_spec=features, length=lengths)
+        with _drawn_by_torch(parts.spec_augmentation, features):
+            features = parts.spec_augmentation(input_spec=features, length=lengths)
     return {"audio_signal": features, "length": lengths}
+
+
+@contextmanager
+def _drawn_by_torch(augmentation: nn.Module, features: Tensor) -> Iterator[None]:
+    """While inside, masks that NeMo draws by Python follow torch's generator, which a checkpoint has, and rectangles
+    (of QuartzNet) fit into the [B, F, T] features, where NeMo raises."""
+    of_python: list[Any] = [
+        m for m in augmentation.modules() if hasattr(m, "_rng") and not getattr(m, "use_vectorized_code", False)
+    ]
+    cut = [m for m in of_python if hasattr(m, "rect_time")]
+    sizes = [(m.rect_freq, m.rect_time) for m in cut]
+    for module in of_python:
+        module._rng.seed(int(torch.randint(2**31, ())))
+    for module, (high, wide) in zip(cut, sizes, strict=True):
+        module.rect_freq, module.rect_time = min(high, features.shape[1]), min(wide, features.shape[2])
+    try:
+        yield
+    finally:
+        for module, (high, wide) in zip(cut, sizes, strict=True):
+            module.rect_freq, module.rect_time = high, wide
 
 
 def encode_both(

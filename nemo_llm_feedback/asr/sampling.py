@@ -90,6 +90,8 @@ def _sample_once(
     rows = torch.arange(batch * size, device=encoded.device)
     time = torch.zeros_like(rows)
     g, state = decoder.predict(None, None, add_sos=False, batch_size=len(rows))
+    if state is None:  # of a stateless network, whose history begins with blanks
+        state = decoder.initialize_state(g)
     g = joint.project_prednet(g)
     num_tokens = joint.num_classes_with_blank - joint.num_extra_outputs
     labels: list[list[int]] = [[] for _ in range(len(rows))]
@@ -131,8 +133,6 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 def _advance(decoder: Any, state: Any, next_state: Any, emitted: Tensor) -> Any:
     """The state of rows that emitted a label moves on, the others keep theirs (by NeMo's rule for the decoder)."""
-    if state is None:
-        return next_state
     kept = [part.clone() for part in state]
     decoder.batch_replace_states_mask(src_states=next_state, dst_states=kept, mask=emitted)
     return kept

@@ -27,7 +27,7 @@ def adapt(
     output: str | Path | None = None,
     max_steps: int | None = None,
     validation: Paths | None = None,
-    objective: str = "distill",
+    objective: str | None = None,
     reward: Reward | RewardFunction | None = None,
     overrides: Sequence[str] = (),
 ) -> AdaptResult | AveragedRuns:
@@ -42,7 +42,8 @@ def adapt(
         output: the adapted ``.nemo``; in the run's folder if None.
         max_steps: optimizer steps; the configuration's if None.
         validation: labelled manifest or manifests; the result has their scores before and after.
-        objective: ``distill``, ``mwer``, ``grpo``, ``gspo``, ``dpo``, ``reinforce`` or ``self_training``.
+        objective: ``distill``, ``mwer``, ``grpo``, ``gspo``, ``dpo``, ``reinforce`` or ``self_training``; the
+            configuration's (``distill``) if None.
         reward: judges hypotheses in place of the LLM: a ``Reward``, or a function of texts (docs/rewards.md).
         overrides: any other setting as the command takes it, e.g. ``["trainer=gpu", "guards.patience=3"]``.
 

@@ -162,15 +162,15 @@ def score(
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
     if json:
-        check_writable(json)
+        check_writable(json, inputs=(model, manifest, judge.terms_file))
     cfg = flags.compose(flags.given(judge, samples=samples, head=head, device=device, cache=cache))
     with quiet():
         from nemo_llm_feedback.cli.jobs import score as job
     probe = job.NBestProbe(model, manifest, cfg, utterances=utterances, batch_size=batch_size, device=device)
     report = job.score(probe, other=compare_quantization, tune=tune)
-    print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
     if json:
         write_record(json, job.report_record(report))
+    print(job.report_text(report, show=len(report.rows) if show is None else show, members=members))
     return 0
 
 
@@ -295,7 +295,7 @@ def evaluate(
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
     for path in filter(None, (json, report)):
-        check_writable(path)
+        check_writable(path, inputs=(*models, *predictions, manifest, scoring.terms_file))
     place = flags.torch_device(device) if models else "cpu"
     found = job.evaluate(
         models,
@@ -308,14 +308,14 @@ def evaluate(
         bias_key="entities" if b_wer is True else b_wer or None,
         **vars(scoring),
     )
-    print(job.evaluation_text(found))
     if json:
         write_record(json, job.evaluation_record(found))
     if report:
         from nemo_llm_feedback.evaluation.report import evaluation_report, write_report
 
         page = evaluation_report(found.comparison, left_out=found.left_out)
-        print(f"\nreport: {write_report(page, report, audio=not no_audio)}")
+        report = str(write_report(page, report, audio=not no_audio))
+    print(job.evaluation_text(found) + (f"\n\nreport: {report}" if report else ""))
     return 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 after an error of the user's input, which is printed without a traceback; 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that a locale lacks must not end hours of work
     if "--verbose" in given:
         given.remove("--verbose")
         be_verbose()
@@ -55,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {in_flags(str(error), flags)}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; what was asked for in files is written
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

@@ -179,10 +179,17 @@ def compose(flags: Mapping[str, Any], overrides: Sequence[str] = (), **files: An
     keys = keys_of(flags)
     if "llm.device" in keys:
         groups.append("trainer=cpu" if keys["llm.device"] == "cpu" else "trainer=gpu")
-    cfg = compose_config([*groups, *flags.get("overrides", ()), *overrides], **files)
+    cfg = compose_config([*flags.get("overrides", ()), *overrides, *groups], **files)
     for key, value in keys.items():
-        OmegaConf.update(cfg, key, value)
+        OmegaConf.update(cfg, key, _literal(value))
     return cfg
+
+
+def _literal(value: Any) -> Any:
+    """A flag's value as it is, where ``${`` is no reference to another key."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 @Parameter(name="*")

@@ -24,6 +24,43 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK")
 T = TypeVar("T")
 
 
+class _Terminal(io.TextIOBase):
+    """A standard stream as it was, whose end is not the job's: a terminal that is closed, or a reader that has left,
+    gets no further line. A sign that the stream's encoding lacks becomes a question mark."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._gone = stream, False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """For what asks the terminal for its width."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Hands the text on."""
+        self._try(lambda: self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what is kept."""
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        if not self._gone:
+            try:
+                work()
+            except (OSError, ValueError):  # no such terminal any more, or a closed stream
+                self._gone = True
+
+
 class _LogFile(io.TextIOBase):
     """Takes the place of ``sys.stdout`` and ``sys.stderr``; without a name until there is a run folder.
 
@@ -107,9 +144,10 @@ class Session:
 
     def __init__(self, *, verbose: bool) -> None:
         other_rank = any(os.environ.get(name, "0") not in ("", "0") for name in _RANKS)
-        shown = io.StringIO() if other_rank else sys.stderr
+        terminal: Any = _Terminal(sys.stderr)
+        shown = io.StringIO() if other_rank else terminal
         self.verbose = verbose
-        self.log = _LogFile(sys.stderr if verbose else None)
+        self.log = _LogFile(terminal if verbose else None)
         self.console = Console(file=shown, highlight=False, soft_wrap=True)
         self.bars = self.console.is_terminal and not verbose
         self.in_training, self.stop = False, 0
@@ -127,9 +165,9 @@ class Session:
 
     def show(self, text: str) -> None:
         """Prints a line, or several, above the bar; the log has them too."""
-        self.console.print(text, markup=False)
         if not self.verbose:
             self.log.write(f"{text}\n")
+        self.console.print(text, markup=False)
 
     @contextmanager
     def bar(self, label: str, total: int | None, *, unit: str) -> Iterator[Callable[..., None]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import tarfile
 import zlib
@@ -25,6 +26,26 @@ from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestEr
 from nemo_llm_feedback.core.types import Audio, Context
 from nemo_llm_feedback.data.manifests import Row, expand_paths, merge_context
 
+AUDIO_TYPES = (
+    "wav",
+    "flac",
+    "ogg",
+    "oga",
+    "opus",
+    "mp3",
+    "aif",
+    "aiff",
+    "aifc",
+    "au",
+    "caf",
+    "w64",
+    "rf64",
+    "sph",
+    "nist",
+)
+"""Suffixes of files that are read as they are."""
+CONVERTED_TYPES = ("m4a", "mp4", "aac", "wma", "amr", "webm")
+"""Those that ``prepare`` converts."""
 CHANNELS = "average"
 """NeMo's ``channel_selector`` for files with several channels; without it NeMo's readers return all channels."""
 _RATES = (1000, 768_000)
@@ -100,10 +121,19 @@ def audio_files(name: str | Path, suffixes: Collection[str], *, skip: Path | Non
         return [path]
     if not path.is_dir():
         raise ManifestError(f"{name}: no such file or folder.")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    files = sorted(p for p in _below(path) if p.suffix.lower() in suffixes and p.is_file())
     if found := [file for file in files if skip is None or skip not in file.absolute().parents]:
         return found
     raise ManifestError(f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))}).")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, those behind linked folders too, each folder once."""
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [inner for inner in folders if os.path.realpath(os.path.join(name, inner)) not in seen]
+        seen.update(os.path.realpath(os.path.join(name, inner)) for inner in folders)
+        yield from (Path(name, file) for file in files)
 
 
 def load_audio(

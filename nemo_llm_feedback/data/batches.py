@@ -228,6 +228,11 @@ def training_config(
     faults = []
     config = OmegaConf.create(plain(config))
     lhotse = bool(config.get("use_lhotse"))
+    others = [key for key in ("input_cfg", "cuts_path", "shar_path") if config.get(key) is not None]
+    others += ["text_field"] if config.get("text_field") not in (None, "text") else []
+    faults += [
+        f"model.train_ds.{key}: a run reads manifest_filepath and its key text alone: remove it." for key in others
+    ]
     if lhotse and (config.get("min_tps") is not None or config.get("max_tps") is not None):
         faults.append("model.train_ds.min_tps/max_tps count tokens, which unlabeled rows lack: remove them.")
     hiding = [key for key in ("is_concat", "shard_manifests", "use_dali") if config.get(key) and not lhotse]

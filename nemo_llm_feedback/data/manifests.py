@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import json
 import os
@@ -20,6 +22,8 @@ from nemo_llm_feedback.data.external import KEY, parse_hypotheses
 
 # Seconds; a longer one is milliseconds or samples.
 _LONGEST = 24 * 3600.0
+# A file that is a container's mount, or in a folder of others, can be written and not replaced.
+_NO_REPLACING = (errno.EBUSY, errno.EPERM, errno.EACCES, errno.EROFS, errno.EXDEV)
 # NeMo's other notations of a range of shards.
 _RANGE = re.compile(r"(?:_OP_|[(\[<])(\d+\.\.\d+)(?:_CL_|[)\]>])")
 
@@ -189,18 +193,25 @@ def write_manifest(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None
         path: the file; its folder is made, and where it is a link, the file behind it is written.
         lines: the objects of the lines.
     """
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    given = Path(os.path.expanduser(path))
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    temporary = target.with_name(f".{target.name[-99:]}.{os.getpid()}")
-    if target.exists() and not target.is_file():  # a pipe or a device takes what is written, and has no other place
-        target.write_bytes(content)
+    if given.exists() and not given.is_file():  # a pipe or a device takes what is written, and has no other place
+        given.write_bytes(content)
         return
+    target = Path(os.path.realpath(given))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    packed = gzip.compress(content) if target.suffix == ".gz" else content
+    temporary = target.with_name(f".{target.name[-99:]}.{os.getpid()}")
     try:
-        temporary.write_bytes(gzip.compress(content) if target.suffix == ".gz" else content)
+        temporary.write_bytes(packed)
         temporary.replace(target)
+    except OSError as error:
+        if not target.is_file() or error.errno not in _NO_REPLACING:
+            raise
+        target.write_bytes(packed)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: bool) -> Row:

@@ -128,7 +128,7 @@ def stage(
     held = () if tarred or number < MIN_HELD_OUT else tuple(spread(distinct, number))
     out = {row.utterance for row in held}
     kept = [row for row in kept if not row.unlabeled or row.utterance not in out]
-    staged_path = write_copies(manifest_filepath, kept, folder, patterns=not lhotse)
+    staged_path = write_copies(manifest_filepath, kept, folder, patterns=not lhotse, whole_rows=lhotse and not tarred)
     return Staged(staged_path, tuple(kept), held, {why: rows for why, rows in listed.items() if rows})
 
 
@@ -152,7 +152,9 @@ def _spelled(
     return kept, tuple(unwritten)
 
 
-def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, patterns: bool = True) -> Any:
+def write_copies(
+    manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, patterns: bool = True, whole_rows: bool = False
+) -> Any:
     """Writes one copy per file, ``folder/<k>/<name>``.
 
     Args:
@@ -160,6 +162,8 @@ def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, p
         rows: the rows to write, each into the copy of its file.
         folder: where to; made if missing.
         patterns: whether its path may have brackets, which NeMo's Lhotse reader takes for a pattern.
+        whole_rows: whether a row without an offset gets it, without which that reader takes the whole file, whatever
+            the row's duration.
 
     Returns:
         ``manifest_filepath`` in the same form with the new paths.
@@ -178,12 +182,12 @@ def write_copies(manifest_filepath: Any, rows: Sequence[Row], folder: Path, *, p
     def _copy(node: Any) -> Any:
         if not isinstance(node, (str, Path)):
             return [_copy(item) for item in node]
-        return ",".join(_write_copy(part, by_file, next(targets)) for part in split_paths(node))
+        return ",".join(_write_copy(part, by_file, next(targets), whole_rows) for part in split_paths(node))
 
     return _copy(manifest_filepath)
 
 
-def _write_copy(pattern: str, by_file: Mapping[str, Mapping[str, Row]], target: Path) -> str:
+def _write_copy(pattern: str, by_file: Mapping[str, Mapping[str, Row]], target: Path, whole_rows: bool) -> str:
     """Copies the files of one pattern, and returns the pattern of the copies."""
     names = list(map(os.path.expanduser, expand_paths(pattern)))
     files = list(map(Path, names))
@@ -193,7 +197,8 @@ def _write_copy(pattern: str, by_file: Mapping[str, Mapping[str, Row]], target: 
     for name, file in zip(names, files, strict=True):
         # Every rank writes the same copies, perhaps while another reads them.
         copy = file.name.removesuffix(".gz") if len(files) > 1 else _plain_name(file)
-        write_manifest(target / copy, map(_staged_line, by_file.get(name, {}).values()))
+        lines = [_staged_line(row, offset=whole_rows) for row in by_file.get(name, {}).values()]
+        write_manifest(target / copy, lines)
     return str(target / (source.name.removesuffix(".gz") if len(files) > 1 else _plain_name(files[0])))
 
 
@@ -201,8 +206,8 @@ def _plain_name(file: Path) -> str:
     return file.name.removesuffix(".gz").translate(dict.fromkeys(map(ord, _PATTERN), "_"))
 
 
-def _staged_line(row: Row) -> dict[str, Any]:
+def _staged_line(row: Row, *, offset: bool) -> dict[str, Any]:
     """The row as NeMo's loaders should read it."""
     line = {key: value for key, value in row.data.items() if key not in _DROPPED}
-    offset = {"offset": row.offset} if "offset" in line else {}
-    return {**line, **offset, "audio_filepath": row.audio, "duration": row.duration, "text": row.text}
+    start = {"offset": row.offset} if offset or "offset" in line else {}
+    return {**line, **start, "audio_filepath": row.audio, "duration": row.duration, "text": row.text}

@@ -66,6 +66,15 @@ def write_model_card(
     return target
 
 
+def plain_scores(sets: Mapping[str, CorpusScores]) -> dict[str, dict[str, float]]:
+    """Set → metric → value, of the metrics that are defined, as ``facts`` hold them."""
+    names = ("wer", "cer", "ewer", "u_wer", "entity_recall", "false_alarms")
+    return {
+        name: {m: round(value, 3) for m in names if (value := scores.value(m)) == value}
+        for name, scores in sets.items()
+    }
+
+
 def card_path(nemo: str | Path) -> Path:
     """Where the card of a checkpoint is."""
     return Path(nemo).with_name(f"{stem(nemo)}.md")

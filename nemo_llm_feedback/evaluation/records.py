@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,20 @@ def write_record(path: str | Path, record: Any) -> None:
     check_writable(path).write_text(to_json(record) + "\n", encoding="utf-8")
 
 
-def check_writable(path: str | Path) -> Path:
+def check_writable(path: str | Path, *, inputs: Iterable[str | Path | None] = ()) -> Path:
     """The path of a file that is going to be written; its folder is made.
 
     Args:
         path: of the file, which need not exist; one that exists is left as it is.
+        inputs: what the command reads, which a result must not take the place of.
 
     Raises:
-        ConfigError: it is a folder, or its folder cannot be made or written to.
+        ConfigError: it is a folder or one of the inputs, or its folder cannot be made or written to.
     """
     target = Path(path).expanduser()
+    known = (Path(given).expanduser() for given in inputs if given)
+    if any(given.exists() and target.exists() and target.samefile(given) for given in known):
+        raise ConfigError(f"{path} would be written over, and this command reads it: give another file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") if target.exists() else tempfile.TemporaryFile(dir=target.parent):

@@ -83,7 +83,7 @@ class NBestMaker:
         if self._corrector is not None:
             candidates = self._with_corrections(audio.contexts, candidates, scorer)
         spelled: Any = {"vocabulary": first.vocabulary, "normalize": self._normalize}
-        options: Any = {"max_members": self.proposer.config.max_members, "distinct": not self.proposer.sampled_only}
+        options: Any = {"max_members": self.proposer.config.max_members, "distinct": not self.proposer.keeps_copies}
         kept = [build_members(row, **spelled, **options) for row in candidates]
         ref_logp = {first.name: pad_groups([[c.logp for c in row] for row in kept], fill=-math.inf)}
         for head in others:

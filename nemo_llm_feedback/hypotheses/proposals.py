@@ -43,18 +43,32 @@ class Proposer:
         head: the policy's head; eval mode and no gradient are the caller's.
         config: number of candidates from each source, and the strength of boosting.
         generator: random numbers of the sampler; its state belongs into checkpoints. One with seed 0 if None.
+        copies: whether a text that was sampled several times is as many members, as estimates over samples need it;
+            to others a copy is a member more that pulls at the same text.
     """
 
-    def __init__(self, head: Head, config: ProposalConfig, *, generator: torch.Generator | None = None) -> None:
-        self._head, self.config = head, config
+    def __init__(
+        self,
+        head: Head,
+        config: ProposalConfig,
+        *,
+        generator: torch.Generator | None = None,
+        copies: bool = False,
+    ) -> None:
+        self._head, self.config, self._copies = head, config, copies
         self._generator = generator or torch.Generator().manual_seed(0)
         self._boosting = Boosting(head.vocabulary, config)
 
     @property
     def sampled_only(self) -> bool:
-        """Whether members are samples of the policy and nothing else: multiplicity counts, greedy is not inserted."""
+        """Whether members are samples of the policy and nothing else: greedy is not inserted."""
         config = self.config
         return not (config.beam or config.boosted or config.term_swap or config.llm_correction)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether the multiplicity of samples counts."""
+        return self.sampled_only and self._copies
 
     def same_weights(self) -> AbstractContextManager[None]:
         """Inside, where no weight may change, the searches may be captured (``proposals.cuda_graphs``)."""
@@ -69,7 +83,7 @@ class Proposer:
         extra: Sequence[Sequence[Candidate]] = (),
         scorer: Scorer | None = None,
     ) -> list[list[Candidate]]:
-        """Proposes scored candidates for every row; repeated label sequences are removed unless all are samples.
+        """Proposes scored candidates for every row; repeated label sequences are removed unless copies count.
 
         Args:
             encoded: [B, D, T] encoder output.
@@ -128,7 +142,7 @@ class Proposer:
             best = [c for part in swapped for c in part[: self.config.term_swap]]
             others = sum(c.source != "samples" for c in members)
             whole = [*members[:others], *best, *members[others:]]
-            result.append(whole if self.sampled_only else distinct(whole))
+            result.append(whole if self.keeps_copies else distinct(whole))
         return result
 
     def _swaps(self, found: Sequence[Candidate], context: Context) -> list[list[Candidate]]:

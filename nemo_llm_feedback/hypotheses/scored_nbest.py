@@ -67,7 +67,7 @@ def scored_nbest(
     """
     itself = _Itself(model, config, batch_size)
     maker = NBestMaker(
-        Proposer(itself.heads[0], config.proposals),
+        Proposer(itself.heads[0], config.proposals, copies=config.wants_samples),
         itself,
         normalize=get_normalizer(config.feedback.normalizer),
         reward=reward,

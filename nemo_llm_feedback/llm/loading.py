@@ -95,7 +95,7 @@ def read_max_positions(folder: Path) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         name = "original_max_position_embeddings"
-        found = min(found, rope.get(name) or getattr(text, name, found))
+        found = min(found, rope.get(name) or getattr(text, name, None) or found)
     if not isinstance(found, int) or found < 16:
         raise LLMError(f"llm.model={folder}: max_position_embeddings={str(found)[:40]} is not a length.")
     return found

@@ -197,7 +197,8 @@ def set_validation(model: Any, settings: Mapping[str, Any], sets: Mapping[str, S
         validation["sample_rate"] = validation.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)
         rows = [row for found in sets.values() for row in found]
         lhotse, given = bool(validation.get("use_lhotse")), validation["manifest_filepath"]
-        copies = write_copies(given, rows, folder, patterns=not lhotse)
+        whole = lhotse and not validation.get("tarred_audio_filepaths")
+        copies = write_copies(given, rows, folder, patterns=not lhotse, whole_rows=whole)
         nemo_ds = OmegaConf.create({**validation, "manifest_filepath": copies})
         select_channels(nemo_ds)
         model.setup_multiple_validation_data(nemo_ds)

@@ -85,11 +85,6 @@ class LossSum(CollectiveBlock):
         )
         super().__exit__(*error)  # type: ignore[arg-type]
 
-    def reweigh(self, name: str, weight: float) -> None:
-        """Gives a term, if it is there, another weight."""
-        if name in self.terms:
-            self.terms[name] = replace(self.terms[name], weight=weight)
-
     def total(self) -> Tensor | None:
         """The weighted sum of the terms, each scaled by R·c_r / Σ c; None without any."""
         parts = [term.weight * self._share(name) * term.value for name, term in self.terms.items()]

@@ -86,11 +86,11 @@ class LLMFeedbackMixin(_Base):
         weights, output = feedback.config.feedback, dict[str, Any](log={})
         with LossSum() as loss:  # one exchange between ranks; if one fails, all do
             rows = feedback.reader.split(batch)
-            if rows.all_labelled and num_ranks() == 1:
+            if rows.all_labelled and num_ranks() == 1 and weights.supervised_weight == 1:
                 return self._labelled_step(rows.labelled, batch_nb)
             if rows.replay is not None:
                 loss.join(replay_kl(self, feedback, rows.replay), weight=weights.replay_weight)
-            if rows.labelled is not None and (rows.unlabeled is None or weights.supervised_weight > 0):
+            if rows.labelled is not None and weights.supervised_weight > 0:
                 output |= self._labelled_step(rows.labelled, batch_nb)
                 loss.add("supervised", output["loss"], count=len(rows.labelled[1]), weight=weights.supervised_weight)
             if rows.unlabeled is not None and weights.weight > 0:
@@ -170,14 +170,12 @@ class LLMFeedbackMixin(_Base):
         if feedback.exact_supervision:
             budget = feedback.config.feedback.memory_budget_mb
             return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
-        with local_metrics(self):
+        still = feedback.config.parameters.freeze_encoder or feedback.config.parameters.lora_rank > 0
+        with local_metrics(self), frozen_statistics(self.encoder, active=still):
             return super().training_step(batch, batch_nb)
 
     def _output(self, output: dict[str, Any], loss: LossSum) -> dict[str, Any]:
         """The step's loss and metrics over the rows of all ranks."""
-        if not sum(rows for _, _, rows in loss.all):
-            # A batch in which every row has text counts as NeMo counts it, whatever the weight of labelled rows.
-            loss.reweigh("supervised", 1.0)
         metrics, total = loss.joined_metrics(), loss.total()
         output["loss"] = zero_grad_for_unused(self) if total is None else total
         if num_ranks() > 1:

@@ -349,7 +349,7 @@ def _maker_builder(setup: FeedbackSetup) -> tuple[Callable[[RunConfig, FrozenRef
             alpha, beta = config.reward.weights
             reward = base.with_weights(alpha=alpha, beta=beta)
         return NBestMaker(
-            Proposer(setup.heads[0], proposals, generator=setup.generator),
+            Proposer(setup.heads[0], proposals, generator=setup.generator, copies=given.wants_samples),
             teacher,
             normalize=normalize,
             reward=reward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,17 @@ def test_checkpoints_of_runs_with_lora_are_averaged_as_merged(nemo_file: Any, ti
 def test_the_base_is_never_written_over(nemo_file: Any, tmp_path: Path) -> None:
     base = nemo_file("ctc_bpe")
     before = base.read_bytes()
-    with pytest.raises(CheckpointError, match="is the base, which would be lost"):
+    with pytest.raises(CheckpointError, match="which would be lost"):
         export([base], base=base, interpolation=0.5, output=base)
     assert base.read_bytes() == before
+    runs = [tmp_path / "a.nemo", tmp_path / "b.nemo"]
+    for copy in runs:
+        shutil.copy(base, copy)
+    with pytest.raises(CheckpointError, match="is the base, which would be lost"):
+        export(runs[0], base=base, output=base)
+    with pytest.raises(CheckpointError, match="is one of the checkpoints, which would be lost"):
+        export(runs, output=runs[0])
+    assert runs[0].read_bytes() == before
 
 
 def test_an_output_with_dots_in_its_name_keeps_them_in_its_card(nemo_file: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nemo_llm_feedback.cli.commands import COMMANDS
 from nemo_llm_feedback.cli.main import _adapt_words, _app, examples_text, main
@@ -108,6 +109,26 @@ def test_flags_and_keys_compose_the_same_run() -> None:
         return out.getvalue()
 
     assert shown(flags) == shown(keys) == shown(nemos)
+
+
+def test_flags_win_over_keys_and_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--objective", "mwer", "--device", "cpu", "--description", "calls about ${product}, ~5 minutes"]
+    words += [
+        "objective=grpo",
+        "trainer=gpu",
+        "trainer.max_steps=7",
+        "--max-steps",
+        "9",
+        "exp_manager.exp_dir='~/runs'",
+    ]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["adapt", *words, "--show-config"]) == 0
+    cfg = OmegaConf.create(out.getvalue())
+    assert (cfg.objective.name, cfg.trainer.accelerator, cfg.trainer.max_steps) == ("mwer", "cpu", 9)
+    assert cfg.context.description == "calls about ${product}, ~5 minutes"
+    assert cfg.exp_manager.exp_dir == f"{tmp_path}/runs"
 
 
 def test_terms_and_manifests_may_be_several_before_a_setting() -> None:

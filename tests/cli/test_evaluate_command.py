@@ -167,6 +167,25 @@ def test_faults_of_the_call_are_typed_errors(tmp_path: Path) -> None:
         compare([row("a")], [System("x", ("a",)), System("x", ("a",))], Scoring())
 
 
+def test_a_result_takes_the_place_of_nothing_that_was_read_and_a_terminal_cannot_lose_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, labels = predictions(tmp_path / "p.json", BASE), manifest(tmp_path / "m.json")
+    before = Path(labels).read_bytes()
+    assert main(["evaluate", "--predictions", file, "--manifest", labels, "--json", labels]) == 1
+    assert "would be written over, and this command reads it" in capsys.readouterr().err
+    assert Path(labels).read_bytes() == before
+
+    def gone(*args: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    monkeypatch.setattr("os.dup2", lambda *args: None)
+    out = tmp_path / "out.json"
+    assert main(["evaluate", "--predictions", file, "--manifest", labels, "--json", str(out)]) == 1
+    assert json.loads(out.read_text())
+
+
 def row(text: str, **data: Any) -> Row:
     return Row("a.wav", 1.0, 0.0, text, Context(), "m.json:1", data)
 
@@ -176,6 +195,10 @@ def test_names_are_as_short_as_they_can_be() -> None:
         "/r/one/best.nemo": "one/best",
         "/r/two/best.nemo": "two/best",
         "/r/base.nemo": "base",
+    }
+    assert system_names(["/r/base.nemo", "/r/base.json"]) == {
+        "/r/base.nemo": "base.nemo",
+        "/r/base.json": "base.json",
     }
     dots = ["/r/parakeet-tdt-0.6b-v2", "/r/parakeet-tdt-0.6b-v3", "/r/a.0.5.nemo", "/r/b.jsonl.gz"]  # no suffix at 0.
     assert list(system_names(dots).values()) == ["parakeet-tdt-0.6b-v2", "parakeet-tdt-0.6b-v3", "a.0.5", "b"]

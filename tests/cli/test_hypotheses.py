@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -124,6 +125,32 @@ def test_the_manifest_is_whole_or_as_it_was(pool: Path, tmp_path: Path, monkeypa
     with pytest.raises(ManifestError, match=r"pool.json:1: .*101 texts, at most 100"):
         add_hypotheses(pool, {read_manifest(pool)[0].utterance: many}, out=pool)
     assert pool.read_bytes() == before
+
+
+def test_a_file_that_can_be_written_and_not_replaced_is_written(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is a container's mount (EBUSY); the work of hours was lost."""
+
+    def busy(*args: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", busy)
+        join(pool, _write(tmp_path / "o.json", "names"), out=pool)
+    assert _texts(pool)[0] == ("A latte.",)
+    assert not list(tmp_path.glob(".pool*"))
+
+
+def test_what_a_recogniser_wrote_comes_before_what_its_manifest_held(pool: Path, tmp_path: Path) -> None:
+    """A second recogniser keeps the first one's texts in its output; these were joined again, and its own lost."""
+    first = {"audio_filepath": "wav/a.wav", "hypotheses": [{"text": "whisper's", "source": "whisper"}]}
+    other = tmp_path / "big.json"
+    other.write_text(json.dumps(first | {"pred_text": "big's"}) + "\n" + json.dumps({"audio": "b.wav", "text": "t"}))
+    join(pool, other, out=pool, source="big")
+    assert [(t.text, t.source) for t in read_manifest(pool)[0].external] == [("big's", "big")]
+    with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
+        join(pool, other, out=other)
 
 
 def test_links_packed_manifests_and_other_folders_are_written_right(pool: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -77,3 +78,41 @@ def test_the_time_left_counts_the_measurements(monkeypatch: pytest.MonkeyPatch) 
         now += 2.0 + (30.0 if step % 5 == 0 else 0.0)
         clock.tick(step, measured=step % 5 == 0)
     assert clock.left() == pytest.approx(10 * 2.0 + 2 * 30.0)
+
+
+class _Closed(io.StringIO):
+    """A terminal that goes away: it takes one write."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.writes = error, 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        if self.writes > 1:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_a_terminal_or_a_reader_that_goes_away_does_not_end_the_work(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C behind `| tee` ended a run in the middle of its step, without a checkpoint."""
+    monkeypatch.setattr(sys, "stderr", _Closed(error))
+    with console.quiet() as session:
+        session.log.move_to(tmp_path / "log.txt")
+        for number in range(3):
+            console.show(f"line {number}")
+        with console.progress("transcribing", 3) as done:
+            done(1)
+    log = (tmp_path / "log.txt").read_text()
+    assert all(line in log for line in ("line 0", "line 1", "line 2", "transcribing"))
+
+
+def test_a_sign_that_the_terminal_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding="latin-1", write_through=True))
+    with console.quiet():
+        console.show("WER ↓ für Größe")
+    assert raw.getvalue().decode("latin-1").splitlines() == ["WER ? für Größe"]

@@ -13,10 +13,10 @@ import torch
 from helpers.fits import config, label_reward
 from helpers.tiny import write_audio, write_manifest
 
-from nemo_llm_feedback.core.errors import DecodingError, ManifestError
+from nemo_llm_feedback.core.errors import ConfigError, DecodingError, ManifestError
 from nemo_llm_feedback.core.types import Context
-from nemo_llm_feedback.data.audio import read_audio, unreadable
-from nemo_llm_feedback.data.batches import BatchReader
+from nemo_llm_feedback.data.audio import AUDIO_TYPES, audio_files, read_audio, unreadable
+from nemo_llm_feedback.data.batches import BatchReader, training_config
 from nemo_llm_feedback.data.manifests import Row, read_manifest
 from nemo_llm_feedback.data.staging import stage
 
@@ -48,6 +48,39 @@ def test_broken_audio_is_named_before_any_work_and_left_out_under_skip(tmp_path:
     staged = stage({"manifest_filepath": str(path)}, tmp_path / "s", use_text=True, on_bad_audio="skip")
     assert len(staged.rows) == 3
     assert "bad.audio" in staged.left_out["with unreadable audio"][0]
+
+
+def test_lhotse_reads_of_a_file_what_the_row_says_also_without_an_offset(nemo_file: Any, tmp_path: Path) -> None:
+    """Of a row with a duration alone NeMo's Lhotse reader takes the whole file, or leaves it out as too long."""
+    from nemo_llm_feedback.training.models import restore
+
+    path = write_manifest(tmp_path / "m.json", [None] * 2, seconds=2.0)
+    lines = [json.loads(line) | {"duration": 1.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "offset"}) + "\n" for line in lines))
+    model = restore(nemo_file("ctc_char"), map_location="cpu")
+    cfg = config(path)
+    cfg["model"]["train_ds"] |= {"use_lhotse": True, "use_bucketing": False, "batch_size": 2, "max_duration": 1.5}
+    model.setup_feedback(cfg, work_dir=tmp_path / "run", reward=label_reward)
+    audio = model.feedback_setup.reader.split(next(iter(model._train_dl))).unlabeled
+    assert audio.signal_len.tolist() == [16000, 16000]
+    assert sorted(audio.utterances) == sorted(row.utterance for row in model.feedback_setup.staged.rows)
+
+
+@pytest.mark.parametrize("key", ["input_cfg", "cuts_path", "shar_path", "text_field"])
+def test_data_that_is_read_past_the_manifest_is_refused(key: str) -> None:
+    """NeMo prefers them: a run trained on other rows, or on labels, than those that it had checked and shown."""
+    given = {"manifest_filepath": "m.json", "sample_rate": 16000, "use_lhotse": True, key: "other"}
+    with pytest.raises(ConfigError, match=f"model.train_ds.{key}: a run reads manifest_filepath"):
+        training_config(given, manifest_filepath="m.json", global_rank=0, world_size=1, seed=0)
+
+
+def test_recordings_behind_linked_folders_are_found_once(tmp_path: Path) -> None:
+    write_audio(tmp_path / "archive" / "2024" / "a.wav", seconds=0.1, seed=0)
+    write_audio(tmp_path / "calls" / "b.aiff", seconds=0.1, seed=1)
+    (tmp_path / "calls" / "2024").symlink_to(tmp_path / "archive" / "2024")
+    (tmp_path / "archive" / "2024" / "round").symlink_to(tmp_path / "archive" / "2024")
+    found = audio_files(tmp_path / "calls", {f".{kind}" for kind in AUDIO_TYPES})
+    assert [file.name for file in found] == ["a.wav", "b.aiff"]
 
 
 @pytest.mark.parametrize("lhotse", [False, True])

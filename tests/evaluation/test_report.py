@@ -147,6 +147,9 @@ def test_a_run_folder_gives_the_same_page_again(comparison: Comparison, tmp_path
     assert main(["report", str(tmp_path), "--no-audio"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
+    (tmp_path / "settings.yaml").write_text("report_audio: false\n", encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 0  # a run that was to show no recordings never does
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == first
 
 
 def test_what_was_said_before_is_kept_by_the_saved_report(rows: list[Row], tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import itertools
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from nemo.collections.asr.modules.rnnt import RNNTJoint, StatelessTransducerDecoder
 
-from nemo_llm_feedback.asr.heads import CTCHead, Vocabulary, heads_of
+from nemo_llm_feedback.asr.heads import CTCHead, TransducerHead, Vocabulary, heads_of
 from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.asr.sampling import sample_transducer
 from nemo_llm_feedback.core.config import ProposalConfig
 from nemo_llm_feedback.core.trie import PrefixTrie
 from nemo_llm_feedback.core.types import Context
@@ -51,6 +54,28 @@ def test_samples_have_the_frequencies_of_the_exact_likelihood(kind: str, nemo_fi
         # Longer texts are left out of `mass`; they add at most a little to it.
         slack = 0.03 if kind.startswith("tdt") else 0.0
         assert counts[labels] / count == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / count) + slack * p), labels
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_samples_of_a_stateless_network_have_the_frequencies_of_the_exact_likelihood(context: int) -> None:
+    """A row that had emitted nothing got label 0 for its history as soon as another row had emitted one."""
+    torch.manual_seed(0)
+    decoder = StatelessTransducerDecoder({"pred_hidden": 16, "dropout": 0.0}, vocab_size=2, context_size=context)
+    net = {"encoder_hidden": 8, "pred_hidden": 16, "joint_hidden": 16, "activation": "tanh"}
+    joint = RNNTJoint(net, num_classes=2, vocabulary=["a", "b"])
+    for parameter in (*decoder.parameters(), *joint.parameters()):
+        parameter.data.mul_(3.0)
+    joint.joint_net[-1].bias.data[-1] += 1.5
+    encoded, lengths, count = torch.randn(1, 3, 8), torch.tensor([3]), 4000
+    head = TransducerHead(decoder.eval(), joint.eval(), Vocabulary(None, ("a", "b")))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        (drawn,) = sample_transducer(encoded, lengths, decoder, joint, size=count, generator=generator)
+        common = [labels for labels, _ in Counter(drawn).most_common(6)]
+        (logp,) = head.score(encoded.transpose(1, 2), lengths, [common]).tolist()
+    for labels, value in zip(common, logp, strict=True):
+        p = math.exp(value)
+        assert drawn.count(labels) / count == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / count)), labels
 
 
 def test_swaps_replace_the_span_that_looks_like_the_term() -> None:
@@ -201,11 +226,23 @@ def test_term_swaps_that_the_vocabulary_cannot_write_are_not_proposed(kind: str,
 
 def test_sampled_groups_keep_multiplicity_and_no_greedy(nemo_file: Any) -> None:
     model = restore(nemo_file("rnnt_bpe"), map_location="cpu")
-    proposer = Proposer(heads_of(model)[0], ProposalConfig(beam=0, boosted=0, term_swap=0, samples=12))
+    config, encoded = ProposalConfig(beam=0, boosted=0, term_swap=0, samples=12), torch.randn(1, 16, 2)
+    proposer = Proposer(heads_of(model)[0], config, copies=True)
     assert proposer.sampled_only
     with evaluation_mode(model):
-        (row,) = proposer.propose(torch.randn(1, 16, 2), torch.tensor([2]), [Context()])
+        (row,) = proposer.propose(encoded, torch.tensor([2]), [Context()])
+        (once,) = Proposer(heads_of(model)[0], config).propose(encoded, torch.tensor([2]), [Context()])
     assert [c.source for c in row] == ["samples"] * 12
+    # To an objective over distinct members a copy would be a member more that pulls at the same text.
+    assert [c.labels for c in once] == list(dict.fromkeys(c.labels for c in row))
+    head: Any = SimpleNamespace(
+        vocabulary=heads_of(model)[0].vocabulary,
+        sample=lambda *args, **kwargs: [[(5,), (6,), (5,)]],
+        score=lambda encoded, lengths, labels: torch.zeros(1, len(labels[0])),
+    )
+    for copies, number in ((True, 3), (False, 2)):
+        (row,) = Proposer(head, config, copies=copies).propose(encoded, torch.tensor([2]), [Context()])
+        assert len(row) == number
 
 
 def test_beam_scores_of_padded_rows_are_those_of_single_rows() -> None:

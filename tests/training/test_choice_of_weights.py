@@ -196,9 +196,15 @@ def test_the_best_weights_are_one_file_beside_the_checkpoints_that_have_them(tmp
         resumed = stopping(model, [], standard_errors=0.0)
         resumed._limits = GuardConfig(every=0)
         resumed.load_state_dict(states[step])
-        places = {"checkpoint_callback": SimpleNamespace(dirpath=str(folder)), "ckpt_path": folder / "a.ckpt"}
+        saver = SimpleNamespace(dirpath=str(folder), _last_global_step_saved=0)
+        places = {"checkpoint_callbacks": [saver], "ckpt_path": folder / "a.ckpt"}
         resumed.on_train_start(SimpleNamespace(global_step=step, **places), model)  # type: ignore[arg-type]
         assert float(resumed._best["weight"]) == value  # type: ignore[index]
+        assert saver._last_global_step_saved == step  # the middle of an accumulated step is not saved over it
+        assert resumed.state_dict()["best_file"]
+        places["checkpoint_callbacks"].append(SimpleNamespace(dirpath=str(tmp_path / "archive")))
+        resumed.on_train_start(SimpleNamespace(global_step=step, **places), model)  # type: ignore[arg-type]
+        assert float(resumed.state_dict()["best"]["weight"]) == value  # with two folders each checkpoint has them
     (folder / "a--global_step=2.0000-epoch=0.ckpt").unlink()
     save_kept(folder, 7, snapshot(model))
     assert {path.name for path in folder.glob("*.pt")} == {kept_name(step) for step in (3, 5, 7)}
@@ -220,7 +226,7 @@ def test_a_run_that_had_stopped_stays_so_when_it_is_given_again(violated: bool) 
     resumed = stopping(model, [], standard_errors=0.0)
     resumed._limits = GuardConfig(every=0)
     resumed.load_state_dict(callback.state_dict())
-    trainer = SimpleNamespace(global_step=1, should_stop=False, checkpoint_callback=None, ckpt_path=None)
+    trainer = SimpleNamespace(global_step=1, should_stop=False, checkpoint_callbacks=[], ckpt_path=None)
     resumed.on_train_start(trainer, model)  # type: ignore[arg-type]
     assert trainer.should_stop
     assert (resumed.reason, resumed._violated) == ("why", violated)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.fits import TEXTS, begin, config, fit, label_reward
 from helpers.tiny import KINDS, stock_class, write_manifest
+from nemo.collections.asr.modules.audio_preprocessing import SpectrogramAugmentation
 
 from nemo_llm_feedback.asr.heads import heads_of
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
@@ -40,6 +41,36 @@ class Preference:
                 row = row[1:] + row[:1]
             rows.append(row)
         return RewardOutput(pad_groups(rows), {})
+
+
+def test_the_weight_of_labelled_rows_holds_in_a_batch_of_them_alone(nemo_file: Any, tmp_path: Path) -> None:
+    """It counted as 1 there, also where labels were to be ignored."""
+    mixed = write_manifest(tmp_path / "mixed.json", [*TEXTS, None, None])
+    losses = {}
+    for weight in (1.0, 0.25, 0.0):
+        model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+        feedback = {"supervised_weight": weight}
+        model.setup_feedback(config(mixed, feedback=feedback), work_dir=tmp_path / str(weight), reward=label_reward)
+        begin(model)
+        (last, *_), nemos = model.decoder.parameters(), dict[str, Any](log={})
+        model._labelled_step = lambda batch, number, given=nemos, p=last: given | {"loss": 0.0 * p.sum() + 2.0}
+        losses[weight] = float(model.training_step(next(iter(model._train_dl)), 0)["loss"])
+    assert losses == {1.0: 2.0, 0.25: 0.5, 0.0: 0.0}
+
+
+def test_rectangles_and_masks_of_python_fit_short_audio_and_follow_torch(nemo_file: Any) -> None:
+    """NeMo's SpecCutout (QuartzNet) raises on audio shorter than its rectangles, and no seed reaches its masks."""
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    model.spec_augmentation = SpectrogramAugmentation(rect_masks=5, rect_time=120, rect_freq=500)
+    signal, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad(), evaluation_mode(model):
+            found.append(encode(model, signal, lengths, augment=True)[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert model.spec_augmentation.spec_cutout.rect_time == 120
 
 
 @pytest.mark.parametrize("kind", ["ctc_bpe", "rnnt_char", "hybrid_bpe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.hypotheses.reward_scale import from_spread
 from nemo_llm_feedback.hypotheses.trust import Trust
 from nemo_llm_feedback.training import setup as preparation
+from nemo_llm_feedback.training.callbacks import lr_search
 from nemo_llm_feedback.training.callbacks.lr_search import HeldOutLoss, choose_rate, smallest_good
 from nemo_llm_feedback.training.inputs import rates_to_try
 from nemo_llm_feedback.training.models import restore
@@ -188,7 +190,10 @@ def test_a_rate_is_judged_by_the_loss_and_a_trial_in_which_it_never_falls_is_tol
     evaluator: Any = SimpleNamespace(measure=lambda model, *, step: SimpleNamespace(gain=-3.0), audio=[])
     config = parse_run_config({"reward": {"name": "length"}, "parameters": {"lr_trial_steps": 2}})
     model = SimpleNamespace(
-        feedback=SimpleNamespace(config=config, rates=(1e-4, 1e-5), release_llm=lambda: None),
+        feedback=SimpleNamespace(
+            config=config, rates=(1e-4, 1e-5), release_llm=lambda: None, generator=torch.Generator()
+        ),
+        training_with=lambda feedback: contextlib.nullcontext(),
         trainer=SimpleNamespace(accumulate_grad_batches=1),
         pool_batches=lambda: iter("abc"),
     )
@@ -324,3 +329,25 @@ def test_the_ranks_choose_one_learning_rate(nemo_file: Any, tiny_llm: Path, mani
     assert found[0]["lrs"] == found[1]["lrs"] == [rate, rate]
     lines = read_steps(found[0]["log_dir"] / "steps.jsonl")
     assert [line["lr"] for line in lines if "lr" in line] == [rate, rate]
+
+
+@pytest.mark.parametrize(("objective", "own"), [("grpo", True), ("distill", False)])
+def test_each_rate_of_the_trial_has_groups_of_its_own_policy_where_the_loss_compares_with_it(
+    objective: str, own: bool, nemo_file: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger rates were tried on groups and log p of the smallest one's policy, whose ratios end at the clip."""
+    caches: list[Any] = []
+    train = lr_search._train
+
+    def noted(model: Any, batches: Any, rate: float) -> None:
+        cache = model.feedback.cache
+        fresh = all(cache is not other for other in caches) and cache.to_plain()["kept"] is None
+        assert fresh is own or not caches
+        caches.append(cache)
+        train(model, batches, rate)
+
+    monkeypatch.setattr(lr_search, "_train", noted)
+    more = ("model.optim.lr=null", "parameters.lr_candidates=[1e-4,1e-3]", "parameters.lr_trial_steps=2")
+    pool = write_manifest(tmp_path / "pool.json", [None] * 6)
+    run(nemo_file("ctc_bpe"), pool, tiny_llm, tmp_path, *more, STEP, "guards.every=1", f"objective={objective}")
+    assert len({id(cache) for cache in caches}) == (2 if own else 1)

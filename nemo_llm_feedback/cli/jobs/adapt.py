@@ -33,7 +33,7 @@ from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.data.audio import unreadable
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.metrics import CorpusScores
-from nemo_llm_feedback.evaluation.model_card import public_name, write_model_card
+from nemo_llm_feedback.evaluation.model_card import plain_scores, public_name, write_model_card
 from nemo_llm_feedback.evaluation.records import facts_text, to_plain
 from nemo_llm_feedback.evaluation.report import adaptation_report, save_report, write_report
 from nemo_llm_feedback.evaluation.report.changes import adapted_nbest, judged_changes
@@ -337,30 +337,21 @@ def _facts(model: Any, source: Path, result: AdaptResult) -> dict[str, Any]:
         "pool_hours": round(staged.hours(unlabeled=True), 3),
         **{name: getattr(result, name) for name in (*_TAKEN, "share", "held_out_rows")},
         "generation": result.generation if config.feedback.generations > 1 else None,
+        "decoder_type": "ctc" if hasattr(model, "ctc_decoder") and model.feedback.heads[0].name == "ctc" else None,
+        "look_ahead": config.feedback.look_ahead,
         "general_wer_rise": rises[-1] if rises else None,
         "context_sha256": digest,
     }
-    plain: dict[str, Any] = to_plain(facts | _plain_scores(result))
+    scores = {"before": plain_scores(result.before), "after": plain_scores(result.after)}
+    plain: dict[str, Any] = to_plain(facts | scores)
     return plain
-
-
-def _plain_scores(result: AdaptResult) -> dict[str, dict[str, dict[str, float]]]:
-    """``before`` and ``after`` → validation set → metric → value, of the metrics that are defined."""
-    names = ("wer", "cer", "ewer", "u_wer", "entity_recall", "false_alarms")
-    both = {"before": result.before, "after": result.after}
-    return {
-        when: {
-            name: {m: round(value, 3) for m in names if (value := scores.value(m)) == value}
-            for name, scores in sets.items()
-        }
-        for when, sets in both.items()
-    }
 
 
 def _result_json(result: AdaptResult) -> dict[str, Any]:
     kept = {name: getattr(result, name) for name in ("nemo", *_TAKEN, "share", "guard_wer", "history")}
     changed = [{"before": a, "after": b} for a, b in result.changed]
-    plain: dict[str, Any] = to_plain({**kept, **_plain_scores(result), "changed": changed})
+    scores = {"before": plain_scores(result.before), "after": plain_scores(result.after)}
+    plain: dict[str, Any] = to_plain({**kept, **scores, "changed": changed})
     return plain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def evaluate(
     """Scores checkpoints, decoded greedily, and ready transcripts on a labelled manifest; the command ``evaluate``.
 
     Args:
-        models: ``.nemo`` files; changes are relative to the first system.
+        models: ``.nemo`` files or pretrained names; changes are relative to the first system.
         manifest: NeMo manifest with text and, optionally, entities and ``context``; None takes the rows and their text
             from the first predictions file.
         predictions: JSON Lines files with ``pred_text``.
@@ -72,6 +73,10 @@ def evaluate(
     scoring = make_scoring(**scoring_settings)
     nemos = [str(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
     files = [str(path) for path in predictions]
+    if nemos:
+        from nemo_llm_feedback.training.models import locate
+
+        nemos = [str(locate(name)) for name in nemos]
     names = system_names([*nemos, *files])
     rows = _rows(nemos, manifest, files)
     ready = [read_predictions(path, rows, name=names[path]) for path in files]
@@ -154,15 +159,18 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def system_names(paths: Sequence[str]) -> dict[str, str]:
-    """A short, different name for each file: its stem, with as many parent folders as it takes.
+    """A short, different name for each file: its stem, with its suffix where two differ in that alone, and with as
+    many parent folders as it takes.
 
     Raises:
         ConfigError: a file is given twice.
     """
     files = {str(path): Path(path).expanduser().absolute() for path in paths}
-    parts = {path: (*file.parent.parts, stem(file)) for path, file in files.items()}
-    if len(set(parts.values())) < len(paths):
+    if len(set(files.values())) < len(paths):
         raise ConfigError(f"every system needs another file, got {', '.join(map(str, paths))}.")
+    stems = Counter((file.parent, stem(file)) for file in files.values())
+    last = {path: stem(file) if stems[file.parent, stem(file)] == 1 else file.name for path, file in files.items()}
+    parts = {path: (*file.parent.parts, last[path]) for path, file in files.items()}
 
     def _name(own: tuple[str, ...]) -> str:
         """The shortest end of a path that no other one has."""

@@ -79,8 +79,11 @@ def export(
     if (rows or interpolation < 1) and not base and any(source.suffix == ".nemo" for source in sources):
         what = "is mixed with" if interpolation < 1 else "is scored against"
         raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
+    if mean and any(target.is_file() and target.samefile(source) for source in sources):
+        raise CheckpointError(f"--output {output} is one of the checkpoints, which would be lost: choose another.")
     run = _averaged(sources, base, interpolation) if mean else _opened(sources[0], base)
-    if run.base and os.path.isfile(run.base) and target.is_file() and target.samefile(run.base):
+    same = run.base and os.path.isfile(run.base) and target.is_file() and target.samefile(run.base)
+    if same or (target.is_file() and target not in sources and target.name == run.facts.get("base")):
         raise CheckpointError(f"--output {output} is the base, which would be lost: choose another name.")
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))

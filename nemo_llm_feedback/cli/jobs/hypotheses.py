@@ -85,7 +85,7 @@ def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: st
             fits any; nothing is written.
     """
     name = named_source(source, other)
-    check_writable(out)
+    check_writable(out, inputs=(other,))
     rows = read_manifest(manifest)
     faults: list[str] = []
     by_name, folder = _by_name(rows), Path(other).expanduser()
@@ -223,7 +223,9 @@ def _items(path: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _entry(item: Any, source: str) -> _Entry:
-    """The entry of an object: its texts stand under ``hypotheses``, ``nbest``, ``pred_text`` or ``text``.
+    """The entry of an object: its texts stand under ``nbest``, ``pred_text``, ``hypotheses`` or ``text``.
+
+    What a recogniser wrote comes before what its manifest held, such as the texts of an earlier one.
 
     Raises:
         ValueError: it names no recording, or its texts are none.
@@ -231,7 +233,7 @@ def _entry(item: Any, source: str) -> _Entry:
     name = next((item[key] for key in _NAMES if item.get(key)), None) if isinstance(item, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"must be an object with the recording's path under one of {', '.join(_NAMES)}.")
-    said = next((item[key] for key in (KEY, "nbest", "pred_text", "text") if item.get(key) is not None), None)
+    said = next((item[key] for key in ("nbest", "pred_text", KEY, "text") if item.get(key) not in (None, [])), None)
     if said is None:
         raise ValueError("has no transcript: neither `pred_text` nor `text`.")
     listed = said if isinstance(said, list) else [said]

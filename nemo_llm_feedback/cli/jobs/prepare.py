@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from nemo_llm_feedback.cli.options import Segmenting
 from nemo_llm_feedback.core.console import quiet, track
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_faults, reason
-from nemo_llm_feedback.data.audio import audio_files
+from nemo_llm_feedback.data.audio import AUDIO_TYPES, CONVERTED_TYPES, audio_files
 from nemo_llm_feedback.data.manifests import write_manifest
 from nemo_llm_feedback.evaluation.records import check_writable, facts_text
 
-_SUFFIXES = "wav flac ogg oga opus mp3 aif aiff aifc au caf w64 rf64 sph nist m4a mp4 aac wma amr webm"
-SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
+SUFFIXES = frozenset(f".{suffix}" for suffix in (*AUDIO_TYPES, *CONVERTED_TYPES))
 """What counts as a recording in a folder; a file that is named itself is always tried."""
 
 _KEYS = ("audio_filepath", "offset", "duration")

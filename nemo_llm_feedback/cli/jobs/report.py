@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from nemo_llm_feedback.core.config import plain
 from nemo_llm_feedback.core.errors import ManifestError
-from nemo_llm_feedback.core.run_folder import STEPS_FILE
+from nemo_llm_feedback.core.run_folder import SETTINGS_FILE, STEPS_FILE
 from nemo_llm_feedback.evaluation.report import load_report, unfinished_report, write_report
 from nemo_llm_feedback.evaluation.report.data import DATA_NAME
 
@@ -17,7 +20,7 @@ def report(run_dir: str | Path, *, output: str | Path | None = None, audio: bool
     Args:
         run_dir: folder of an ``adapt`` run.
         output: where to write; ``report.html`` in that folder if None.
-        audio: put audio into the page.
+        audio: put audio into the page, unless the run had ``report_audio=false``.
 
     Returns:
         The path written.
@@ -28,6 +31,8 @@ def report(run_dir: str | Path, *, output: str | Path | None = None, audio: bool
     folder = Path(run_dir).expanduser()
     if not folder.is_dir():
         raise ManifestError(f"{run_dir}: no such folder; give the folder of an `adapt` run.")
+    if (folder / SETTINGS_FILE).is_file():  # a run that was to hold no recordings has none in a later page, too
+        audio = audio and bool(plain(OmegaConf.load(folder / SETTINGS_FILE)).get("report_audio", True))
     if (folder / DATA_NAME).is_file():
         # A run folder may have moved since.
         data = dataclasses.replace(load_report(folder), steps_file=str(folder / STEPS_FILE))

@@ -150,9 +150,10 @@ def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str
     Raises:
         ManifestError: a manifest cannot be read.
     """
-    named = [Path(text).expanduser() for text in _texts([tree.get(name) for name in _SECTIONS])]
+    # `~` of a description is no user's name, for which `Path.expanduser` raises.
+    named = [Path(os.path.expanduser(text)) for text in _texts([tree.get(name) for name in _SECTIONS])]
     parts = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
-    if llm and not os.path.isfile(Path(tree["llm"]["model"]).expanduser()):
+    if llm and not os.path.isfile(os.path.expanduser(tree["llm"]["model"])):
         folder = local_folder(tree["llm"]["model"], tree["llm"].get("revision"), key="llm.model")
         parts["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
     found = {name: _digest(paths, whole=_WHOLE) for name, paths in parts.items()}

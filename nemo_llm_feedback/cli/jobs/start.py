@@ -189,9 +189,10 @@ def room(model: Any, cfg: DictConfig, *, log_dir: Path, folders: Mapping[str, Pa
 
 @contextmanager
 def stopping_by_signals(session: Session) -> Iterator[None]:
-    """While inside, Ctrl-C and SIGTERM stop a training run behind its step, with a checkpoint, and all else at once.
+    """While inside, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) stop a training run behind its step, with a
+    checkpoint, and all else at once.
 
-    The second signal stops at once. ``SystemExit`` has the status of the signal: 130 or 143.
+    The second signal stops at once. ``SystemExit`` has the status of the signal: 130, 143 or 129.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -206,7 +207,10 @@ def stopping_by_signals(session: Session) -> Iterator[None]:
         yield  # only the main thread may answer signals
         return
     session.on_signal = stop
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` asks to go on
+        stopping.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in stopping}
     try:
         yield
     finally:

@@ -24,11 +24,11 @@ from nemo_llm_feedback.cli.jobs.hypotheses import relocated
 from nemo_llm_feedback.cli.jobs.tuning import Weights, by_spread
 from nemo_llm_feedback.core.config import FeedbackConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, parse_rescoring_config
-from nemo_llm_feedback.core.console import progress, quiet
+from nemo_llm_feedback.core.console import progress, quiet, show
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, RewardError, list_faults
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
 from nemo_llm_feedback.data import manifests
-from nemo_llm_feedback.data.audio import audio_files, unreadable
+from nemo_llm_feedback.data.audio import AUDIO_TYPES, CONVERTED_TYPES, audio_files, unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest, spread
 from nemo_llm_feedback.evaluation.scoring import score_rows
 from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
@@ -36,8 +36,6 @@ from nemo_llm_feedback.hypotheses.trust import Trust, trust_text
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.training.models import locate
 from nemo_llm_feedback.training.setup import warn_of_external
-
-AUDIO_TYPES = ("wav", "flac", "ogg", "opus", "mp3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,14 @@ def find_rows(
             faults.append(str(error))
     if faults:
         raise ManifestError(" ".join(faults))
+    others = [p for name in audio if Path(name).is_dir() for p in Path(name).rglob("*") if _converted(p)]
+    if others:
+        show(f"left out: {len(others)} file(s) such as {others[0]}, which `nemo-llm-feedback prepare` converts.")
     return [_row_of(path) for path in files]
+
+
+def _converted(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in CONVERTED_TYPES
 
 
 @quiet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ def compose_config(
     finally:
         restore_gh_from_backup(outer)
     OmegaConf.set_struct(cfg, False)
+    for key in ("exp_manager.exp_dir", "exp_manager.explicit_log_dir"):
+        if str(where := OmegaConf.select(cfg, key)).startswith("~"):  # else a folder of this name is made
+            OmegaConf.update(cfg, key, os.path.expanduser(where))
     check_keys(tree)
     # A key of the user's own may stand at the top where it is read by ``${key}``.
     used = OmegaConf.to_yaml(cfg)
@@ -91,7 +95,8 @@ def _kind(error: Exception, overrides: Sequence[str]) -> str:
     strange = [head for head in heads if head not in _TOP and re.search(rf"\b{re.escape(head)}\b", said)]
     if "Could not override" in said and strange:
         return _unknown(strange[0])
-    return said or f"Hydra cannot use {' '.join(overrides)}."
+    hint = " Quote such a value, as in 'context.description=\"größer\"', or give the flag." if "Lexer" in said else ""
+    return f"{said}{hint}" if said else f"Hydra cannot use {' '.join(overrides)}."
 
 
 def _refuse_choices(overrides: Sequence[str]) -> None:

@@ -44,6 +44,8 @@ _LABELS = {
     "generation": "Its generation",
     "gain": "Held-out gain",
     "share": "Share of the update",
+    "decoder_type": "Head",
+    "look_ahead": "Attention context",
     "ended": "Ended early",
 }
 _GROUP_KEYS = ("domain", "speaker", "voice")
@@ -84,6 +86,7 @@ class Run:
         steps: optimizer steps so far.
         kept_step: the step whose weights are exported; None while the run goes on.
         gain: held-out gain of these weights, in the reward's unit; NaN without a reward.
+        teacher: over whose transcripts it is.
         held_out: whether the utterances that are measured were kept from training.
         ended: why training ended before its last step; empty if it did not.
         share: share of the update that is exported.
@@ -96,6 +99,7 @@ class Run:
     steps: int = 0
     kept_step: int | None = None
     gain: float = math.nan
+    teacher: str = "the base"
     held_out: bool = True
     ended: str = ""
     share: float = 1.0
@@ -218,6 +222,8 @@ def _shown_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     known = {label: facts[key] for key, label in _LABELS.items() if facts.get(key) not in (None, "")}
     if facts.get("held_out_rows") == 0 and "Held-out gain" in known:
         known["Gain, on trained rows"] = known.pop("Held-out gain")
+    elif facts.get("generation") and "Held-out gain" in known:
+        known["Held-out gain over its teacher"] = known.pop("Held-out gain")
     if facts.get("share") == 1.0:
         del known[_LABELS["share"]]
     return {label: f"{value:.4g}" if isinstance(value, float) else str(value) for label, value in known.items()}
@@ -231,6 +237,7 @@ def _run(facts: Mapping[str, Any], settings: Mapping[str, Any], **terms: Any) ->
         steps=int(facts.get("steps", 0)),
         kept_step=facts.get("kept_step"),
         gain=math.nan if gain is None else gain,
+        teacher="its generation's teacher" if facts.get("generation") else "the base",
         held_out=facts.get("held_out_rows") != 0,
         ended=facts.get("ended", ""),
         share=facts.get("share", 1.0),

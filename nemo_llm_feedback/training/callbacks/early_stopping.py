@@ -89,8 +89,13 @@ class HeldOutEarlyStopping(pl.Callback):
         self._last_step = trainer.global_step
         if self.reason:
             trainer.should_stop = True
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        savers = trainer.checkpoint_callbacks
+        # Of several folders of checkpoints none holds the weights that all of them name.
+        folder = getattr(savers[0], "dirpath", None) if len(savers) == 1 else None
         self._folder = Path(folder) if folder else None
+        for saver in savers if trainer.ckpt_path else ():
+            # Else the first batch behind it, in the middle of an accumulated step, is saved over it, without gradient.
+            saver._last_global_step_saved = trainer.global_step
         if name := self._restored.get("best_file"):
             beside = [Path(trainer.ckpt_path).parent] if trainer.ckpt_path else []
             self._best = load_kept(name, *beside, Path(self._restored["best_folder"]))

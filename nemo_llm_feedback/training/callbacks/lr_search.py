@@ -49,11 +49,7 @@ def try_rates(model: Any, feedback: Feedback) -> Feedback:
         return feedback
     rate = statistics.learning_rate
     if rate is None:
-        sampler = feedback.generator.get_state()
-        trial = replace(feedback, cache=NBestCache()) if feedback.config.on_policy else feedback
-        with model.training_with(trial):
-            rate = choose_rate(model, HeldOutEvaluator(model, feedback))
-        feedback.generator.set_state(sampler)
+        rate = choose_rate(model, HeldOutEvaluator(model, feedback))
     with open_dict(model.cfg):
         model.cfg.optim.lr = rate
     model.trainer.strategy.setup_optimizers(model.trainer)
@@ -84,9 +80,14 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
         if not config.on_policy:
             _propose(model, batches)
         feedback.release_llm()
+        sampler = feedback.generator.get_state()
         for rate in tried:
             put_back(model, start)
-            _train(model, batches, rate)
+            feedback.generator.set_state(sampler)
+            # Groups of another rate's policy, with its log p, are no use to an objective that compares with it.
+            own = replace(feedback, cache=NBestCache()) if config.on_policy else feedback
+            with model.training_with(own):
+                _train(model, batches, rate)
             found = evaluator.measure(model, step=config.parameters.lr_trial_steps)
             beyond = violations(found, config.guards)
             fall = before - held_out(model)
@@ -97,6 +98,7 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
             if beyond:
                 break
             falls[rate] = fall
+        feedback.generator.set_state(sampler)
     best = smallest_good(falls) if falls else tried[0]
     put_back(model, start)
     logging.info(f"learning rate {best:g} is taken.")
