@@ -174,6 +174,9 @@ def json_lines(path: str | Path, faults: list[str]) -> Iterator[tuple[str, dict[
         return
     if not text.strip():
         faults.append(f"{path}: the file is empty.")
+    if text.lstrip().startswith("["):
+        faults.append(f"{path}: is a JSON array; write an object per line (jq -c '.[]' {file} > LINES.json).")
+        return
     for number, line in enumerate(text_lines(text), 1):
         try:
             data = parse_json(line) if line.strip() else None
@@ -221,6 +224,8 @@ def _parse_row(data: dict[str, Any], origin: str, *, use_text: bool, tarred: boo
     replay = data.get("replay") or ""
     if not isinstance(audio, str) or not audio or len(audio) > 4096 or "\0" in audio:
         raise ValueError("lacks `audio_filepath`, the path of a file.")
+    if not tarred and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", audio):
+        raise ValueError(f"names {short(audio)}, which is not on a disk here: copy it, and give the copy's path.")
     if duration is None or not 0 < duration <= _LONGEST:
         raise ValueError(
             f"lacks a positive `duration` in seconds, at most {_LONGEST:.0f} (got {short(data.get('duration'))})."

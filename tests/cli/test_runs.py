@@ -38,6 +38,8 @@ def make_run(folder: Path, *, lr: float, steps: int, started: str, result: dict[
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
+    (tmp_path / "other_tool").mkdir()
+    (tmp_path / "other_tool" / "settings.yaml").write_text("!theirs {}")
     scores = {"before": {"dev": {"wer": 20.0, "cer": 5.0}}, "after": {"dev": {"wer": 15.5}}, "nemo": "a.nemo"}
     scores |= {"learning_rate": 3e-4, "alpha": 1.4, "gain": 0.7, "kept_step": 8}
     make_run(tmp_path / "b" / "version_0", lr=1e-4, steps=10, started="2026-01-02", result=scores)

@@ -79,6 +79,11 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         read_manifest(tmp_path / "absent.json")
     with pytest.raises(ManifestError, match="the file is empty"):
         read_manifest(_manifest(tmp_path / "empty.json", []))
+    (tmp_path / "array.json").write_text(json.dumps([good, good], indent=1))
+    with pytest.raises(ManifestError, match=r"array\.json: is a JSON array; write an object per line"):
+        read_manifest(tmp_path / "array.json")
+    with pytest.raises(ManifestError, match=r"names 's3://calls/a\.wav', which is not on a disk here"):
+        read_manifest(_manifest(tmp_path / "far.json", [{**good, "audio_filepath": "s3://calls/a.wav"}]))
 
 
 def test_bad_audio_is_an_error_or_counted(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def list_runs(folder: str | Path) -> list[Run]:
     if not top.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the exp_manager.exp_dir of your runs.")
     # exp_manager moves the files of an earlier attempt into run_0, run_1 …; a kill may have left them there.
-    places = {path.parent for path in top.rglob(SETTINGS_FILE)}
+    # Other tools have files of this name; of a run ours says when it started.
+    places = {path.parent for path in top.rglob(SETTINGS_FILE) if (path.parent / RUN_FILE).is_file()}
     places = {path.parent if path.name.startswith("run_") and path.parent in places else path for path in places}
     if not places:
         raise ConfigError(f"{folder} holds no run: {SETTINGS_FILE} is in none of its folders.")
