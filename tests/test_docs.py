@@ -134,6 +134,12 @@ def test_links_lead_somewhere_in_a_checkout() -> None:
     assert lost == []
 
 
+def test_a_list_behind_a_block_of_code_is_one_on_the_site_too() -> None:
+    """Python-Markdown, unlike others, wants a blank line between them."""
+    joined = re.compile(r"^```\n(?:[-*|]|\d+\.) ", re.M)
+    assert [page.name for page in PAGES if joined.search(page.read_text(encoding="utf-8"))] == []
+
+
 def test_files_that_the_pages_name_exist() -> None:
     """`examples/…`, `docs/…` and `tests/…` in the text."""
     named = re.compile(r"(?<![\w/.])((?:examples|docs|tests|conf|nemo_llm_feedback)/[\w/.-]*\w)")
