@@ -56,7 +56,8 @@ class Rescorer:
 
     Attributes:
         reward: judges the hypotheses; None for log p(y|x) + β·length.
-        alpha, beta: weights of a reward that does not weigh log p(y|x) itself, and of the length; None = 1 and 0.
+        alpha, beta: weights of a reward that does not weigh log p(y|x) itself, and of the length; None = those of
+            ``settings.reward``, else 1 and 0.
         context: the context of all utterances; that of each utterance is merged over it.
         settings: beam size, further hypotheses, text normalisation and memory budget.
         trust: how texts of other recognisers are judged; by default as ``settings.reward`` says.
@@ -178,17 +179,27 @@ class Rescorer:
             )
         return self.batch
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the reward of the settings is the whole score, as it is in training; one that has no weights there,
+        such as a function of the user's, is weighed beside log p(y|x) where weights are given for it here."""
+        named = self.settings.reward
+        free = named is not None and not named.weighed and named.name != "composite"
+        return named is not None and not (free and (named.alpha is not None or named.beta is not None))
+
     def _ordered(self, groups: Sequence[tuple[HypothesisGroup, list[float]]]) -> list[list[ScoredHypothesis]]:
         """The groups' members by score, best first; those that cannot be judged come last, by log p(y|x)."""
         given = [group for group, _ in groups]
         output = self.reward(given) if self.reward is not None else RewardOutput(torch.empty(0))
-        weighed = self.settings.reward is not None or "asr" in output.parts or _weighs_asr(self.reward)
+        weighed = self._is_whole or "asr" in output.parts or _weighs_asr(self.reward)
         if weighed and (self.alpha is not None or self.beta is not None):
             raise ConfigError(
                 f"the reward {self.reward.name!r} weighs log p(y|x) itself: set alpha and beta on it, "  # type: ignore[union-attr]
                 "not on enable_rescoring."
             )
-        alpha, beta = DEFAULT_ALPHA if self.alpha is None else self.alpha, self.beta or 0.0
+        named = self.settings.reward
+        alpha, beta = (DEFAULT_ALPHA, 0.0) if named is None else named.weights
+        alpha, beta = alpha if self.alpha is None else self.alpha, beta if self.beta is None else self.beta
         ranked = []
         for b, (group, trust) in enumerate(groups):
             members = []
