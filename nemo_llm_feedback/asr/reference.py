@@ -32,7 +32,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(module: nn.Module, *, active: bool) -> Iterator[None]:
-    """BatchNorm layers in eval mode, so that a step on pseudo-labels leaves their running statistics as they are."""
+    """BatchNorm layers in eval mode, so that a step on pseudo-labels, or of a frozen encoder on labels, leaves their
+    running statistics as they are."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if active else []
     with in_modes([(layer, False) for layer in layers]):
         yield

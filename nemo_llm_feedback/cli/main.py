@@ -61,9 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {in_flags(str(error), flags)}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough; what was asked for in files is written
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough; what was asked for in files is written
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            raise  # of another pipe, such as a worker's
     return 1
 
 

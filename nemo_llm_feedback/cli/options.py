@@ -204,7 +204,7 @@ class JudgeOptions:
         terms: terms that may occur
         terms_file: terms that may occur: one per line, or JSON
         alpha: weight of the LLM; default: measured, so that its scores spread three times as far as the recogniser's
-        beta: bonus per word, in nats; default: 2·alpha
+        beta: bonus per word, in nats; default: 2·alpha, or 0 with a reward that does not fall with the length
         overrides: settings as `adapt` takes them, e.g. reward=entity reward.settings.weight=3
     """
 

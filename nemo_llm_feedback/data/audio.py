@@ -128,11 +128,17 @@ def audio_files(name: str | Path, suffixes: Collection[str], *, skip: Path | Non
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, those behind linked folders too, each folder once."""
-    seen: set[str] = set()
+    """All files below a folder, those behind linked folders too; each folder once, by its own name if it is one."""
+    own = {os.path.realpath(name) for name, _, _ in os.walk(folder)}  # without links
+    seen = set(own)
     for name, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [inner for inner in folders if os.path.realpath(os.path.join(name, inner)) not in seen]
-        seen.update(os.path.realpath(os.path.join(name, inner)) for inner in folders)
+        for inner in list(folders):
+            place = os.path.join(name, inner)
+            real = os.path.realpath(place)
+            if os.path.islink(place) or real not in own:
+                if real in seen:
+                    folders.remove(inner)
+                seen.add(real)
         yield from (Path(name, file) for file in files)
 
 

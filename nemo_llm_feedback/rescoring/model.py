@@ -62,7 +62,7 @@ def enable_rescoring(
     Args:
         model: a stock NeMo CTC, RNN-T, TDT or hybrid model, or one of this package.
         reward: judges the hypotheses, e.g. ``LLMReward``, which weighs log p(y|x) itself, or a Python function of the
-            texts, as ``adapt`` takes it; None = log p(y|x) alone.
+            texts, whose value stands beside log p(y|x) here, so that it does not read ``ref_logp``; None = log p(y|x).
         alpha, beta: weights of any other reward and of the length; by default 1 and 0.
         context: the context of all utterances; see :func:`utterance_contexts` for one per utterance.
         nbest, boosted, term_swap, boosting_weight, normalizer, memory_budget_mb: see ``RescoringConfig``.

@@ -60,8 +60,8 @@ CHECKPOINT_KEY = "nemo_llm_feedback"
 class LLMFeedbackMixin(_Base):
     """Put in front of a NeMo ASR class: rows without text are learned from feedback, rows with text as NeMo does.
 
-    ``setup_feedback`` switches it on; until then, and in batches whose rows all have text, the model is the stock one,
-    bit for bit.
+    ``setup_feedback`` switches it on; until then, and in batches whose rows all have text (with an encoder that learns
+    and ``feedback.supervised_weight=1``), the model is the stock one, bit for bit.
     """
 
     _setup: FeedbackSetup | None = None
@@ -166,13 +166,13 @@ class LLMFeedbackMixin(_Base):
 
     def _labelled_step(self, batch: Any, batch_nb: int) -> dict[str, Any]:
         """NeMo's step; for TDT on the CPU, where NeMo has no loss, the exact likelihood in its place."""
-        feedback = self.feedback
-        if feedback.exact_supervision:
+        feedback, parameters = self.feedback, self.feedback.config.parameters
+        still = parameters.freeze_encoder or parameters.lora_rank > 0
+        with local_metrics(self), frozen_statistics(self.encoder, active=still):
+            if not feedback.exact_supervision:
+                return super().training_step(batch, batch_nb)
             budget = feedback.config.feedback.memory_budget_mb
             return exact_supervised_step(self, heads_of(self, memory_budget_mb=budget), batch)
-        still = feedback.config.parameters.freeze_encoder or feedback.config.parameters.lora_rank > 0
-        with local_metrics(self), frozen_statistics(self.encoder, active=still):
-            return super().training_step(batch, batch_nb)
 
     def _output(self, output: dict[str, Any], loss: LossSum) -> dict[str, Any]:
         """The step's loss and metrics over the rows of all ranks."""

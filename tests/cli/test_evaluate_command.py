@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +178,24 @@ def test_a_result_takes_the_place_of_nothing_that_was_read_and_a_terminal_cannot
     assert "would be written over, and this command reads it" in capsys.readouterr().err
     assert Path(labels).read_bytes() == before
 
-    def gone(*args: Any) -> None:
+    class Gone(io.StringIO):
+        def flush(self, *text: str) -> None:
+            raise BrokenPipeError
+
+        write = flush  # type: ignore[assignment]
+
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Gone())
+        assert main(["evaluate", "--predictions", file, "--manifest", labels, "--json", str(out)]) == 1
+    assert json.loads(out.read_text())
+
+    def worker(*args: Any) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("builtins.print", gone)
-    monkeypatch.setattr("os.dup2", lambda *args: None)
-    out = tmp_path / "out.json"
-    assert main(["evaluate", "--predictions", file, "--manifest", labels, "--json", str(out)]) == 1
-    assert json.loads(out.read_text())
+    monkeypatch.setattr("builtins.print", worker)
+    with pytest.raises(BrokenPipeError):  # of another pipe than the terminal's
+        main(["evaluate", "--predictions", file, "--manifest", labels])
 
 
 def row(text: str, **data: Any) -> Row:

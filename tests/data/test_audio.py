@@ -79,8 +79,13 @@ def test_recordings_behind_linked_folders_are_found_once(tmp_path: Path) -> None
     write_audio(tmp_path / "calls" / "b.aiff", seconds=0.1, seed=1)
     (tmp_path / "calls" / "2024").symlink_to(tmp_path / "archive" / "2024")
     (tmp_path / "archive" / "2024" / "round").symlink_to(tmp_path / "archive" / "2024")
+    (tmp_path / "calls" / "latest").symlink_to(tmp_path / "calls" / "2024")  # and a sibling, and the folder itself
+    (tmp_path / "calls" / "again").symlink_to(tmp_path / "calls")
+    write_audio(tmp_path / "calls" / "2023" / "c.wav", seconds=0.1, seed=2)
+    (tmp_path / "calls" / "1st").symlink_to(tmp_path / "calls" / "2023")
     found = audio_files(tmp_path / "calls", {f".{kind}" for kind in AUDIO_TYPES})
-    assert [file.name for file in found] == ["a.wav", "b.aiff"]
+    assert sorted(file.name for file in found) == ["a.wav", "b.aiff", "c.wav"]
+    assert tmp_path / "calls" / "2023" / "c.wav" in found  # by its own name
 
 
 @pytest.mark.parametrize("lhotse", [False, True])

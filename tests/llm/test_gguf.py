@@ -173,8 +173,9 @@ def test_smollm2_prefers_what_people_order_and_scores_as_read_directly(assets):
         (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "scaling of positions"),
         (lambda writer: writer.add_rope_scaling_type(RopeScalingType.LINEAR), "scaling of positions"),
         (lambda writer: writer.add_sliding_window(64), "sliding window of 64 tokens"),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0), "scaling of positions"),
     ],
-    ids=["Llama 3.1", "linear", "window"],
+    ids=["Llama 3.1", "linear", "window", "linear, old key"],
 )
 def test_what_transformers_does_not_read_of_positions_is_no_silent_loss(llama, assets, tmp_path, what, lost):
     file = make_tiny_gguf(llama, tmp_path / "tiny.gguf", more=what)

@@ -260,3 +260,5 @@ def test_a_character_that_the_tokenizer_lacks_is_lost_alone():
     encoder = PromptEncoder(tokenizer, LLMConfig(model="x"), max_positions=512)
     assert tokenizer.convert_ids_to_tokens(encoder.encode_text("café latte")) == ["▁caf", "<unk>", "▁latte", "</s>"]
     assert encoder.shorten(Context("a café"), lambda _: 0) == Context("a café")
+    assert encoder.shorten(Context("a <unk> b"), lambda _: 0) == Context("a < unk> b")
+    assert tokenizer.unk_token not in encoder.safe_text("x <unk>")

@@ -132,6 +132,7 @@ def test_a_length_bonus_stands_only_beside_log_probabilities_which_fall_with_eve
     """Beside the others it paid more for an inserted word than a wrong word costs."""
     assert RewardConfig(alpha=1.5).weights == (1.5, 3.0)
     assert RewardConfig(name="entity").weights == (1.0, 2.0)
+    assert RewardConfig(normalize="token").weights == (1.0, 0.0)
     for name in ("judge", "correction", "rules"):
         assert RewardConfig(name=name, alpha=10.0).weights == (10.0, 0.0)
         assert RewardConfig(name=name, beta=0.5).weights == (1.0, 0.5)

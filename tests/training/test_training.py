@@ -192,7 +192,10 @@ def trained(nemo_file: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_frozen_encoder_stays_and_parts_learn_at_their_own_rates(trained: Any, nemo_file: Any) -> None:
     base = weights(nemo_file("hybrid_bpe"))
     # Its BatchNorm is in train mode in NeMo's step on labelled rows, whose statistics it would take over.
-    frozen = trained("parameters.freeze_encoder=true", texts=[None, None, "a latte", "one mocha"])
+    mixed = [None, None, "a latte", "one mocha"]
+    tdt = trained("parameters.freeze_encoder=true", kind="tdt_bpe", texts=mixed)
+    assert all(torch.equal(v, tdt[n]) for n, v in weights(nemo_file("tdt_bpe")).items() if n.startswith("encoder"))
+    frozen = trained("parameters.freeze_encoder=true", texts=mixed)
     moved = {name for name in base if not torch.equal(base[name], frozen[name])}
     assert moved
     assert not any(name.startswith("encoder") for name in moved)

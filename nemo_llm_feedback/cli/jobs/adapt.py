@@ -5,6 +5,7 @@ It trains once, or several times with other seeds, and exports the mean of the w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shlex
@@ -133,7 +134,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
 
 def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
     tree = plain(cfg)
-    config, first = check_settings(tree, reward).config, is_global_rank_zero()
+    config, first = check_settings(cfg, reward).config, is_global_rank_zero()
     base = start.source(cfg)
     supported_class(read_config(base), origin=base)
     folders = start.result_folders(cfg)
@@ -147,7 +148,7 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
         target = Path(cfg.output).expanduser() if cfg.output else log_dir / f"{cfg.name}.nemo"
         start.keep_base(target, base)
         model.set_trainer(trainer)
-        model.setup_feedback(tree, work_dir=log_dir, reward=reward)
+        model.setup_feedback(cfg, work_dir=log_dir, reward=reward)
         start.check_room(folders, start.room(model, cfg, log_dir=log_dir, folders=folders))
         check_memory(model, cfg)
         if first:
@@ -369,7 +370,8 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         FeedbackError: settings, manifests, checkpoint or LLM cannot be used; raised before any training.
     """
     if reward is not None:  # what the run's settings say of it, in `runs` and to a resumed run
-        cfg = OmegaConf.create({**plain(cfg), "reward": {"name": "python"}})
+        cfg = copy.deepcopy(cfg)
+        cfg.reward = {"name": "python"}
     config = parse_run_config(cfg)
     if cfg.get("runs", 1) == 1:
         return adapt(cfg, reward=reward)
@@ -416,7 +418,7 @@ def averaged_text(result: AveragedRuns) -> str:
 
 def _one(cfg: DictConfig, seed: int) -> DictConfig:
     """The settings of the run with this seed, in a folder of its own."""
-    part = OmegaConf.create(plain(cfg))
+    part = copy.deepcopy(cfg)
     part.seed, part.runs, part.output = seed, 1, None
     part.exp_manager.name = f"{part.exp_manager.get('name') or part.name}_seed{seed}"
     if part.exp_manager.get("explicit_log_dir"):

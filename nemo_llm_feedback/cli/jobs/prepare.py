@@ -78,7 +78,7 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     faults = settings.validate()
     if faults:
         raise ConfigError(" ".join(faults))
-    target = check_writable(out).absolute()
+    target = check_writable(out, inputs=(folder,)).absolute()
     files = audio_files(folder, SUFFIXES, skip=_copies(target))
     detect = _detector(settings)
     recordings: list[Recording] = []

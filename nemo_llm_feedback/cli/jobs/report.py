@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
-from nemo_llm_feedback.core.config import plain
 from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.run_folder import SETTINGS_FILE, STEPS_FILE
 from nemo_llm_feedback.evaluation.report import load_report, unfinished_report, write_report
@@ -32,7 +31,8 @@ def report(run_dir: str | Path, *, output: str | Path | None = None, audio: bool
     if not folder.is_dir():
         raise ManifestError(f"{run_dir}: no such folder; give the folder of an `adapt` run.")
     if (folder / SETTINGS_FILE).is_file():  # a run that was to hold no recordings has none in a later page, too
-        audio = audio and bool(plain(OmegaConf.load(folder / SETTINGS_FILE)).get("report_audio", True))
+        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        audio = audio and bool(settings.get("report_audio", True))
     if (folder / DATA_NAME).is_file():
         # A run folder may have moved since.
         data = dataclasses.replace(load_report(folder), steps_file=str(folder / STEPS_FILE))

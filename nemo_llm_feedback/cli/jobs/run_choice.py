@@ -22,12 +22,12 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_llm_feedback.core import run_folder as files
-from nemo_llm_feedback.core.config import plain
+from nemo_llm_feedback.core.config import LLMConfig, plain
 from nemo_llm_feedback.core.console import show
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.core.secrets import masked, masked_command
 from nemo_llm_feedback.data.manifests import expand_paths, read_manifest
-from nemo_llm_feedback.llm.folder import local_folder
+from nemo_llm_feedback.llm.folder import resolve_folder
 
 # The folder that rank 0 chose, for the ranks that Lightning starts as copies of this process.
 _CHOICE = "NEMO_LLM_FEEDBACK_RUN"
@@ -154,7 +154,7 @@ def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str
     named = [Path(os.path.expanduser(text)) for text in _texts([tree.get(name) for name in _SECTIONS])]
     parts = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
     if llm and not os.path.isfile(os.path.expanduser(tree["llm"]["model"])):
-        folder = local_folder(tree["llm"]["model"], tree["llm"].get("revision"), key="llm.model")
+        folder = resolve_folder(LLMConfig(**tree["llm"]))
         parts["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
     found = {name: _digest(paths, whole=_WHOLE) for name, paths in parts.items()}
     for section in (tree["model"].get("train_ds"), tree["model"].get("validation_ds"), tree.get("guards")):

@@ -197,7 +197,8 @@ def stopping_by_signals(session: Session) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         """Notes the signal, or leaves."""
-        at_once = session.stop or not session.in_training
+        # A closed terminal sends its signal twice, by the shell and by the kernel.
+        at_once = not session.in_training or (session.stop and number != signal.SIGHUP)
         session.stop = number
         if at_once:
             raise SystemExit(128 + number)

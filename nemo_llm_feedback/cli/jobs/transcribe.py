@@ -99,7 +99,8 @@ def find_rows(
             faults.append(str(error))
     if faults:
         raise ManifestError(" ".join(faults))
-    others = [p for name in audio if Path(name).is_dir() for p in Path(name).rglob("*") if _converted(p)]
+    folders = [path for path in (Path(name).expanduser() for name in audio) if path.is_dir()]
+    others = [p for folder in folders for p in folder.rglob("*") if _converted(p) and p not in files]
     if others:
         show(f"left out: {len(others)} file(s) such as {others[0]}, which `nemo-llm-feedback prepare` converts.")
     return [_row_of(path) for path in files]

@@ -35,8 +35,8 @@ class RewardConfig(Section):
         alpha: weight of the LLM's log-probability, or of what stands in its place; null: ``adapt`` takes that of
             ``llm``, ``remote`` and ``entity`` from the pool before the first step (``spread_factor``), all else is 1.
         beta: bonus per word (a character in scripts written without spaces), in nats; null = 2·alpha for ``llm``,
-            ``remote`` and ``entity``, whose log-probability falls with every word, and 0 for all else. 0 to 4·alpha
-            did alike on two dev sets (docs/results.md), and much more teaches insertions.
+            ``remote`` (both with ``normalize=sum``) and ``entity``, which fall with every word, and 0 for all else. 0
+            to 4·alpha did alike on two dev sets (docs/results.md), and much more teaches insertions.
         spread_factor: where the pool sets alpha: the mean within-group standard deviation of alpha·logP_LLM is so many
             times that of asr_weight·logP_ref. From 3 on the choice hardly changes, and more only costs false alarms
             (docs/results/trust.md).
@@ -82,7 +82,8 @@ class RewardConfig(Section):
 
     def beta_beside(self, alpha: float) -> float:
         """Beta, with what stands for null beside this alpha."""
-        by_length = BETA_PER_ALPHA * alpha if self.name in SCALED_REWARDS else 0.0
+        falls = self.name in SCALED_REWARDS and self.normalize == "sum"  # with every word
+        by_length = BETA_PER_ALPHA * alpha if falls else 0.0
         return by_length if self.beta is None else self.beta
 
     @property
