@@ -86,7 +86,7 @@ def test_the_output_is_no_setting_by_which_runs_differ() -> None:
 def _case_14(folder: Path, nemo: Path, llm: Path) -> tuple[Any, Any]:
     """Settings that name files, and a function that gives their digests."""
     manifest = write_manifest(folder / "pool.json", [None] * 3)
-    for name, text in {"menu.txt": "late\n", "template.txt": "{context}", "guard.json": manifest.read_text()}.items():
+    for name, text in {"menu.txt": "late\n", "template.txt": "{description} a", "guard.json": manifest.read_text()}.items():
         (folder / name).write_text(text)
     settings = arguments(nemo, manifest, llm, folder / "runs")
     settings += [f"context.terms_file={folder / 'menu.txt'}", f"llm.template={folder / 'template.txt'}"]
