@@ -154,7 +154,9 @@ def input_digests(tree: Mapping[str, Any], *, base: Path, llm: bool) -> dict[str
     named = [Path(os.path.expanduser(text)) for text in _texts([tree.get(name) for name in _SECTIONS])]
     parts = {str(path): [path] for path in [base, *named] if os.path.isfile(path)}
     if llm and not os.path.isfile(os.path.expanduser(tree["llm"]["model"])):
-        folder = resolve_folder(LLMConfig(**tree["llm"]))
+        folder = Path(os.path.expanduser(tree["llm"]["model"]))
+        if not folder.is_dir():  # of a hub id the small files are judged before the weights are fetched
+            folder = resolve_folder(LLMConfig(**tree["llm"]))
         parts["llm.model"] = sorted(path for path in folder.iterdir() if path.is_file())
     found = {name: _digest(paths, whole=_WHOLE) for name, paths in parts.items()}
     for section in (tree["model"].get("train_ds"), tree["model"].get("validation_ds"), tree.get("guards")):
