@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sign that a locale lacks must not end hours of work
+            with contextlib.suppress(OSError):  # of streams of a caller's own
+                stream.reconfigure(errors="replace")  # a sign that a locale lacks must not end hours of work
     if "--verbose" in given:
         given.remove("--verbose")
         be_verbose()

@@ -134,7 +134,7 @@ def adapt(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult:
 
 def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> AdaptResult:
     tree = plain(cfg)
-    config, first = check_settings(cfg, reward).config, is_global_rank_zero()
+    config, first = check_settings(tree, reward).config, is_global_rank_zero()
     base = start.source(cfg)
     supported_class(read_config(base), origin=base)
     folders = start.result_folders(cfg)
