@@ -225,7 +225,8 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     words = arguments(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", *more)
     command = [sys.executable, "-m", "nemo_llm_feedback.cli.main", "adapt", *words]
     folder = tmp_path / "runs" / "adapted" / "version_0"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    usual: Any = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # CI may run under nohup
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **usual) as process:
         deadline = time.monotonic() + 240
         while len(read_steps(folder / "steps.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)

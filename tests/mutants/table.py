@@ -144,8 +144,8 @@ MUTANTS = (
     Mutant(
         "LLM: the end of the text is not scored",
         "llm/encoding.py",
-        "        return (*ids, self.end_id)\n",
-        "        return ids or (self.end_id,)\n",
+        "        return (*ids[cut:], self.end_id)\n",
+        "        return ids[cut:] or (self.end_id,)\n",
         "llm/test_llm.py::test_context_and_end_of_text_matter",
     ),
     # ------------------------------------------------ objectives
@@ -378,7 +378,7 @@ MUTANTS = (
     Mutant(
         "rescoring: a reward that weighs log p itself is added to it",
         RESCORING,
-        'weighed = "asr" in output.parts',
+        'weighed = self._is_whole or "asr" in output.parts or _weighs_asr(self.reward)',
         "weighed = False",
         f"{TEST_RESCORING}::test_an_llm_reward_gives_the_one_parameterisation",
     ),
