@@ -52,6 +52,7 @@ def _revalued(
     """What gives the judgement of the groups with other [B, N] reference scores."""
 
     def judged(ref_logp: Tensor) -> Tensor:
+        """[B, N] values beside these [B, N] reference scores."""
         rows = zip(groups, ref_logp.tolist(), strict=True)
         return judge([replace(group, ref_logp=tuple(row[: len(group)])) for group, row in rows])
 
