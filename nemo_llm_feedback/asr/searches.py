@@ -31,12 +31,15 @@ class Searches:
 
     @contextmanager
     def cuda_graphs(self) -> Iterator[None]:
-        """Inside, where no weight may change, searches on a GPU run as CUDA graphs."""
-        self._kept = {}
+        """Inside, where no weight may change, searches on a GPU run as CUDA graphs; a context inside is this one."""
+        outermost = self._kept is None
+        if outermost:
+            self._kept = {}
         try:
             yield
         finally:
-            self._kept = None  # and with it the graphs' memory
+            if outermost:
+                self._kept = None  # and with it the graphs' memory
 
     def run(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ _KEPT = (
     "dataset", "batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
     "multiprocessing_context", "persistent_workers",
 )  # fmt: skip
+
+# Lightning may take a batch before it trains on the last one.
+_PAIRS = 3
 
 
 class ResumableLoader:
@@ -32,6 +36,9 @@ class ResumableLoader:
         seed: seed of the order, the same on all ranks.
         rank, num_ranks: rank of this process and number of ranks; NeMo splits Lhotse's and tarred data itself.
         shuffle: whether the classic loader shuffles.
+
+    Attributes:
+        looks_ahead: whether the next pass gives a batch only once the one behind it has been read (:meth:`following`).
     """
 
     def __init__(self, loader: DataLoader, *, seed: int, rank: int, num_ranks: int, shuffle: bool) -> None:
@@ -49,6 +56,8 @@ class ResumableLoader:
         self._loader.generator = torch.Generator().manual_seed(seed)
         self._epoch = 0
         self._resume = (0, 0)
+        self.looks_ahead = False
+        self._pairs: deque[tuple[Any, Any]] = deque(maxlen=_PAIRS)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
@@ -85,16 +94,32 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning makes the iterator before it sets the epoch, and nothing runs before the first batch.
-        (epoch, batches), self._resume = self._resume, (0, 0)
-        skip = batches if epoch == self._epoch else 0
+        (epoch, done), self._resume = self._resume, (0, 0)
+        skip = done if epoch == self._epoch else 0
         if not skip:
             # torch's loader draws its workers' seed here; this draw keeps dropout equal to that of a stock run.
             torch.empty((), dtype=torch.int64).random_()
         if self._place is not None:
             self._place.set(epoch=self._epoch, batches=skip)
-            yield from self._loader
-        else:
-            yield from itertools.islice(self._loader, skip, None)
+            skip = 0  # the sampler leaves them out
+        batches: Iterator[Any] = itertools.islice(self._loader, skip, None)
+        self._pairs.clear()
+        if not self.looks_ahead:
+            yield from batches
+            return
+        for pair in itertools.pairwise(itertools.chain(batches, [None])):
+            self._pairs.append(pair)
+            yield pair[0]
+
+    def following(self, batch: Any, *, key: Callable[[Any], Any]) -> Any:
+        """The batch behind one of the last that were given; None at the end of the pass, or if it looks not ahead.
+
+        Args:
+            batch: as it was given, or a copy of it on another device.
+            key: what two copies have in common.
+        """
+        wanted = key(batch)
+        return next((after for before, after in self._pairs if key(before) == wanted), None)
 
 
 class _Place(Sampler[Any]):

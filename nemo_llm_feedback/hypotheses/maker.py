@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ class Reference(Protocol):
         ...
 
 
+class Unjudged(NamedTuple):
+    """Groups without their rewards: B utterances, contexts and member tuples, head → [B, N] log p under the frozen
+    reference, and B normalised transcripts, or none."""
+
+    utterances: tuple[str, ...]
+    contexts: tuple[Context, ...]
+    hypotheses: tuple[tuple[Hypothesis, ...], ...]
+    ref_logp: dict[str, Tensor]
+    texts: Sequence[str]
+
+
 class NBestMaker:
     """Makes N-best lists with everything that an objective needs.
 
@@ -66,7 +77,6 @@ class NBestMaker:
         self.external = ExternalTexts(reference.heads[0].vocabulary, normalize, proposer.config)
         self._normalize = normalize
 
-    @torch.no_grad()
     def make(self, audio: Audio, encoded: Tensor, lengths: Tensor) -> NBestBatch:
         """Proposes, scores and rewards.
 
@@ -75,11 +85,17 @@ class NBestMaker:
             encoded: [B, D, T] the policy's encoder output.
             lengths: [B] frames.
         """
+        return self.judge(self.propose(audio, encoded, lengths))
+
+    @torch.no_grad()
+    def propose(self, audio: Audio, encoded: Tensor, lengths: Tensor) -> Unjudged:
+        """The first part of :meth:`make`, with its arguments: what needs the recognisers."""
         reference = self._reference.encode(audio.signal, audio.signal_len)
         first, *others = self._reference.heads
         scorer = functools.partial(first.score, *reference)
         extra = self._external(audio, lengths)
-        candidates = self.proposer.propose(encoded, lengths, audio.contexts, extra=extra, scorer=scorer)
+        with self.proposer.same_weights():
+            candidates = self.proposer.propose(encoded, lengths, audio.contexts, extra=extra, scorer=scorer)
         if self._corrector is not None:
             candidates = self._with_corrections(audio.contexts, candidates, scorer)
         spelled: Any = {"vocabulary": first.vocabulary, "normalize": self._normalize}
@@ -90,7 +106,13 @@ class NBestMaker:
             ref_logp[head.name] = head.score(*reference, [[c.labels for c in row] for row in kept]).float().cpu()
         members = tuple(tuple(to_hypothesis(c, **spelled) for c in row) for row in kept)
         texts = [self._normalize(text) for text in audio.texts]
-        return judged(audio.utterances, audio.contexts, members, ref_logp, self.reward, self._trust, texts=texts)
+        return Unjudged(audio.utterances, audio.contexts, members, ref_logp, texts)
+
+    @torch.no_grad()
+    def judge(self, unjudged: Unjudged) -> NBestBatch:
+        """The second part of :meth:`make`: what needs the reward alone."""
+        made = unjudged.utterances, unjudged.contexts, unjudged.hypotheses, unjudged.ref_logp
+        return judged(*made, self.reward, self._trust, texts=unjudged.texts)
 
     @torch.no_grad()
     def reference_scores(self, audio: Audio, texts: Sequence[Sequence[Labels]]) -> list[dict[Labels, float]]:

@@ -14,7 +14,7 @@ What the mixin leaves to others: everything before the first step (``setup``, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -280,17 +280,29 @@ class LLMFeedbackMixin(_Base):
         once |= {"num_workers": 0} if once and settings.get("tarred_audio_filepaths") else {}
         loader = self._setup_dataloader_from_config(OmegaConf.merge(settings, once))
         self.feedback_setup.reader.attach(loader)
-        for batch in pool_share(loader, rank=self.global_rank):
-            yield [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
+        yield from map(self._here, pool_share(loader, rank=self.global_rank))
+
+    def _here(self, batch: Any) -> list[Any]:
+        return [item.to(self.device) if isinstance(item, Tensor) else item for item in batch]
 
     @torch.no_grad()
-    def encoded_pool(self, batches: Iterable[Any] | None = None) -> Iterator[EncodedAudio]:
-        """The unlabeled rows of batches, or of :meth:`pool_batches`, encoded; the caller puts the model into
-        evaluation mode."""
+    def encoded_pool(
+        self, batches: Iterable[Any] | None = None, *, unless: Callable[[str], bool] | None = None
+    ) -> Iterator[EncodedAudio]:
+        """The unlabeled rows of batches, or of :meth:`pool_batches`, encoded on the model's device.
+
+        The caller puts the model into evaluation mode.
+
+        Args:
+            batches: as NeMo's loader gives them.
+            unless: says by an utterance's name whether its row is left out.
+        """
         for batch in self.pool_batches() if batches is None else batches:
-            audio = self.feedback_setup.reader.split(batch).unlabeled
-            if audio is not None:
-                yield EncodedAudio(audio, *self._encode(audio))
+            audio = self.feedback_setup.reader.split(self._here(batch)).unlabeled
+            rows = [b for b, name in enumerate(audio.utterances) if not (unless and unless(name))] if audio else []
+            if audio is not None and rows:
+                part = EncodedAudio(audio, *self._encode(audio))
+                yield part if len(rows) == len(audio.utterances) else part.select(rows)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Scores the whole pool at the start of each refresh where the LLM works between the steps."""

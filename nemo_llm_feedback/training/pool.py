@@ -40,6 +40,11 @@ class EncodedAudio(NamedTuple):
     encoded: Tensor
     lengths: Tensor
 
+    def select(self, rows: Sequence[int]) -> EncodedAudio:
+        """The utterances at these positions, with the padding that they have."""
+        chosen = list(rows)
+        return EncodedAudio(self.audio.select(chosen), self.encoded[chosen], self.lengths[chosen])
+
 
 class PoolShare:
     """A rank's rows of the pool. With a strength of boosting their groups are proposed once, and judged as asked.

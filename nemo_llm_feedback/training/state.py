@@ -197,6 +197,10 @@ class Feedback(FeedbackSetup):
         self.cache.start(refresh)
         return [b for b, utterance in enumerate(audio.utterances) if utterance not in self.cache]
 
+    def knows(self, refresh: int) -> Callable[[str], bool]:
+        """Says by its name whether an utterance has kept hypotheses of a refresh."""
+        return lambda utterance: self.cache.refresh == refresh and utterance in self.cache
+
     def nbest(self, audio: Audio, encoded: Tensor, lengths: Tensor, *, refresh: int) -> NBestBatch:
         """The hypotheses of a batch with their rewards: those kept from this refresh, and new ones for other rows.
 

@@ -7,12 +7,15 @@ computes when it captures, so that a search that outlives its weights or its lis
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import captured
+from helpers.fits import config, fit, label_reward
 from helpers.rescored import encoded
+from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.asr import heads, searches
 from nemo_llm_feedback.asr.heads import Labels, heads_of
@@ -85,8 +88,11 @@ def test_captured_searches_find_the_same_and_never_outlive_the_weights(
         before = _found(head, x, lengths, boosting)
         assert not captures
         with head.cuda_graphs():
-            assert _found(head, x, lengths, boosting) == before
+            with head.cuda_graphs():
+                assert _found(head, x, lengths, boosting) == before
+            made = dict(captures)
             assert head.beam(x[:2], lengths[:2], size=4, max_symbols=3) == before[1][:2]
+            assert captures["captures"] == made["captures"]  # a context inside keeps what the outer one has
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -113,6 +119,26 @@ def test_the_setting_captures_once_for_all_batches_with_one_list(
     assert made[True] == made[False]
     searched = 2 if kind == "ctc_bpe" else 3  # beam, boosted beam, and a transducer's greedy search
     assert captures == {"captures": searched, "replays": 3 * searched}
+
+
+@pytest.mark.parametrize("kind", ["ctc_bpe", "tdt_bpe"])
+def test_the_searches_of_a_step_are_captured_anew_for_its_weights(
+    kind: str, nemo_file: Any, tmp_path: Path, captures: Counter[str]
+) -> None:
+    manifest, learned = write_manifest(tmp_path / "m.json", [None] * 4), []
+    for graphs in (False, True):
+        model = restore(nemo_file(kind), map_location="cpu")
+        proposals = {"beam": 4, "boosted": 2, "samples": 0, "boosting_weights": [], "cuda_graphs": graphs}
+        context = {"description": "an order", "terms": ["mocha"]}
+        model.setup_feedback(config(manifest, lr=0.1, proposals=proposals, context=context), reward=label_reward)
+        before = dict(captures)
+        fit(model, steps=3)
+        assert bool(captures) is graphs
+        learned.append(model.state_dict())
+    searched = 2 if kind == "ctc_bpe" else 3
+    assert captures["captures"] - before.get("captures", 0) == 3 * searched  # the pool's, which step 1 takes, and two
+    for name, value in learned[0].items():
+        assert torch.equal(value, learned[1][name]), name
 
 
 @pytest.mark.parametrize("kind", ["rnnt_bpe", "tdt_bpe"])

@@ -32,8 +32,15 @@ def test_the_check_runs_on_a_cpu_and_writes_its_numbers(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert found["failures"] == []
     assert {len(curve) for curves in found["curve"]["curves"].values() for curve in curves.values()} == {30}
-    for steps in found["profile"].values():
-        refresh, kept = steps["refresh"], steps["kept"]
+    names = ["RNN-T of 110 M", "RNN-T of 110 M, CUDA graphs", "RNN-T of 110 M, score_ahead", "TDT of 0.6 B"]
+    assert list(found["profile"]) == names
+    # There the next batch is proposed in the kept step; the whole remains.
+    ahead, inline = (
+        sum(steps["launches"] for steps in found["profile"][name].values()) for name in (names[2], names[0])
+    )
+    assert 0.9 * inline < ahead < 1.1 * inline
+    for name in (names[0], names[1], names[3]):
+        refresh, kept = found["profile"][name]["refresh"], found["profile"][name]["kept"]
         assert refresh["seconds"] > kept["seconds"] > 0
         assert refresh["launches"] > 2 * kept["launches"] > 0
         assert refresh["syncs"] > kept["syncs"] > 0

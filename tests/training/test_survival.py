@@ -121,7 +121,8 @@ def test_lhotse_rows_go_on_in_the_middle_and_behind_an_epoch(
     nemo_file: Any, tiny_llm: Path, manifest: Path, tmp_path: Path
 ) -> None:
     lhotse = ("model.train_ds.use_lhotse=true", "+model.train_ds.use_bucketing=false", "guards.every=0")
-    settings = [*SETTINGS, *lhotse, "exp_manager.resume_if_exists=true"]
+    ahead = "feedback.score_ahead=true"  # the groups of the batch behind a checkpoint are in it
+    settings = [*SETTINGS, *lhotse, ahead, "exp_manager.resume_if_exists=true"]
     found = {}
     for name, stops in {"whole": (4,), "parts": (2, 3, 4)}.items():  # an epoch has three batches
         for stop in stops:
@@ -136,6 +137,7 @@ def test_ranks_of_a_launcher_go_on_together(nemo_file: Any, tiny_llm: Path, mani
     ranks = ("trainer.devices=2", "++trainer.strategy=ddp", "trainer.max_steps=3", f"output={tmp_path / 'a.nemo'}")
     more = (
         "guards.every=0",
+        "feedback.score_ahead=true",
         "exp_manager.checkpoint_callback_params.save_top_k=-1",
         "+exp_manager.seconds_to_sleep=0",
     )

@@ -73,6 +73,12 @@ class RunConfig:
             "it out.": bool(self.reward.trust) and self.reward.needs_text,
             f"feedback.generations={feedback.generations} needs held-out measurements, which choose the next teacher: "
             "set guards.every above 0, or null.": feedback.generations > 1 and not self.guards.measures,
+            "feedback.score_ahead=true, but llm.phase=cached scores the whole pool at once: leave one of them out.": (
+                feedback.score_ahead and self.scores_in_phases
+            ),
+            f"feedback.score_ahead=true, but objective.name={objective.name} asks no reward: leave it out.": (
+                feedback.score_ahead and not self.needs_reward
+            ),
             "feedback.weight and feedback.supervised_weight are both 0: nothing would be learned.": (
                 feedback.weight == feedback.supervised_weight == 0
             ),

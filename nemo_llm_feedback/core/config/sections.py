@@ -74,6 +74,9 @@ class FeedbackConfig(Section):
             KL of ``grpo`` and of ``reference_kl_weight``. Replay and guards keep to the base.
         refresh_every: optimizer steps for which a proposed group is kept; 1 proposes anew at every step.
         pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
+        score_ahead: propose the next batch's groups before a step and have the reward judge them during it, so that
+            the step does not wait for the LLM: worth it with ``reward=remote`` and perhaps on a GPU, where it has not
+            run yet. The policy that proposes is then one step older.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             Not for ``reinforce`` and ``self_training``; null: where the checkpoint has SpecAugment. Fewer errors on
@@ -99,6 +102,7 @@ class FeedbackConfig(Section):
     generations: PositiveInt = 1
     refresh_every: PositiveInt = 50
     pool_utterances: PositiveInt = 64
+    score_ahead: bool = False
     log_hypotheses_every: NonNegativeInt = 50
     augment: bool | None = None
     replay_augment: bool | None = None
@@ -193,8 +197,9 @@ class ProposalConfig(Section):
         depth_scaling: NeMo's ``depth_scaling`` of the boosting tree.
         swap_similarity: smallest similarity of a span and the term that replaces it, 0 to 100.
         max_symbols: largest number of labels a transducer beam emits in one frame.
-        cuda_graphs: on a GPU run NeMo's searches as CUDA graphs where many batches are proposed with the same weights:
-            on the pool, in the rounds of ``llm.phase=cached`` and in ``score``. Not yet run on a GPU.
+        cuda_graphs: on a GPU run NeMo's searches as CUDA graphs. They are captured once for all batches that are
+            proposed with the same weights (the pool, the rounds of ``llm.phase=cached``, ``score``), and anew for each
+            batch that a step proposes. Not yet run on a GPU.
     """
 
     beam: Members = 8

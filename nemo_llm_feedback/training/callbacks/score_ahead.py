@@ -1,0 +1,104 @@
+"""Has the next batch judged while the model learns from this one (``feedback.score_ahead``)."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_llm_feedback.asr.reference import evaluation_mode
+from nemo_llm_feedback.core.errors import TrainingError
+from nemo_llm_feedback.data.resumable_loader import ResumableLoader
+from nemo_llm_feedback.hypotheses.nbest import NBestBatch
+from nemo_llm_feedback.training.distributed import CollectiveBlock
+from nemo_llm_feedback.training.pool import EncodedAudio
+from nemo_llm_feedback.training.state import Feedback
+
+
+class ScoreAhead(pl.Callback):
+    """Proposes the next batch's groups before the step, and has a second thread judge them during it.
+
+    The policy that proposes has not taken the step in between (one step off policy, as in asynchronous RL). Only the
+    reward is asked beside the step: its LLM is frozen, while the searches need weights that stand still. On a GPU the
+    thread has a stream of its own. What is judged is kept before anything that follows the step, and so it is in the
+    step's checkpoint: a resumed run takes the same steps.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._judging: tuple[int, Future[NBestBatch]] | None = None
+        self._stream: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Has the loader read one batch more than is asked for.
+
+        Raises:
+            TrainingError: it cannot.
+        """
+        loader = pl_module._train_dl
+        if not isinstance(loader, ResumableLoader):
+            raise TrainingError(
+                f"feedback.score_ahead needs NeMo's loaders, and this is a {type(loader).__name__}: set it to false."
+            )
+        loader.looks_ahead = True
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score_ahead")
+        if pl_module.device.type == "cuda":
+            self._stream = torch.cuda.Stream(pl_module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Makes what is missing of this batch (an epoch's first), and hands the next one over."""
+        feedback, step = pl_module.feedback, int(trainer.global_step)
+        following = pl_module._train_dl.following(batch, key=lambda known: feedback.reader.names(known[-1]))
+        next_step = step + int((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+        if following is None or next_step == trainer.max_steps:
+            return
+        every = feedback.config.feedback.refresh_every
+        refresh, following_refresh = step // every, next_step // every
+        with CollectiveBlock(), evaluation_mode(pl_module), pl_module.run_precision(), torch.no_grad():
+            for part in pl_module.encoded_pool([batch], unless=feedback.knows(refresh)):
+                feedback.nbest(*part, refresh=refresh)
+            for part in pl_module.encoded_pool([following], unless=feedback.knows(following_refresh)):
+                self._hand_over(feedback, part, refresh=following_refresh)
+
+    def _hand_over(self, feedback: Feedback, part: EncodedAudio, *, refresh: int) -> None:
+        """Proposes now, and has the thread judge."""
+        unjudged, logp = feedback.maker.propose(*part), {}
+        if feedback.config.on_policy:  # at its first use the policy will have moved
+            labels = [[member.tokens for member in row] for row in unjudged.hypotheses]
+            logp = {head.name: head.score(part.encoded, part.lengths, labels) for head in feedback.heads}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(part.encoded.device))
+
+        def judge() -> NBestBatch:
+            with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+                return feedback.maker.judge(unjudged).with_old_logp(logp)
+
+        assert self._thread is not None
+        self._judging = refresh, self._thread.submit(judge)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Keeps what was judged; where judging failed the step asks again, and its error reaches all ranks."""
+        if self._judging is None:
+            return
+        (refresh, future), self._judging = self._judging, None
+        if future.exception() is None:
+            pl_module.feedback.cache.start(refresh)
+            pl_module.feedback.cache.put(future.result())
+        if self._stream is not None:
+            torch.cuda.current_stream(pl_module.device).wait_stream(self._stream)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends the thread."""
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ends the thread; what it has not judged yet is dropped."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = self._judging = self._stream = None

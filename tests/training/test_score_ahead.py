@@ -1,0 +1,147 @@
+"""``feedback.score_ahead``: the reward judges the next batch while the model learns from this one."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fits import LabelReward, config, fit
+from helpers.tiny import write_manifest
+from torch.utils.data import DataLoader
+
+from nemo_llm_feedback.core.config import parse_run_config
+from nemo_llm_feedback.core.errors import ConfigError, RewardError
+from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
+from nemo_llm_feedback.data.resumable_loader import ResumableLoader
+from nemo_llm_feedback.training import mixin
+from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
+from nemo_llm_feedback.training.models import restore
+
+AHEAD = {"score_ahead": True}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return write_manifest(tmp_path / "m.json", [None] * 8)
+
+
+def train(nemo: Path, settings: dict[str, Any], reward: Any, *, steps: int) -> None:
+    """Takes some steps from a checkpoint."""
+    model = restore(nemo, map_location="cpu")
+    model.setup_feedback(settings, reward=reward)
+    fit(model, steps=steps)
+
+
+class Watched(LabelReward):
+    """Notes the thread that asks; a second one waits until the step has begun that it works beside."""
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(0)
+        self.asked: list[tuple[bool, int]] = []
+
+    def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+        main = threading.current_thread() is threading.main_thread()
+        if not main:
+            assert self.steps.acquire(timeout=60), "nothing went on beside the reward"
+        self.asked.append((main, len(groups)))
+        return super().__call__(groups)
+
+
+def test_the_next_batch_is_judged_beside_the_step(
+    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward, learned = Watched(), LLMFeedbackMixin.training_step
+
+    def step(self: Any, *args: Any) -> Any:
+        reward.steps.release()
+        return learned(self, *args)
+
+    monkeypatch.setattr(LLMFeedbackMixin, "training_step", step)
+    train(nemo_file("ctc_bpe"), config(manifest, feedback=AHEAD), reward, steps=6)
+    # The pool, whose groups the first step takes, and three beside a step; an epoch's first, and one more beside it.
+    assert reward.asked == [(True, 2), (False, 2), (False, 2), (False, 2), (True, 2), (False, 2)]
+
+
+@pytest.mark.parametrize("family", ["ctc_bpe", "rnnt_bpe"])
+def test_groups_are_those_of_the_same_weights(
+    family: str, nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate of next to zero the policy that proposes one step ahead is the one that proposes in the step."""
+    used: list[Any] = []
+    loss = mixin.objective_loss
+
+    def noted(chosen: Any, logp: torch.Tensor, nbest: Any, *, head: str) -> Any:
+        used.append((nbest.utterances, nbest.texts, nbest.rewards[head].tolist(), logp.tolist()))
+        return loss(chosen, logp, nbest, head=head)
+
+    monkeypatch.setattr(mixin, "objective_loss", noted)
+    found = []
+    for feedback in ({}, AHEAD):
+        train(nemo_file(family), config(manifest, lr=1e-30, feedback=feedback), LabelReward(), steps=6)
+        found.append(list(used))
+        used.clear()
+    assert found[0] == found[1]
+
+
+def test_ratios_are_to_the_policy_that_proposed(
+    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[float] = []
+    loss = mixin.objective_loss
+
+    def noted(chosen: Any, logp: torch.Tensor, nbest: Any, *, head: str) -> Any:
+        moved.append(float((logp.detach() - nbest.old_logp[head])[nbest.mask].abs().max()))
+        return loss(chosen, logp, nbest, head=head)
+
+    monkeypatch.setattr(mixin, "objective_loss", noted)
+    settings = config(manifest, lr=1e-2, feedback=AHEAD, objective={"name": "gspo"})
+    train(nemo_file("ctc_bpe"), settings, LabelReward(), steps=3)
+    assert moved[0] < 1e-4 < min(moved[1:])
+
+
+def test_a_reward_that_fails_beside_the_step_stops_the_next_with_its_error(nemo_file: Any, manifest: Path) -> None:
+    class Failing(LabelReward):
+        asked = 0
+
+        def __call__(self, groups: list[HypothesisGroup]) -> RewardOutput:
+            self.asked += 1
+            if self.asked > 2:
+                raise RewardError("the server has gone")
+            return super().__call__(groups)
+
+    with pytest.raises(RewardError, match="the server has gone"):
+        train(nemo_file("ctc_bpe"), config(manifest, feedback=AHEAD), Failing(), steps=4)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("score_ahead")]
+
+
+def test_no_batch_is_judged_for_nothing(nemo_file: Any, manifest: Path) -> None:
+    """Kept groups are not judged again, nor is what stands behind the last step."""
+    reward = Watched()
+    reward.steps.release(99)
+    settings = config(manifest, feedback={**AHEAD, "refresh_every": 100})
+    train(nemo_file("ctc_bpe"), settings, reward, steps=7)
+    assert sum(size for _, size in reward.asked) == 8  # two of them with the pool
+
+
+def test_a_loader_knows_what_stands_behind_its_last_batches() -> None:
+    loader = ResumableLoader(DataLoader(range(7), batch_size=2), seed=1, rank=0, num_ranks=1, shuffle=False)  # type: ignore[arg-type]
+    assert [loader.following(batch, key=torch.Tensor.tolist) for batch in loader] == [None] * 4
+    loader.looks_ahead = True
+    batches = iter(loader)
+    first, second = next(batches), next(batches)  # as Lightning's fetcher of streams, which takes one early
+    assert loader.following(first.clone(), key=torch.Tensor.tolist).tolist() == [2, 3]
+    assert loader.following(second, key=torch.Tensor.tolist).tolist() == [4, 5]
+    *_, last = batches
+    assert loader.following(last, key=torch.Tensor.tolist) is None
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+def test_settings_under_which_nothing_is_scored_ahead_are_refused() -> None:
+    sections: dict[str, Any] = {"llm": {"model": "a/b"}, "context": {"description": "x"}, "feedback": AHEAD}
+    with pytest.raises(ConfigError, match="phase=cached scores the whole pool at once"):
+        parse_run_config({**sections, "llm": {"model": "a/b", "phase": "cached"}})
+    with pytest.raises(ConfigError, match="asks no reward"):
+        parse_run_config({**sections, "objective": {"name": "self_training"}})
