@@ -122,17 +122,20 @@ class NBestBatch:
     def to_plain(self) -> dict[str, Any]:
         """Tensors in plain lists and dicts, for a training checkpoint."""
         plain = {name: getattr(self, name) for name in _FILL}
+        place = {context: at for at, context in enumerate(dict.fromkeys(self.contexts))}
         return {
             **plain,
             "utterances": list(self.utterances),
-            "contexts": [dataclasses.asdict(context) for context in self.contexts],
+            "contexts": [dataclasses.asdict(context) for context in place],  # each once: a list may have thousands
+            "context_of": [place[context] for context in self.contexts],
             "hypotheses": [[(h.text, list(h.tokens), *h.sources) for h in row] for row in self.hypotheses],
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> NBestBatch:
         """The inverse of :meth:`to_plain`."""
-        contexts = (Context(c["description"], tuple(c["terms"]), tuple(c["previous"])) for c in plain["contexts"])
+        known = [Context(c["description"], tuple(c["terms"]), tuple(c["previous"])) for c in plain["contexts"]]
+        contexts = (known[at] for at in plain["context_of"])
         rows = (
             tuple(Hypothesis(text, tuple(y), source, tuple(also)) for text, y, source, *also in row)
             for row in plain["hypotheses"]

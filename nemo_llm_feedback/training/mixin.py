@@ -71,6 +71,7 @@ class LLMFeedbackMixin(_Base):
     _source_path: str = ""
     _in_step: tuple[Any, ...] = ()  # what names the rows of the batches since the last optimizer step
     _train_dl: Any
+    _trial_step: int | None = None  # of a trial of a learning rate, which the trainer does not count
 
     nonfinite_steps: int = 0
     """Consecutive optimizer steps, up to now, that were skipped because a gradient was not finite."""
@@ -112,8 +113,9 @@ class LLMFeedbackMixin(_Base):
         config = feedback.config
         augment, by_nemo = config.feedback.augment, config.learns_by_nemo
         with evaluation_mode(self), recomputed_layers(self.encoder, active=config.parameters.recompute_encoder):
-            if not augment or config.on_policy or feedback.stale(audio, refresh=self._refresh()):
-                encoded, lengths = self._encode(audio, gradient=not augment)  # [B, D, T], [B]
+            learned = not (augment or by_nemo)  # from this pass
+            if learned or config.on_policy or feedback.stale(audio, refresh=self._refresh()):
+                encoded, lengths = self._encode(audio, gradient=learned)  # [B, D, T], [B]
                 feedback.nbest(audio, encoded, lengths, refresh=self._refresh())
                 clean = encoded, lengths
             nbest = feedback.cache.get(audio.utterances)  # [B, N], no gradient
@@ -139,9 +141,11 @@ class LLMFeedbackMixin(_Base):
 
     # --------------------------------------------------------------------------------------------- parts of the path
 
-    def _encode(self, audio: Audio, *, gradient: bool = True, augment: bool = False) -> tuple[Tensor, Tensor]:
+    def _encode(
+        self, audio: Audio, *, gradient: bool = True, augment: bool = False, refresh: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         gradient = torch.is_grad_enabled() and gradient
-        with torch.set_grad_enabled(gradient), looking_ahead(self.look_ahead(), self.encoder):
+        with torch.set_grad_enabled(gradient), looking_ahead(self.look_ahead(refresh), self.encoder):
             return encode(self, audio.signal, audio.signal_len, augment=augment)
 
     def _with_clean_values(
@@ -287,21 +291,24 @@ class LLMFeedbackMixin(_Base):
 
     @torch.no_grad()
     def encoded_pool(
-        self, batches: Iterable[Any] | None = None, *, unless: Callable[[str], bool] | None = None
+        self,
+        batches: Iterable[Any] | None = None,
+        *,
+        unless: Callable[[str], bool] | None = None,
+        refresh: int | None = None,
     ) -> Iterator[EncodedAudio]:
-        """The unlabeled rows of batches, or of :meth:`pool_batches`, encoded on the model's device.
-
-        The caller puts the model into evaluation mode.
+        """The unlabeled rows of batches, or of :meth:`pool_batches`, encoded; the caller sets evaluation mode.
 
         Args:
             batches: as NeMo's loader gives them.
             unless: says by an utterance's name whether its row is left out.
+            refresh: for which they are encoded; None = this step's.
         """
         for batch in self.pool_batches() if batches is None else batches:
             audio = self.feedback_setup.reader.split(self._here(batch)).unlabeled
             rows = [b for b, name in enumerate(audio.utterances) if not (unless and unless(name))] if audio else []
             if audio is not None and rows:
-                part = EncodedAudio(audio, *self._encode(audio))
+                part = EncodedAudio(audio, *self._encode(audio, refresh=refresh))
                 yield part if len(rows) == len(audio.utterances) else part.select(rows)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -322,13 +329,16 @@ class LLMFeedbackMixin(_Base):
         what is trained."""
         return self.trainer.precision_plugin.forward_context()
 
-    def look_ahead(self) -> list[int] | None:
+    def look_ahead(self, refresh: int | None = None) -> list[int] | None:
         """The attention context of this step, of a streaming checkpoint that has several; None for others.
 
-        Drawn per step; per refresh where the loss compares log p with that of the step that proposed.
+        Drawn per step; per refresh, this step's if None, where the loss compares log p with that of the step that
+        proposed.
         """
-        config = self.feedback_setup.config
-        return draw_look_ahead(self.encoder, self._refresh() if config.on_policy else int(self.trainer.global_step))
+        if self.feedback_setup.config.on_policy:
+            return draw_look_ahead(self.encoder, self._refresh() if refresh is None else refresh)
+        step = int(self.trainer.global_step) if self._trial_step is None else self._trial_step
+        return draw_look_ahead(self.encoder, step)
 
     def _refresh(self) -> int:
         """Index of the refresh of hypotheses that this step belongs to."""
@@ -368,7 +378,7 @@ class LLMFeedbackMixin(_Base):
         try:
             yield
         finally:
-            self._feedback, self.nonfinite_steps = before, 0
+            self._feedback, self.nonfinite_steps, self._trial_step = before, 0, None
 
     def set_training_data(self, nemo_ds: Any, *, shown: Any, shuffle: bool) -> Any:
         """Gives the model a training loader that a resumed run can take up in its middle.

@@ -247,8 +247,8 @@ def pool_share(loader: Any, *, rank: int) -> Iterator[Any]:
 def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int) -> None:
     """Makes the N-best of every unlabeled row, for runs whose LLM works between the steps (``llm.phase=cached``).
 
-    Every rank scores its share and gets those of the others. Rows that are known in this refresh are left alone. New
-    members remember the log p of the policy that proposed them now: at their first use it will have moved.
+    Every rank scores its share and gets those of the others. Rows that are known in this refresh are left alone. For
+    ratios new members remember now the log p of the policy that proposed them: at their first use it will have moved.
 
     Args:
         feedback: the run's state.
@@ -259,6 +259,8 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
     with CollectiveBlock(), feedback.maker.proposer.same_weights():
         for part in pool:
             nbest = feedback.nbest(*part, refresh=refresh)
+            if not feedback.config.on_policy:
+                continue
             logp = {h.name: h.score(part.encoded, part.lengths, nbest.labels) for h in feedback.heads}
             feedback.cache.put(nbest.with_old_logp(logp))
     if num_ranks() > 1:

@@ -83,6 +83,7 @@ def build_setup(model: Any, cfg: Any, *, work_dir: str | Path | None, judge: Rew
     train_ds = tree["model"].get("train_ds") or {}
     train_ds = {**train_ds, "sample_rate": train_ds.get("sample_rate") or int(model.cfg.preprocessor.sample_rate)}
     local_lengths(model)
+    model._skip_nan_grad = False  # NeMo's; it clears the gradients before the guard sees that they are not finite
     if config.feedback.look_ahead is not None:
         keep_look_ahead(model.encoder, config.feedback.look_ahead)
     band = band_of(model, config.feedback.band_tolerance)

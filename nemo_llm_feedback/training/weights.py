@@ -97,10 +97,12 @@ class MovingAverage:
     Args:
         decay: d, in (0, 1); the n-th update uses min(d, n / (n + 9)), so that the start is soon forgotten.
         weights: the weights at which it starts.
+        device: where it is kept; on the model's a step copies nothing.
     """
 
-    def __init__(self, decay: float, weights: Weights) -> None:
-        self._decay, self.weights, self.updates = decay, weights, 0
+    def __init__(self, decay: float, weights: Weights, device: torch.device) -> None:
+        self._decay, self.updates = decay, 0
+        self.weights = {name: value.to(device) for name, value in weights.items()}
 
     @torch.no_grad()
     def update(self, model: Any) -> None:
@@ -108,7 +110,7 @@ class MovingAverage:
         self.updates += 1
         decay = min(self._decay, self.updates / (self.updates + 9))
         for name, value in _moving(model):
-            self.weights[name].lerp_(value.detach().to("cpu"), 1 - decay)
+            self.weights[name].lerp_(value.detach(), 1 - decay)
 
 
 @contextmanager

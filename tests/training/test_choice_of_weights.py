@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import begin, config, label_reward
-from helpers.tiny import write_manifest
+from helpers.tiny import build_nemo, write_manifest
 from omegaconf import OmegaConf, open_dict
 
 from nemo_llm_feedback.cli.jobs.run_choice import run_folder
@@ -371,10 +371,12 @@ def test_the_trial_of_a_rate_does_not_go_by_a_gain_that_ends_at_the_clip(nemo_fi
 
 
 def test_a_step_that_is_not_finite_moves_nothing_names_its_utterances_and_a_finite_one_starts_the_count_anew(
-    nemo_file: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tokenizer_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = write_manifest(tmp_path / "m.json", [None] * 2)
-    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    # NeMo's own switch cleared the gradients before anything saw them, and the guard counted no such step.
+    base = build_nemo("ctc_bpe", tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, skip_nan_grad=True)
+    model = restore(base, map_location="cpu")
     model.setup_feedback(config(manifest), work_dir=tmp_path / "w", reward=label_reward)
     feedback = begin(model)
     model.log = lambda *args, **kwargs: None
@@ -386,6 +388,7 @@ def test_a_step_that_is_not_finite_moves_nothing_names_its_utterances_and_a_fini
         model.training_step(batch, 0)["loss"].backward()
         if poison:
             next(p for p in model.decoder.parameters()).grad.view(-1)[0] = NAN
+        model.on_after_backward()
         model.on_before_optimizer_step(optimizer)
         optimizer.step()
         return snapshot(model)

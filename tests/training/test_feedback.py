@@ -17,6 +17,7 @@ from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput, pad_groups
 from nemo_llm_feedback.data.manifests import read_manifest
 from nemo_llm_feedback.evaluation.transcribe import transcribe_rows
+from nemo_llm_feedback.hypotheses.nbest import NBestCache
 from nemo_llm_feedback.training.callbacks import entity_validation
 from nemo_llm_feedback.training.models import restore
 from nemo_llm_feedback.training.transcripts import transcribed
@@ -344,13 +345,35 @@ def test_ratios_compare_policies_and_not_masks_while_the_gradient_is_that_of_the
     assert not torch.allclose(gradients[False], gradients[True])
 
 
+def test_pseudo_labels_that_nemo_learns_need_no_gradient_through_the_proposals_and_kept_ones_no_pass(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder ran once more in every step, and its activations stayed until NeMo's own pass was done."""
+    from nemo_llm_feedback.training import mixin
+
+    with_gradient: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with_gradient.append(torch.is_grad_enabled())
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(mixin, "encode", noted)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4)
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    objective = {"name": "self_training", "augment": True}
+    model.setup_feedback(config(manifest, objective=objective, feedback={"refresh_every": 100}))
+    fit(model, steps=6)
+    assert with_gradient == [False] * 2  # a batch each
+
+
 def test_a_pool_that_all_ranks_hold_is_stored_once(
     nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_llm_feedback.training import state as module
 
     model = restore(nemo_file("ctc_bpe"), map_location="cpu")
-    model.setup_feedback(config(write_manifest(tmp_path / "m.json", [None] * 2)), reward=label_reward)
+    manifest = write_manifest(tmp_path / "m.json", [None] * 3, context=["an order", "an order", "a call"])
+    model.setup_feedback(config(manifest), reward=label_reward)
     state = begin(model)
     with torch.no_grad():
         for part in model.encoded_pool():
@@ -359,5 +382,10 @@ def test_a_pool_that_all_ranks_hold_is_stored_once(
     assert len(state.to_plain()["nbest"]) == 2  # each rank has proposed what it has met
     state.cache.filled = state.cache.refresh
     (kept,) = state.to_plain()["nbest"]
-    assert len(kept["kept"]["utterances"]) == 2
+    assert len(kept["kept"]["utterances"]) == 3
+    assert len(kept["kept"]["contexts"]) == 2  # each once: they may hold thousands of terms
+    again = NBestCache()
+    again.load_plain(kept)
+    names = kept["kept"]["utterances"]
+    assert again.get(names).contexts == state.cache.get(names).contexts
     assert len(state.to_plain()["random"]) == 2

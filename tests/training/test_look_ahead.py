@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import begin, config, fit, label_reward
-from helpers.tiny import build_nemo, write_manifest
+from helpers.streaming import streaming_nemo
+from helpers.tiny import write_manifest
 
 from nemo_llm_feedback.asr.checkpoints import read_config
 from nemo_llm_feedback.cli.jobs.start import plan_text
 from nemo_llm_feedback.core.errors import ConfigError
+from nemo_llm_feedback.training.callbacks import lr_search
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.models import restore
 
@@ -21,10 +23,7 @@ CONTEXTS = [[4, 1], [4, 0]]
 
 @pytest.fixture
 def base(tokenizer_dir: Path, tmp_path: Path) -> Path:
-    encoder = {"att_context_size": CONTEXTS, "att_context_style": "chunked_limited", "conv_context_size": "causal"}
-    encoder |= {"causal_downsampling": True, "conv_norm_type": "layer_norm"}
-    settings = {f"encoder__{key}": value for key, value in encoder.items()}
-    return build_nemo("ctc_bpe", tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, **settings)
+    return streaming_nemo(tmp_path / "base.nemo", tokenizer_dir, contexts=CONTEXTS)
 
 
 def prepared(base: Path, folder: Path, texts: Any = (None,) * 4, **feedback: Any) -> Any:
@@ -64,6 +63,44 @@ def test_all_are_guarded(base: Path, tmp_path: Path) -> None:
     metrics = evaluator.measure(model, step=0)
     assert [context for _, context in seen] == CONTEXTS
     assert (metrics.kl, metrics.changed) == (pytest.approx(0, abs=1e-5), 0)
+
+
+@pytest.mark.parametrize("objective", ["distill", "gspo"])
+def test_the_trial_of_rates_learns_and_is_measured_in_all(
+    objective: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drew the first step's in every step, and was measured in the default one."""
+    model = restore(base, map_location="cpu")
+    manifest = write_manifest(tmp_path / "m.json", [None] * 16)
+    lenient = dict.fromkeys(("max_kl", "max_length_ratio", "max_repetition_rise", "max_style_change"), 1000000.0)
+    guards = {"every": 1, "held_out": 0.3, "max_empty_rise": 1.0, **lenient}
+    rates = {"lr_candidates": (1e-6, 2e-6), "lr_trial_steps": 6}
+    given = config(manifest, guards=guards, parameters=rates, objective={"name": objective})
+    given["model"]["optim"]["lr"] = None
+    model.setup_feedback(given, work_dir=tmp_path / "run", reward=label_reward)
+    learned, measured, states = [], [], []
+    seen, train, loss = seen_by(model.encoder), lr_search._train, lr_search.HeldOutLoss.__call__
+
+    def trained(*args: Any) -> None:
+        states.append(torch.get_rng_state())
+        before = len(seen)
+        train(*args)
+        learned.append([tuple(context) for gradient, context in seen[before:] if gradient])
+
+    def lost(self: Any, model: Any) -> float:
+        before, value = len(seen), loss(self, model)
+        measured.append({tuple(context) for _, context in seen[before:]})
+        return value
+
+    monkeypatch.setattr(lr_search, "_train", trained)
+    monkeypatch.setattr(lr_search.HeldOutLoss, "__call__", lost)
+    fit(model, steps=1)
+    everything = {tuple(context) for context in CONTEXTS}
+    assert measured == [everything] * 3
+    assert learned[0] == learned[1]
+    assert torch.equal(*states)  # dropout and masks are the same for all rates
+    if objective == "distill":  # ratios compare log p within one refresh, which has one
+        assert set(learned[0]) == everything
 
 
 def test_the_plan_says_which_are_learned(base: Path, tmp_path: Path) -> None:

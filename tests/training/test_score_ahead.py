@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import LabelReward, config, fit
+from helpers.streaming import seen_by_encoders, streaming_nemo
 from helpers.tiny import write_manifest
+from nemo.utils import logging
 from torch.utils.data import DataLoader
 
 from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.errors import ConfigError, RewardError
 from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
+from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.training import mixin
 from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
 from nemo_llm_feedback.training.models import restore
@@ -86,9 +89,8 @@ def test_groups_are_those_of_the_same_weights(
     assert found[0] == found[1]
 
 
-def test_ratios_are_to_the_policy_that_proposed(
-    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def distances(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How far log p of each step's groups is from that of the policy that proposed them, from now on, nats."""
     moved: list[float] = []
     loss = mixin.objective_loss
 
@@ -97,12 +99,56 @@ def test_ratios_are_to_the_policy_that_proposed(
         return loss(chosen, logp, nbest, head=head)
 
     monkeypatch.setattr(mixin, "objective_loss", noted)
+    return moved
+
+
+def test_ratios_are_of_the_members_that_trust_leaves(
+    nemo_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members that judging drops took theirs with them: those behind had the ratios of others."""
+    moved = distances(monkeypatch)
+    texts = ["a latte with soy", "one mocha to go", "the small tea", "thank you"]
+    heard = [[{"text": text, "source": "other"} for text in texts[i:]] for i in range(4)]
+    manifest = write_manifest(tmp_path / "m.json", [None] * 4, hypotheses=heard)
+    members: list[int] = []
+    judge = NBestMaker.judge
+
+    def judged(self: Any, unjudged: Any) -> Any:
+        found = judge(self, unjudged)
+        members.extend(len(before) - after for before, after in zip(unjudged.hypotheses, found.sizes, strict=True))
+        return found
+
+    monkeypatch.setattr(NBestMaker, "judge", judged)
+    reward = {"name": "rules", "alpha": 1.0, "beta": 0.0, "trust": {"other": 0.5}, "settings": {"length": 1.0}}
+    settings = config(manifest, lr=1e-30, feedback=AHEAD, objective={"name": "gspo"}, reward=reward)
+    train(nemo_file("ctc_bpe"), settings, None, steps=4)
+    assert max(members) > 0
+    assert max(moved) < 1e-3
+
+
+def test_the_next_batch_is_proposed_in_the_look_ahead_that_it_is_learned_in(
+    nemo_file: Any, tokenizer_dir: Path, tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = distances(monkeypatch)
+    base = streaming_nemo(tmp_path / "base.nemo", tokenizer_dir, contexts=[[4, 1], [4, 0]])
+    seen = seen_by_encoders(monkeypatch)
+    train(base, config(manifest, lr=1e-30, feedback=AHEAD, objective={"name": "gspo"}), LabelReward(), steps=8)
+    assert len({tuple(context) for gradient, context in seen if gradient}) == 2
+    assert max(moved) < 1e-3
+
+
+def test_ratios_are_to_the_policy_that_proposed(
+    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = distances(monkeypatch)
     settings = config(manifest, lr=1e-2, feedback=AHEAD, objective={"name": "gspo"})
     train(nemo_file("ctc_bpe"), settings, LabelReward(), steps=3)
     assert moved[0] < 1e-4 < min(moved[1:])
 
 
-def test_a_reward_that_fails_beside_the_step_stops_the_next_with_its_error(nemo_file: Any, manifest: Path) -> None:
+def test_a_reward_that_fails_beside_the_step_stops_the_next_with_its_error(
+    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(LabelReward):
         asked = 0
 
@@ -112,8 +158,11 @@ def test_a_reward_that_fails_beside_the_step_stops_the_next_with_its_error(nemo_
                 raise RewardError("the server has gone")
             return super().__call__(groups)
 
+    logged: list[str] = []
+    monkeypatch.setattr(logging, "warning", logged.append)
     with pytest.raises(RewardError, match="the server has gone"):
         train(nemo_file("ctc_bpe"), config(manifest, feedback=AHEAD), Failing(), steps=4)
+    assert "feedback.score_ahead: RewardError: the server has gone; the next step asks again." in logged
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("score_ahead")]
 
 

@@ -110,7 +110,7 @@ def memory_plan(model: Any, *, mixed: bool, device: torch.device) -> MemoryPlan:
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return MemoryPlan(
-        trained=4 * parameters + 12 * trainable,
+        trained=4 * parameters + (16 if config.parameters.ema_decay else 12) * trainable,
         reference=setup.reference.memory_bytes * (2 if config.feedback.generations > 1 else 1),
         llm=llm,
         joint=config.feedback.memory_budget_mb * 2**20,

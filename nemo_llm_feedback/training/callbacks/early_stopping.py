@@ -102,7 +102,7 @@ class HeldOutEarlyStopping(pl.Callback):
             self._saved = self.kept_step if self._folder in beside else -1
         if self._parameters.ema_decay:
             start = self._restored.get("average") or snapshot(pl_module)
-            self._average = MovingAverage(self._parameters.ema_decay, start)
+            self._average = MovingAverage(self._parameters.ema_decay, start, pl_module.device)
             self._average.updates = self._restored.get("average_updates", 0)
         if not self._limits.measures or not self._rows:
             return
@@ -213,7 +213,7 @@ class HeldOutEarlyStopping(pl.Callback):
         self._evaluator.start_wer = start_wer
         self._since = 0
         if self._average is not None:
-            self._average = MovingAverage(self._parameters.ema_decay, snapshot(pl_module))
+            self._average = MovingAverage(self._parameters.ema_decay, snapshot(pl_module), pl_module.device)
         self.reason, trainer.should_stop = "", False
         logging.info(f"generation {generation.number + 1}: its teacher has the weights of step {self.kept_step}.")
 

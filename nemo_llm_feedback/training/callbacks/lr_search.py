@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
+from nemo_llm_feedback.asr.look_ahead import look_aheads, looking_ahead
 from nemo_llm_feedback.asr.reference import encode, evaluation_mode
 from nemo_llm_feedback.core import console
 from nemo_llm_feedback.core.config.sections import RATIO_OBJECTIVES
@@ -77,16 +78,17 @@ def choose_rate(model: Any, evaluator: HeldOutEvaluator) -> float:
         held_out = HeldOutLoss(model, feedback, evaluator.audio)
         before = held_out(model)
         batches = _batches(model, config.parameters.lr_trial_steps * model.trainer.accumulate_grad_batches)
-        if not config.on_policy:
+        # Groups of another rate's policy, with its log p, are no use to an objective that compares with it.
+        shared = not config.on_policy or config.scores_in_phases
+        if shared:
             _propose(model, batches)
         feedback.release_llm()
         sampler = feedback.generator.get_state()
         for rate in tried:
             put_back(model, start)
             feedback.generator.set_state(sampler)
-            # Groups of another rate's policy, with its log p, are no use to an objective that compares with it.
-            own = replace(feedback, cache=NBestCache()) if config.on_policy else feedback
-            with model.training_with(own):
+            own = feedback if shared else replace(feedback, cache=NBestCache())
+            with model.training_with(own), torch.random.fork_rng():  # the same dropout and masks for all
                 _train(model, batches, rate)
             found = evaluator.measure(model, step=config.parameters.lr_trial_steps)
             beyond = violations(found, config.guards)
@@ -157,6 +159,7 @@ def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
     size, algorithm = trainer.accumulate_grad_batches, GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
     silent = mock.patch.multiple(model, log=mock.DEFAULT, log_dict=mock.DEFAULT)
     for first in console.track(range(0, len(batches), size), f"trying learning rate {rate:g}", unit="steps"):
+        model._trial_step = first // size
         optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches[first : first + size]):
             with silent, trainer.precision_plugin.train_step_context():
@@ -188,16 +191,22 @@ class HeldOutLoss:
         self._feedback, self._objective = feedback, feedback.config.objective
         if self._objective.name in RATIO_OBJECTIVES:
             self._objective = replace(self._objective, name="distill")
+        self._contexts: list[list[int] | None] = []
         self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
+        contexts: list[list[int] | None] = [*look_aheads(model.encoder)] or [
+            None
+        ]  # a streaming checkpoint's count the same
         with CollectiveBlock(), torch.no_grad(), evaluation_mode(model), model.run_precision():
-            for part in audio:
-                encoded, lengths = encode(model, part.signal, part.signal_len)
+            for context, part in itertools.product(contexts, audio):
+                with looking_ahead(context, model.encoder):
+                    encoded, lengths = encode(model, part.signal, part.signal_len)
                 nbest = feedback.maker.make(part, encoded, lengths)
                 logp = {head.name: head.score(encoded, lengths, nbest.labels) for head in feedback.heads}
                 bad = torch.stack([scores.isnan().any(1) for scores in logp.values()]).any(0)
                 sound = (~bad).nonzero().flatten().tolist()  # NaN of one utterance would be the mean of all
                 if sound:
+                    self._contexts.append(context)
                     self._audio.append(part.select(sound))
                     self._nbest.append(nbest.with_old_logp(logp).select(sound))
 
@@ -207,8 +216,9 @@ class HeldOutLoss:
         ranks, in nats for the likelihood objectives, in the reward's unit for ``mwer``."""
         feedback, found = self._feedback, 0.0
         with CollectiveBlock() as ranks, evaluation_mode(model), model.run_precision():
-            for part, nbest in zip(self._audio, self._nbest, strict=True):
-                encoded, lengths = encode(model, part.signal, part.signal_len)
+            for context, part, nbest in zip(self._contexts, self._audio, self._nbest, strict=True):
+                with looking_ahead(context, model.encoder):
+                    encoded, lengths = encode(model, part.signal, part.signal_len)
                 for head in feedback.heads:
                     logp = head.score(encoded, lengths, nbest.labels)
                     loss = objective_loss(self._objective, logp, nbest, head=head.name).total()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from nemo.utils import logging
+from torch import Tensor
 
+from nemo_llm_feedback.asr.heads import Labels
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.errors import TrainingError
+from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.training.distributed import CollectiveBlock
@@ -56,25 +62,26 @@ class ScoreAhead(pl.Callback):
         if following is None or next_step == trainer.max_steps:
             return
         every = feedback.config.feedback.refresh_every
-        refresh, following_refresh = step // every, next_step // every
+        refresh, coming = step // every, next_step // every
         with CollectiveBlock(), evaluation_mode(pl_module), pl_module.run_precision(), torch.no_grad():
             for part in pl_module.encoded_pool([batch], unless=feedback.knows(refresh)):
                 feedback.nbest(*part, refresh=refresh)
-            for part in pl_module.encoded_pool([following], unless=feedback.knows(following_refresh)):
-                self._hand_over(feedback, part, refresh=following_refresh)
+            for part in pl_module.encoded_pool([following], unless=feedback.knows(coming), refresh=coming):
+                self._hand_over(feedback, part, refresh=coming)
 
     def _hand_over(self, feedback: Feedback, part: EncodedAudio, *, refresh: int) -> None:
         """Proposes now, and has the thread judge."""
-        unjudged, logp = feedback.maker.propose(*part), {}
+        unjudged, scored = feedback.maker.propose(*part), {}
         if feedback.config.on_policy:  # at its first use the policy will have moved
             labels = [[member.tokens for member in row] for row in unjudged.hypotheses]
-            logp = {head.name: head.score(part.encoded, part.lengths, labels) for head in feedback.heads}
+            scored = {head.name: (labels, head.score(part.encoded, part.lengths, labels)) for head in feedback.heads}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(part.encoded.device))
 
         def judge() -> NBestBatch:
             with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                return feedback.maker.judge(unjudged).with_old_logp(logp)
+                nbest = feedback.maker.judge(unjudged)
+            return nbest.with_old_logp({head: _of_members(nbest, *found) for head, found in scored.items()})
 
         assert self._thread is not None
         self._judging = refresh, self._thread.submit(judge)
@@ -84,9 +91,11 @@ class ScoreAhead(pl.Callback):
         if self._judging is None:
             return
         (refresh, future), self._judging = self._judging, None
-        if future.exception() is None:
+        if (error := future.exception()) is None:
             pl_module.feedback.cache.start(refresh)
             pl_module.feedback.cache.put(future.result())
+        else:
+            logging.warning(f"feedback.score_ahead: {type(error).__name__}: {error}; the next step asks again.")
         if self._stream is not None:
             torch.cuda.current_stream(pl_module.device).wait_stream(self._stream)
 
@@ -102,3 +111,9 @@ class ScoreAhead(pl.Callback):
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = self._judging = self._stream = None
+
+
+def _of_members(nbest: NBestBatch, labels: Sequence[Sequence[Labels]], logp: Tensor) -> Tensor:
+    """[B, N] log p of the members that judging has left, of those that were proposed."""
+    known = [dict(zip(row, values, strict=False)) for row, values in zip(labels, logp.tolist(), strict=True)]
+    return pad_groups([[of[y] for y in row] for of, row in zip(known, nbest.labels, strict=True)], fill=-math.inf)
