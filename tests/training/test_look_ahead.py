@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import begin, config, fit, label_reward
-from helpers.tiny import build_nemo, write_manifest
+from helpers.tiny import LOOK_AHEADS as CONTEXTS
+from helpers.tiny import build_streaming, write_manifest
 
 from nemo_llm_feedback.asr.checkpoints import read_config
 from nemo_llm_feedback.cli.jobs.start import plan_text
@@ -16,15 +17,10 @@ from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.models import restore
 
-CONTEXTS = [[4, 1], [4, 0]]
-
 
 @pytest.fixture
 def base(tokenizer_dir: Path, tmp_path: Path) -> Path:
-    encoder = {"att_context_size": CONTEXTS, "att_context_style": "chunked_limited", "conv_context_size": "causal"}
-    encoder |= {"causal_downsampling": True, "conv_norm_type": "layer_norm"}
-    settings = {f"encoder__{key}": value for key, value in encoder.items()}
-    return build_nemo("ctc_bpe", tmp_path / "base.nemo", tokenizer_dir=tokenizer_dir, **settings)
+    return build_streaming(tmp_path / "base.nemo", "ctc_bpe", tokenizer_dir=tokenizer_dir)
 
 
 def prepared(base: Path, folder: Path, texts: Any = (None,) * 4, **feedback: Any) -> Any:
