@@ -293,6 +293,8 @@ def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
     assert "sk-9" not in source
     assert "9.9" in source
     assert "sk-123" not in source
+    with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
+        rebuild(tmp_path, output=tmp_path / "steps.jsonl")
     (tmp_path / "report_data.json").write_text('{"format": 0}')
     with pytest.raises(ManifestError, match="another version"):
         rebuild(tmp_path)
