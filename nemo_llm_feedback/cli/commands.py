@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
@@ -162,7 +162,7 @@ def score(
     from nemo_llm_feedback.evaluation.records import check_writable, write_record
 
     if json:
-        check_writable(json, inputs=(model, manifest, judge.terms_file))
+        check_writable(json, inputs=(model, manifest, judge.llm, judge.terms_file, cache))
     cfg = flags.compose(flags.given(judge, samples=samples, head=head, device=device, cache=cache))
     with quiet():
         from nemo_llm_feedback.cli.jobs import score as job
@@ -217,8 +217,7 @@ def transcribe(
     from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, named_source
     from nemo_llm_feedback.evaluation.records import check_writable
 
-    if target := output or add_to:
-        check_writable(target)
+    target = output or add_to
     if output and os.path.realpath(output) in map(os.path.realpath, filter(None, (manifest, *audio))):
         raise ConfigError(f"--output {output} is what is transcribed: give another file, or --add-to {output}.")
     name = named_source(source, model) if add_to else ""
@@ -227,30 +226,35 @@ def transcribe(
             "--add-to MANIFEST takes its rows, without AUDIO and --manifest, and --source names the model."
         )
     nbest = nbest or (_ADDED if add_to else 0)
-    tree = _rescoring(choice, nbest, own_texts=bool(add_to))
+    tree = flags.rescoring_tree(choice, nbest, own_texts=bool(add_to))
     place = flags.torch_device(device)
     with quiet():
         from nemo_llm_feedback.cli.jobs import transcribe as job
 
-    found = job.transcribe(
+        types = audio_type.split(",") if audio_type else job.AUDIO_TYPES
+        rows = job.find_rows(audio, manifest=add_to or manifest, audio_types=types)
+    if target:
+        judge = choice.judge
+        check_writable(target, inputs=(model, judge.llm, judge.terms_file, *(row.audio for row in rows)))
+    found = job.transcribe_rows(
         model,
-        audio,
-        manifest=add_to or manifest,
-        audio_types=audio_type.split(",") if audio_type else job.AUDIO_TYPES,
+        rows,
         batch_size=batch_size,
         head=flags.head_of(head),
         timestamps=timestamps,
         device=place,
         rescoring=tree,
     )
-    if add_to:
-        texts = job.nbest_texts(found, source=name, nbest=nbest)
-        print(add_hypotheses(add_to, texts, out=output or add_to))
-    elif output:
-        job.write_manifest(output, found, nbest=nbest)
-    else:
+    written = f"; written to {target}" if target else ""
+    if not target:
         print(job.transcripts_text(found, nbest=nbest))
-    print(job.summary(found, written=f"; written to {target}" if target else ""), file=sys.stderr)
+    elif not found.worked:  # an earlier output is worth more than an empty one
+        written = f"; nothing is written to {target}"
+    elif add_to:
+        print(add_hypotheses(add_to, job.nbest_texts(found, source=name, nbest=nbest), out=target))
+    else:
+        job.write_manifest(target, found, nbest=nbest)
+    print(job.summary(found, written=written), file=sys.stderr)
     return 1 if found.failures else 0
 
 
@@ -403,40 +407,3 @@ def export(
 _ADDED = 8  # hypotheses of another model per utterance
 # In the order in which a user meets them.
 COMMANDS = (prepare, score, adapt, transcribe, evaluate, report, runs, export)
-
-
-def _rescoring(choice: flags.RescoringFlags, nbest: int, *, own_texts: bool) -> dict[str, Any] | None:
-    """The rescoring settings that the flags name; None = the checkpoint's decoding.
-
-    Args:
-        choice: the flags.
-        nbest: hypotheses to write per utterance.
-        own_texts: for another model's manifest: only texts of this model, as it writes them.
-
-    Raises:
-        ConfigError: flags of the rescoring without ``--rescore``, or settings of other sections or with faults.
-    """
-    from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, SHARED_SECTIONS, parse_rescoring_config
-    from nemo_llm_feedback.core.config.run import plain
-
-    keys, overrides = flags.keys_of(flags.given(choice)), choice.judge.overrides
-    if not choice.rescore and (overrides or any(key.startswith(("reward.", "llm.")) for key in keys)):
-        raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
-    if not (choice.rescore or choice.no_context or nbest or keys):
-        return None
-    named = [override.lstrip("+~").split("=")[0].split(".")[0] for override in overrides]
-    if strange := [section for section in dict.fromkeys(named) if section not in SHARED_SECTIONS]:
-        raise ConfigError(
-            f"--set takes {', '.join(SHARED_SECTIONS)} here, not {', '.join(strange)}; what else rescoring has to set "
-            "has other flags."
-        )
-    composed = plain(flags.compose(flags.given(choice)))
-    tree = {name: composed[name] for name in (*SHARED_SECTIONS, *(key for key in keys if "." not in key))}
-    tree["context"]["required"] &= not choice.no_context
-    if not choice.rescore:
-        tree["reward"] = None
-    if nbest and not tree.get("nbest"):
-        tree["nbest"] = max(nbest, DEFAULT_NBEST)
-    tree |= {"external": 0, "normalizer": "none"} if own_texts else {}
-    parse_rescoring_config(tree)  # refuses faults before NeMo is imported
-    return tree

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = given[0] if given else ""
     try:
         words = [command, *_adapt_words(given[1:])] if command == "adapt" else _flag_words(given)
-        return int(_app()(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+        status = int(_app()(words, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+        print(end="", flush=True)  # here, as an error when the process ends could not be caught
+        return status
     except CycloptsError as error:
         from nemo_llm_feedback.core.config.renames import renamed
 
@@ -63,14 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough; what was asked for in files is written
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
+        if not _reader_has_left():
             raise  # of another pipe, such as a worker's
+        # `| head` has seen enough; what was asked for in files is written
     return 1
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the standard output any more, which only a write shows; what is left of it goes nowhere."""
+    stream = sys.stdout or io.StringIO()  # None of a process without one
+    try:
+        stream.write("\n")
+        stream.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # of a stream of a caller's own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _app() -> App:

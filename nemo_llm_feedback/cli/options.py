@@ -337,3 +337,45 @@ class Segmenting:
         if not 0 < self.threshold < 1:
             faults.append(f"--threshold must be in (0, 1), got {self.threshold}.")
         return faults
+
+
+def rescoring_tree(choice: RescoringFlags, nbest: int, *, own_texts: bool) -> dict[str, Any] | None:
+    """The rescoring settings that the flags name; None = the checkpoint's decoding.
+
+    Args:
+        choice: the flags.
+        nbest: hypotheses to write per utterance.
+        own_texts: for another model's manifest: only texts of this model, as it writes them.
+
+    Raises:
+        ConfigError: flags of the rescoring without ``--rescore``, or settings of other sections or with faults.
+    """
+    from nemo_llm_feedback.core.config import rescoring
+    from nemo_llm_feedback.core.config.run import plain
+
+    keys, overrides = keys_of(given(choice)), choice.judge.overrides
+    if not choice.rescore and (overrides or any(key.startswith(("reward.", "llm.")) for key in keys)):
+        raise ConfigError("--alpha, --beta, --llm, --quantization and --set have no effect without --rescore; add it.")
+    if not (choice.rescore or choice.no_context or nbest or keys):
+        return None
+    sections, single = rescoring.SHARED_SECTIONS, rescoring.KEYS_OF_ADAPT
+    named = dict.fromkeys(override.lstrip("+~").split("=")[0] for override in overrides)
+    if strange := [key for key in named if key.split(".")[0] not in sections and key not in single.values()]:
+        raise ConfigError(
+            f"--set takes {', '.join((*sections, *single.values()))} here, not {', '.join(strange)}; the hypotheses "
+            "have flags: --beam-size, --boosted, --boosting-weight and --term-swap."
+        )
+    composed = plain(compose(given(choice)))
+    tree = {name: composed[name] for name in (*sections, *(key for key in keys if "." not in key))}
+    for name, key in single.items():
+        if key in named:
+            section, _, inner = key.partition(".")
+            tree[name] = composed[section][inner]
+    tree["context"]["required"] &= not choice.no_context
+    if not choice.rescore:
+        tree["reward"] = None
+    if nbest and not tree.get("nbest"):
+        tree["nbest"] = max(nbest, rescoring.DEFAULT_NBEST)
+    tree |= {"external": 0, "normalizer": "none"} if own_texts else {}
+    rescoring.parse_rescoring_config(tree)  # refuses faults before NeMo is imported
+    return tree

@@ -28,6 +28,7 @@ _ASCII_WORD = re.compile(r"\S+")  # the same there, many times faster
 _ASCII_MARK = re.compile(r"[^0-9a-z']|(?<![0-9a-z])'|'(?![0-9a-z])")
 _QUOTES = "'’ʼ＇`´‘"
 _APOSTROPHES = dict.fromkeys(map(ord, _QUOTES), "'")
+_DOTTED_I = re.compile("i\u0307+")
 
 
 def none(text: str) -> str:
@@ -37,7 +38,7 @@ def none(text: str) -> str:
 
 def lower(text: str) -> str:
     """Case-folded, white space collapsed to single spaces and trimmed."""
-    return " ".join(text.casefold().split())
+    return " ".join(_folded(text).split())
 
 
 @functools.lru_cache(maxsize=1 << 16)  # proposals fold the same words and terms thousands of times
@@ -48,7 +49,7 @@ def basic(text: str) -> str:
     full stops inside abbreviations and numbers included ("3.5" → "3 5"). Letters, digits and combining marks of all
     scripts stay, so that Indic vowel signs and Thai tone marks survive; zero-width format characters go.
     """
-    folded = plain_marks(plain_marks(text).casefold())
+    folded = plain_marks(_folded(plain_marks(text)))
     if folded.isascii():
         return " ".join(_ASCII_MARK.sub(" ", folded).split())
     out = []
@@ -170,6 +171,12 @@ def text_length(text: str) -> int:
     A reward for length is thus not to be had with dashes, and ``我要 latte`` has length 3.
     """
     return sum(word.isalnum() or any(map(str.isalnum, word)) for word in words(text))
+
+
+def _folded(text: str) -> str:
+    """Case-folded, and Turkish İ as i: Unicode's rule leaves its dot behind as a mark, which no transcript has."""
+    folded = text.casefold()
+    return folded if folded.isascii() else _DOTTED_I.sub("i", folded)
 
 
 def _is_word(char: str) -> bool:

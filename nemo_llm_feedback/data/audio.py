@@ -105,13 +105,15 @@ def read_audio(
     return np.asarray(librosa.resample(samples, orig_sr=rate, target_sr=sample_rate), dtype=np.float32)
 
 
-def audio_files(name: str | Path, suffixes: Collection[str], *, skip: Path | None = None) -> list[Path]:
+def audio_files(
+    name: str | Path, suffixes: Collection[str], *, skip: Callable[[Path], bool] = lambda file: False
+) -> list[Path]:
     """The file of this name, or in a folder and its sub-folders those with one of the suffixes, in order.
 
     Args:
         name: a file, which is taken whatever it is, or a folder.
         suffixes: in lower case, with their dots.
-        skip: a folder that is left out.
+        skip: whether a file of a folder is left out.
 
     Raises:
         ManifestError: no such file or folder, or no such file in it.
@@ -121,8 +123,7 @@ def audio_files(name: str | Path, suffixes: Collection[str], *, skip: Path | Non
         return [path]
     if not path.is_dir():
         raise ManifestError(f"{name}: no such file or folder.")
-    files = sorted(p for p in _below(path) if p.suffix.lower() in suffixes and p.is_file())
-    if found := [file for file in files if skip is None or skip not in file.absolute().parents]:
+    if found := sorted(p for p in _below(path) if p.suffix.lower() in suffixes and p.is_file() and not skip(p)):
         return found
     raise ManifestError(f"{name}: no audio in this folder (searched {', '.join(sorted(suffixes))}).")
 

@@ -209,8 +209,9 @@ def compare(rows: Sequence[Row], systems: Sequence[System], scoring: Scoring) ->
     first = scores[systems[0].name]
     if first.missing and scoring.missing_entities == "error":
         absent = [f"{rows[m.utterance].origin}: '{m.entity}' in '{rows[m.utterance].text}'" for m in first.missing]
-        head = f"{len(absent)} entities are not in their reference (`missing_entities=skip` leaves them out; "
-        raise ManifestError(list_faults(f"{head}normalisation: {scoring.normalizer}):", absent))
+        head = f"{len(absent)} entities are not in their reference (normalisation: {scoring.normalizer}); "
+        fix = "`evaluate --missing-entities skip`, in Python missing_entities='skip', leaves them out:"
+        raise ManifestError(list_faults(head + fix, absent))
     oracles = {
         s.name: score(find_oracle(references, [[m.text for m in n] for n in s.nbest], normalize=normalize))
         for s in systems

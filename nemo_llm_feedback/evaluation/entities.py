@@ -84,12 +84,14 @@ def row_entities(rows: Sequence[Row], key: str = "entities") -> list[list[TypedE
     """The entities of each row, under this key of the manifest.
 
     Raises:
-        ManifestError: entities of unknown form, all of them listed.
+        ManifestError: entities of unknown form, or spans outside their text; all of them listed.
     """
     out, faults = [], []
     for row in rows:
         try:
             out.append(parse_entities(row.data.get(key)))
+            for found in out[-1]:
+                _check_entity(row.text, found.entity)
         except ValueError as error:
             faults.append(f"{row.origin}: `{key}`: {error}")
     if faults:
@@ -109,7 +111,7 @@ def entities_or_terms(
         key: of the manifest.
 
     Raises:
-        ManifestError: entities of unknown form, all of them listed.
+        ManifestError: entities of unknown form, or spans outside their text; all of them listed.
     """
     marked = row_entities(rows, key)
     if any(marked):
@@ -159,19 +161,29 @@ def locate(
     raw: str, ref: str, entity: Entity, clean: Callable[[str], str], *, utterance: int = 0
 ) -> set[tuple[int, int]]:
     """The spans of one entity in a normalised reference; every occurrence of a string is a mention."""
+    try:
+        _check_entity(raw, entity)
+    except ValueError as error:
+        raise ManifestError(f"utterance {utterance}: {error}") from None
     if isinstance(entity, str):
         found = set(occurrences(words(ref), words(clean(entity))))
     else:
         places = word_spans(raw)
-        if not (_is_span(entity) and len(entity) == 2 and 0 <= entity[0] < entity[1] <= len(places)):
-            raise ManifestError(
-                f"utterance {utterance}: entity {entity!r} is neither a string nor a word span [start, end) with "
-                f"0 <= start < end <= {len(places)}, the words of '{raw}'"
-            )
         # Normalisation may drop or split words.
         start, end = (len(words(clean(raw[: places[edge - 1][1] if edge else 0]))) for edge in entity)
         found = {(start, end)}
     return {(start, end) for start, end in found if end > start}
+
+
+def _check_entity(raw: str, entity: Entity) -> None:
+    """Raises a ValueError for what is neither a string nor a span of the text's words."""
+    count = 0 if isinstance(entity, str) else len(word_spans(raw))
+    if isinstance(entity, str) or (_is_span(entity) and len(entity) == 2 and 0 <= entity[0] < entity[1] <= count):
+        return
+    raise ValueError(
+        f"entity {entity!r} is neither a string nor a word span [start, end) with 0 <= start < end <= {count}, the "
+        f"words (not the characters) of '{raw}'"
+    )
 
 
 def typed_spans(raw: str, ref: str, entities: Sequence[TypedEntity], clean: Callable[[str], str]) -> tuple[Span, ...]:

@@ -152,7 +152,8 @@ def score_corpus(
         normalize: applied to all texts, entities, terms and bias words (see `normalize.get_normalizer`).
         entities: each utterance's entities, strings or word spans; without them EWER and recall are undefined (NaN).
         terms: the term list that each utterance was given, for false alarms; without it they are undefined.
-        bias_words: the word list of each utterance, for the B-WER mode; without them B-WER is undefined.
+        bias_words: the word list of each utterance, for the B-WER mode; without them B-WER is undefined. What the
+            normalisation makes several words of (``Jean-Luc``) stands for each of them.
 
     Raises:
         ManifestError: no utterances, lists of different lengths, or spans outside their reference.
@@ -173,7 +174,7 @@ def score_corpus(
         if terms is not None:
             row |= term_counts(ref, hyp, listed(tuple(terms[u])))
         if bias_words is not None:
-            row |= bias_counts(ref, hyp, {clean(w) for w in bias_words[u]})
+            row |= bias_counts(ref, hyp, {part for word in bias_words[u] for part in words(clean(word))})
         rows.append([row.get(name, 0) for name in COLUMNS])
     return CorpusScores(tuple(refs), tuple(hyps), np.array(rows, dtype=np.int64), tuple(missing))
 

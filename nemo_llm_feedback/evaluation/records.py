@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ def check_writable(path: str | Path, *, inputs: Iterable[str | Path | None] = ()
         ConfigError: it is a folder or one of the inputs, or its folder cannot be made or written to.
     """
     target = Path(path).expanduser()
-    known = (Path(given).expanduser() for given in inputs if given)
-    if any(given.exists() and target.exists() and target.samefile(given) for given in known):
+    known = (os.path.expanduser(given) for given in inputs if given) if target.exists() else ()
+    if any(os.path.exists(given) and target.samefile(given) for given in known):
         raise ConfigError(f"{path} would be written over, and this command reads it: give another file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.encoded_rows import map_rows
 from nemo_llm_feedback.asr.heads import Head, Labels, heads_of
+from nemo_llm_feedback.asr.look_ahead import looking_ahead
 from nemo_llm_feedback.core.config import ProposalConfig, RunConfig
 from nemo_llm_feedback.core.console import progress
 from nemo_llm_feedback.core.types import Audio, Context
@@ -124,14 +125,17 @@ def score_sets(
     Args:
         model: a NeMo CTC, transducer or hybrid model.
         sets: name → rows.
-        config: names head, context and text normalisation; None = the defaults.
+        config: names head, attention context, context and text normalisation; None = the defaults.
         batch_size: rows per batch.
         decode: what transcribes: :func:`decode_rows`, or what takes and gives the same.
     """
     config = config or RunConfig()
     found, head, context = {}, config.feedback.heads, config.context.load()
     for name, rows in sets.items():
-        with progress(f"transcribing {name}", len(rows)) as on_batch:
+        with (
+            looking_ahead(config.feedback.look_ahead, model.encoder),
+            progress(f"transcribing {name}", len(rows)) as on_batch,
+        ):
             texts = decode(model, rows, head=head, batch_size=batch_size, on_batch=on_batch).texts
         found[name] = score_rows(rows, texts, run_context=context, normalizer=config.feedback.normalizer)
     return found

@@ -45,7 +45,7 @@ def _written(text: str, vocabulary: Vocabulary) -> tuple[str, Labels] | None:
         return text, labels
     written = []
     for char in plain_marks(text):
-        found = next((form for form in (char, char.lower(), char.upper()) if _writes(form, vocabulary)), None)
+        found = next((form for form in _forms(char) if _writes(form, vocabulary)), None)
         if found is None and unicodedata.category(char)[0] in "LMN":
             return None
         written.append(found or " ")
@@ -67,7 +67,7 @@ def unwritable(texts: Iterable[str], vocabulary: Vocabulary) -> list[str]:
     for text in dict.fromkeys(texts):
         if spelled(text, vocabulary) is None:
             letters = dict.fromkeys(c for c in plain_marks(text) if unicodedata.category(c)[0] in "LMN")
-            lacking = [c for c in letters if not any(_writes(f, vocabulary) for f in (c, c.lower(), c.upper()))]
+            lacking = [c for c in letters if not any(_writes(form, vocabulary) for form in _forms(c))]
             found.append(f"{text} ({' '.join(lacking)})" if lacking else text)
     return found
 
@@ -108,6 +108,11 @@ def _checked(text: str, vocabulary: Vocabulary) -> Labels | None:
         return None
     # Word-piece tokenizers put spaces around punctuation.
     return labels if "".join(vocabulary.ids_to_text(labels).split()) == "".join(text.split()) else None
+
+
+def _forms(char: str) -> tuple[str, ...]:
+    """A character, and in the other case; İ alone has a lower form of two characters, i and a dot."""
+    return char, char.lower()[0], char.upper()
 
 
 @lru_cache(maxsize=65536)

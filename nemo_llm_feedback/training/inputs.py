@@ -20,6 +20,7 @@ from nemo_llm_feedback.core.errors import ConfigError, ManifestError, list_fault
 from nemo_llm_feedback.data.audio import guard_readers, select_channels, unreadable
 from nemo_llm_feedback.data.manifests import Row, expand_paths, read_manifest
 from nemo_llm_feedback.data.staging import write_copies
+from nemo_llm_feedback.evaluation.entities import row_entities
 
 # Recordings with their text; what they are is in the README beside them.
 _EVERYDAY = str(Path(__file__).parents[1] / "evaluation" / "everyday" / "en.json")
@@ -69,14 +70,15 @@ def _optimizer_faults(settings: Mapping[str, Any]) -> list[str]:
 
 
 def labelled_rows(manifests: Any, *, skip: bool = False) -> dict[str, list[Row]]:
-    """Name → rows of each manifest, all of which must have text and readable audio.
+    """Name → rows of each manifest, all of which must have text, readable audio and readable entities, if any.
 
     Args:
         manifests: as NeMo's ``manifest_filepath``.
         skip: leave rows with unreadable audio out, with a warning.
 
     Raises:
-        ManifestError: rows without text, or with unreadable audio unless they are skipped; or no row left.
+        ManifestError: rows without text, with entities that cannot be read, or with unreadable audio unless they are
+            skipped; or no row left.
     """
     if not manifests:
         return {}
@@ -85,6 +87,7 @@ def labelled_rows(manifests: Any, *, skip: bool = False) -> dict[str, list[Row]]
         rows = read_manifest(path)
         if bare := [row.origin for row in rows if not row.text]:
             raise ManifestError(list_faults(f"{len(bare)} row(s) of the manifest {path} have no `text`:", bare))
+        row_entities(rows)
         stem = Path(path).stem
         names = (stem, f"{Path(path).parent.name}_{stem}", *(f"{stem}_{k}" for k in range(2, len(sets) + 2)))
         name = next(name for name in names if name not in sets)

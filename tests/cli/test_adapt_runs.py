@@ -58,16 +58,18 @@ def test_the_mean_of_two_seeds_is_exported_and_finished_runs_are_taken_as_they_a
     assert "dev" in card
 
 
-def test_several_runs_are_refused_where_they_cannot_work(nemo_file: Any, tmp_path: Path) -> None:
+def test_several_runs_are_refused_where_they_cannot_work(nemo_file: Any, tiny_llm: Path, tmp_path: Path) -> None:
     needed = [f"init_from_nemo_model={nemo_file('ctc_bpe')}", "llm.model=a/b", "context.description=x", "runs=3"]
     needed += ["model.train_ds.manifest_filepath=m.json"]
     with pytest.raises(ConfigError, match=r"runs=3 trains on one device"):
         job.adapt_runs(compose_config([*needed, "trainer.devices=2"]))
     base = tmp_path / "adapted_mean.nemo"
     base.write_bytes(Path(nemo_file("ctc_bpe")).read_bytes())
-    again = [f"init_from_nemo_model={base}", f"exp_manager.exp_dir={tmp_path}"]
-    with pytest.raises(ConfigError, match="is the base checkpoint, which would be lost"):
-        job.adapt_runs(compose_config([*needed[1:], *again]))
+    manifest = write_manifest(tmp_path / "pool.json", [None] * 3)
+    again = arguments(base, manifest, tiny_llm, tmp_path, "runs=3")
+    for more, what in ((), "the base checkpoint"), ((f"output={manifest}",), str(manifest)):
+        with pytest.raises(ConfigError, match=f"is {what}, which would be lost"):
+            job.adapt_runs(compose_config([*again, *more]))
     assert all(map(one_device, (1, "1", [2], OmegaConf.create([2]))))
     assert not any(map(one_device, (2, -1, "auto", [0, 1], OmegaConf.create([0, 1]))))
     with pytest.raises(ConfigError, match=r"is a folder: name the file"):  # one run: tests/cli/test_run_folder.py

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import run, weights
-from helpers.tiny import build_nemo, write_manifest
+from helpers.tiny import build_nemo, build_streaming, write_manifest
 
+from nemo_llm_feedback.asr import encoded_rows
+from nemo_llm_feedback.asr.heads import CTCHead
 from nemo_llm_feedback.asr.nemo_file import read_config
 from nemo_llm_feedback.cli.jobs.export import export
 from nemo_llm_feedback.cli.main import main
@@ -68,6 +70,20 @@ def test_runs_that_do_not_belong_together_are_refused(nemo_file: Any, tokenizer_
     with pytest.raises(CheckpointError, match="--output"):
         export([one, one])
     assert not out.exists()
+
+
+def test_gains_of_other_weights_are_left_out_and_shares_multiply(nemo_file: Any, tmp_path: Path) -> None:
+    base = nemo_file("ctc_char")
+    one = _moved(base, tmp_path / "one.nemo", 1, gain=1.5, general_wer_rise=0.1, look_ahead=None)
+    export(one, output=tmp_path / "same.nemo")
+    assert read_config(tmp_path / "same.nemo").adaptation.gain == 1.5
+    export(one, base=base, output=tmp_path / "half.nemo", interpolation=0.5)
+    export(tmp_path / "half.nemo", base=base, output=tmp_path / "less.nemo", interpolation=0.5)
+    wanted = {"base": base.name, "steps": 10, "look_ahead": None, "interpolation": 0.25}
+    assert dict(read_config(tmp_path / "less.nemo").adaptation) == wanted
+    card = (tmp_path / "less.md").read_text()
+    assert "(the rest is its base's): `0.25`" in card
+    assert "Reward gained" not in card
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -147,6 +163,34 @@ def test_the_base_is_never_written_over(nemo_file: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is one of the checkpoints, which would be lost"):
         export(runs, output=runs[0])
     assert runs[0].read_bytes() == before
+
+
+def test_the_card_measures_the_head_and_the_context_that_learned(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that the head that learned was measured, and had the transducer's numbers in the default context."""
+    base = build_streaming(tmp_path / "base.nemo", "hybrid_bpe", tokenizer_dir=tokenizer_dir)
+    one = _moved(base, tmp_path / "one.nemo", 1, decoder_type="ctc", look_ahead=[4, 0])
+    seen: list[tuple[str, list[int]]] = []
+    greedy = CTCHead.greedy
+
+    def watched(head: Any, *args: Any, **settings: Any) -> Any:
+        seen.append((head.name, list(models[-1].encoder.att_context_size)))
+        return greedy(head, *args, **settings)
+
+    models: list[Any] = []
+    encode = encoded_rows.encode
+    monkeypatch.setattr(encoded_rows, "encode", lambda model, *audio: (models.append(model), encode(model, *audio))[1])
+    monkeypatch.setattr(CTCHead, "greedy", watched)
+    manifest = write_manifest(tmp_path / "dev.json", ["a latte"])
+    export(one, base=base, manifest=manifest, output=tmp_path / "out.nemo")
+    assert seen == [("ctc", [4, 0])] * 2
+    assert len({id(model) for model in models}) == 2  # the base, too
+    with pytest.raises(ConfigError, match="would be written over"):
+        export(one, base=base, manifest=manifest, output=manifest)
+    odd = _moved(base, tmp_path / "odd.nemo", 1, look_ahead=[9, 9])
+    with pytest.raises(CheckpointError, match=r"the attention context \[9, 9\], which its encoder does not have"):
+        export(odd, output=tmp_path / "out.nemo")
 
 
 def test_an_output_with_dots_in_its_name_keeps_them_in_its_card(nemo_file: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -87,6 +88,25 @@ def test_errors_name_the_fix_and_show_no_traceback(
     captured = capsys.readouterr()
     assert words in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(length: int, unbuffered: str) -> None:
+    """`| head` left a traceback, or the status 120 of an error when the process ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*(sys.executable, "-m", "nemo_llm_feedback.cli.main"), "adapt", "--show-config", f"name={'x' * length}"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        timeout=60,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_flags_and_keys_compose_the_same_run() -> None:

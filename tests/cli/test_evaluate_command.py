@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import write_manifest
+from helpers.tiny import write_audio, write_manifest
 
 from nemo_llm_feedback.cli.jobs.evaluate import (
     evaluate,
@@ -23,6 +23,7 @@ from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Scoring, System, compare
 from nemo_llm_feedback.evaluation.entities import Span, TypedEntity, parse_entities
+from nemo_llm_feedback.evaluation.predictions import rows_of_predictions
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -88,7 +89,8 @@ def test_without_a_term_list_the_manifests_entities_are_the_list(tmp_path: Path)
 def test_the_normalisation_can_be_switched_off(tmp_path: Path) -> None:
     files = [predictions(tmp_path / "p.json", BETTER)]
     scoring: dict[str, Any] = {"normalizer": "none", "entities_key": "entities", "samples": 50}
-    with pytest.raises(ManifestError, match="'iced mocha' in"):  # "mocha," with its comma
+    said = r"(?s)`evaluate --missing-entities skip`.*'iced mocha' in"  # "mocha," with its comma
+    with pytest.raises(ManifestError, match=said):
         evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, **scoring)
     skipping: dict[str, Any] = {"normalizer": "none", "missing_entities": "skip", "samples": 50}
     evaluation = evaluate(manifest=manifest(tmp_path / "m.json"), predictions=files, **skipping)
@@ -129,6 +131,44 @@ def test_segments_of_one_file_are_told_apart_by_their_offset(tmp_path: Path) -> 
     file = predictions(tmp_path / "p.json", ["word2", "word1", "word0"], list(reversed(rows)))
     evaluation = evaluate(manifest=manifest(tmp_path / "m.json", rows), predictions=[file], samples=50)
     assert evaluation.comparison.scores["p"].value("wer") == 0
+
+
+def test_segments_of_one_place_are_told_apart_by_their_duration(tmp_path: Path) -> None:
+    """Rows that share audio and offset could not be evaluated: "occurs twice", and nothing helped."""
+    rows = [{"audio_filepath": "long.wav", "duration": 1.0 + i, "text": f"word{i}"} for i in range(3)]
+    labels = write_lines(tmp_path / "m.json", rows)
+    file = predictions(tmp_path / "p.json", ["word2", "word1", "word0"], list(reversed(rows)))
+    assert evaluate(manifest=labels, predictions=[file], samples=50).comparison.scores["p"].value("wer") == 0
+    bare = [{key: value for key, value in row.items() if key != "duration"} for row in rows]
+    in_order = predictions(tmp_path / "q.json", ["word0", "word1", "word2"], bare)
+    assert evaluate(manifest=labels, predictions=[in_order], samples=50).comparison.scores["q"].value("wer") == 0
+    wrong = predictions(tmp_path / "r.json", ["a", "b", "c"], [*rows[:2], rows[2] | {"duration": 9.0}])
+    with pytest.raises(ManifestError, match=r"m\.json:3: .*long\.wav is not in it once more, or not of this duration"):
+        evaluate(manifest=labels, predictions=[wrong], samples=50)
+    # Of one place and one duration they are taken in their order; alone a duration decides nothing.
+    twice = [rows[0], rows[0] | {"text": "word1"}]
+    file = predictions(tmp_path / "s.json", ["word0", "word1"], twice)
+    assert evaluate(predictions=[file], samples=50).comparison.scores["s"].value("wer") == 0
+    rough = predictions(tmp_path / "t.json", ["word0"], [rows[0] | {"duration": 1.04}])
+    assert evaluate(manifest=write_lines(tmp_path / "one.json", rows[:1]), predictions=[rough], samples=50)
+
+
+def test_predictions_without_a_manifest_are_of_the_same_utterances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file without texts was refused; and one could be scored against the texts of another's recordings."""
+    for folder, text in (("a", "one"), ("b", "two")):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "p.json", [{"audio_filepath": "x.wav", "text": text, "pred_text": text}])
+    with pytest.raises(ManifestError, match=r"1 reference\(s\) differ .*give --manifest FILE:\s+.*b/p\.json:1"):
+        evaluate(predictions=[tmp_path / "a" / "p.json", tmp_path / "b" / "p.json"])
+    bare = write_lines(tmp_path / "bare.json", [{"audio_filepath": "x.wav", "pred_text": "one"}])
+    found = evaluate(predictions=[tmp_path / "a" / "p.json", bare], samples=50)
+    assert found.comparison.scores["bare"].value("wer") == 0
+    # A path is relative to where NeMo finds it: here first, as in manifests, so that a report has its audio.
+    write_audio(tmp_path / "x.wav", seconds=1.0, seed=0)
+    monkeypatch.chdir(tmp_path)
+    assert rows_of_predictions("a/p.json")[0].audio == str(tmp_path / "x.wav")
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,10 @@ def test_what_a_recogniser_wrote_comes_before_what_its_manifest_held(pool: Path,
     other.write_text(json.dumps(first | {"pred_text": "big's"}) + "\n" + json.dumps({"audio": "b.wav", "text": "t"}))
     join(pool, other, out=pool, source="big")
     assert [(t.text, t.source) for t in read_manifest(pool)[0].external] == [("big's", "big")]
-    with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
-        join(pool, other, out=other)
+    folder, wav = _write(tmp_path / "texts", "folder"), write_audio(tmp_path / "wav" / "a.wav", seconds=1.0, seed=0)
+    for texts, out in ((other, other), (other, wav), (folder, folder / "a.txt")):
+        with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
+            join(pool, texts, out=out)
 
 
 def test_links_packed_manifests_and_other_folders_are_written_right(pool: Path, tmp_path: Path) -> None:
@@ -203,6 +205,16 @@ def test_a_name_that_two_recordings_share_asks_for_paths(tmp_path: Path) -> None
     (tmp_path / "o.json").write_text(json.dumps({"y/a.wav": "tea"}))
     join(pool, tmp_path / "o.json", out=pool)
     assert _texts(pool) == [(), ("tea",)]
+    # A folder of texts that mirrors that of the recordings names them.
+    for name in ("x/a.txt", "y/a.wav.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True)
+        (tmp_path / "texts" / name).write_text(f"said in {name[0]}")
+    join(pool, tmp_path / "texts", out=tmp_path / "new.json")
+    assert [texts[-1] for texts in _texts(tmp_path / "new.json")] == ["said in x", "said in y"]
+    (tmp_path / "texts" / "z").mkdir()
+    (tmp_path / "texts" / "z" / "a.txt").write_text("of neither")
+    with pytest.raises(ManifestError, match="name of 2 recordings: give their paths"):
+        join(pool, tmp_path / "texts", out=pool)
 
 
 def test_a_source_is_named_after_its_file_and_never_as_one_of_ours() -> None:

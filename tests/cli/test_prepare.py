@@ -111,12 +111,33 @@ def test_files_that_only_librosa_reads_are_copied(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "phone.m4a").write_bytes(b"an AAC stream")
     monkeypatch.setattr(librosa, "load", lambda *args, **kwargs: (samples.T, rate))
-    for _ in range(2):  # a second run finds the folder of copies and does not take it for recordings
-        result = prepare(tmp_path / "in", out=tmp_path / "in" / "m.json")
-    assert list(result.converted) == [tmp_path / "in" / "phone.m4a"]
+    for name in ("m.json", "m.json", "other.json"):  # no later run takes the copies of an earlier one for recordings
+        result = prepare(tmp_path / "in", out=tmp_path / "in" / name)
+        assert list(result.converted) == [tmp_path / "in" / "phone.m4a"]
     rows = read_manifest(tmp_path / "in" / "m.json")
     assert len(rows) == 4
     assert not unreadable(rows)
+    copies = [path.relative_to(tmp_path / "in") for path in sorted((tmp_path / "in").rglob("*.flac"))]
+    assert list(map(str, copies)) == ["m_audio/phone.flac", "other_audio/phone.flac"]  # none that no manifest names
+    # Of two recordings of one name each has a copy, in a folder whose list is damaged, too.
+    (tmp_path / "in" / "sub").mkdir()
+    (tmp_path / "in" / "sub" / "phone.m4a").write_bytes(b"another")
+    for content, count in ((None, 2), ("[]", 4)):
+        if content:
+            (tmp_path / "in" / "m_audio" / "originals.json").write_text(content)
+        result = prepare(tmp_path / "in", out=tmp_path / "in" / "m.json")
+        assert len(set(result.converted.values())) == 2
+        assert len(list((tmp_path / "in" / "m_audio").glob("*.flac"))) == count
+
+
+def test_a_recording_is_never_written_over(folder: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "in" / "long.wav"
+    recording.parent.mkdir()
+    recording.write_bytes((folder / "long.wav").read_bytes())
+    for given in (recording, recording.parent):
+        with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
+            prepare(given, out=recording)
+    assert recording.read_bytes() == (folder / "long.wav").read_bytes()
 
 
 def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,9 @@ def test_an_output_that_is_a_folder_is_refused_before_any_work(nemo_file: Any, t
     manifest = write_manifest(tmp_path / "m.json", [None] * 3)
     with pytest.raises(ConfigError, match="is a folder: name the file"):
         run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", f"output={tmp_path}")
-    # Nor is the base written over, under whatever name.
+    # Nor is the base written over, under whatever name, nor what else the run reads.
+    with pytest.raises(ConfigError, match=r"m\.json, which would be lost"):
+        run(nemo_file("ctc_bpe"), manifest, tiny_llm, tmp_path / "runs", f"output={manifest}")
     base = tmp_path / "base.nemo"
     shutil.copy(nemo_file("ctc_bpe"), base)
     (tmp_path / "link.nemo").symlink_to(base)

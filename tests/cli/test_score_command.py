@@ -20,7 +20,7 @@ from nemo_llm_feedback.cli.jobs.score import _formula
 from nemo_llm_feedback.cli.jobs.tuning import Weights, choose, tune_by_labels, tuned_text
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.config import LLMConfig, RewardConfig
-from nemo_llm_feedback.core.errors import LLMError, RewardError
+from nemo_llm_feedback.core.errors import LLMError, ManifestError, RewardError
 from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Context, Hypothesis, pad_groups
 from nemo_llm_feedback.evaluation.metrics import score_corpus
@@ -165,6 +165,21 @@ def test_faults_are_told_before_any_work(flags, manifest, tmp_path, capsys):
     assert "reward=llm" in capsys.readouterr().err
     assert main(["score", *flags, "reward.name=length", "--tune"]) == 1
     assert "reward.name=length has none" in capsys.readouterr().err
+
+
+def test_entities_that_cannot_be_read_are_told_before_a_model_is_loaded(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_llm_feedback.cli.jobs import nbest_probe
+    from nemo_llm_feedback.training.inputs import labelled_rows
+
+    monkeypatch.setattr(nbest_probe, "restore", lambda *args, **settings: pytest.fail("a model is loaded"))
+    path = write_manifest(tmp_path / "m.json", ["tea", "a latte"], entities=[None, {"start": 2, "end": 7}])
+    given = ["--manifest", str(path), "--set", "reward.name=length"]
+    assert main(["score", str(nemo_file("ctc_char")), *given, "--description", "x"]) == 1
+    assert f"{path}:2: `entities`: entity (2, 7)" in capsys.readouterr().err
+    with pytest.raises(ManifestError, match=r"m\.json:2: `entities`"):  # nor does `adapt` begin with such a set
+        labelled_rows(str(path))
 
 
 def test_rows_are_spread_over_the_manifest():

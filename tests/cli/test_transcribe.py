@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_the_reward_of_a_run_rescores_by_the_same_overrides(nemo_file: Any, tiny
         assert m["score"] == pytest.approx(m["asr"] + 0.5 * m["entity"] + 1.5 * m["length"], abs=2e-3)
 
 
+def test_keys_of_rescoring_without_a_flag_are_set_by_those_of_adapt() -> None:
+    """The message sent the user to flags that there were not."""
+    from nemo_llm_feedback.cli.options import JudgeOptions, RescoringFlags, rescoring_tree
+
+    given = ("proposals.external=0", "feedback.normalizer=none", "reward.name=length")
+    tree = rescoring_tree(RescoringFlags(rescore=True, judge=JudgeOptions(overrides=given)), 0, own_texts=False)
+    assert tree is not None
+    assert (tree["external"], tree["normalizer"], "language" in tree) == (0, "none", False)
+    assert parse_rescoring_config(tree).external == 0
+
+
 def test_rescoring_uses_the_weights_that_score_and_adapt_take_from_the_same_rows(
     nemo_file: Any, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +195,7 @@ def test_a_batch_that_fails_is_repeated_row_by_row(
         (["{wav}", "--rescore", "--llm", "/absent", "--description", "x"], "/absent"),
         (["{wav}", "--set", "reward=entity"], "without --rescore"),
         (["{wav}", "--rescore", "--set", "feedback.heads=ctc"], "--set takes reward, llm, context"),
+        (["{wav}", "--rescore", "--set", "proposals.boosted=1"], "have flags: --beam-size, --boosted"),
         (["{wav}", "--rescore", "--set", "reward.alhpa=1"], "did you mean reward.alpha"),
         (
             [
@@ -232,8 +245,58 @@ def test_the_manifest_that_is_transcribed_is_never_written_over(
     packed = tmp_path / "new" / "out.json.gz"
     assert main(["transcribe", str(nemo_file("ctc_bpe")), str(tmp_path / "m.json"), "--output", str(packed)]) == 0
     assert len(read_manifest(packed)) == 2
+    # Nor is anything else that is read: an audio of the rows, the model, the terms.
+    (tmp_path / "menu.txt").write_text("latte")
+    rescoring = ["--rescore", "--llm", str(tmp_path), "--terms-file", str(tmp_path / "menu.txt")]
+    model, wav = shutil.copy(nemo_file("ctc_bpe"), tmp_path / "m.nemo"), tmp_path / "wav" / "m_1.wav"
+    for target in (wav, model, tmp_path / "menu.txt"):
+        for rows in ([str(tmp_path / "wav")], ["--manifest", str(tmp_path / "m.json")]):
+            known = target.read_bytes()
+            assert main(["transcribe", str(model), *rows, *rescoring, "--output", str(target)]) == 1
+            assert f"{target} would be written over, and this command reads it" in capsys.readouterr().err
+            assert target.read_bytes() == known
     # What is no file, a pipe for one, is written to and not replaced.
     assert main(["transcribe", str(nemo_file("ctc_bpe")), str(tmp_path / "m.json"), "--output", "/dev/stdout"]) == 0
+
+
+def test_an_output_where_nothing_worked_is_as_it_was(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that was not mounted emptied the output of yesterday."""
+    pool = write_manifest(tmp_path / "pool.json", [None, None])
+    command = ["transcribe", str(nemo_file("ctc_char")), "--output", str(tmp_path / "out.json")]
+    for rows in (["--manifest", str(pool)], ["--add-to", str(pool)]):
+        assert main([*command, *rows]) == 0
+        before = (tmp_path / "out.json").read_bytes()
+        (tmp_path / "wav").rename(tmp_path / "gone")
+        assert main([*command, *rows]) == 1
+        (tmp_path / "gone").rename(tmp_path / "wav")
+        assert (tmp_path / "out.json").read_bytes() == before
+        said = capsys.readouterr().err
+        assert f"nothing is written to {tmp_path / 'out.json'}" in said
+        assert "2 failed:" in said
+
+
+def test_no_hypotheses_or_times_of_another_model_stay_beside_a_transcript(nemo_file: Any, tmp_path: Path) -> None:
+    """`evaluate` then had the oracle of the other model."""
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    pool = write_manifest(tmp_path / "pool.json", ["a latte", "tea"], speaker=["x", "y"])
+    flags = ["--nbest", "3", "--timestamps", "--manifest", str(pool), "--output", str(first)]
+    assert main(["transcribe", str(nemo_file("ctc_bpe")), *flags]) == 0
+    assert set(read(first)[0]) >= {"nbest", "word", "segment"}
+    other = str(nemo_file("ctc_char"))
+    assert main(["transcribe", other, "--manifest", str(first), "--output", str(second)]) == 0
+    keys = {"audio_filepath", "duration", "text", "speaker", "pred_text"}
+    assert [set(line) for line in read(second)] == [keys, keys]
+
+
+def test_entities_play_no_part_in_the_totals(
+    nemo_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Spans of characters, which are none of words, ended the command behind all its work."""
+    manifest = write_manifest(tmp_path / "m.json", ["a latte"], entities=[[{"start": 50, "end": 60}]])
+    assert main(["transcribe", str(nemo_file("ctc_char")), str(manifest), "--output", str(tmp_path / "o.json")]) == 0
+    assert "WER" in capsys.readouterr().err
 
 
 def test_settings_are_checked_all_at_once() -> None:

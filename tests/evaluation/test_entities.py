@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from nemo_llm_feedback.core.errors import ManifestError
 from nemo_llm_feedback.core.types import Context
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.evaluation.comparison import Scoring, System, compare
@@ -50,6 +52,21 @@ def test_marked_entities_are_all_that_count() -> None:
     assert scores.value("ewer") == 100.0
     comparison = compare(rows, [System("a", HEARD)], Scoring(context=MENU))
     assert not any("Entities" in line for line in comparison.basis)
+
+
+def test_a_span_outside_its_text_names_its_row() -> None:
+    """It named "utterance 0", whichever row it was in; bias words outside their text were dropped."""
+    rows = [_row(TEXTS[0]), replace(_row(TEXTS[1], entities=[{"start": 50, "end": 60}]), origin="m.json:2")]
+    rows.append(replace(_row(TEXTS[2], entities=[[0, 99]]), origin="m.json:3"))
+    said = r"2 row\(s\) have entities.*m\.json:2: `entities`: .*\(50, 60\).*not the characters.*m\.json:3"
+    with pytest.raises(ManifestError, match=f"(?s){said}"):
+        score_rows(rows, HEARD, run_context=Context())
+    for scoring in (Scoring(), Scoring(bias_key="entities")):
+        with pytest.raises(ManifestError, match=f"(?s){said}"):
+            compare(rows, [System("a", tuple(HEARD))], scoring)
+    bias = [replace(row, data={"rare": row.data.get("entities", [])}) for row in rows]
+    with pytest.raises(ManifestError, match=r"(?s)m\.json:2: `rare`.*m\.json:3"):
+        compare(bias, [System("a", tuple(HEARD))], Scoring(bias_key="rare"))
 
 
 def test_without_terms_there_are_no_entities() -> None:

@@ -190,6 +190,14 @@ def test_normalisation_applies_to_texts_entities_terms_and_bias_words():
         assert scores.value(metric) == pytest.approx(value), metric
 
 
+def test_a_bias_word_that_the_normalisation_splits_is_each_of_its_parts():
+    """``Jean-Luc`` was one word "jean luc", which no reference has, and silently left B-WER."""
+    lists = {"bias_words": [["Jean-Luc", "U.S."]]}
+    scores = score_corpus(["Jean-Luc left the U.S."], ["john luke left the us"], normalize=basic, **lists)
+    assert (scores.column("b_words").sum(), scores.column("b_u_words").sum()) == (4, 2)
+    assert scores.value("b_wer") == 100.0
+
+
 # --- false alarms ---------------------------------------------------------------------------------------------------
 
 ALARMS = ("term_utterances", "hyp_terms", "false_alarms")

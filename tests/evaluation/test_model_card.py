@@ -91,6 +91,14 @@ def test_without_measurements_it_says_so(tmp_path: Path) -> None:
     assert "Language model (" not in text
 
 
+def test_only_a_context_that_learned_is_set_in_the_code(tmp_path: Path) -> None:
+    """A card without the fact set an empty context, in which the encoder fails."""
+    for facts, code in (({}, None), ({"look_ahead": None}, None), ({"look_ahead": [70, 13]}, "[70, 13]")):
+        text = write_model_card(tmp_path / "m.nemo", facts={"base": "b.nemo", **facts}).read_text()
+        assert ("set_default_att_context_size" in text) == (code is not None)
+        assert code is None or f"model.encoder.set_default_att_context_size({code})" in text
+
+
 def test_a_local_folder_of_the_llm_is_shown_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "private" / "lm").mkdir(parents=True)
     facts = FACTS | {"llm": str(tmp_path / "private" / "lm")}

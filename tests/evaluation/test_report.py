@@ -281,7 +281,7 @@ def test_curves_mark_the_kept_step_refreshes_and_limits() -> None:
 def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such folder"):
         rebuild(tmp_path / "absent")
-    with pytest.raises(ManifestError, match=r"neither report_data\.json nor"):
+    with pytest.raises(ManifestError, match=r"neither report_data\.json nor .*nemo_experiments/adapted/version_0"):
         rebuild(tmp_path)
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "feedback/length_ratio": 1.0}\n{"step": 2')
     (tmp_path / "run.json").write_text(json.dumps({"command": ["/x/nlf", *COMMAND], "versions": {"torch": "9.9"}}))
@@ -293,6 +293,8 @@ def test_a_running_job_shows_its_curves(tmp_path: Path) -> None:
     assert "sk-9" not in source
     assert "9.9" in source
     assert "sk-123" not in source
+    with pytest.raises(ConfigError, match="would be written over, and this command reads it"):
+        rebuild(tmp_path, output=tmp_path / "steps.jsonl")
     (tmp_path / "report_data.json").write_text('{"format": 0}')
     with pytest.raises(ManifestError, match="another version"):
         rebuild(tmp_path)
@@ -362,6 +364,17 @@ def test_the_list_is_ordered_by_change_and_flagged(comparison: Comparison) -> No
     flags = {card.row.text: set(card.flags) for card in listing.cards}
     assert flags["a latte with soy"] == {"changed", "better", "fixed"}
     assert flags["thank you very much"] == {"changed", "wrong"}
+
+
+def test_no_term_links_to_an_utterance_that_is_not_listed(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for most, dead in ((1, True), (1500, False)):
+        monkeypatch.setattr("nemo_llm_feedback.evaluation.report.utterances.MAX_CARDS", most)
+        source = write_report(evaluation_report(comparison), tmp_path / "r.html", audio=False).read_text()
+        links, ids = re.findall(r'href="#(u[^"]+)"', source), re.findall(r'id="(u[^"]+)"', source)
+        assert set(links) <= set(ids)
+        assert bool(re.search(r'<th scope="row">(latte|soy|mocha)</th>', source)) == dead
 
 
 def test_drawings_take_odd_names_and_undefined_values(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ WORDS = [
     "hot",
 ]
 DURATIONS = [0, 1, 2, 3, 4]
+LOOK_AHEADS = [[4, 1], [4, 0]]
 
 KINDS = (
     "ctc_char",
@@ -228,6 +229,14 @@ def build_nemo(kind: str, path: Path, *, tokenizer_dir: Path | None = None, seed
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_to(str(path))
     return path
+
+
+def build_streaming(path: Path, kind: str, *, tokenizer_dir: Path | None = None) -> Path:
+    """A tiny streaming model that has the look-aheads of `LOOK_AHEADS`."""
+    encoder = {"att_context_size": LOOK_AHEADS, "att_context_style": "chunked_limited", "conv_context_size": "causal"}
+    encoder |= {"causal_downsampling": True, "conv_norm_type": "layer_norm"}
+    settings = {f"encoder__{key}": value for key, value in encoder.items()}
+    return build_nemo(kind, path, tokenizer_dir=tokenizer_dir, **settings)
 
 
 def write_audio(path: Path, *, seconds: float, seed: int) -> Path:

@@ -58,6 +58,7 @@ def test_terms_are_spelled_in_the_checkpoints_letters() -> None:
         ("soy milk", "soy milk", "SOY MILK", "soy milk"),
         ("Covid-19", None, None, None),
         ("Cafe\u0301", None, None, None),
+        ("İzmir", "izmir", None, "izmir"),
         ("!!", None, None, None),
     ):
         assert [spelled(text, v) for v in (LOWER, UPPER, CASED)] == [lower, upper, cased], text

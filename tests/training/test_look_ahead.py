@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.fits import begin, config, fit, label_reward
-from helpers.streaming import streaming_nemo
-from helpers.tiny import write_manifest
+from helpers.tiny import LOOK_AHEADS as CONTEXTS
+from helpers.tiny import build_streaming, write_manifest
 
 from nemo_llm_feedback.asr.checkpoints import read_config
 from nemo_llm_feedback.cli.jobs.start import plan_text
@@ -18,12 +18,10 @@ from nemo_llm_feedback.training.callbacks import lr_search
 from nemo_llm_feedback.training.callbacks.held_out import HeldOutEvaluator
 from nemo_llm_feedback.training.models import restore
 
-CONTEXTS = [[4, 1], [4, 0]]
-
 
 @pytest.fixture
 def base(tokenizer_dir: Path, tmp_path: Path) -> Path:
-    return streaming_nemo(tmp_path / "base.nemo", tokenizer_dir, contexts=CONTEXTS)
+    return build_streaming(tmp_path / "base.nemo", "ctc_bpe", tokenizer_dir=tokenizer_dir)
 
 
 def prepared(base: Path, folder: Path, texts: Any = (None,) * 4, **feedback: Any) -> Any:

@@ -146,7 +146,7 @@ def _adapt(cfg: DictConfig, session: Session, *, reward: Reward | None) -> Adapt
     with run_choice.run_folder(cfg, inputs) as manager, start.typed_if_full(folders):
         log_dir = start.make_folder(trainer, manager)
         target = Path(cfg.output).expanduser() if cfg.output else log_dir / f"{cfg.name}.nemo"
-        start.keep_base(target, base)
+        start.keep_inputs(target, base, inputs)
         model.set_trainer(trainer)
         model.setup_feedback(cfg, work_dir=log_dir, reward=reward)
         start.check_room(folders, start.room(model, cfg, log_dir=log_dir, folders=folders))
@@ -382,11 +382,11 @@ def adapt_runs(cfg: DictConfig, *, reward: Reward | None = None) -> AdaptResult 
         )
     base, _ = start.source(cfg), start.result_folders(cfg)
     target = Path(cfg.output or Path(cfg.exp_manager.get("exp_dir") or ".") / f"{cfg.name}_mean.nemo").expanduser()
-    start.keep_base(target, base)
+    inputs = run_choice.input_digests(plain(cfg), base=base, llm=config.needs_llm)
+    start.keep_inputs(target, base, inputs)
     skip = config.feedback.on_bad_audio == "skip"
     validation = labelled_rows(cfg.model.validation_ds.get("manifest_filepath"), skip=skip)
     parts = [_one(cfg, seed) for seed in range(cfg.seed, cfg.seed + cfg.runs)]
-    inputs = run_choice.input_digests(plain(cfg), base=base, llm=config.needs_llm)
     files = []
     for number, part in enumerate(parts, 1):
         finished = _finished(part, inputs)

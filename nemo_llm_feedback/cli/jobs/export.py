@@ -14,13 +14,16 @@ from torch import Tensor
 
 from nemo_llm_feedback.asr.checkpoints import refuse_nonfinite
 from nemo_llm_feedback.asr.heads import heads_of
+from nemo_llm_feedback.asr.look_ahead import look_aheads
 from nemo_llm_feedback.asr.lora import has_lora, inject, merged
 from nemo_llm_feedback.asr.nemo_file import read_config
+from nemo_llm_feedback.core.config import FeedbackConfig, RunConfig
 from nemo_llm_feedback.core.console import quiet
-from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
-from nemo_llm_feedback.core.text_files import stem
+from nemo_llm_feedback.core.errors import CheckpointError, ConfigError, short
+from nemo_llm_feedback.core.text_files import stem, to_number
 from nemo_llm_feedback.core.version import __version__
 from nemo_llm_feedback.evaluation.model_card import card_path, write_model_card
+from nemo_llm_feedback.evaluation.records import check_writable
 from nemo_llm_feedback.evaluation.transcribe import score_sets
 from nemo_llm_feedback.training.inputs import labelled_rows
 from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY
@@ -28,6 +31,8 @@ from nemo_llm_feedback.training.models import locate, restore
 
 _NORMALIZER = "basic"
 _ONE_BASE = "average runs that started from one checkpoint."
+# What was measured on the weights of one run, and does not hold for others.
+_MEASURED = ("before", "after", "gain", "general_wer_rise")
 
 
 @quiet()
@@ -61,7 +66,7 @@ def export(
     Raises:
         CheckpointError: unusable files, a missing base, the base as output, weights of another model, or several or
             an interpolation without an output.
-        ConfigError: ``interpolation`` is out of range.
+        ConfigError: ``interpolation`` is out of range, or ``output`` cannot be written or is the manifest.
         ManifestError: the manifest cannot be read or has rows without text.
     """
     given = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
@@ -81,16 +86,18 @@ def export(
         raise CheckpointError(f"{', '.join(map(str, sources))} {what} its base: add --base BASE.nemo.")
     if mean and any(target.is_file() and target.samefile(source) for source in sources):
         raise CheckpointError(f"--output {output} is one of the checkpoints, which would be lost: choose another.")
+    check_writable(target, inputs=(manifest,))
     run = _averaged(sources, base, interpolation) if mean else _opened(sources[0], base)
     same = run.base and os.path.isfile(run.base) and target.is_file() and target.samefile(run.base)
     if same or (target.is_file() and target not in sources and target.name == run.facts.get("base")):
         raise CheckpointError(f"--output {output} is the base, which would be lost: choose another name.")
+    learned = _as_learned(run)
     run.model._adaptation_facts = run.facts
     run.model.save_to(str(target))
     if rows or target not in sources or not card_path(target).is_file():
         place = torch.device(device)
-        before = score_sets(restore(str(run.base), map_location=place), rows) if rows else {}
-        after = score_sets(run.model.to(place), rows)
+        before = score_sets(restore(str(run.base), map_location=place), rows, learned) if rows else {}
+        after = score_sets(run.model.to(place), rows, learned)
         write_model_card(target, facts=run.facts, before=before, after=after, normalizer=_NORMALIZER)
     return target
 
@@ -103,6 +110,22 @@ class _Run:
     model: Any
     base: str | Path | None
     facts: dict[str, Any]
+
+
+def _as_learned(run: _Run) -> RunConfig:
+    """The head and the attention context that learned, in which the card says that it measures.
+
+    Raises:
+        CheckpointError: the encoder has no such context.
+    """
+    context = run.facts.get("look_ahead")
+    if context is not None and context not in look_aheads(run.model.encoder):
+        raise CheckpointError(
+            f"{run.name} says that it learned in the attention context {short(context)}, which its encoder does not "
+            "have: the file was changed; export the run again."
+        )
+    learned: Any = {"heads": "ctc"} if run.facts.get("decoder_type") == "ctc" else {}
+    return RunConfig(feedback=FeedbackConfig(**learned, look_ahead=context and tuple(map(int, context))))
 
 
 def _opened(source: Path, base: str | Path | None) -> _Run:
@@ -165,7 +188,7 @@ def _averaged(sources: Sequence[Path], base: str | Path | None, interpolation: f
     facts = {
         key: value
         for key, value in known[0].items()
-        if key not in ("before", "after") and all(other.get(key) == value for other in known)
+        if key not in _MEASURED and all(other.get(key) == value for other in known)
     }
     facts |= {"averaged": len(known)} if len(known) > 1 else {}
     if interpolation < 1:
@@ -176,7 +199,7 @@ def _averaged(sources: Sequence[Path], base: str | Path | None, interpolation: f
             )
         origin = _Run(str(start), restore(start, map_location="cpu"), None, {})
         _move(mean, origin.model.state_dict(), 1 - interpolation, run=origin, first=first)
-        facts["interpolation"] = interpolation
+        facts["interpolation"] = interpolation * (to_number(facts.get("interpolation")) or 1.0)
     # The mean has LoRA merged in: layers that have it apart cannot take the mean, those of the base can.
     holder = restore(str(first.base), map_location="cpu") if has_lora(first.model) else first.model
     holder.load_state_dict(mean, strict=True)

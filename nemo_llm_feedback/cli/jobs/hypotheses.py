@@ -85,10 +85,10 @@ def join(manifest: str | Path, other: str | Path, *, out: str | Path, source: st
             fits any; nothing is written.
     """
     name = named_source(source, other)
-    check_writable(out, inputs=(other,))
-    rows = read_manifest(manifest)
+    rows, folder = read_manifest(manifest), Path(other).expanduser()
+    check_writable(out, inputs=(folder, *folder.rglob("*.txt"), *(row.audio for row in rows)))
     faults: list[str] = []
-    by_name, folder = _by_name(rows), Path(other).expanduser()
+    by_name = _by_name(rows)
     found: dict[str, tuple[ExternalText, ...]] = {}
     unfit: tuple[list[str], ...] = ([], [], [])
     entries = list(_items(folder, faults))
@@ -182,16 +182,26 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _utterances(entry: _Entry, by_name: Mapping[str, Sequence[Row]], folder: Path) -> list[str]:
     """The utterances that an entry of a file in that folder is about, several where it is about all of a recording.
 
+    Of recordings of one name it is that whose path ends as the entry's does.
+
     Raises:
         ValueError: several recordings have the name.
     """
     name = Path(entry.name).name
     rows = next((by_name[n] for n in (resolve(entry.name, folder), name, Path(name).stem) if n in by_name), ())
+    if len({row.audio for row in rows}) > 1:
+        rows = [row for row in rows if _ends_as(row.audio, entry.name)] or rows
     if (recordings := len({row.audio for row in rows})) > 1:
         raise ValueError(f"{entry.name!r} is the name of {recordings} recordings: give their paths.")
     place = entry.offset
     kept = [row for row in rows if place is None or abs(row.offset - place) < _SAME_PLACE]
     return list(dict.fromkeys(row.utterance for row in kept))
+
+
+def _ends_as(audio: str, name: str) -> bool:
+    """Whether a recording's path, with or without its suffix, ends as this one."""
+    end = Path(name).parts
+    return any(path.parts[-len(end) :] == end for path in (Path(audio), Path(audio).with_suffix("")))
 
 
 def _items(path: Path, faults: list[str]) -> Iterator[tuple[str, Any]]:

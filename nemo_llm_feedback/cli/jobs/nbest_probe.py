@@ -18,6 +18,7 @@ from nemo_llm_feedback.core.config import parse_run_config
 from nemo_llm_feedback.core.console import progress, quiet
 from nemo_llm_feedback.core.errors import ManifestError, list_faults
 from nemo_llm_feedback.data.manifests import read_manifest, spread
+from nemo_llm_feedback.evaluation.entities import row_entities
 from nemo_llm_feedback.hypotheses.maker import judged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.hypotheses.scored_nbest import scored_nbest
@@ -72,6 +73,7 @@ class NBestProbe:
         if config.reward.needs_text and not all(row.text for row in self.rows):
             bare = [row.origin for row in self.rows if not row.text]
             raise ManifestError(list_faults(f"reward={config.reward.name} needs the `text` of these rows:", bare))
+        row_entities([row for row in self.rows if row.text])  # raises for what could not be scored after all the work
         self.batch_size = batch_size
         self.scorer = open_llm(config.llm) if config.needs_llm and config.llm is not None else None
         self.reward: Reward = reward_from_config(config, self.scorer)

@@ -2,11 +2,15 @@
 
 silero-vad (MIT) has its weights in the wheel; nothing is downloaded. The audio stays where it is: rows name file,
 offset and duration. Files that only librosa can read are copied as FLAC beside the manifest, since the loaders of NeMo
-read by soundfile.
+read by soundfile. The folder of the copies has a list of what each is a copy of: no later run takes them for
+recordings, and one with the same output writes each copy over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +32,7 @@ SUFFIXES = frozenset(f".{suffix}" for suffix in (*AUDIO_TYPES, *CONVERTED_TYPES)
 """What counts as a recording in a folder; a file that is named itself is always tried."""
 
 _KEYS = ("audio_filepath", "offset", "duration")
+_LIST = "originals.json"  # in a folder of copies: the path of each original → the name of its copy
 _RATE = 16000
 _BLOCK_SECONDS = 60
 
@@ -71,15 +76,16 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
         settings: lengths, gaps and threshold of the cuts; the defaults of `Segmenting` if None.
 
     Raises:
-        ConfigError: settings out of range, ``out`` cannot be written, or silero-vad is not installed.
+        ConfigError: settings out of range, ``out`` is a recording or cannot be written, or silero-vad is not
+            installed.
         ManifestError: no recording there, none that can be read, or no speech in any.
     """
     settings = settings or Segmenting()
     faults = settings.validate()
     if faults:
         raise ConfigError(" ".join(faults))
-    target = check_writable(out, inputs=(folder,)).absolute()
-    files = audio_files(folder, SUFFIXES, skip=_copies(target))
+    files = audio_files(folder, SUFFIXES, skip=lambda file: (file.parent / _LIST).is_file())
+    target = check_writable(out, inputs=files).absolute()
     detect = _detector(settings)
     recordings: list[Recording] = []
     unreadable: list[str] = []
@@ -225,12 +231,22 @@ def _convert(path: Path, folder: Path) -> Path:
     except Exception as error:  # each of its backends raises another kind of error
         raise RuntimeError(f"neither soundfile nor librosa can read it ({reason(error)})") from None
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{path.stem}.flac"
-    number = 1
-    while target.exists():
-        target, number = folder / f"{path.stem}_{number}.flac", number + 1
-    soundfile.write(str(target), samples.T, int(rate))
-    return target
+    known = _originals(folder)
+    if (name := known.get(str(path.absolute()))) is None:
+        ends = itertools.chain([""], (f"_{number}" for number in itertools.count(1)))
+        names = (f"{path.stem}{end}.flac" for end in ends)
+        name = next(name for name in names if name not in known.values() and not (folder / name).exists())
+        (folder / _LIST).write_text(json.dumps({**known, str(path.absolute()): name}), encoding="utf-8")
+    soundfile.write(str(folder / name), samples.T, int(rate))
+    return folder / name
+
+
+def _originals(folder: Path) -> dict[str, str]:
+    """Path of each original → the name of its copy in this folder; none where nothing says so."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        found = json.loads((folder / _LIST).read_text(encoding="utf-8"))
+        return {original: Path(name).name for original, name in found.items()}
+    return {}
 
 
 def _copies(manifest: Path) -> Path:

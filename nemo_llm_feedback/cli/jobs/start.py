@@ -4,13 +4,14 @@ may be stopped."""
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import sqlite3
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,21 @@ def result_folders(cfg: DictConfig) -> dict[str, Path]:
     return folders
 
 
-def keep_base(target: Path, base: Path) -> None:
-    """Refuses to write over the starting checkpoint.
+def keep_inputs(target: Path, base: Path, others: Iterable[str] = ()) -> None:
+    """Refuses to write over what the run reads.
+
+    Args:
+        target: the file that will be written.
+        base: the starting checkpoint.
+        others: paths of manifests, terms and so on; what is no file is left out.
 
     Raises:
-        ConfigError: they are one file.
+        ConfigError: ``target`` is one of them.
     """
-    if target.is_file() and target.samefile(base):
-        raise ConfigError(f"output={target} is the base checkpoint, which would be lost: choose another name.")
+    for path in (str(base), *others):
+        if os.path.isfile(path) and target.is_file() and target.samefile(path):
+            what = "the base checkpoint" if path == str(base) else path
+            raise ConfigError(f"output={target} is {what}, which would be lost: choose another name.")
 
 
 def check_room(folders: Mapping[str, Path], needed: Mapping[str, int]) -> None:

@@ -26,16 +26,19 @@ from nemo_llm_feedback.core.config import FeedbackConfig, RunConfig
 from nemo_llm_feedback.core.config.rescoring import DEFAULT_NBEST, parse_rescoring_config
 from nemo_llm_feedback.core.console import progress, quiet, show
 from nemo_llm_feedback.core.errors import ConfigError, ManifestError, RewardError, list_faults
+from nemo_llm_feedback.core.text import get_normalizer
 from nemo_llm_feedback.core.types import Audio, Context, ExternalText
 from nemo_llm_feedback.data import manifests
 from nemo_llm_feedback.data.audio import AUDIO_TYPES, CONVERTED_TYPES, audio_files, unreadable
 from nemo_llm_feedback.data.manifests import Row, read_manifest, spread
-from nemo_llm_feedback.evaluation.scoring import score_rows
+from nemo_llm_feedback.evaluation.metrics import score_corpus
 from nemo_llm_feedback.hypotheses.scored_nbest import measured_trust, scored_nbest
 from nemo_llm_feedback.hypotheses.trust import Trust, trust_text
 from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, utterance_contexts
 from nemo_llm_feedback.training.models import locate
 from nemo_llm_feedback.training.setup import warn_of_external
+
+_WRITTEN = ("pred_text", "nbest", "word", "segment")  # keys of a line that are of one model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Transcripts:
 
 
 def find_rows(
-    audio: Sequence[str], *, manifest: str | Path | None, audio_types: Sequence[str] = AUDIO_TYPES
+    audio: str | Path | Sequence[str | Path], *, manifest: str | Path | None, audio_types: Sequence[str] = AUDIO_TYPES
 ) -> list[Row]:
     """The rows of a manifest, or of audio files and folders (searched with their sub-folders).
 
     Args:
-        audio: files and folders.
+        audio: files and folders, or a NeMo manifest (``.json``, ``.jsonl``).
         manifest: a NeMo manifest instead.
         audio_types: suffixes of the files that are taken from folders.
 
@@ -85,21 +88,24 @@ def find_rows(
     Raises:
         ManifestError: the manifest has faults, a path does not exist, or a folder has no audio in it.
     """
-    if bool(audio) == bool(manifest):
+    names = [str(name) for name in ([audio] if isinstance(audio, (str, Path)) else audio)]
+    if manifest is None and len(names) == 1 and names[0].endswith((".json", ".jsonl")):
+        manifest = names.pop()
+    if bool(names) == bool(manifest):
         raise ManifestError("give either audio files or folders, or --manifest MANIFEST.")
     if manifest:
         return read_manifest(manifest)
     suffixes = {f".{kind.lower().lstrip('.')}" for kind in audio_types}
     files: dict[Path, None] = {}
     faults = []
-    for name in audio:
+    for name in names:
         try:
             files |= dict.fromkeys(audio_files(name, suffixes))
         except ManifestError as error:
             faults.append(str(error))
     if faults:
         raise ManifestError(" ".join(faults))
-    folders = [path for path in (Path(name).expanduser() for name in audio) if path.is_dir()]
+    folders = [path for path in (Path(name).expanduser() for name in names) if path.is_dir()]
     others = [p for folder in folders for p in folder.rglob("*") if _converted(p) and p not in files]
     if others:
         show(f"left out: {len(others)} file(s) such as {others[0]}, which `nemo-llm-feedback prepare` converts.")
@@ -142,11 +148,32 @@ def transcribe(
     Raises:
         FeedbackError: nothing can be transcribed this way.
     """
+    rows = find_rows(audio, manifest=manifest, audio_types=audio_types)
+    shared: Any = {"timestamps": timestamps, "head": head, "batch_size": batch_size, "device": device}
+    return transcribe_rows(model, rows, rescoring=rescoring, **shared)
+
+
+@quiet()
+def transcribe_rows(
+    model: str | Path,
+    rows: Sequence[Row],
+    *,
+    rescoring: Mapping[str, Any] | None = None,
+    timestamps: bool = False,
+    head: str = "auto",
+    batch_size: int = 16,
+    device: str = "cpu",
+) -> Transcripts:
+    """:func:`transcribe` of rows that are read already.
+
+    Args:
+        model, rescoring, timestamps, head, batch_size, device: as there.
+        rows: see :func:`find_rows`.
+
+    Raises:
+        FeedbackError: nothing can be transcribed this way.
+    """
     settings = None if rescoring is None else parse_rescoring_config(rescoring)
-    paths = [str(path) for path in ([audio] if isinstance(audio, (str, Path)) else audio)]
-    if manifest is None and len(paths) == 1 and paths[0].endswith((".json", ".jsonl")):
-        manifest = paths.pop()
-    rows = find_rows(paths, manifest=manifest, audio_types=audio_types)
     rescorer = None if settings is None else Rescorer.from_settings(settings)
     recogniser = _load(model, head=head, device=device)
     weights = ""
@@ -191,7 +218,8 @@ def summary(transcripts: Transcripts, *, written: str = "") -> str:
         f"{transcripts.seconds:.1f} s: RTFx {transcripts.rtfx:.1f}{written}"
     ]
     if rows and all(row.text for row in rows):
-        scores = score_rows(rows, texts, run_context=Context())
+        normalize = get_normalizer(FeedbackConfig.normalizer)
+        scores = score_corpus([row.text for row in rows], texts, normalize=normalize)
         lines.append(f"WER {scores.value('wer'):.1f} %, CER {scores.value('cer'):.1f} %")
     if transcripts.weights:
         lines.append(f"weights: {transcripts.weights}")
@@ -202,6 +230,8 @@ def summary(transcripts: Transcripts, *, written: str = "") -> str:
 
 def write_manifest(path: str | Path, transcripts: Transcripts, *, nbest: int = 0) -> None:
     """Writes a NeMo manifest: the rows as they were, ``pred_text``, and where asked for ``nbest`` and times.
+
+    What another model's run left in the rows under these keys is not kept.
 
     Args:
         path: the JSON Lines file.
@@ -298,7 +328,8 @@ def _hypotheses(model: Any, encoded: torch.Tensor, lengths: torch.Tensor) -> lis
 
 
 def _line(row: Row, hyp: Any, *, folder: Path, nbest: int) -> dict[str, Any]:
-    line = relocated(row, folder) | {"pred_text": hyp.text}
+    given = relocated(row, folder)
+    line = {key: value for key, value in given.items() if key not in _WRITTEN} | {"pred_text": hyp.text}
     for key in ("word", "segment"):
         if isinstance(hyp.timestamp, dict) and key in hyp.timestamp:
             line[key] = [{k: _plain(v) for k, v in item.items()} for item in hyp.timestamp[key]]

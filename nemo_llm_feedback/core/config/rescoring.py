@@ -17,6 +17,13 @@ from nemo_llm_feedback.core.config.sections import LLMConfig, NormalizerName, Pr
 from nemo_llm_feedback.core.errors import ConfigError
 
 SHARED_SECTIONS = ("reward", "llm", "context")
+KEYS_OF_ADAPT = {
+    "external": "proposals.external",
+    "language": "proposals.language",
+    "normalizer": "feedback.normalizer",
+    "memory_budget_mb": "feedback.memory_budget_mb",
+}
+"""Key of `RescoringConfig` without a flag of its own → the key of ``adapt`` by which ``transcribe --set`` sets it."""
 DEFAULT_NBEST = 8
 """Beam size where a greedy strategy is replaced by a beam and no size is given."""
 

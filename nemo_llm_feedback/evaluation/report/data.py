@@ -260,7 +260,7 @@ def unfinished_report(run_dir: str | Path) -> ReportData:
     if not (folder / STEPS_FILE).is_file():
         raise ManifestError(
             f"{run_dir} has neither report_data.json nor {STEPS_FILE}: give the folder of an `adapt` run "
-            "(with its date, e.g. runs/adapted/2026-01-31_12-00-00)."
+            "(e.g. nemo_experiments/adapted/version_0)."
         )
     saved, run = (
         yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

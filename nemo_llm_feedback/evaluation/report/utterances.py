@@ -110,7 +110,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Listing:
-    """All cards of a page, most changed first, and set → its terms with the id of a card to look at."""
+    """All cards of a page, most changed first, and set → its terms with the id of a card to look at, "" where that is
+    not on the page."""
 
     cards: tuple[Card, ...]
     total: int
@@ -146,7 +147,9 @@ def list_utterances(
             terms[name] = [(row, f"u{k}-{row.row}") for row in rows]
     cards += [_change_card(change, i, weights) for i, change in enumerate(changes)]
     cards.sort(key=lambda card: (-card.change, -abs(card.gain or 0), card.name))
-    return Listing(tuple(cards[:MAX_CARDS]), len(cards), terms)
+    shown = {card.id for card in cards[:MAX_CARDS]}
+    linked = {name: [(row, card if card in shown else "") for row, card in rows] for name, rows in terms.items()}
+    return Listing(tuple(cards[:MAX_CARDS]), len(cards), linked)
 
 
 def _set_card(
