@@ -19,8 +19,8 @@ def test_the_reward_is_asked_in_both_runs_and_the_times_are_of_whole_steps(
     found = benchmark.measure(tmp_path, shape="tiny", waits=[1.0])
     assert list(found) == ["1"]
     assert min(found["1"].values()) > 0
-    per_run = len(asked) // 3
-    assert per_run >= 2 * benchmark.BATCHES  # each batch of both epochs, and the pool
-    assert set(asked[:per_run]) == {0.0}
-    assert len({*asked[per_run:]}) == 1
+    per_run = len(asked) // 4  # two that wait for nothing, one each with the setting off and on
+    assert per_run >= 4 * benchmark.BATCHES  # each batch of every epoch, and the pool
+    assert set(asked[: 2 * per_run]) == {0.0}
+    assert len({*asked[2 * per_run :]}) == 1
     assert asked[-1] > 0
