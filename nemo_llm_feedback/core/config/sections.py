@@ -131,8 +131,8 @@ class ObjectiveConfig(Section):
         mixture: with kl_optimum: share of the reward's distribution in these weights, 0 to 1.
         clip: ``grpo``, ``gspo``: ratio clip ε, of the whole transcript or per label. A group that is clipped teaches
             nothing until it is made anew: a smaller ``feedback.refresh_every`` goes with a smaller clip. In bf16-mixed
-            log p of a transcript differs by a tenth of a nat or two from batch to batch, near ``grpo``'s 0.2: train
-            it with ``trainer.precision=32``, or take ``gspo``.
+            rounding alone moves log p of a long transcript by about as much as ``grpo``'s clip: train it with
+            ``trainer.precision=32``, or take ``gspo``.
         kl_weight: ``grpo``, ``gspo``: weight of the KL to the reference: of the group, or k3 for samples.
         standardize: ``grpo``, ``gspo``: divide advantages by the group's standard deviation.
         std_floor: ``grpo``, ``gspo``: smallest such divisor, in the reward's unit.
