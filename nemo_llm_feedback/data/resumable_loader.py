@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _KEPT = (
 )  # fmt: skip
 
 # Lightning may take a batch before it trains on the last one.
-_PAIRS = 3
+_KNOWN = 3
 
 
 class ResumableLoader:
@@ -57,7 +57,7 @@ class ResumableLoader:
         self._epoch = 0
         self._resume = (0, 0)
         self.looks_ahead = False
-        self._pairs: deque[tuple[Any, Any]] = deque(maxlen=_PAIRS)
+        self._behind: deque[tuple[int, Any]] = deque(maxlen=_KNOWN)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
@@ -101,25 +101,22 @@ class ResumableLoader:
             torch.empty((), dtype=torch.int64).random_()
         if self._place is not None:
             self._place.set(epoch=self._epoch, batches=skip)
-            skip = 0  # the sampler leaves them out
-        batches: Iterator[Any] = itertools.islice(self._loader, skip, None)
-        self._pairs.clear()
+        batches: Iterator[Any] = itertools.islice(self._loader, skip if self._place is None else 0, None)
+        self._behind.clear()
         if not self.looks_ahead:
             yield from batches
             return
-        for pair in itertools.pairwise(itertools.chain(batches, [None])):
-            self._pairs.append(pair)
-            yield pair[0]
+        for number, (batch, behind) in enumerate(itertools.pairwise(itertools.chain(batches, [None])), skip):
+            self._behind.append((number, behind))
+            yield batch
 
-    def following(self, batch: Any, *, key: Callable[[Any], Any]) -> Any:
+    def following(self, number: int) -> Any:
         """The batch behind one of the last that were given; None at the end of the pass, or if it looks not ahead.
 
         Args:
-            batch: as it was given, or a copy of it on another device.
-            key: what two copies have in common.
+            number: of the batch in its epoch, those of a resumed one included.
         """
-        wanted = key(batch)
-        return next((after for before, after in self._pairs if key(before) == wanted), None)
+        return next((behind for known, behind in self._behind if known == number), None)
 
 
 class _Place(Sampler[Any]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nemo_llm_feedback.evaluation.comparison import Member, System
 
 Line = tuple[str, dict[str, Any]]
 Key = tuple[str, float]  # audio and offset
-_SAME_LENGTH = 0.005  # seconds; manifests have at least hundredths
+_SAME_LENGTH = 0.0051  # seconds; manifests have at least hundredths
 
 
 def read_predictions(path: str | Path, rows: Sequence[Row], *, name: str, same_texts: bool = False) -> System:
@@ -86,11 +86,17 @@ def _lines_of(rows: Sequence[Row], lines: Sequence[Line], file: Path) -> list[in
     for place, here in rows_at.items():
         there = lines_at[place]
         alone = len(here) == len(there) == 1  # other tools may count a little less or more
+        used: list[int] = []
         for i in here:
-            nearest = min(there, key=functools.partial(apart, i), default=None)
-            if nearest is not None and (alone or apart(i, nearest) <= _SAME_LENGTH):
-                found[i] = nearest
-                there.remove(nearest)
+            # A row that is listed more often than its line shares it.
+            for known in (there, used):
+                nearest = min(known, key=functools.partial(apart, i), default=None)
+                if nearest is not None and (alone or apart(i, nearest) <= _SAME_LENGTH):
+                    found[i] = nearest
+                    used.append(nearest)
+                    if known is there:
+                        there.remove(nearest)
+                    break
     return found
 
 
@@ -105,6 +111,11 @@ def rows_of_predictions(path: str | Path) -> list[Row]:
             raise ManifestError(f"{origin}: {error}") from None
         duration = to_number(data.get("duration")) or 0.0
         rows.append(Row(audio, duration, _offset(data), _text(data), context, origin, data))
+    known = [(row.audio, row.offset, row.duration, row.text, row.data["pred_text"]) for row in rows]
+    counts = Counter(known)
+    if twice := [row.origin for row, line in zip(rows, known, strict=True) if counts[line] > 1]:
+        head = f"{len(twice)} lines of {path} are equal to another one; give --manifest FILE if each shall count:"
+        raise ManifestError(list_faults(head, twice))
     return rows
 
 

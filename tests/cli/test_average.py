@@ -14,7 +14,7 @@ from helpers.tiny import build_nemo, build_streaming, write_manifest
 from nemo_llm_feedback.asr import encoded_rows
 from nemo_llm_feedback.asr.heads import CTCHead
 from nemo_llm_feedback.asr.nemo_file import read_config
-from nemo_llm_feedback.cli.jobs.export import export
+from nemo_llm_feedback.cli.jobs.export import _as_learned, _Run, export
 from nemo_llm_feedback.cli.main import main
 from nemo_llm_feedback.core.errors import CheckpointError, ConfigError
 from nemo_llm_feedback.training.models import restore
@@ -188,6 +188,10 @@ def test_the_card_measures_the_head_and_the_context_that_learned(
     assert len({id(model) for model in models}) == 2  # the base, too
     with pytest.raises(ConfigError, match="would be written over"):
         export(one, base=base, manifest=manifest, output=manifest)
+    fixed = restore(one, map_location="cpu")
+    fixed.encoder.att_context_size_all = [[4, 0]]  # as of a file that was fixed to the one that learned
+    fixed.encoder.att_context_size = [4, 0]
+    assert _as_learned(_Run(str(one), fixed, None, {"look_ahead": [4, 0]})).feedback.look_ahead == (4, 0)
     odd = _moved(base, tmp_path / "odd.nemo", 1, look_ahead=[9, 9])
     with pytest.raises(CheckpointError, match=r"the attention context \[9, 9\], which its encoder does not have"):
         export(odd, output=tmp_path / "out.nemo")

@@ -149,6 +149,16 @@ def test_segments_of_one_place_are_told_apart_by_their_duration(tmp_path: Path) 
     twice = [rows[0], rows[0] | {"text": "word1"}]
     file = predictions(tmp_path / "s.json", ["word0", "word1"], twice)
     assert evaluate(predictions=[file], samples=50).comparison.scores["s"].value("wer") == 0
+    # Equal lines alone are one line that was written twice, and a row that is listed twice shares its line.
+    again = predictions(tmp_path / "again.json", ["word0", "word0"], [rows[0], rows[0]])
+    with pytest.raises(
+        ManifestError, match=r"2 lines of .*again\.json are equal to another one; give --manifest FILE"
+    ):
+        evaluate(predictions=[again], samples=50)
+    listed = write_lines(tmp_path / "listed.json", [rows[0], rows[0], rows[1]])
+    for lines in ([rows[0], rows[1]], [rows[0], rows[0], rows[1]]):
+        once = predictions(tmp_path / "u.json", [row["text"] for row in lines], lines)
+        assert evaluate(manifest=listed, predictions=[once], samples=50).comparison.scores["u"].value("wer") == 0
     rough = predictions(tmp_path / "t.json", ["word0"], [rows[0] | {"duration": 1.04}])
     assert evaluate(manifest=write_lines(tmp_path / "one.json", rows[:1]), predictions=[rough], samples=50)
 

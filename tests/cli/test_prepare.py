@@ -119,6 +119,10 @@ def test_files_that_only_librosa_reads_are_copied(
     assert not unreadable(rows)
     copies = [path.relative_to(tmp_path / "in") for path in sorted((tmp_path / "in").rglob("*.flac"))]
     assert list(map(str, copies)) == ["m_audio/phone.flac", "other_audio/phone.flac"]  # none that no manifest names
+    # A folder's own recordings are none, whatever lies beside them.
+    (tmp_path / "in" / "m_audio" / "call.flac").write_bytes((folder / "more" / "stereo.flac").read_bytes())
+    assert len(prepare(tmp_path / "in", out=tmp_path / "in" / "m.json").recordings) == 2
+    (tmp_path / "in" / "m_audio" / "call.flac").unlink()
     # Of two recordings of one name each has a copy, in a folder whose list is damaged, too.
     (tmp_path / "in" / "sub").mkdir()
     (tmp_path / "in" / "sub" / "phone.m4a").write_bytes(b"another")

@@ -280,14 +280,19 @@ def test_an_output_where_nothing_worked_is_as_it_was(
 def test_no_hypotheses_or_times_of_another_model_stay_beside_a_transcript(nemo_file: Any, tmp_path: Path) -> None:
     """`evaluate` then had the oracle of the other model."""
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    pool = write_manifest(tmp_path / "pool.json", ["a latte", "tea"], speaker=["x", "y"])
+    own = {"speaker": ["x", "y"], "call": ["1", "2"]}
+    pool = write_manifest(tmp_path / "pool.json", ["a latte", "tea"], **own)
     flags = ["--nbest", "3", "--timestamps", "--manifest", str(pool), "--output", str(first)]
     assert main(["transcribe", str(nemo_file("ctc_bpe")), *flags]) == 0
     assert set(read(first)[0]) >= {"nbest", "word", "segment"}
     other = str(nemo_file("ctc_char"))
     assert main(["transcribe", other, "--manifest", str(first), "--output", str(second)]) == 0
-    keys = {"audio_filepath", "duration", "text", "speaker", "pred_text"}
+    keys = {"audio_filepath", "duration", "text", "speaker", "call", "pred_text"}
     assert [set(line) for line in read(second)] == [keys, keys]
+    # What is no list of a recogniser's is the user's own.
+    named = write_manifest(tmp_path / "named.json", ["a latte"], segment=["call_12_03"])
+    assert main(["transcribe", other, "--manifest", str(named), "--output", str(second)]) == 0
+    assert read(second)[0]["segment"] == "call_12_03"
 
 
 def test_entities_play_no_part_in_the_totals(

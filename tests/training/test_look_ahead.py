@@ -12,6 +12,7 @@ from helpers.tiny import LOOK_AHEADS as CONTEXTS
 from helpers.tiny import build_streaming, write_manifest
 
 from nemo_llm_feedback.asr.checkpoints import read_config
+from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.cli.jobs.start import plan_text
 from nemo_llm_feedback.core.errors import ConfigError
 from nemo_llm_feedback.training.callbacks import lr_search
@@ -99,6 +100,25 @@ def test_the_trial_of_rates_learns_and_is_measured_in_all(
     assert torch.equal(*states)  # dropout and masks are the same for all rates
     if objective == "distill":  # ratios compare log p within one refresh, which has one
         assert set(learned[0]) == everything
+
+
+def test_ratios_of_groups_that_the_trial_proposes_are_of_the_look_ahead_that_learns(
+    base: Path, tmp_path: Path
+) -> None:
+    """With ``llm.phase=cached`` the trial proposes them; the frozen model's log p is of its own look-ahead."""
+    model = restore(base, map_location="cpu")
+    given = config(write_manifest(tmp_path / "m.json", [None] * 4), objective={"name": "gspo"})
+    model.setup_feedback(given, work_dir=tmp_path / "run", reward=label_reward)
+    feedback = begin(model)
+    assert model.look_ahead() != model.encoder.att_context_size
+    batches = list(model.pool_batches())
+    lr_search._propose(model, batches)
+    with torch.no_grad(), evaluation_mode(model):
+        for part in model.encoded_pool(batches):
+            nbest = feedback.cache.get(part.audio.utterances)
+            now = feedback.heads[0].score(part.encoded, part.lengths, nbest.labels)
+            distance = (now - nbest.old_logp["ctc"])[nbest.mask].abs()
+            assert distance.max() < 1e-3 < (now - nbest.ref_logp["ctc"])[nbest.mask].abs().max()
 
 
 def test_the_plan_says_which_are_learned(base: Path, tmp_path: Path) -> None:

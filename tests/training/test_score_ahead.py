@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.fits import LabelReward, config, fit
@@ -20,7 +23,8 @@ from nemo_llm_feedback.core.types import HypothesisGroup, RewardOutput
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
 from nemo_llm_feedback.hypotheses.maker import NBestMaker
 from nemo_llm_feedback.training import mixin
-from nemo_llm_feedback.training.mixin import LLMFeedbackMixin
+from nemo_llm_feedback.training.callbacks.score_ahead import ScoreAhead
+from nemo_llm_feedback.training.mixin import CHECKPOINT_KEY, LLMFeedbackMixin
 from nemo_llm_feedback.training.models import restore
 
 AHEAD = {"score_ahead": True}
@@ -65,7 +69,9 @@ def test_the_next_batch_is_judged_beside_the_step(
     monkeypatch.setattr(LLMFeedbackMixin, "training_step", step)
     train(nemo_file("ctc_bpe"), config(manifest, feedback=AHEAD), reward, steps=6)
     # The pool, whose groups the first step takes, and three beside a step; an epoch's first, and one more beside it.
-    assert reward.asked == [(True, 2), (False, 2), (False, 2), (False, 2), (True, 2), (False, 2)]
+    # The batch behind the last step is judged, too: the run may be prolonged.
+    beside = (False, 2)
+    assert reward.asked == [(True, 2), beside, beside, beside, (True, 2), beside, beside]
 
 
 @pytest.mark.parametrize("family", ["ctc_bpe", "rnnt_bpe"])
@@ -174,7 +180,7 @@ def test_a_reward_that_fails_beside_the_step_stops_the_next_with_its_error(
 
 
 def test_no_batch_is_judged_for_nothing(nemo_file: Any, manifest: Path) -> None:
-    """Kept groups are not judged again, nor is what stands behind the last step."""
+    """Kept groups are not judged again."""
     reward = Watched()
     reward.steps.release(99)
     settings = config(manifest, feedback={**AHEAD, "refresh_every": 100})
@@ -182,17 +188,48 @@ def test_no_batch_is_judged_for_nothing(nemo_file: Any, manifest: Path) -> None:
     assert sum(size for _, size in reward.asked) == 8  # two of them with the pool
 
 
+def test_an_llm_that_is_not_in_memory_yet_is_asked_between_the_steps(
+    nemo_file: Any, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading it sets torch's default dtype and random state, which are the step's, too."""
+    reward, starts = Watched(), ScoreAhead.on_train_batch_start
+
+    def unloaded(self: Any, trainer: Any, model: Any, *args: Any) -> None:
+        model._feedback = replace(model.feedback, scorer=SimpleNamespace(loaded=False))
+        starts(self, trainer, model, *args)
+
+    monkeypatch.setattr(ScoreAhead, "on_train_batch_start", unloaded)
+    train(nemo_file("ctc_bpe"), config(manifest, feedback=AHEAD), reward, steps=3)
+    assert reward.asked == [(True, 2)] * 4
+
+
+def test_a_checkpoint_of_a_callback_before_has_what_was_judged(nemo_file: Any, manifest: Path, tmp_path: Path) -> None:
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    model = restore(nemo_file("ctc_bpe"), map_location="cpu")
+    model.setup_feedback(config(manifest, feedback=AHEAD), reward=LabelReward())
+    fit(model, steps=2, callbacks=[Saver()])
+    rows = [row.utterance for row in model.feedback_setup.staged.rows]
+    for step in (1, 2):
+        saved = torch.load(tmp_path / f"{step}.ckpt", weights_only=False)
+        assert saved[CHECKPOINT_KEY]["nbest"][0]["kept"]["utterances"] == rows[2 * step : 2 * step + 2]
+
+
 def test_a_loader_knows_what_stands_behind_its_last_batches() -> None:
     loader = ResumableLoader(DataLoader(range(7), batch_size=2), seed=1, rank=0, num_ranks=1, shuffle=False)  # type: ignore[arg-type]
-    assert [loader.following(batch, key=torch.Tensor.tolist) for batch in loader] == [None] * 4
+    assert [loader.following(number) for number, _ in enumerate(loader)] == [None] * 4
     loader.looks_ahead = True
     batches = iter(loader)
-    first, second = next(batches), next(batches)  # as Lightning's fetcher of streams, which takes one early
-    assert loader.following(first.clone(), key=torch.Tensor.tolist).tolist() == [2, 3]
-    assert loader.following(second, key=torch.Tensor.tolist).tolist() == [4, 5]
-    *_, last = batches
-    assert loader.following(last, key=torch.Tensor.tolist) is None
+    next(batches), next(batches)  # as Lightning's fetcher of streams, which takes one early
+    assert loader.following(0).tolist() == [2, 3]
+    assert loader.following(1).tolist() == [4, 5]
+    assert len(list(batches)) == 2
+    assert loader.following(3) is None
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6]]
+    loader.start_at(epoch=0, batches=2)  # whose numbers go on
+    assert [loader.following(number).tolist() for number, _ in zip((2,), loader, strict=False)] == [[6]]
 
 
 def test_settings_under_which_nothing_is_scored_ahead_are_refused() -> None:

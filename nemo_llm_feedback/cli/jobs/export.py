@@ -119,7 +119,8 @@ def _as_learned(run: _Run) -> RunConfig:
         CheckpointError: the encoder has no such context.
     """
     context = run.facts.get("look_ahead")
-    if context is not None and context not in look_aheads(run.model.encoder):
+    encoder = run.model.encoder
+    if context is not None and context not in (look_aheads(encoder) or [list(encoder.att_context_size)]):
         raise CheckpointError(
             f"{run.name} says that it learned in the attention context {short(context)}, which its encoder does not "
             "have: the file was changed; export the run again."

@@ -9,6 +9,7 @@ recordings, and one with the same output writes each copy over.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -84,7 +85,8 @@ def prepare(folder: str | Path, *, out: str | Path, settings: Segmenting | None 
     faults = settings.validate()
     if faults:
         raise ConfigError(" ".join(faults))
-    files = audio_files(folder, SUFFIXES, skip=lambda file: (file.parent / _LIST).is_file())
+    originals = functools.lru_cache(maxsize=None)(_originals)
+    files = audio_files(folder, SUFFIXES, skip=lambda file: file.name in originals(file.parent).values())
     target = check_writable(out, inputs=files).absolute()
     detect = _detector(settings)
     recordings: list[Recording] = []

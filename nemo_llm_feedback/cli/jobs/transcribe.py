@@ -38,7 +38,7 @@ from nemo_llm_feedback.rescoring import Rescorer, RescoringMixin, attach, uttera
 from nemo_llm_feedback.training.models import locate
 from nemo_llm_feedback.training.setup import warn_of_external
 
-_WRITTEN = ("pred_text", "nbest", "word", "segment")  # keys of a line that are of one model
+_WRITTEN = ("nbest", "word", "segment")  # lists in a line that are of one model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +329,8 @@ def _hypotheses(model: Any, encoded: torch.Tensor, lengths: torch.Tensor) -> lis
 
 def _line(row: Row, hyp: Any, *, folder: Path, nbest: int) -> dict[str, Any]:
     given = relocated(row, folder)
-    line = {key: value for key, value in given.items() if key not in _WRITTEN} | {"pred_text": hyp.text}
+    kept = {key: value for key, value in given.items() if not (key in _WRITTEN and isinstance(value, list))}
+    line = kept | {"pred_text": hyp.text}
     for key in ("word", "segment"):
         if isinstance(hyp.timestamp, dict) and key in hyp.timestamp:
             line[key] = [{k: _plain(v) for k, v in item.items()} for item in hyp.timestamp[key]]

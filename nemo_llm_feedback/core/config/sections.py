@@ -76,7 +76,7 @@ class FeedbackConfig(Section):
         pool_utterances: unlabeled rows that are measured before training, for scales and the share with signal.
         score_ahead: propose the next batch's groups before a step and have the reward judge them during it, so that
             the step does not wait for the LLM: worth it with ``reward=remote`` and perhaps on a GPU, where it has not
-            run yet. The policy that proposes is then one step older.
+            run yet. The policy that proposes is then one step older, and the reward is called from a second thread.
         log_hypotheses_every: optimizer steps between two tables of hypotheses in the log; 0 = never.
         augment: learn from audio under the checkpoint's SpecAugment; hypotheses and rewards come from the clean audio.
             Not for ``reinforce`` and ``self_training``; null: where the checkpoint has SpecAugment. Fewer errors on

@@ -143,7 +143,13 @@ def _propose(model: Any, batches: Sequence[Any]) -> None:
     feedback = model.feedback
     with CollectiveBlock(), evaluation_mode(model), model.run_precision():
         for part in model.encoded_pool(batches):
-            feedback.cache.put(feedback.nbest(*part, refresh=0).by_the_start())
+            nbest = feedback.nbest(*part, refresh=0)
+            if feedback.config.on_policy:  # whose ratios are of one look-ahead, and the frozen model has its own
+                heads = feedback.heads
+                logp = {head.name: head.score(part.encoded, part.lengths, nbest.labels) for head in heads}
+                feedback.cache.put(nbest.with_old_logp(logp))
+            else:
+                feedback.cache.put(nbest.by_the_start())
 
 
 def _train(model: Any, batches: Sequence[Any], rate: float) -> None:
@@ -194,9 +200,8 @@ class HeldOutLoss:
         self._contexts: list[list[int] | None] = []
         self._audio: list[Audio] = []
         self._nbest: list[NBestBatch] = []
-        contexts: list[list[int] | None] = [*look_aheads(model.encoder)] or [
-            None
-        ]  # a streaming checkpoint's count the same
+        # Those of a streaming checkpoint count the same.
+        contexts: Sequence[list[int] | None] = look_aheads(model.encoder) or [None]
         with CollectiveBlock(), torch.no_grad(), evaluation_mode(model), model.run_precision():
             for context, part in itertools.product(contexts, audio):
                 with looking_ahead(context, model.encoder):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,12 +30,11 @@ class ScoreAhead(pl.Callback):
 
     The policy that proposes has not taken the step in between (one step off policy, as in asynchronous RL). Only the
     reward is asked beside the step: its LLM is frozen, while the searches need weights that stand still. On a GPU the
-    thread has a stream of its own. What is judged is kept before anything that follows the step, and so it is in the
-    step's checkpoint: a resumed run takes the same steps.
+    thread has a stream of its own. What is judged is kept before anything that follows the step, and is in the step's
+    checkpoint: a resumed run takes the same steps.
     """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
         self._judging: tuple[int, Future[NBestBatch]] | None = None
         self._stream: Any = None
 
@@ -50,44 +50,60 @@ class ScoreAhead(pl.Callback):
                 f"feedback.score_ahead needs NeMo's loaders, and this is a {type(loader).__name__}: set it to false."
             )
         loader.looks_ahead = True
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score_ahead")
         if pl_module.device.type == "cuda":
             self._stream = torch.cuda.Stream(pl_module.device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Makes what is missing of this batch (an epoch's first), and hands the next one over."""
         feedback, step = pl_module.feedback, int(trainer.global_step)
-        following = pl_module._train_dl.following(batch, key=lambda known: feedback.reader.names(known[-1]))
-        next_step = step + int((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
-        if following is None or next_step == trainer.max_steps:
-            return
-        every = feedback.config.feedback.refresh_every
-        refresh, coming = step // every, next_step // every
+        every, following = feedback.config.feedback.refresh_every, pl_module._train_dl.following(batch_idx)
+        refresh = step // every
+        coming = (step + int((batch_idx + 1) % trainer.accumulate_grad_batches == 0)) // every
         with CollectiveBlock(), evaluation_mode(pl_module), pl_module.run_precision(), torch.no_grad():
+            if following is None:
+                return
             for part in pl_module.encoded_pool([batch], unless=feedback.knows(refresh)):
                 feedback.nbest(*part, refresh=refresh)
             for part in pl_module.encoded_pool([following], unless=feedback.knows(coming), refresh=coming):
-                self._hand_over(feedback, part, refresh=coming)
+                self._hand_over(pl_module, part, refresh=coming)
 
-    def _hand_over(self, feedback: Feedback, part: EncodedAudio, *, refresh: int) -> None:
-        """Proposes now, and has the thread judge."""
+    def _hand_over(self, pl_module: Any, part: EncodedAudio, *, refresh: int) -> None:
+        """Proposes now, and has a thread judge."""
+        feedback: Feedback = pl_module.feedback
         unjudged, scored = feedback.maker.propose(*part), {}
         if feedback.config.on_policy:  # at its first use the policy will have moved
             labels = [[member.tokens for member in row] for row in unjudged.hypotheses]
             scored = {head.name: (labels, head.score(part.encoded, part.lengths, labels)) for head in feedback.heads}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(part.encoded.device))
+        future: Future[NBestBatch] = Future()
 
-        def judge() -> NBestBatch:
-            with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                nbest = feedback.maker.judge(unjudged)
-            return nbest.with_old_logp({head: _of_members(nbest, *found) for head, found in scored.items()})
+        def judge() -> None:
+            stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+            try:
+                with torch.no_grad(), stream, pl_module.run_precision():  # each thread has its own modes
+                    nbest = feedback.maker.judge(unjudged)
+                old = {head: _of_members(nbest, *found) for head, found in scored.items()}
+                future.set_result(nbest.with_old_logp(old))
+            except Exception as error:
+                future.set_exception(error)
 
-        assert self._thread is not None
-        self._judging = refresh, self._thread.submit(judge)
+        if feedback.scorer is not None and not feedback.scorer.loaded:
+            judge()  # loading weights changes torch's defaults and random state for all threads
+        else:
+            threading.Thread(target=judge, name="score_ahead", daemon=True).start()  # no exit waits for a server
+        self._judging = refresh, future
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Keeps what was judged; where judging failed the step asks again, and its error reaches all ranks."""
+        """Keeps what was judged."""
+        self._keep(pl_module)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was judged, also for a callback that saves before this one's turn."""
+        self._keep(pl_module)
+
+    def _keep(self, pl_module: Any) -> None:
+        """Waits for the thread; where judging failed the step asks again, and its error reaches all ranks."""
         if self._judging is None:
             return
         (refresh, future), self._judging = self._judging, None
@@ -98,19 +114,6 @@ class ScoreAhead(pl.Callback):
             logging.warning(f"feedback.score_ahead: {type(error).__name__}: {error}; the next step asks again.")
         if self._stream is not None:
             torch.cuda.current_stream(pl_module.device).wait_stream(self._stream)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends the thread."""
-        self._end()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ends the thread; what it has not judged yet is dropped."""
-        self._end()
-
-    def _end(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-        self._thread = self._judging = self._stream = None
 
 
 def _of_members(nbest: NBestBatch, labels: Sequence[Sequence[Labels]], logp: Tensor) -> Tensor:
