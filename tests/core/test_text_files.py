@@ -41,7 +41,8 @@ def test_every_reader_takes_files_as_people_save_them(tmp_path: Path, form: str)
         path.write_bytes(gzip.compress(content) if form == "gz" else content)
         return path
 
-    rows = save("m.jsonl", (json.dumps(LINE, ensure_ascii=False) + "\n") * 2)
+    lines = [json.dumps(LINE | {"offset": offset}, ensure_ascii=False) for offset in (0.0, 1.0)]
+    rows = save("m.jsonl", "".join(f"{line}\n" for line in lines))
     assert _readers(rows)["manifest"]() == _readers(rows)["predictions"]() == ["one\u2028two"] * 2
     assert read_terms(save("t.txt", "latte\nsoy milk\n")) == ["latte", "soy milk"]
     assert read_terms(save("t.json", '["latte", "soy milk"]')) == ["latte", "soy milk"]
