@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
@@ -16,6 +16,9 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from nemo_llm_feedback.cli import options as flags
 from nemo_llm_feedback.core.console import quiet
 from nemo_llm_feedback.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_llm_feedback.cli.jobs.transcribe import Transcripts
 
 
 def adapt(
@@ -214,7 +217,7 @@ def transcribe(
           --description "an order at a coffee shop" --terms-file menu.json \
           --nbest 5 --output out.json
     """
-    from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses, named_source
+    from nemo_llm_feedback.cli.jobs.hypotheses import named_source
     from nemo_llm_feedback.evaluation.records import check_writable
 
     target = output or add_to
@@ -245,15 +248,7 @@ def transcribe(
         device=place,
         rescoring=tree,
     )
-    written = f"; written to {target}" if target else ""
-    if not target:
-        print(job.transcripts_text(found, nbest=nbest))
-    elif not found.worked:  # an earlier output is worth more than an empty one
-        written = f"; nothing is written to {target}"
-    elif add_to:
-        print(add_hypotheses(add_to, job.nbest_texts(found, source=name, nbest=nbest), out=target))
-    else:
-        job.write_manifest(target, found, nbest=nbest)
+    written = _give(found, output=output, add_to=add_to, source=name, nbest=nbest)
     print(job.summary(found, written=written), file=sys.stderr)
     return 1 if found.failures else 0
 
@@ -402,6 +397,23 @@ def export(
     if push_to_hub:
         print(hub.push_to_hub(nemo, push_to_hub))
     return 0
+
+
+def _give(found: Transcripts, *, output: str | None, add_to: str | None, source: str, nbest: int) -> str:
+    """Writes or prints transcripts; returns what the summary says of that."""
+    from nemo_llm_feedback.cli.jobs import transcribe as job
+    from nemo_llm_feedback.cli.jobs.hypotheses import add_hypotheses
+
+    target = output or add_to
+    if target and not found.worked:  # an earlier output is worth more than an empty one
+        return f"; nothing is written to {target}"
+    if add_to:
+        print(add_hypotheses(add_to, job.nbest_texts(found, source=source, nbest=nbest), out=output or add_to))
+    elif output:
+        job.write_manifest(output, found, nbest=nbest)
+    else:
+        print(job.transcripts_text(found, nbest=nbest))
+    return f"; written to {target}" if target else ""
 
 
 _ADDED = 8  # hypotheses of another model per utterance

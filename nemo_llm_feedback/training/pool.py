@@ -261,8 +261,7 @@ def fill_cache(feedback: Feedback, pool: Iterable[EncodedAudio], *, refresh: int
             nbest = feedback.nbest(*part, refresh=refresh)
             if not feedback.config.on_policy:
                 continue
-            logp = {h.name: h.score(part.encoded, part.lengths, nbest.labels) for h in feedback.heads}
-            feedback.cache.put(nbest.with_old_logp(logp))
+            feedback.cache.put(nbest.with_old_logp(feedback.policy_logp(part.encoded, part.lengths, nbest)))
     if num_ranks() > 1:
         for kept in gather(feedback.cache.to_plain()):
             feedback.cache.load_plain(kept)

@@ -22,7 +22,7 @@ from nemo_llm_feedback.core.types import Audio
 from nemo_llm_feedback.data.batches import BatchReader
 from nemo_llm_feedback.data.manifests import Row
 from nemo_llm_feedback.data.staging import Staged
-from nemo_llm_feedback.hypotheses.maker import NBestMaker
+from nemo_llm_feedback.hypotheses.maker import NBestMaker, Unjudged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch, NBestCache
 from nemo_llm_feedback.rewards import Reward
 from nemo_llm_feedback.training.distributed import gather, num_ranks
@@ -213,6 +213,11 @@ class Feedback(FeedbackSetup):
         if stale := self.stale(audio, refresh=refresh):
             self.cache.put(self.maker.make(audio.select(stale), encoded.detach()[stale], lengths[stale]))
         return self.cache.get(audio.utterances)
+
+    def policy_logp(self, encoded: Tensor, lengths: Tensor, nbest: NBestBatch | Unjudged) -> dict[str, Tensor]:
+        """Head → [B, N] log p of the members under the policy, from [B, D, T] encoder output of [B] frames."""
+        labels = [[member.tokens for member in row] for row in nbest.hypotheses]
+        return {head.name: head.score(encoded, lengths, labels) for head in self.heads}
 
     def release_llm(self) -> None:
         """Takes the LLM out of memory where it works between the steps; the next score loads it again."""

@@ -19,9 +19,10 @@ __all__ = ["HeldOutEarlyStopping", "callbacks_of", "try_rates"]
 def callbacks_of(setup: FeedbackSetup) -> list[pl.Callback]:
     """The callbacks of a run; the step log first, since others write into its lines; the bar last."""
     every, stopping = setup.config.feedback.log_hypotheses_every, HeldOutEarlyStopping(setup)
-    found: list[pl.Callback] = [StepLog(setup.work_dir), ScalarNames(), HypothesisLog(every, setup.work_dir), stopping]
+    found: list[pl.Callback] = [StepLog(setup.work_dir), ScalarNames(), HypothesisLog(every, setup.work_dir)]
     if setup.config.feedback.score_ahead:
-        found.insert(3, ScoreAhead())  # behind the log of this step's hypotheses, before whatever asks the reward
+        found.append(ScoreAhead())  # behind the log of this step's hypotheses, before whatever asks the reward
+    found.append(stopping)
     if setup.validation:
         found.append(EntityValidation(setup.validation))
     return [*found, RunBar(stopping)]

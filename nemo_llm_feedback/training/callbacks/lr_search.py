@@ -145,9 +145,7 @@ def _propose(model: Any, batches: Sequence[Any]) -> None:
         for part in model.encoded_pool(batches):
             nbest = feedback.nbest(*part, refresh=0)
             if feedback.config.on_policy:  # whose ratios are of one look-ahead, and the frozen model has its own
-                heads = feedback.heads
-                logp = {head.name: head.score(part.encoded, part.lengths, nbest.labels) for head in heads}
-                feedback.cache.put(nbest.with_old_logp(logp))
+                feedback.cache.put(nbest.with_old_logp(feedback.policy_logp(part.encoded, part.lengths, nbest)))
             else:
                 feedback.cache.put(nbest.by_the_start())
 

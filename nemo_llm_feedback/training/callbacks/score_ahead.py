@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from nemo.utils import logging
 from torch import Tensor
 
-from nemo_llm_feedback.asr.heads import Labels
 from nemo_llm_feedback.asr.reference import evaluation_mode
 from nemo_llm_feedback.core.errors import TrainingError
 from nemo_llm_feedback.core.types import pad_groups
 from nemo_llm_feedback.data.resumable_loader import ResumableLoader
+from nemo_llm_feedback.hypotheses.maker import Unjudged
 from nemo_llm_feedback.hypotheses.nbest import NBestBatch
 from nemo_llm_feedback.training.distributed import CollectiveBlock
 from nemo_llm_feedback.training.pool import EncodedAudio
@@ -70,21 +70,20 @@ class ScoreAhead(pl.Callback):
     def _hand_over(self, pl_module: Any, part: EncodedAudio, *, refresh: int) -> None:
         """Proposes now, and has a thread judge."""
         feedback: Feedback = pl_module.feedback
-        unjudged, scored = feedback.maker.propose(*part), {}
+        unjudged, logp = feedback.maker.propose(*part), {}
         if feedback.config.on_policy:  # at its first use the policy will have moved
-            labels = [[member.tokens for member in row] for row in unjudged.hypotheses]
-            scored = {head.name: (labels, head.score(part.encoded, part.lengths, labels)) for head in feedback.heads}
+            logp = feedback.policy_logp(part.encoded, part.lengths, unjudged)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(part.encoded.device))
         future: Future[NBestBatch] = Future()
 
         def judge() -> None:
+            """Puts the judged groups, or the error, into the future."""
             stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
             try:
                 with torch.no_grad(), stream, pl_module.run_precision():  # each thread has its own modes
                     nbest = feedback.maker.judge(unjudged)
-                old = {head: _of_members(nbest, *found) for head, found in scored.items()}
-                future.set_result(nbest.with_old_logp(old))
+                future.set_result(nbest.with_old_logp(_of_those_left(nbest, unjudged, logp)))
             except Exception as error:
                 future.set_exception(error)
 
@@ -116,7 +115,12 @@ class ScoreAhead(pl.Callback):
             torch.cuda.current_stream(pl_module.device).wait_stream(self._stream)
 
 
-def _of_members(nbest: NBestBatch, labels: Sequence[Sequence[Labels]], logp: Tensor) -> Tensor:
-    """[B, N] log p of the members that judging has left, of those that were proposed."""
-    known = [dict(zip(row, values, strict=False)) for row, values in zip(labels, logp.tolist(), strict=True)]
-    return pad_groups([[of[y] for y in row] for of, row in zip(known, nbest.labels, strict=True)], fill=-math.inf)
+def _of_those_left(nbest: NBestBatch, unjudged: Unjudged, logp: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Head → [B, N] log p of the members that judging has left, of that of those that were proposed."""
+    found = {}
+    for head, scores in logp.items():
+        rows = zip(unjudged.hypotheses, scores.tolist(), strict=True)
+        known = [{member.tokens: value for member, value in zip(*row, strict=False)} for row in rows]
+        left = zip(known, nbest.labels, strict=True)
+        found[head] = pad_groups([[of[y] for y in row] for of, row in left], fill=-math.inf)
+    return found
